@@ -1,0 +1,53 @@
+"""The error tree of respcache, and who should catch what.
+
+RespcacheError
+├── ConfigurationError     wrong set-up, raised at start-up: mend the code or the environment, do not catch
+├── Denied                 raised by a resolver: the caller may not see this; the wrapper bypasses, the handler answers
+├── UndeclaredWrite        raised before a statement runs whose tables or tenant cannot be told: mend the call
+├── UndeclaredRead         a cached read selected from a table that it does not declare (only with strict_reads)
+├── AckBarrierOverflow     a response outgrew the buffer while its transaction was still open: commit earlier
+├── InvalidationPending    ``settled()`` gave up waiting: the write is safe, its invalidation is retried
+└── StoreError             anything the store did wrong: caught inside the library, never reaches a request
+    ├── StoreUnavailable   no usable connection, or the deadline passed
+    └── StoreReplyError    the server answered with an error
+"""
+
+
+class RespcacheError(Exception):
+    """Base of every error that respcache raises."""
+
+
+class ConfigurationError(RespcacheError):
+    """The set-up is wrong; the message names the value and the fix."""
+
+
+class Denied(RespcacheError):
+    """The caller is unknown or may not see what was asked for. Raised by resolvers."""
+
+
+class UndeclaredWrite(RespcacheError):
+    """A statement that changes data was refused, because its tables or its tenant cannot be told from it."""
+
+
+class UndeclaredRead(RespcacheError):
+    """A cached read selected from a table that its policy does not declare."""
+
+
+class AckBarrierOverflow(RespcacheError):
+    """The response outgrew the buffer that holds it back until its transaction has ended."""
+
+
+class InvalidationPending(RespcacheError):
+    """Not every invalidation was confirmed in time; they are still being retried."""
+
+
+class StoreError(RespcacheError):
+    """The store failed; the request goes on without it."""
+
+
+class StoreUnavailable(StoreError):
+    """There is no usable connection to the store, or its deadline passed."""
+
+
+class StoreReplyError(StoreError):
+    """The server answered a command with an error."""

@@ -1,0 +1,128 @@
+"""Who asks, and which rows are theirs: what a resolver decides before anything is looked up.
+
+An application writes one resolver. The wrapper calls it before it looks into the cache, the handlers use the very
+object that it returned, so that "authorised for the cache" and "authorised for the handler" cannot differ.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from respcache.core.errors import Denied
+
+Dependency = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a request says of its caller, verified but not yet looked up.
+
+    ``key`` holds everything that ``Resolver.scope`` depends on besides the database. ``home`` is the tenant (or
+    ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for this claim.
+    """
+
+    key: Hashable
+    home: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the caller may see. Subclass it with what the handlers filter by.
+
+    ``tenant`` is the one canonical id of the tenant, or None (then nothing is cached). ``fingerprint`` is equal for two
+    callers iff they see the same rows of that tenant.
+    """
+
+    tenant: str | None
+    fingerprint: bytes
+
+
+class Head:
+    """The head of an HTTP request, read from an ASGI scope: everything a resolver may look at. Bodies are never read."""
+
+    __slots__ = ("_query", "path_params", "scope")
+
+    def __init__(self, scope: Mapping[str, Any], path_params: Mapping[str, Any] | None = None) -> None:
+        self.scope = scope
+        self.path_params = scope.get("path_params", {}) if path_params is None else path_params
+        self._query: dict[str, str] | None = None
+
+    def header(self, name: str) -> str | None:
+        """Return the first header of that name (lower case), or None."""
+        wanted = name.encode("latin-1")
+        for key, value in self.scope["headers"]:
+            if key == wanted:
+                text: str = value.decode("latin-1")
+                return text
+        return None
+
+    def cookie(self, name: str) -> str | None:
+        """Return a cookie's value, or None. RFC 6265, section 5.4."""
+        for part in (self.header("cookie") or "").split(";"):
+            key, _, value = part.strip().partition("=")
+            if key == name:
+                return value.strip('"')
+        return None
+
+    def query(self, name: str) -> str | None:
+        """Return the last value of a query parameter, or None."""
+        if self._query is None:
+            from urllib.parse import parse_qsl
+
+            self._query = dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        return self._query.get(name)
+
+
+class Resolver(Protocol):
+    """Decides identity, tenant and the role rule of a route; the same code serves the wrapper and the handlers."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that ``scope`` reads; a write to one of them makes the memoised scope invalid."""
+        ...
+
+    @property
+    def stands_for(self) -> frozenset[Dependency]:
+        """The dependencies of routes whose decision this resolver makes; any other security dependency of a cached
+        route must be named by its policy as ``rule``, or the application does not start."""
+        ...
+
+    def claim(self, head: Head) -> Claim:
+        """Verify the credentials of a request without I/O. Raises ``Denied``."""
+        ...
+
+    async def scope(self, claim: Claim) -> Scope:
+        """Read from the database what the caller may see. Raises ``Denied``. Its reads must be covered by ``claim.home``."""
+        ...
+
+    def permits(self, scope: Scope, rule: Dependency | None) -> bool:
+        """Decide the role rule of a route, without I/O."""
+        ...
+
+
+class SingleTenant:
+    """The resolver of an application without tenants and without logins: everybody sees the same rows.
+
+    Requests with an ``Authorization`` header are not answered from the cache (RFC 9111, section 3.5).
+    """
+
+    tables: tuple[str, ...] = ()
+    stands_for: frozenset[Dependency] = frozenset()
+
+    def __init__(self, tenant: str) -> None:
+        self._claim = Claim("everybody", tenant)
+        self._scope = Scope(tenant, b"")
+
+    def claim(self, head: Head) -> Claim:
+        """Return the one claim there is. Raises ``Denied`` when the request carries credentials."""
+        if head.header("authorization") is not None:
+            raise Denied("requests with an Authorization header are not cached by SingleTenant")
+        return self._claim
+
+    async def scope(self, claim: Claim) -> Scope:
+        """Return the one scope there is."""
+        return self._scope
+
+    def permits(self, scope: Scope, rule: Dependency | None) -> bool:
+        """Permit routes without a rule; a rule needs a resolver that knows roles."""
+        return rule is None

@@ -1,0 +1,90 @@
+"""What the cache asks of a store: eight operations in the words of the protocol, whatever server is behind them.
+
+A store never blocks a request for long: every awaited operation ends within the store's deadline (tens of
+milliseconds) or raises ``StoreUnavailable``. While the store is known to be away they raise at once.
+``contract`` tests in ``tests/contract`` run on every store.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from respcache.core.generations import Certificate, Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The answer to ``read``: the stored bytes, if any, and one view per generation asked for, in that order."""
+
+    entry: bytes | None
+    generations: tuple[Generation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who fills a key at present, and under which certificate."""
+
+    token: str
+    certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the server says of itself, as text: ``INFO stats`` and ``INFO memory``."""
+
+    stats: str
+    memory: str
+
+
+class Store(Protocol):
+    """Where entries, generations and leases live. All keys are made by ``core.keys``."""
+
+    @property
+    def available(self) -> bool:
+        """Whether an operation has a chance now (a usable connection exists). Costs nothing."""
+        ...
+
+    async def connect(self) -> None:
+        """Begin to connect, and return when connected or when the first attempt has failed. Never raises for a dead server;
+        the store goes on trying in the background until ``close``."""
+        ...
+
+    async def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
+        """Fetch an entry (or none, with ``None``) and, for each ``(generation key, tags)``, a view with these tags.
+        One round trip of plain commands. All parts come over one connection, whose identity is the views' ``server``."""
+        ...
+
+    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
+        """Make the generation with this nonce at sequence 0, unless a usable one exists, and return a view without tags.
+        A generation of another server life is replaced. Renews the time to live. One round trip, atomic on one key."""
+        ...
+
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+        """Advance the sequence and stamp it on every tag. Returning means confirmed: applied, or there was no generation
+        (nothing depends on it), or one of another server life, which is deleted. One round trip, atomic on one key."""
+        ...
+
+    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+        """Send the entry on its way and renew the generation's time to live; does not wait, may be lost, never raises."""
+        ...
+
+    async def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None) -> Lease:
+        """Take the lease if it is free or held by the token ``replacing``; return the lease that is in force afterwards
+        (ours if its token is ours). One round trip, atomic on one key."""
+        ...
+
+    def release(self, key: str, token: str) -> None:
+        """Give the lease back if ``token`` still holds it; does not wait, may be lost, never raises. Sent after earlier puts."""
+        ...
+
+    async def switch(self, off: bool | None = None) -> bool:
+        """Read (``None``) or set the kill switch that all processes of this store look at; return whether it is off."""
+        ...
+
+    async def info(self) -> ServerInfo:
+        """Ask the server for its figures. One round trip."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections and tasks. Later operations raise ``StoreUnavailable``."""
+        ...
