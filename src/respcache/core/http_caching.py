@@ -1,0 +1,76 @@
+"""What HTTP says about storing a response and about saying so: RFC 9110, RFC 9111 and RFC 9211."""
+
+from collections.abc import Collection, Iterable
+
+from respcache.core.entry import Headers
+
+CACHE_NAME = b"respcache"
+BROWSER_CACHE_CONTROL = b"private, no-cache"
+"""What browsers are told: they cannot see our invalidations, so they must ask."""
+
+STORABLE_STATUS = frozenset({200, 203, 204})
+KEPT_HEADERS = frozenset(
+    {
+        b"content-type",
+        b"content-length",
+        b"content-language",
+        b"content-disposition",
+        b"etag",
+        b"last-modified",
+        b"link",
+        b"vary",
+        b"x-total-count",
+    }
+)
+"""Headers that are stored with the body and sent again on a hit."""
+
+
+def refusal(
+    status: int, headers: Iterable[tuple[bytes, bytes]], *, max_body_bytes: int, key_headers: Collection[bytes]
+) -> str | None:
+    """Say why a response with this head must not be stored, or return None. The words are those of the counters.
+
+    ``key_headers`` are the request headers (lower case) that the key holds. RFC 9111, sections 3 and 4.1.
+    """
+    if status not in STORABLE_STATUS:
+        return "status"
+    length: int | None = 0 if status == 204 else None
+    for name, value in headers:
+        name = name.lower()
+        if name == b"set-cookie":
+            return "set-cookie"
+        if name == b"cache-control" and _directives(value) & {b"no-store", b"private"}:
+            return "cache-control"
+        if name == b"vary" and not all(part in key_headers for part in _directives(value)):
+            return "vary"
+        if name == b"content-length" and value.isdigit():
+            length = int(value)
+    if length is None:
+        return "stream"
+    return "too-large" if length > max_body_bytes else None
+
+
+def kept(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Pick the headers that are stored."""
+    return tuple((name.lower(), value) for name, value in headers if name.lower() in KEPT_HEADERS)
+
+
+def cache_status(*parts: str) -> tuple[bytes, bytes]:
+    """Build the ``Cache-Status`` header (RFC 9211, section 2) from its parameters, such as ``hit`` or ``fwd=uri-miss``."""
+    return b"cache-status", b"; ".join([CACHE_NAME, *(part.encode("ascii") for part in parts)])
+
+
+def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> list[tuple[bytes, bytes]]:
+    """Return the headers with our ``Cache-Control``: always if ``replace``, else only where the handler gave none."""
+    given = list(headers)
+    if not replace and any(name.lower() == b"cache-control" for name, _ in given):
+        return given
+    return [
+        *((name, value) for name, value in given if name.lower() != b"cache-control"),
+        (b"cache-control", BROWSER_CACHE_CONTROL),
+    ]
+
+
+def _directives(value: bytes) -> set[bytes]:
+    """Split a comma-separated header value into lower-case names, without their arguments."""
+    return {part.partition(b"=")[0].strip().lower() for part in value.split(b",") if part.strip()}

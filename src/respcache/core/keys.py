@@ -1,0 +1,106 @@
+"""Every key that respcache writes is built here and only here.
+
+| key                                          | type   | holds                                               | lives          |
+|----------------------------------------------|--------|-----------------------------------------------------|----------------|
+| tenant:{tenant}:{module}:{kind}:{digest}     | string | an entry: a stored response (``core/entry.py``)     | its TTL        |
+| tenant:{tenant}:~gen                         | hash   | the tenant's generation (``core/generations.py``)   | > every entry  |
+| tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lease of the process that fills the entry     | seconds        |
+| tenant:~shared:~gen                          | hash   | generation of data that belongs to no tenant        | > every entry  |
+| respcache:~off                               | string | the kill switch for all processes                   | until removed  |
+
+``{kind}`` is list, detail, count or settings. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
+secret that all processes share, over everything that decides the response. The entry repeats it and it is compared on
+every hit. No part of a key can hold a colon, a blank or a glob character, so ``SCAN MATCH tenant:abc:accounts:*`` matches
+what it says. Deleting any of these keys by hand is safe.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+
+from respcache.core.errors import ConfigurationError
+
+SHARED = "~shared"
+"""Stands for the tenant in the generation of rows that belong to no tenant."""
+
+KILL_SWITCH_KEY = "respcache:~off"
+KINDS = ("list", "detail", "count", "settings")
+DIGEST_BYTES = 16
+MIN_SECRET_BYTES = 16
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+
+def check_tenant(tenant: str) -> str:
+    """Return the tenant id if it can stand in a key. Raises ``ValueError``."""
+    if _TENANT.fullmatch(tenant) is None and tenant != SHARED:
+        raise ValueError(
+            f"tenant id {tenant!r} must be 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        )
+    return tenant
+
+
+def check_module(module: str) -> str:
+    """Return the module's name if it can stand in a key. Raises ``ConfigurationError``."""
+    if _NAME.fullmatch(module) is None:
+        raise ConfigurationError(
+            f"module {module!r} must be 1 to 64 letters, digits, '_' or '-', beginning with a letter"
+        )
+    return module
+
+
+def entry_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
+    """Name the key of a stored response."""
+    return f"tenant:{tenant}:{module}:{kind}:{digest.hex()}"
+
+
+def lease_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
+    """Name the key of the lease for filling a stored response."""
+    return f"tenant:{tenant}:~fill:{module}:{kind}:{digest.hex()}"
+
+
+def generation_key(tenant: str) -> str:
+    """Name the key of a tenant's generation."""
+    return f"tenant:{tenant}:~gen"
+
+
+class Digester:
+    """Makes the digests of one deployment: the secret and the schema version are part of each."""
+
+    __slots__ = ("_prefix", "_secret")
+
+    def __init__(self, secret: bytes, *, schema_version: str) -> None:
+        if len(secret) < MIN_SECRET_BYTES:
+            raise ConfigurationError(
+                f"the cache secret has {len(secret)} bytes; give at least {MIN_SECRET_BYTES} random ones (RESPCACHE_KEY)"
+            )
+        self._secret = secret if len(secret) <= 64 else hashlib.sha512(secret).digest()
+        self._prefix = _pack([b"respcache", schema_version.encode()])
+
+    def __repr__(self) -> str:
+        return "Digester(secret=***)"
+
+    def digest(
+        self,
+        *,
+        tenant: str,
+        route: str,
+        tables: Iterable[str],
+        fingerprint: bytes,
+        parameters: Sequence[tuple[str, str, str]],
+    ) -> bytes:
+        """Return the 16 bytes that name a response.
+
+        ``route`` is the template of the path, ``tables`` what the read depends on (another declaration, another key),
+        ``parameters`` the canonical ``(place, name, value)`` triples in order.
+        """
+        fields = [tenant.encode(), route.encode(), fingerprint, *(table.encode() for table in tables), b""]
+        for place, name, value in parameters:
+            fields += (place.encode(), name.encode(), value.encode("utf-8", "surrogatepass"))
+        return hashlib.blake2b(self._prefix + _pack(fields), key=self._secret, digest_size=DIGEST_BYTES).digest()
+
+
+def _pack(fields: Iterable[bytes]) -> bytes:
+    """Join fields so that no two different sequences give the same bytes: each is preceded by its length."""
+    return b"".join(len(field).to_bytes(4, "big") + field for field in fields)

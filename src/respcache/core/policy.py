@@ -1,0 +1,116 @@
+"""How a route is cached: policies, declared parameters, and the one canonical form of a request.
+
+A policy is data attached to an endpoint; it changes nothing by itself. The canonical form of a request holds the declared
+parameters only, each in one spelling, in the order of their names; the handler of a fill is called with exactly that
+form, so nothing that the key does not hold can decide what the handler answers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlencode
+
+from respcache.core import keys
+from respcache.core.errors import ConfigurationError
+from respcache.core.generations import FLOOR, module_tag, table_tag
+from respcache.core.identity import Dependency, Head
+
+DEFAULT_TTL_S = {"list": 180.0, "detail": 300.0, "count": 600.0, "settings": 1800.0}
+MAX_TTL_S = 24 * 3600.0
+MAX_BODY_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A declared parameter of a route. ``default`` is the spelling that means the same as leaving it out."""
+
+    name: str
+    place: str = "query"
+    repeated: bool = False
+    default: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the answers of one endpoint are cached. Validated when made."""
+
+    module: str
+    kind: str
+    ttl_s: float
+    tables: tuple[str, ...] = ()
+    rule: Dependency | None = None
+    parameters: tuple[Parameter, ...] | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+
+    def __post_init__(self) -> None:
+        keys.check_module(self.module)
+        if self.kind not in keys.KINDS:
+            raise ConfigurationError(
+                f"kind {self.kind!r} of module {self.module!r} must be one of {', '.join(keys.KINDS)}"
+            )
+        if not 0 < self.ttl_s <= MAX_TTL_S:
+            raise ConfigurationError(
+                f"ttl {self.ttl_s!r} of module {self.module!r} must be above 0 and at most {MAX_TTL_S:.0f} seconds"
+            )
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What an entry of this policy depends on."""
+        return (FLOOR, module_tag(self.module), *map(table_tag, self.tables))
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """The modules that a handler without a database hook invalidates when it answers."""
+
+    modules: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for module in self.modules:
+            keys.check_module(module)
+
+
+@dataclass(frozen=True, slots=True)
+class Canonical:
+    """The one form of a request: what goes into the key, and the query string that the handler of a fill sees."""
+
+    parameters: tuple[tuple[str, str, str], ...]
+    query_string: bytes
+
+
+def canonical(
+    head: Head, path_params: Mapping[str, str], *, declared: Sequence[Parameter], passed: Sequence[str] = ()
+) -> Canonical:
+    """Bring a request into its canonical form.
+
+    ``declared`` parameters are sorted by (place, name). ``passed`` are names of query parameters that the resolver consumes:
+    they reach the handler (whose own identity dependency may declare them) but are not part of the key.
+    """
+    given: dict[str, list[str]] = {}
+    for name, value in parse_qsl(head.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        given.setdefault(name, []).append(value)
+    triples = [("path", name, path_params[name]) for name in sorted(path_params)]
+    query: list[tuple[str, str]] = []
+    for parameter in declared:
+        for value in _values(parameter, given, head):
+            triples.append((parameter.place, parameter.name, value))
+            if parameter.place == "query":
+                query.append((parameter.name, value))
+    query += [(name, value) for name in passed for value in given.get(name, ())]
+    return Canonical(tuple(triples), urlencode(query).encode("ascii"))
+
+
+def in_order(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    """Sort declared parameters into the order of the canonical form, each once."""
+    return tuple(sorted(dict.fromkeys(parameters), key=lambda parameter: (parameter.place, parameter.name)))
+
+
+def _values(parameter: Parameter, given: Mapping[str, list[str]], head: Head) -> list[str]:
+    """Return the values that count: all of a repeated parameter, the last of any other, none where it equals the default."""
+    if parameter.place == "query":
+        values = given.get(parameter.name, [])
+    else:
+        value = head.cookie(parameter.name) if parameter.place == "cookie" else head.header(parameter.name)
+        values = [] if value is None else [value]
+    if parameter.repeated:
+        return values
+    return [value for value in values[-1:] if value != parameter.default]
