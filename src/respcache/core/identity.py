@@ -7,6 +7,7 @@ object that it returned, so that "authorised for the cache" and "authorised for 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 from respcache.core.errors import Denied
 
@@ -47,28 +48,29 @@ class Head:
         self.path_params = scope.get("path_params", {}) if path_params is None else path_params
         self._query: dict[str, str] | None = None
 
+    def headers(self, name: str) -> list[str]:
+        """Return the values of all headers of that name (lower case), in order."""
+        wanted = name.lower().encode("latin-1")
+        return [value.decode("latin-1") for key, value in self.scope["headers"] if key == wanted]
+
     def header(self, name: str) -> str | None:
-        """Return the first header of that name (lower case), or None."""
-        wanted = name.encode("latin-1")
-        for key, value in self.scope["headers"]:
-            if key == wanted:
-                text: str = value.decode("latin-1")
-                return text
-        return None
+        """Return the first header of that name, or None."""
+        values = self.headers(name)
+        return values[0] if values else None
+
+    def cookies(self, name: str) -> list[str]:
+        """Return the raw values of all cookies of that name, in order. RFC 6265, section 5.4."""
+        pairs = (part.strip().partition("=") for line in self.headers("cookie") for part in line.split(";"))
+        return [value for key, _, value in pairs if key.strip() == name]
 
     def cookie(self, name: str) -> str | None:
-        """Return a cookie's value, or None. RFC 6265, section 5.4."""
-        for part in (self.header("cookie") or "").split(";"):
-            key, _, value = part.strip().partition("=")
-            if key == name:
-                return value.strip('"')
-        return None
+        """Return the value of the last cookie of that name, or None."""
+        values = self.cookies(name)
+        return values[-1].strip().strip('"') if values else None
 
     def query(self, name: str) -> str | None:
         """Return the last value of a query parameter, or None."""
         if self._query is None:
-            from urllib.parse import parse_qsl
-
             self._query = dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
         return self._query.get(name)
 

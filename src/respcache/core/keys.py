@@ -44,9 +44,7 @@ def check_tenant(tenant: str) -> str:
 def check_module(module: str) -> str:
     """Return the module's name if it can stand in a key. Raises ``ConfigurationError``."""
     if _NAME.fullmatch(module) is None:
-        raise ConfigurationError(
-            f"module {module!r} must be 1 to 64 letters, digits, '_' or '-', beginning with a letter"
-        )
+        raise ConfigurationError(f"module {module!r} must be 1 to 64 letters, digits, '_' or '-', beginning with a letter")
     return module
 
 

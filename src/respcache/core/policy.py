@@ -44,9 +44,7 @@ class Policy:
     def __post_init__(self) -> None:
         keys.check_module(self.module)
         if self.kind not in keys.KINDS:
-            raise ConfigurationError(
-                f"kind {self.kind!r} of module {self.module!r} must be one of {', '.join(keys.KINDS)}"
-            )
+            raise ConfigurationError(f"kind {self.kind!r} of module {self.module!r} must be one of {', '.join(keys.KINDS)}")
         if not 0 < self.ttl_s <= MAX_TTL_S:
             raise ConfigurationError(
                 f"ttl {self.ttl_s!r} of module {self.module!r} must be above 0 and at most {MAX_TTL_S:.0f} seconds"
@@ -105,12 +103,14 @@ def in_order(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
 
 
 def _values(parameter: Parameter, given: Mapping[str, list[str]], head: Head) -> list[str]:
-    """Return the values that count: all of a repeated parameter, the last of any other, none where it equals the default."""
-    if parameter.place == "query":
-        values = given.get(parameter.name, [])
-    else:
-        value = head.cookie(parameter.name) if parameter.place == "cookie" else head.header(parameter.name)
-        values = [] if value is None else [value]
-    if parameter.repeated:
-        return values
-    return [value for value in values[-1:] if value != parameter.default]
+    """Return the values that count.
+
+    Of a query parameter: all if it is repeated, else the last, and none where that equals the default; the handler gets
+    just these. Headers and cookies reach the handler as they came, so all their values count.
+    """
+    if parameter.place == "cookie":
+        return head.cookies(parameter.name)
+    if parameter.place == "header":
+        return head.headers(parameter.name)
+    values = given.get(parameter.name, [])
+    return values if parameter.repeated else [value for value in values[-1:] if value != parameter.default]

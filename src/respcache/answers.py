@@ -1,0 +1,185 @@
+"""The three ways in which an answer passes the wrapper: sent as stored, held until a write is confirmed, recorded by a fill.
+
+These are ASGI ``send`` callables; they own no decisions but those about their messages.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from respcache.core.entry import Entry
+from respcache.core.errors import AckBarrierOverflow
+from respcache.core.http_caching import cache_status, for_browsers, refusal
+from respcache.record import Record
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+MAX_HELD_BYTES = 4 * 1024 * 1024
+PENDING = (b"x-cache-invalidation", b"pending")
+"""On the answer of a write: it is committed, but its invalidation is not confirmed by the store yet."""
+
+
+async def send_entry(send: Send, entry: Entry, *status: str) -> None:
+    """Send a stored response. No JSON, no copying of the body."""
+    headers = [*entry.headers, cache_status(*status)]
+    await send({"type": "http.response.start", "status": entry.status, "headers": for_browsers(headers, replace=True)})
+    await send({"type": "http.response.body", "body": entry.body, "more_body": False})
+
+
+def remaining_s(entry: Entry) -> int:
+    """Tell for how long an entry still lives, for display: the store's clock decides, not ours."""
+    return max(0, (entry.stored_at_ms + entry.ttl_ms - int(time.time() * 1000)) // 1000)
+
+
+def without_body(send: Send) -> Send:
+    """Answer a HEAD request from what GET would have sent (RFC 9110, section 9.3.2)."""
+
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
+
+
+class HeldAnswer:
+    """Holds an answer back until every bump of its request is settled: the acknowledgement of a write is its answer.
+
+    While a transaction of the request still has uncommitted changes (a session that a ``yield`` dependency commits after
+    the handler), messages are kept, up to ``MAX_HELD_BYTES``; ``release`` sends them when the application has returned.
+    """
+
+    def __init__(self, send: Send, record: Record, before: Callable[[], Awaitable[None]] | None = None) -> None:
+        self._send = send
+        self._record = record
+        self._before = before
+        self._held: list[Message] = []
+        self._held_bytes = 0
+        self._passing = False
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        """Take a message from the application."""
+        if self._passing:
+            await self._send(message)
+            return
+        self._held.append(message)
+        self._held_bytes += len(message.get("body", b""))
+        if not self._record.open:
+            await self.release()
+        elif self._held_bytes > MAX_HELD_BYTES:
+            self._held.clear()
+            raise AckBarrierOverflow(
+                f"the response outgrew {MAX_HELD_BYTES} bytes while its transaction was still open: commit before answering"
+            )
+
+    async def release(self) -> None:
+        """Settle the bumps, then send what was kept and pass on the rest."""
+        if self._passing or not self._held:
+            return
+        if self._before is not None:
+            await self._before()
+        await self._record.settle()
+        self._passing = self.started = True
+        held, self._held = self._held, []
+        for message in held:
+            if message["type"] == "http.response.start" and not self._record.confirmed:
+                message = {**message, "headers": [*message.get("headers", ()), PENDING]}
+            await self._send(message)
+
+    async def send_error(self, message: bytes) -> None:
+        """Answer 500 in place of an answer that could not be held, if nothing was sent yet."""
+        if not self.started:
+            self.started = self._passing = True
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(message)).encode())]
+            await self._send({"type": "http.response.start", "status": 500, "headers": headers})
+            await self._send({"type": "http.response.body", "body": message, "more_body": False})
+
+
+class Marked:
+    """Adds ``Cache-Status`` and ``Cache-Control`` to an answer that is not stored, and passes everything on as it comes."""
+
+    def __init__(self, send: Send, *status: str) -> None:
+        self._send = send
+        self._status = status
+
+    async def __call__(self, message: Message) -> None:
+        """Take a message from the application."""
+        if message["type"] == "http.response.start":
+            headers: Headers = [*message.get("headers", ()), cache_status(*self._status)]
+            message = {**message, "headers": for_browsers(headers, replace=False)}
+        await self._send(message)
+
+
+class Recorder:
+    """Collects the answer of a fill and lands it when its last byte is there, before anything is sent.
+
+    ``land(refused, status, headers, body)`` is called exactly once, with the reason for not storing or None; it returns
+    the reason that finally holds. What cannot be stored is passed on at once, so streams stay streams.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        *,
+        land: Callable[[str | None, int, Headers, bytes], str | None],
+        forward: str,
+        max_body_bytes: int,
+        key_headers: frozenset[bytes],
+    ) -> None:
+        self._send = send
+        self._land = land
+        self._forward = forward
+        self._max_body_bytes = max_body_bytes
+        self._key_headers = key_headers
+        self._start: Message | None = None
+        self._body: list[bytes] = []
+        self._size = 0
+        self._through = False
+
+    async def __call__(self, message: Message) -> None:
+        """Take a message from the application."""
+        if self._through:
+            await self._send(message)
+        elif message["type"] == "http.response.start":
+            self._start = message
+            headers = message.get("headers", ())
+            reason = refusal(message["status"], headers, max_body_bytes=self._max_body_bytes, key_headers=self._key_headers)
+            if reason is not None:
+                await self._pass_through(reason)
+        elif message["type"] == "http.response.body" and self._start is not None:
+            await self._take_body(message, self._start)
+        else:
+            await self._pass_through("stream")
+            await self._send(message)
+
+    async def _take_body(self, message: Message, start: Message) -> None:
+        self._body.append(message.get("body", b""))
+        self._size += len(self._body[-1])
+        if self._size > self._max_body_bytes:
+            await self._pass_through("too-large")
+            if not message.get("more_body", False):
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        elif not message.get("more_body", False):
+            body = b"".join(self._body)
+            reason = self._land(None, start["status"], list(start.get("headers", ())), body)
+            await self._send_start(reason)
+            self._through = True
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _pass_through(self, reason: str) -> None:
+        self._through = True
+        status = self._start["status"] if self._start is not None else 0
+        self._land(reason, status, [], b"")
+        if self._start is not None:
+            await self._send_start(reason)
+        for part in self._body:
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def _send_start(self, reason: str | None) -> None:
+        assert self._start is not None
+        status = (self._forward, "stored") if reason is None else (self._forward, f"detail={reason}")
+        headers: Headers = [*self._start.get("headers", ()), cache_status(*status)]
+        await self._send({**self._start, "headers": for_browsers(headers, replace=reason is None)})

@@ -1,0 +1,366 @@
+"""Cache: the one object that an application holds. It ties the parts together and owns their lifetime."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from respcache.asgi import App, Wrapper
+from respcache.core import keys
+from respcache.core.entry import Entry
+from respcache.core.errors import StoreError
+from respcache.core.generations import FLOOR, module_tag, table_tag
+from respcache.core.identity import Head, Resolver
+from respcache.core.policy import DEFAULT_TTL_S, MAX_TTL_S, Policy
+from respcache.fill.filler import Filler, Lead
+from respcache.identities import Identities
+from respcache.lookup import Bypass, Look, Lookup, as_parameters
+from respcache.ops.stats import Stats
+from respcache.record import Reads, Record, current
+from respcache.routing import Route
+from respcache.stores.base import Store
+from respcache.writes.invalidator import Invalidator
+
+log = logging.getLogger("respcache")
+
+GENERATION_TTL_MS = int((MAX_TTL_S + 3600) * 1000)
+"""Longer than the longest entry and its fill: a generation that ends first only makes its tenant cold."""
+
+SWITCH_POLL_S = 1.0
+"""How soon the other processes notice ``disable`` and ``enable``."""
+
+T = TypeVar("T")
+
+
+class Cache:
+    """A response cache for one application.
+
+    ``store`` None means no cache at all: everything is passed through and no invalidation is sent. ``secret`` keys the
+    digests and must be the same in all processes. ``schema_version`` is part of every key: change it when the shape of
+    answers changes. ``enabled=False`` serves nothing from the cache but still sends invalidations, for the processes that
+    do. ``strict_reads`` turns an undeclared table into an error: for tests.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        *,
+        secret: bytes,
+        resolver: Resolver,
+        schema_version: str = "1",
+        enabled: bool = True,
+        strict_reads: bool = False,
+    ) -> None:
+        self.store = store
+        self.resolver = resolver
+        self.figures = Stats()
+        self.strict_reads = strict_reads
+        self.modules: set[str] = set()
+        self.tables: set[str] = set()
+        self._enabled = enabled
+        self._switched_off = False
+        self._said: set[str] = set()
+        self._polling: asyncio.Task[None] | None = None
+        self._connected = False
+        digester = keys.Digester(secret, schema_version=schema_version)
+        if store is not None:
+            self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures)
+            self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS)
+            self._lookup = Lookup(
+                store,
+                digester=digester,
+                identities=Identities(resolver),
+                invalidator=self._invalidator,
+                stats=self.figures,
+                ttl_ms=GENERATION_TTL_MS,
+            )
+
+    def __repr__(self) -> str:
+        return f"Cache(enabled={self.enabled}, store={type(self.store).__name__})"
+
+    # -- lifetime ------------------------------------------------------------------------------------------------------
+
+    def wrap(self, app: App, routes: Sequence[Route] | None = None) -> Wrapper:
+        """Return the application with the cache around it. Make it the outermost layer.
+
+        The routes of FastAPI and Starlette applications are found at start-up; give ``routes`` for any other. The cache
+        becomes reachable as ``app.state.cache``.
+        """
+
+        def describe() -> list[Route]:
+            if routes is not None:
+                return list(routes)
+            from respcache.fastapi import describe_routes
+
+            return describe_routes(app, self.resolver)
+
+        state = getattr(app, "state", None)
+        if state is not None:
+            state.cache = self
+        return Wrapper(self, app, describe)
+
+    async def connect(self) -> None:
+        """Connect to the store, or begin to try. Never raises because the store is away. Repeating it does nothing."""
+        if self.store is None or self._connected:
+            return
+        self._connected = True
+        self._invalidator.start()
+        await self.store.connect()
+        await self._poll_switch()
+        self._polling = asyncio.create_task(self._keep_polling())
+
+    async def close(self) -> None:
+        """Drain unconfirmed invalidations for a bounded time, then disconnect."""
+        if self.store is None or not self._connected:
+            return
+        self._connected = False
+        if self._polling is not None:
+            self._polling.cancel()
+            await asyncio.gather(self._polling, return_exceptions=True)
+        await self._invalidator.close()
+        await self.store.close()
+
+    # -- the kill switch -----------------------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this process looks into the cache at all."""
+        return self._enabled and not self._switched_off and self.store is not None
+
+    async def disable(self) -> bool:
+        """Stop serving from the cache, here at once and in every process within ``SWITCH_POLL_S``.
+
+        Invalidations are still sent. Returns whether the other processes will learn of it (the store was reached).
+        """
+        return await self._switch(off=True)
+
+    async def enable(self) -> bool:
+        """Undo ``disable``. Returns whether the store was reached."""
+        return await self._switch(off=False)
+
+    # -- invalidation --------------------------------------------------------------------------------------------------
+
+    async def invalidate_tenant_cache(self, tenant_id: str, module: str) -> bool:
+        """Invalidate everything that a tenant's module has cached, everywhere. One write, whatever the number of keys.
+
+        Returns whether the store confirmed it; if not, it is retried and this process bypasses the tenant meanwhile.
+        Raises ``ValueError`` for a tenant id or a module that cannot be.
+        """
+        return await self._bump_now({keys.check_tenant(tenant_id): [module_tag(keys.check_module(module))]})
+
+    async def invalidate_all_tenant(self, tenant_id: str) -> bool:
+        """Invalidate everything that a tenant has cached, everywhere. One write. Returns whether the store confirmed it."""
+        return await self._bump_now({keys.check_tenant(tenant_id): [FLOOR]})
+
+    async def settled(self, *, timeout_s: float = 5.0) -> None:
+        """Wait until every invalidation of this process is confirmed: for scripts, imports, background tasks, websockets.
+
+        Raises ``InvalidationPending`` after ``timeout_s`` seconds.
+        """
+        if self.store is not None:
+            await self._invalidator.settled(timeout_s=timeout_s)
+
+    @property
+    def pending_tenants(self) -> tuple[str, ...]:
+        """Tenants that this process bypasses because their last invalidation is not confirmed yet."""
+        return () if self.store is None else self._invalidator.pending
+
+    def changed(self, tables: Mapping[str, set[str]]) -> None:
+        """Say that a committed transaction changed these tables of these tenants. Called by the database hooks, any thread."""
+        self._bump({tenant: {table_tag(name) for name in names} for tenant, names in tables.items()})
+        for tenant, names in tables.items():
+            for name in names & self.modules:
+                self.figures.of(tenant, name).invalidations += 1
+
+    def bump_modules(self, tenant: str, modules: Sequence[str]) -> None:
+        """Begin to invalidate modules of a tenant on behalf of the current request, whose answer waits for it."""
+        self._bump({tenant: {module_tag(module) for module in modules}})
+        for module in modules:
+            self.figures.of(tenant, module).invalidations += 1
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    async def get_or_set(
+        self,
+        tenant_id: str,
+        module: str,
+        key: Mapping[str, Any],
+        make: Callable[[], Awaitable[T]],
+        *,
+        tables: Sequence[str] = (),
+        kind: str = "detail",
+        ttl_s: float | None = None,
+    ) -> T:
+        """Return the cached value, or make it (once for all callers and processes) and cache it.
+
+        The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables`` are those that ``make``
+        reads; the same rules hold as for responses. Made but not cached: when ``make`` raises (for its caller only), writes,
+        or reads an undeclared table, and whenever the store is away.
+        """
+        policy = Policy(module, kind, DEFAULT_TTL_S[kind] if ttl_s is None else ttl_s, tuple(tables))
+        tenant = keys.check_tenant(tenant_id)
+        outer = current.get()
+        if outer is not None and outer.reads is not None:
+            same = outer.scope is not None and outer.scope.tenant == tenant
+            outer.reads.tables.update(tables)
+            outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
+        if self.store is None or not self.enabled:
+            return await make()
+        target = self._lookup.target(
+            policy, tenant=tenant, route=f"value:{module}", fingerprint=b"", parameters=as_parameters(key)
+        )
+        look = await self._lookup.value(target, tenant=tenant)
+        figures = self.figures.of(tenant, module)
+        if isinstance(look, Bypass):
+            figures.bypasses[look.reason] += 1
+            return await make()
+        if look.entry is not None:
+            figures.hits += 1
+            return cast(T, _decode(look.entry.body))
+        figures.misses += 1
+        entered = await self._filler.enter(look.target, view=look.view, certificate=look.certificate)
+        if isinstance(entered, Entry):
+            figures.collapsed += 1
+            return cast(T, _decode(entered.body))
+        if entered is None:
+            return await make()
+        return await self._make(make, policy, look, entered, outer)
+
+    async def _make(self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, lead: Lead, outer: Record | None) -> T:
+        record = Record(reads=Reads()) if outer is None else outer.nested()
+        token = current.set(record)
+        started = time.monotonic()
+        try:
+            value = await make()
+            reads = record.reads
+            assert reads is not None
+            storable = not (record.wrote or reads.undeclared_sql or reads.old_snapshot) and reads.tables.issubset(policy.tables)
+            if storable:
+                body = msgspec.msgpack.encode(value)
+                lead.land(
+                    Entry(
+                        lead.certificate,
+                        look.target.digest,
+                        int(time.time() * 1000),
+                        int(policy.ttl_s * 1000),
+                        int((time.monotonic() - started) * 1000),
+                        200,
+                        (),
+                        body,
+                    )
+                )
+                self.figures.of(look.tenant, policy.module).stores += 1
+                value = _decode(body)
+            else:
+                self.figures.of(look.tenant, policy.module).refusals["value"] += 1
+            return value
+        finally:
+            lead.land(None)
+            current.reset(token)
+            if outer is not None:
+                outer.absorb(record)
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    def stats(self, tenant: str | None = None) -> dict[str, Any]:
+        """Return this process's figures: totals per module, of one tenant or of all. Costs no round trip."""
+        modules = self.figures.modules(tenant)
+        return {
+            "enabled": self.enabled,
+            "available": self.store is not None and self.store.available,
+            "modules": {name: figures.to_dict() for name, figures in sorted(modules.items())},
+            "hits": sum(figures.hits for figures in modules.values()),
+            "misses": sum(figures.misses for figures in modules.values()),
+            "bypasses": sum(figures.bypasses.total() for figures in modules.values()),
+            "stores": sum(figures.stores for figures in modules.values()),
+            "stores_refused": sum(figures.refusals.total() for figures in modules.values()),
+            "invalidations": sum(figures.invalidations for figures in modules.values()),
+            "bytes_served": sum(figures.bytes_served for figures in modules.values()),
+            "bytes_stored": sum(figures.bytes_stored for figures in modules.values()),
+            "stale_served": self.figures.stale_served,
+            "errors": self.figures.errors,
+            "unconfirmed_invalidations": self.figures.unconfirmed_invalidations,
+            "pending_tenants": len(self.pending_tenants),
+        }
+
+    # -- for the parts of the library ----------------------------------------------------------------------------------
+
+    def register(self, routes: Sequence[Route]) -> None:
+        """Note what the routes cache. Called at start-up."""
+        for route in routes:
+            if route.policy is not None:
+                self.modules.add(route.policy.module)
+                self.tables.update(route.policy.tables)
+            if route.invalidation is not None:
+                self.modules.update(route.invalidation.modules)
+
+    async def look(
+        self, route: Route, policy: Policy, *, head: Head, parameters: Sequence[tuple[str, str, str]]
+    ) -> Look | Bypass:
+        """Look for the answer to a request, or say why not."""
+        if self.store is None:
+            return Bypass("no-store")
+        if not self.enabled:
+            return Bypass("off")
+        return await self._lookup.request(route, policy, head=head, parameters=parameters)
+
+    async def enter(self, look: Look) -> Entry | Lead | None:
+        """Take part in the fill that follows a miss."""
+        return await self._filler.enter(look.target, view=look.view, certificate=look.certificate)
+
+    def first_time(self, message: str) -> bool:
+        """Whether this was not said before by this process."""
+        if message in self._said:
+            return False
+        self._said.add(message)
+        return True
+
+    def _bump(self, tags: Mapping[str, set[str]]) -> None:
+        if self.store is None:
+            return
+        sent = self._invalidator.bump(tags)
+        record = current.get()
+        if record is not None:
+            if sent is None:
+                record.confirmed = False
+            else:
+                record.bumps.append(sent)
+
+    async def _bump_now(self, tags: Mapping[str, list[str]]) -> bool:
+        if self.store is None:
+            return True
+        sent = self._invalidator.bump(tags)
+        return sent is not None and await asyncio.shield(sent)
+
+    async def _switch(self, *, off: bool) -> bool:
+        self._switched_off = off
+        if self.store is None:
+            return False
+        try:
+            await self.store.switch(off)
+        except StoreError as error:
+            log.warning("the kill switch is %s here, but the store was not reached (%s)", "on" if off else "off", error)
+            return False
+        return True
+
+    async def _poll_switch(self) -> None:
+        if self.store is not None and self.store.available:
+            try:
+                off = await self.store.switch()
+            except StoreError:
+                return
+            if off != self._switched_off:
+                log.warning("the cache is switched %s for all processes", "off" if off else "on")
+            self._switched_off = off
+
+    async def _keep_polling(self) -> None:
+        while True:
+            await asyncio.sleep(SWITCH_POLL_S)
+            await self._poll_switch()
+
+
+def _decode(body: bytes) -> Any:
+    return msgspec.msgpack.decode(body)

@@ -1,0 +1,242 @@
+"""Decorators that attach a policy to an endpoint, and the walk over an application's routes at start-up.
+
+Decorators change nothing: the function stays the function, FastAPI sees its signature. The walk happens once, when the
+application has started; it reads what FastAPI declares of each route (parameters, dependencies) and refuses to start when
+a cached route checks its caller in a way that the resolver does not know of. FastAPI is imported only if the application is
+one.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from respcache.core.errors import ConfigurationError
+from respcache.core.identity import Dependency, Resolver
+from respcache.core.policy import DEFAULT_TTL_S, Invalidation, Parameter, Policy, in_order
+from respcache.routing import Route
+
+E = TypeVar("E", bound=Callable[..., Any])
+Decorator = Callable[[E], E]
+
+_POLICY = "__respcache_policy__"
+_INVALIDATION = "__respcache_invalidation__"
+
+
+def cache_list(
+    module: str,
+    *,
+    ttl: float = DEFAULT_TTL_S["list"],
+    tables: Sequence[str] = (),
+    rule: Dependency | None = None,
+    parameters: Sequence[Parameter] | None = None,
+) -> Decorator[E]:
+    """Cache a GET endpoint that lists rows, for ``ttl`` seconds at most.
+
+    ``tables`` are those it reads; a committed write to one of them invalidates it. ``rule`` is the dependency that decides
+    by role, which the resolver then decides before the cache is looked into. ``parameters`` are needed only where there is
+    no signature to read them from (Starlette).
+    """
+    return _attach("list", module, ttl, tables, rule, parameters)
+
+
+def cache_detail(
+    module: str,
+    *,
+    ttl: float = DEFAULT_TTL_S["detail"],
+    tables: Sequence[str] = (),
+    rule: Dependency | None = None,
+    parameters: Sequence[Parameter] | None = None,
+) -> Decorator[E]:
+    """Cache a GET endpoint that shows one thing. Like ``cache_list`` otherwise."""
+    return _attach("detail", module, ttl, tables, rule, parameters)
+
+
+def cache_count(
+    module: str,
+    *,
+    ttl: float = DEFAULT_TTL_S["count"],
+    tables: Sequence[str] = (),
+    rule: Dependency | None = None,
+    parameters: Sequence[Parameter] | None = None,
+) -> Decorator[E]:
+    """Cache a GET endpoint that counts. Like ``cache_list`` otherwise."""
+    return _attach("count", module, ttl, tables, rule, parameters)
+
+
+def cache_settings(
+    module: str,
+    *,
+    ttl: float = DEFAULT_TTL_S["settings"],
+    tables: Sequence[str] = (),
+    rule: Dependency | None = None,
+    parameters: Sequence[Parameter] | None = None,
+) -> Decorator[E]:
+    """Cache a GET endpoint that shows settings. Like ``cache_list`` otherwise."""
+    return _attach("settings", module, ttl, tables, rule, parameters)
+
+
+def invalidate_cache(*modules: str) -> Decorator[E]:
+    """Invalidate modules of the caller's tenant when the endpoint answers, whatever it answers.
+
+    For handlers whose writes the database hooks do not see. The answer waits for the confirmation.
+    """
+
+    def attach(endpoint: E) -> E:
+        setattr(endpoint, _INVALIDATION, Invalidation(modules))
+        return endpoint
+
+    return attach
+
+
+def describe_routes(app: Any, resolver: Resolver) -> list[Route]:
+    """List all HTTP routes of a FastAPI or Starlette application in matching order, mounts included.
+
+    Raises ``ConfigurationError`` for a cached route whose security is not the resolver's, whose parameters are unknown, or
+    that stands behind a route by host name.
+    """
+    if not hasattr(app, "routes"):
+        raise ConfigurationError(f"{type(app).__name__} has no routes to walk: give them to wrap(app, routes=[...])")
+    routes = list(_walk(app.routes, "", resolver))
+    _refuse_hosts(routes)
+    return routes
+
+
+def _attach(
+    kind: str,
+    module: str,
+    ttl: float,
+    tables: Sequence[str],
+    rule: Dependency | None,
+    parameters: Sequence[Parameter] | None,
+) -> Decorator[E]:
+    policy = Policy(module, kind, ttl, tuple(sorted(set(tables))), rule, None if parameters is None else tuple(parameters))
+
+    def attach(endpoint: E) -> E:
+        setattr(endpoint, _POLICY, policy)
+        return endpoint
+
+    return attach
+
+
+def _walk(routes: Sequence[Any], prefix: str, resolver: Resolver) -> Iterator[Route]:
+    from starlette.routing import Host, Mount, WebSocketRoute, compile_path
+
+    for route in _effective(routes):
+        original = getattr(route, "original_route", route)
+        if isinstance(original, WebSocketRoute):
+            continue
+        if isinstance(original, Host):
+            pattern, _, _ = compile_path("/{path:path}")
+            yield Route(f"host {original.host}", pattern, frozenset())
+        elif isinstance(original, Mount):
+            path = prefix + route.path
+            yield from _walk(original.routes or (), path, resolver)
+            pattern, _, _ = compile_path(path + "/{path:path}")
+            yield Route(path + "/...", pattern, frozenset())
+        elif route.path is not None:
+            yield _describe(route, prefix, resolver, compile_path)
+
+
+def _effective(routes: Sequence[Any]) -> Iterator[Any]:
+    """Yield routes as they are matched: FastAPI keeps included routers apart and merges their prefixes when asked."""
+    fastapi_routing = sys.modules.get("fastapi.routing")
+    if fastapi_routing is None:
+        yield from routes
+    else:
+        yield from fastapi_routing.iter_route_contexts(routes)
+
+
+def _describe(route: Any, prefix: str, resolver: Resolver, compile_path: Callable[[str], Any]) -> Route:
+    template = prefix + route.path
+    pattern, _, _ = compile_path(template)
+    methods = frozenset(route.methods or ())
+    endpoint = route.endpoint
+    policy: Policy | None = getattr(endpoint, _POLICY, None)
+    invalidation: Invalidation | None = getattr(endpoint, _INVALIDATION, None)
+    if policy is None:
+        return Route(template, pattern, methods, invalidation=invalidation)
+    if "GET" not in methods:
+        raise ConfigurationError(f"{template} is cached but does not answer GET: remove its cache decorator")
+    dependant = getattr(route, "dependant", None)
+    if dependant is None:
+        if policy.parameters is None:
+            raise ConfigurationError(f"GET {template}: give parameters=[...] to its cache decorator, it has no signature to read")
+        return Route(template, pattern, methods, policy, parameters=in_order(policy.parameters), endpoint=endpoint)
+    _check_security(dependant, policy, resolver, template)
+    declared, passed = _parameters(dependant, resolver)
+    return Route(template, pattern, methods, policy, invalidation, in_order(declared), passed, endpoint)
+
+
+def _check_security(dependant: Any, policy: Policy, resolver: Resolver, template: str) -> None:
+    """Refuse a route that checks its caller in a way which the resolver does not decide."""
+    named = resolver.stands_for | ({policy.rule} if policy.rule is not None else frozenset())
+    unknown = list(_security_calls(dependant, named))
+    if unknown:
+        names = ", ".join(getattr(call, "__name__", type(call).__name__) for call in unknown)
+        raise ConfigurationError(
+            f"GET {template} is cached but depends on {names} for security, which neither the resolver stands for nor the "
+            "policy names as rule: a hit would skip it"
+        )
+    if policy.rule is not None and policy.rule not in set(_calls(dependant)):
+        raise ConfigurationError(
+            f"GET {template}: its policy names the rule {policy.rule!r}, which the endpoint does not depend on: "
+            "a miss would skip it"
+        )
+
+
+def _security_calls(dependant: Any, named: frozenset[Dependency]) -> Iterator[Any]:
+    from fastapi.security.base import SecurityBase
+
+    for child in dependant.dependencies:
+        if child.call in named:
+            continue
+        checks = isinstance(child.call, SecurityBase) or child.own_oauth_scopes or child.security_scopes_param_name
+        if checks or any(True for _ in _security_calls(child, named)):
+            yield child.call
+
+
+def _calls(dependant: Any) -> Iterator[Any]:
+    for child in dependant.dependencies:
+        yield child.call
+        yield from _calls(child)
+
+
+def _parameters(dependant: Any, resolver: Resolver) -> tuple[list[Parameter], tuple[str, ...]]:
+    """Split the query, header and cookie parameters of a route into those of its own and those that the resolver consumes."""
+    declared = list(_declared(dependant, resolver.stands_for, consumed=False))
+    names = {parameter.name for parameter in declared if parameter.place == "query"}
+    consumed = _declared(dependant, resolver.stands_for, consumed=True)
+    return declared, tuple(sorted({p.name for p in consumed if p.place == "query"} - names))
+
+
+def _declared(dependant: Any, stands_for: frozenset[Dependency], *, consumed: bool) -> Iterator[Parameter]:
+    from fastapi._compat import field_annotation_is_sequence
+    from fastapi.dependencies.utils import _get_flat_fields_from_params, _get_param_aliases
+
+    inside = dependant.call in stands_for
+    if inside == consumed:
+        for place in ("query", "header", "cookie"):
+            for field in _get_flat_fields_from_params(getattr(dependant, f"{place}_params")):
+                aliases = [name for _, name in _get_param_aliases(field, convert_underscores=place == "header")]
+                repeated = field_annotation_is_sequence(field.field_info.annotation)
+                default = _spelling(field.default) if len(aliases) == 1 and not repeated else None
+                yield from (Parameter(name, place, repeated, default) for name in aliases)
+    for child in dependant.dependencies:
+        yield from _declared(child, frozenset({child.call}) if inside else stands_for, consumed=consumed)
+
+
+def _spelling(default: Any) -> str | None:
+    """Return the one spelling of a default that surely means the same as leaving the parameter out."""
+    if isinstance(default, str):
+        return default
+    return str(default) if isinstance(default, int) and not isinstance(default, bool) else None
+
+
+def _refuse_hosts(routes: Sequence[Route]) -> None:
+    """A route by host name could answer for a path that the table knows as cached: the table does not look at hosts."""
+    hosts = [i for i, route in enumerate(routes) if route.template.startswith("host ")]
+    for route in routes[hosts[0] :] if hosts else ():
+        if route.policy is not None:
+            raise ConfigurationError(
+                f"GET {route.template} is cached but stands behind {routes[hosts[0]].template}: put it first"
+            )

@@ -1,0 +1,82 @@
+"""How a miss is filled once: first a flight in the process, then a lease across processes, then the handler.
+
+``enter`` tells a caller which of three it is: served by somebody else's fill (an ``Entry``), the one who fills (a ``Lead``,
+which must land, whatever happens), or alone (``None``: the fill it waited for had nothing to share, so it runs its own
+handler without sharing; that way a failing handler runs side by side for all callers instead of one after the other).
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from respcache.core import entry as entries
+from respcache.core.entry import Entry
+from respcache.core.generations import Certificate, Generation, Verdict
+from respcache.fill.flights import Flight, Flights
+from respcache.fill.leases import Leases, Target
+from respcache.stores.base import Store
+
+
+class Lead:
+    """The right and the duty to fill one key. ``land`` it exactly once in effect; landing again does nothing."""
+
+    __slots__ = ("_finish", "_landed", "certificate")
+
+    def __init__(self, certificate: Certificate, finish: Callable[[Entry | None], None]) -> None:
+        self.certificate = certificate
+        self._finish = finish
+        self._landed = False
+
+    def land(self, entry: Entry | None) -> None:
+        """Store and share the entry, or with None tell the others that there is none. Does no waiting."""
+        if not self._landed:
+            self._landed = True
+            self._finish(entry)
+
+
+class Filler:
+    """Decides who fills."""
+
+    def __init__(self, store: Store, *, generation_ttl_ms: int) -> None:
+        self._store = store
+        self._generation_ttl_ms = generation_ttl_ms
+        self._flights: Flights[Entry] = Flights()
+        self._leases = Leases(store)
+
+    async def enter(self, target: Target, *, view: Generation, certificate: Certificate) -> Entry | Lead | None:
+        """Join the fill of the key or become its leader. ``certificate`` was captured from ``view``, before any handler.
+
+        Costs nothing but waiting for a joiner in this process, one round trip for a leader.
+        """
+        flight = self._flights.join(target.entry_key, view=view, tags=target.tags)
+        if flight is not None:
+            entry = await flight.wait()
+            valid = entry is not None and view.judge(entry.certificate, target.tags) is Verdict.VALID
+            return entry if valid else None
+        flight = self._flights.begin(target.entry_key, certificate)
+        try:
+            token = await self._leases.acquire(target, certificate, view=view)
+        except BaseException:
+            flight.land(None)
+            raise
+        if isinstance(token, Entry):
+            flight.land(token)
+            return token
+        return Lead(certificate, self._finish(target, flight, token))
+
+    def _finish(self, target: Target, flight: Flight[Entry], token: str) -> Callable[[Entry | None], None]:
+        started = asyncio.get_running_loop().time()
+
+        def finish(entry: Entry | None) -> None:
+            self._leases.learn(target.pace, asyncio.get_running_loop().time() - started)
+            if entry is not None:
+                self._store.put(
+                    target.entry_key,
+                    entries.encode(entry),
+                    ttl_ms=entry.ttl_ms,
+                    generation=target.generation_key,
+                    generation_ttl_ms=self._generation_ttl_ms,
+                )
+            self._leases.release(target, token)
+            flight.land(entry)
+
+        return finish

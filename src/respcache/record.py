@@ -1,0 +1,77 @@
+"""What happens in the database on behalf of one request: the link between the ASGI wrapper and the engine hooks.
+
+The wrapper puts a mutable ``Record`` into a context variable before it calls the application. Child tasks and threads see
+the same object (a value set by them would not come back, a change to the object does). It owns no I/O.
+"""
+
+import itertools
+from collections.abc import Awaitable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from respcache.core.identity import Scope
+
+_ticks = itertools.count(1)
+
+
+def tick() -> int:
+    """Return the next number of a process-wide order, for "began before": no clock, so no ties and no steps."""
+    return next(_ticks)
+
+
+@dataclass(slots=True, eq=False)
+class Reads:
+    """What the database hooks saw while a response was being made to be stored."""
+
+    captured_at: int = field(default_factory=tick)
+    tables: set[str] = field(default_factory=set)
+    undeclared_sql: bool = False
+    old_snapshot: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One request, from the moment the wrapper took it. ``open`` holds transactions with uncommitted changes."""
+
+    scope: Scope | None = None
+    reads: Reads | None = None
+    wrote: bool = False
+    open: set[Any] = field(default_factory=set)
+    sessions: list[Any] = field(default_factory=list)
+    bumps: list[Awaitable[bool]] = field(default_factory=list)
+    confirmed: bool = True
+
+    def nested(self) -> "Record":
+        """Begin a fill within this request: its own reads, the same transactions and bumps."""
+        return Record(scope=self.scope, reads=Reads(), open=self.open, sessions=self.sessions, bumps=self.bumps)
+
+    def absorb(self, inner: "Record") -> None:
+        """Take over what a nested fill did: what it read and wrote, this request read and wrote."""
+        self.wrote |= inner.wrote
+        if self.reads is not None and inner.reads is not None:
+            self.reads.tables |= inner.reads.tables
+            self.reads.undeclared_sql |= inner.reads.undeclared_sql
+            self.reads.old_snapshot |= inner.reads.old_snapshot
+
+    async def settle(self) -> None:
+        """Wait until the store has answered every bump of this request so far, or given up on it; remember which."""
+        while self.bumps:
+            if not await self.bumps.pop(0):
+                self.confirmed = False
+
+
+current: ContextVar[Record | None] = ContextVar("respcache_record", default=None)
+
+
+def bind_scope(scope: Scope) -> None:
+    """Tell the wrapper which scope a handler resolved itself: the tenant that ``invalidate_cache`` then invalidates."""
+    record = current.get()
+    if record is not None:
+        record.scope = scope
+
+
+def current_scope() -> Scope | None:
+    """Return the scope that the wrapper resolved for the request being handled, or None where it did not (writes, bypasses)."""
+    record = current.get()
+    return None if record is None else record.scope
