@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -35,6 +35,12 @@ SWITCH_POLL_S = 1.0
 T = TypeVar("T")
 
 
+class TableCheck(Protocol):
+    """Raises ``ConfigurationError`` for tables on which a cached read may not depend."""
+
+    def __call__(self, tables: Iterable[str], /, *, by_tenant: bool) -> None: ...
+
+
 class Cache:
     """A response cache for one application.
 
@@ -63,6 +69,7 @@ class Cache:
         self._enabled = enabled
         self._switched_off = False
         self._said: set[str] = set()
+        self._checks: list[TableCheck] = []
         self._polling: asyncio.Task[None] | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
@@ -289,13 +296,20 @@ class Cache:
     # -- for the parts of the library ----------------------------------------------------------------------------------
 
     def register(self, routes: Sequence[Route]) -> None:
-        """Note what the routes cache. Called at start-up."""
+        """Note what the routes cache and have it checked. Called at start-up. Raises ``ConfigurationError``."""
         for route in routes:
             if route.policy is not None:
                 self.modules.add(route.policy.module)
                 self.tables.update(route.policy.tables)
             if route.invalidation is not None:
                 self.modules.update(route.invalidation.modules)
+        for check in self._checks:
+            check(self.tables, by_tenant=True)
+            check(self.resolver.tables, by_tenant=False)
+
+    def add_check(self, check: TableCheck) -> None:
+        """Have declared tables checked at start-up, by who knows the database."""
+        self._checks.append(check)
 
     async def look(
         self, route: Route, policy: Policy, *, head: Head, parameters: Sequence[tuple[str, str, str]]

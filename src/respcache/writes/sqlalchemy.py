@@ -1,0 +1,330 @@
+"""Writes are seen, not remembered: hooks on a SQLAlchemy engine that tell the cache what each transaction changed.
+
+Seen are the ORM's unit of work, bulk and Core statements of every session and connection of the watched engine. ``text()``
+that changes data is refused unless it says what it changes (``execution_options(respcache_writes=("accounts",),
+respcache_tenant=...)``). Not seen: other engines, COPY through the driver, functions that write when selected, psql.
+
+A change is told after the outermost COMMIT has returned, or has raised (its outcome is then unknown). SQLAlchemy's events do
+not offer that moment: the engine's ``commit`` is dispatched before the COMMIT is sent, the session's ``after_commit`` also
+for a savepoint and for a session that joined somebody else's transaction. So the dialect's own ``do_commit`` is wrapped:
+it is called exactly when a COMMIT is sent. Read in SQLAlchemy 2.1: ``engine/base.py`` ``Connection._commit_impl``.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, MetaData, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session, object_mapper
+
+from respcache.core.errors import ConfigurationError, UndeclaredWrite
+from respcache.core.keys import SHARED
+from respcache.record import Record, current, tick
+from respcache.writes.statements import Change, Facts, Schema
+
+if TYPE_CHECKING:
+    from respcache.cache import Cache
+
+_KEY = "respcache"
+_FLUSHING = "respcache_flushing"
+_OLD_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+
+MAX_FACTS = 4096
+"""Texts of statements whose facts are remembered."""
+
+
+@dataclass(slots=True, eq=False)
+class Transaction:
+    """One database transaction: since when, and what it changed, by tenant."""
+
+    began: int = field(default_factory=tick)
+    changes: dict[str, set[str]] = field(default_factory=dict)
+    unresolved: set[str] = field(default_factory=set)
+    record: Record | None = None
+    session: "weakref.ref[Session] | None" = None
+
+    def note(self, tenant: str, tables: Iterable[str]) -> None:
+        """Remember that rows of a tenant change; the answer of the current request has to wait for the end of this."""
+        self.changes.setdefault(tenant, set()).update(tables)
+        record = current.get()
+        if record is not None:
+            record.wrote = True
+            record.open.add(self)
+            self.record = record
+
+
+def watch(
+    engine: Engine | AsyncEngine,
+    cache: "Cache",
+    *,
+    metadata: MetaData,
+    tenant_column: str = "tenant_id",
+    tenant_is: Mapping[str, str] | None = None,
+    shared: Sequence[str] = (),
+) -> "Watch":
+    """Watch an engine on behalf of a cache. Returns the watch, whose ``close`` ends it.
+
+    ``tenant_column`` names the tenant in each table; ``tenant_is`` names another column for some (``{"tenants": "id"}``).
+    Rows whose tenant is NULL and rows of the ``shared`` tables also count as changes of data shared by all tenants
+    (``core.keys.SHARED``), which a resolver may take as the home of callers without a tenant. Cached reads may depend only
+    on tables with a tenant column.
+    """
+    schema = Schema(metadata, tenant_column=tenant_column, tenant_is=tenant_is or {})
+    sync = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    return Watch(sync, cache, schema, frozenset(shared))
+
+
+class Watch:
+    """The hooks on one engine."""
+
+    def __init__(self, engine: Engine, cache: "Cache", schema: Schema, shared: frozenset[str]) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._schema = schema
+        self._shared = shared
+        self._facts: dict[str, Facts] = {}
+        self._compiled: weakref.WeakKeyDictionary[Any, Facts] = weakref.WeakKeyDictionary()
+        self._listeners: list[tuple[Any, str, Callable[..., Any]]] = [
+            (engine, "begin", self._begin),
+            (engine, "before_cursor_execute", self._before_execute),
+            (engine, "after_cursor_execute", self._after_execute),
+            (Session, "after_begin", self._session_begun),
+            (Session, "before_flush", self._before_flush),
+            (Session, "after_flush", self._after_flush),
+            (Session, "after_soft_rollback", self._after_rollback),
+        ]
+        for target, name, listener in self._listeners:
+            event.listen(target, name, listener)
+        cache.add_check(self._check_tables)
+        self._wrap("do_commit", committed=True)
+        self._wrap("do_commit_twophase", committed=True)
+        self._wrap("do_rollback", committed=False)
+        self._wrap("do_rollback_twophase", committed=False)
+
+    def close(self) -> None:
+        """Stop watching."""
+        for target, name, listener in self._listeners:
+            event.remove(target, name, listener)
+        for name in ("do_commit", "do_commit_twophase", "do_rollback", "do_rollback_twophase"):
+            self._engine.dialect.__dict__.pop(name, None)
+
+    def _wrap(self, name: str, *, committed: bool) -> None:
+        """Learn when a transaction has ended: replace one method of this engine's dialect by one that tells."""
+        original = getattr(self._engine.dialect, name)
+
+        def ended(connection: Any, *args: Any, **options: Any) -> Any:
+            transaction = connection.info.pop(_KEY, None)
+            try:
+                return original(connection, *args, **options)
+            finally:
+                if transaction is not None:
+                    self._ended(transaction, committed=committed)
+
+        setattr(self._engine.dialect, name, ended)
+
+    def _ended(self, transaction: Transaction, *, committed: bool) -> None:
+        if committed:
+            self._tell(transaction)
+        if transaction.record is not None:
+            transaction.record.open.discard(transaction)
+
+    def _tell(self, transaction: Transaction) -> None:
+        if transaction.changes:
+            changes, transaction.changes = transaction.changes, {}
+            self._cache.changed(changes)
+
+    # -- engine events -------------------------------------------------------------------------------------------------
+
+    def _begin(self, connection: Connection) -> None:
+        connection.info[_KEY] = Transaction()
+
+    def _before_execute(
+        self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        facts = self._facts_of(sql, context)
+        transaction: Transaction = connection.info.setdefault(_KEY, Transaction())
+        if facts.raw:
+            self._note_declared(transaction, sql, context.execution_options)
+        elif facts.change is not None:
+            self._note(transaction, facts.change, sql, context)
+        record = current.get()
+        if record is not None and record.reads is not None:
+            self._note_reads(record, transaction, facts, connection, context.execution_options)
+
+    def _after_execute(
+        self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        """In AUTOCOMMIT the statement was its own transaction: whatever is rolled back later, it stays."""
+        transaction: Transaction | None = connection.info.get(_KEY)
+        if transaction is not None and transaction.changes and _isolation(connection) == "AUTOCOMMIT":
+            self._tell(transaction)
+
+    def _facts_of(self, sql: str, context: Any) -> Facts:
+        compiled = context.compiled
+        facts = self._facts.get(sql) if compiled is None else self._compiled.get(compiled)
+        if facts is None:
+            if compiled is None:
+                if len(self._facts) >= MAX_FACTS:
+                    self._facts.clear()
+                facts = self._facts[sql] = self._schema.facts_of_text(sql)
+            elif context.isddl:
+                facts = self._compiled[compiled] = Facts(frozenset(), False, None, False)
+            else:
+                facts = self._compiled[compiled] = self._schema.facts_of_compiled(compiled, sql)
+        return facts
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    def _note(self, transaction: Transaction, change: Change, sql: str, context: Any) -> None:
+        tables = (change.table, *change.cascades)
+        tenants = set(_declared_tenants(context.execution_options))
+        if change.tenant_parameters is not None:
+            tenants |= _tenants(change, context)
+        column = self._schema.tenant_column(change.table)
+        if change.table in self._shared or column is None:
+            tenants.add(SHARED)
+        if tenants - {SHARED} or change.tenant_parameters is not None:
+            for tenant in tenants:
+                transaction.note(tenant, tables)
+        elif _is_flushing(transaction):
+            transaction.unresolved.add(change.table)
+        else:
+            raise UndeclaredWrite(
+                f"cannot tell whose rows of {change.table!r} this changes: demand {column} = ... in its WHERE clause, or say "
+                f"execution_options(respcache_tenant=...): {_shortened(sql)}"
+            )
+
+    def _note_declared(self, transaction: Transaction, sql: str, options: Mapping[str, Any]) -> None:
+        """Take the word of a statement that cannot be understood, or refuse it."""
+        tables = options.get("respcache_writes")
+        tenants = _declared_tenants(options)
+        if tables is None or (tables and not tenants):
+            raise UndeclaredWrite(
+                "cannot tell what this statement changes: say execution_options(respcache_writes=(tables...), "
+                f"respcache_tenant=...), or respcache_writes=() if it changes no rows: {_shortened(sql)}"
+            )
+        for tenant in tenants if tables else ():
+            transaction.note(tenant, tables)
+
+    def _note_reads(
+        self, record: Record, transaction: Transaction, facts: Facts, connection: Connection, options: Mapping[str, Any]
+    ) -> None:
+        reads = record.reads
+        assert reads is not None
+        declared = options.get("respcache_reads")
+        reads.tables.update(facts.reads if declared is None else declared)
+        reads.undeclared_sql |= facts.undeclared and declared is None
+        if transaction.began < reads.captured_at:
+            session = transaction.session() if transaction.session is not None else None
+            held = session is not None and len(session.identity_map) > 0
+            reads.old_snapshot |= held or _isolation(connection) in _OLD_SNAPSHOTS
+
+    # -- session events: whose rows a flush changes ---------------------------------------------------------------------
+
+    def _session_begun(self, session: Session, _: Any, connection: Connection) -> None:
+        transaction: Transaction | None = connection.info.get(_KEY)
+        if transaction is None or connection.engine.dialect is not self._engine.dialect:
+            return
+        transaction.session = weakref.ref(session)
+        record = current.get()
+        if record is not None:
+            record.sessions.append(transaction.session)
+
+    def _before_flush(self, session: Session, flush_context: Any, instances: Any) -> None:
+        """Load the tenant of what changes while statements may still be sent: an expired object no longer knows it."""
+        for instance in (*session.dirty, *session.deleted):
+            for key, _ in self._tenant_attributes(object_mapper(instance)):
+                getattr(instance, key)
+        session.info[_FLUSHING] = True
+
+    def _after_flush(self, session: Session, flush_context: Any) -> None:
+        session.info.pop(_FLUSHING, None)
+        transaction = self._transaction_of(session)
+        if transaction is None or not transaction.unresolved:
+            return
+        for state, (is_delete, list_only) in flush_context.states.items():
+            if not list_only:
+                self._note_state(transaction, state, is_delete=is_delete)
+        if transaction.unresolved:
+            raise UndeclaredWrite(f"cannot tell whose rows of {', '.join(sorted(transaction.unresolved))} were flushed")
+
+    def _after_rollback(self, session: Session, previous: Any) -> None:
+        session.info.pop(_FLUSHING, None)
+
+    def _transaction_of(self, session: Session) -> Transaction | None:
+        if not session.in_transaction():
+            return None
+        connection = session.connection()
+        if connection.engine.dialect is not self._engine.dialect:
+            return None
+        found: Transaction | None = connection.info.get(_KEY)
+        return found
+
+    def _note_state(self, transaction: Transaction, state: Any, *, is_delete: bool) -> None:
+        mapper = state.mapper
+        for key, table in self._tenant_attributes(mapper):
+            history = state.attrs[key].history
+            tenants = {
+                str(value) if value is not None else SHARED for value in (*history.added, *history.unchanged, *history.deleted)
+            }
+            if not tenants:
+                continue
+            if table in self._shared:
+                tenants.add(SHARED)
+            cascades = self._schema.cascades(table) if is_delete else ()
+            for tenant in tenants:
+                transaction.note(tenant, (table, *cascades))
+            transaction.unresolved.discard(table)
+
+    def _tenant_attributes(self, mapper: Any) -> Iterable[tuple[str, str]]:
+        """Yield (attribute, table) for each table of a mapper that has a tenant column."""
+        for table in mapper.tables:
+            column = self._schema.tenant_column(table.key) if table.key in self._schema.tables else None
+            if column is not None:
+                yield mapper.get_property_by_column(table.c[column]).key, table.key
+
+    def _check_tables(self, tables: Iterable[str], *, by_tenant: bool) -> None:
+        """Refuse declarations that can never be invalidated. Called at start-up."""
+        for table in tables:
+            if table not in self._schema.tables:
+                known = ", ".join(sorted(self._schema.tables))
+                raise ConfigurationError(f"a cached read declares the table {table!r}, which does not exist; known are: {known}")
+            if by_tenant and self._schema.tenant_column(table) is None:
+                raise ConfigurationError(
+                    f"a cached read declares the table {table!r}, whose rows belong to no tenant: not supported"
+                )
+
+
+def _tenants(change: Change, context: Any) -> set[str]:
+    """Look the tenants up in the parameters of this execution. NULL stands for data shared by all tenants."""
+    found: set[str] = set()
+    for parameters in context.compiled_parameters:
+        for name in change.tenant_parameters or ():
+            value = parameters.get(name)
+            for one in value if isinstance(value, list | tuple | set) else (value,):
+                found.add(SHARED if one is None else str(one))
+    return found
+
+
+def _declared_tenants(options: Mapping[str, Any]) -> tuple[str, ...]:
+    value = options.get("respcache_tenant", ())
+    return tuple(map(str, value)) if isinstance(value, list | tuple | set | frozenset) else (str(value),)
+
+
+def _is_flushing(transaction: Transaction) -> bool:
+    session = transaction.session() if transaction.session is not None else None
+    return session is not None and _FLUSHING in session.info
+
+
+def _isolation(connection: Connection) -> str:
+    """Return the isolation level without asking the server: as set on the connection, on the engine, or the server's default."""
+    level = connection.get_execution_options().get("isolation_level")
+    dialect = connection.dialect
+    return str(level or getattr(dialect, "_on_connect_isolation_level", None) or dialect.default_isolation_level or "")
+
+
+def _shortened(sql: str) -> str:
+    text = " ".join(sql.split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,150 @@
+"""What a SQL statement reads and changes: the tables, and the tenants whose rows it changes. No I/O.
+
+Reads are found in the SQL text that is really sent, so that eager loads, loader criteria, unions and subqueries count: every
+known table's name that stands there as a name counts as read. That may name a table too many, never one too few; a name
+after FROM or JOIN that is no known table (a view, a raw table) makes the statement *undeclared*. Changes are taken from the
+statement's structure. Both depend on the statement alone and are computed once per compiled statement; only the tenants
+are looked up in the parameters each time.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Column, MetaData, Table
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.dml import Delete, Insert, Update
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ColumnElement
+
+_HARMLESS = re.compile(
+    r"\(*(SELECT|WITH|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|BEGIN|START|SAVEPOINT|RELEASE|ROLLBACK|LISTEN|UNLISTEN|NOTIFY|DISCARD"
+    r"|DECLARE|FETCH|MOVE|CLOSE|ANALYZE|VACUUM|DEALLOCATE|LOCK)\b",
+    re.I,
+)
+"""First words of statements that change no rows, unless a verb below stands in them."""
+
+_LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.S)
+_VERB = re.compile(r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE|(?<!FOR )(?<!DO )(?<!KEY )UPDATE)\b", re.I)
+_FROM = re.compile(r"\b(?:FROM|JOIN)\s+(?:ONLY\s+|LATERAL\s+)?(\"?[\w.]+\"?)\s*(\(?)", re.I)
+_CTE = re.compile(
+    r"(?:\bWITH\s+(?:RECURSIVE\s+)?|,\s*)\"?(\w+)\"?(?:\s*\([^()]*\))?\s+AS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(", re.I
+)
+_NOT_TABLES = re.compile(
+    r"\b(?:EXTRACT|SUBSTRING|TRIM|OVERLAY|POSITION)\s*\([^()]*\bFROM\b|\bIS\s+(?:NOT\s+)?DISTINCT\s+FROM\b", re.I
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One table that a statement changes, and where its tenants stand: names of parameters, or not to be told (None)."""
+
+    table: str
+    tenant_parameters: tuple[str, ...] | None
+    cascades: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a statement reads and changes. ``undeclared`` reads or ``raw`` changes cannot be told from it."""
+
+    reads: frozenset[str]
+    undeclared: bool
+    change: Change | None
+    raw: bool
+
+
+class Schema:
+    """The tables that an application declares, and which column of each names the tenant of a row."""
+
+    def __init__(self, metadata: MetaData, *, tenant_column: str, tenant_is: Mapping[str, str]) -> None:
+        self.tables: dict[str, Table] = dict(metadata.tables)
+        self._tenant_columns = {
+            name: tenant_is.get(name, tenant_column)
+            for name, table in self.tables.items()
+            if tenant_is.get(name, tenant_column) in table.c
+        }
+        names = "|".join(re.escape(name) for name in sorted(self.tables, key=len, reverse=True))
+        self._names = re.compile(rf"(?<![\w.])(?<!\bAS )({names})(?!\w)") if names else None
+
+    def tenant_column(self, table: str) -> str | None:
+        """Name the column that holds the tenant of a row, or None for a table whose rows belong to no tenant."""
+        return self._tenant_columns.get(table)
+
+    def cascades(self, table: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+        """Name the tables that the database itself changes when rows of this one are deleted (ON DELETE ...)."""
+        found: set[str] = set()
+        for name, other in self.tables.items():
+            for key in other.foreign_keys:
+                action = (key.ondelete or "").upper()
+                if key.column.table.key == table and action in ("CASCADE", "SET NULL", "SET DEFAULT"):
+                    found.add(name)
+                    if action == "CASCADE" and name not in seen:
+                        found |= self.cascades(name, seen | {table, name})
+        return frozenset(found - {table})
+
+    def facts_of_text(self, sql: str) -> Facts:
+        """Tell what SQL text reads and whether it may change anything."""
+        plain = _plain(sql)
+        raw = _HARMLESS.match(plain) is None or _VERB.search(plain) is not None
+        reads, unknown = self._reads(plain)
+        return Facts(reads, unknown, None, raw)
+
+    def facts_of_compiled(self, compiled: Any, sql: str) -> Facts:
+        """Tell what a compiled statement reads and changes."""
+        statement = getattr(compiled, "statement", None)
+        state = getattr(compiled, "compile_state", None)
+        final = getattr(state, "statement", statement)
+        if not isinstance(final, Insert | Update | Delete):
+            return self.facts_of_text(sql)
+        plain = _plain(sql)
+        reads, unknown = self._reads(plain)
+        if len(_VERB.findall(plain)) > 1:  # a WITH that changes more than the statement itself does
+            return Facts(reads, unknown, None, True)
+        return Facts(reads, unknown, self._change(final, compiled), False)
+
+    def _reads(self, plain: str) -> tuple[frozenset[str], bool]:
+        text = plain.replace('"', "")
+        reads = frozenset(self._names.findall(text)) if self._names else frozenset()
+        text = _NOT_TABLES.sub(" ", text)
+        own = {name.lower() for name in _CTE.findall(text)}
+        unknown = any(not opened and name not in self.tables and name.lower() not in own for name, opened in _FROM.findall(text))
+        return reads, unknown
+
+    def _change(self, statement: Insert | Update | Delete, compiled: Any) -> Change:
+        table = statement.table
+        name = getattr(table, "key", str(table))
+        cascades = tuple(self.cascades(name)) if isinstance(statement, Delete) else ()
+        column = self.tenant_column(name)
+        if column is None:
+            return Change(name, (), cascades)
+        parameters = _written(compiled, column) if isinstance(statement, Insert | Update) else ()
+        if not isinstance(statement, Insert):
+            keys = {bind.key: given for bind, given in compiled.bind_names.items()}
+            proven = [keys[bind.key] for bind in _equals(statement.whereclause, name, column) if bind.key in keys]
+            return Change(name, (*proven, *parameters) if proven else None, cascades)
+        return Change(name, parameters or None, cascades)
+
+
+def _plain(sql: str) -> str:
+    """Return SQL without literals and comments, on one line."""
+    return " ".join(_LITERALS.sub(" ", sql).split())
+
+
+def _written(compiled: Any, column: str) -> tuple[str, ...]:
+    """Name the parameters that give the column its value in INSERT or in the SET of UPDATE (``x``, or ``x_m1`` of many rows)."""
+    pattern = re.compile(rf"{re.escape(column)}(?:_m\d+)?")
+    return tuple(name for name in compiled.binds if pattern.fullmatch(name))
+
+
+def _equals(clause: ColumnElement[Any] | None, table: str, column: str) -> Iterable[BindParameter[Any]]:
+    """Yield the values that a WHERE clause demands of the column: ``= value`` or ``IN (values)``, under AND only."""
+    if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+        for part in clause.clauses:
+            yield from _equals(part, table, column)
+    elif isinstance(clause, BinaryExpression) and clause.operator in (operators.eq, operators.in_op):
+        for side, other in ((clause.left, clause.right), (clause.right, clause.left)):
+            owner = getattr(side, "table", None)
+            is_column = isinstance(side, Column) and side.name == column and getattr(owner, "key", None) == table
+            if is_column and isinstance(other, BindParameter):
+                yield other
