@@ -1,0 +1,143 @@
+"""The link to a server: a connection while there is one, and the endless effort to get one while there is none.
+
+This is the circuit breaker. *Up*: commands go to the connection. *Down*: they fail at once, no caller waits for a deadline
+again; in the background, connecting and the whole handshake are tried, with capped, jittered pauses, until they succeed. A
+connection that goes silent past a deadline is dropped, so a frozen server costs its callers one deadline, once. One log
+line per change of state.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+from respcache.core.errors import StoreUnavailable
+from respcache.resp.connection import Command, Connection
+from respcache.resp.url import ServerURL
+
+log = logging.getLogger("respcache.resp")
+
+DEADLINE_S = 0.05
+CONNECT_DEADLINE_S = 0.5
+FIRST_PAUSE_S = 0.05
+MOST_PAUSE_S = 2.0
+
+
+class Link:
+    """Keeps one connection to one server. Bound to the event loop in which ``connect`` was called."""
+
+    def __init__(
+        self,
+        url: ServerURL,
+        *,
+        deadline_s: float = DEADLINE_S,
+        connect_deadline_s: float = CONNECT_DEADLINE_S,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.url = url
+        self.reconnects = 0
+        self._deadline_s = deadline_s
+        self._connect_deadline_s = connect_deadline_s
+        self._jitter = jitter
+        self._connection: Connection | None = None
+        self._trying: asyncio.Task[None] | None = None
+        self._cause = "not connected yet"
+        self._said: str | None = None
+        self._counted = {"errors": 0, "timeouts": 0, "commands": 0}
+
+    def __repr__(self) -> str:
+        return f"Link({self.url}, {'up' if self.up else 'down'})"
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a connection now."""
+        return self._connection is not None
+
+    async def connect(self) -> None:
+        """Try once, and leave the rest to the background. Never raises because the server is away."""
+        if self._trying is None and self._connection is None:
+            first = asyncio.get_running_loop().create_future()
+            self._trying = asyncio.create_task(self._try_until_up(first))
+            await asyncio.shield(first)
+
+    async def execute(self, *commands: Command) -> tuple[list[Any], str]:
+        """Send one batch; return its replies and the identity of the server that gave them. Raises ``StoreUnavailable``."""
+        connection = self._connection
+        if connection is None:
+            raise StoreUnavailable(self._cause)
+        return await connection.execute(commands, deadline_s=self._deadline_s), connection.identity
+
+    def send(self, *commands: Command) -> None:
+        """Send one batch without waiting for replies; does nothing while the link is down or too busy."""
+        if self._connection is not None:
+            try:
+                self._connection.send(commands)
+            except StoreUnavailable:
+                self._counted["errors"] += 1
+
+    def relearn(self, identity: str) -> None:
+        """Drop the connection if it still claims this identity, to learn the server's present one."""
+        if self._connection is not None and self._connection.identity == identity:
+            self._connection.abort("the server has changed its identity")
+
+    def counters(self) -> dict[str, int]:
+        """Return what happened on this link so far, over all its connections."""
+        live = self._connection
+        return {name: count + (getattr(live, name) if live else 0) for name, count in self._counted.items()} | {
+            "reconnects": self.reconnects
+        }
+
+    async def close(self) -> None:
+        """Stop trying and disconnect. Leaves no task behind."""
+        connection, self._connection = self._connection, None
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
+            self._trying = None
+        self._cause = "closed"
+        if connection is not None:
+            connection.abort("closed")
+            await connection.wait_closed()
+
+    def _lost(self, connection: Connection, cause: str) -> None:
+        if self._connection is not connection:
+            return  # a handshake that failed, or close()
+        self._connection = None
+        self._cause = cause
+        for name in self._counted:
+            self._counted[name] += getattr(connection, name)
+        self._say_down(cause)
+        self._trying = asyncio.get_running_loop().create_task(self._try_until_up(None))
+
+    async def _try_until_up(self, first: "asyncio.Future[None] | None") -> None:
+        pause = FIRST_PAUSE_S
+        try:
+            while not await self._try():
+                if first is not None and not first.done():
+                    first.set_result(None)
+                await asyncio.sleep(pause * self._jitter())
+                pause = min(pause * 2, MOST_PAUSE_S)
+        finally:
+            if first is not None and not first.done():
+                first.set_result(None)
+
+    async def _try(self) -> bool:
+        try:
+            connection = await Connection.open(self.url, deadline_s=self._connect_deadline_s, lost=self._lost)
+        except StoreUnavailable as error:
+            self._cause = str(error)
+            self._say_down(self._cause)
+            return False
+        self._connection = connection
+        self._trying = None
+        self.reconnects += 1
+        self._said = None
+        log.info("cache server %s is up (identity %s)", self.url, connection.identity[:8])
+        return True
+
+    def _say_down(self, cause: str) -> None:
+        """Log the change of state, once per outage; a new cause (a wrong password after a restart) is said too."""
+        if self._said != cause:
+            log.warning("cache server %s is down: %s; requests go on without it, reconnecting", self.url, cause)
+        self._said = cause

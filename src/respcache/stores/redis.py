@@ -1,0 +1,133 @@
+"""The store on a Valkey or Redis server, 6.2 or newer.
+
+Hits are plain pipelined commands; what must be atomic is a script on one key (``lua/``). ``OPEN`` and ``BUMP`` ask the server
+for its identity themselves: a server whose first replica attaches changes it in the middle of a connection's life, and the
+connection is then dropped to learn it anew.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import hiredis
+
+from respcache.core.errors import StoreReplyError, StoreUnavailable
+from respcache.core.generations import Certificate, Generation, read_generation
+from respcache.core.keys import KILL_SWITCH_KEY
+from respcache.resp.connection import Command, as_text
+from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
+from respcache.resp.url import ServerURL
+from respcache.stores.base import Lease, Reading, ServerInfo
+
+MAX_FIELDS = 2000
+"""Fields of a generation beyond which a bump forgets the tags by raising the floor."""
+
+
+class Script:
+    """A Lua script with its digest; sent by digest, in full when the server does not have it."""
+
+    __slots__ = ("digest", "text")
+
+    def __init__(self, name: str) -> None:
+        self.text = resources.files("respcache.stores").joinpath("lua", f"{name}.lua").read_text("ascii")
+        self.digest = hashlib.sha1(self.text.encode("ascii"), usedforsecurity=False).hexdigest()
+
+
+class RedisStore:
+    """Entries, generations and leases on one server. ``url``: ``redis://[user]:[password]@host[:port][/database]``."""
+
+    def __init__(self, url: str, *, deadline_s: float = DEADLINE_S, connect_deadline_s: float = CONNECT_DEADLINE_S) -> None:
+        self._link = Link(ServerURL.parse(url), deadline_s=deadline_s, connect_deadline_s=connect_deadline_s)
+        self._open, self._bump, self._lease, self._release = map(Script, ("open", "bump", "lease", "release"))
+
+    def __repr__(self) -> str:
+        return f"RedisStore({self._link!r})"
+
+    @property
+    def available(self) -> bool:
+        """Whether there is a connection now."""
+        return self._link.up
+
+    def counters(self) -> dict[str, int]:
+        """Return errors, timeouts, commands and connections so far."""
+        return self._link.counters()
+
+    async def connect(self) -> None:
+        """See ``Store.connect``."""
+        await self._link.connect()
+
+    async def close(self) -> None:
+        """See ``Store.close``."""
+        await self._link.close()
+
+    async def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
+        """See ``Store.read``: GET and one HMGET per generation."""
+        commands: list[Command] = [] if entry is None else [("GET", entry)]
+        commands += [("HMGET", generation, "n", "r", "s", *tags) for generation, tags in wanted]
+        replies, server = await self._link.execute(*commands)
+        found = None if entry is None else _good(replies.pop(0))
+        views = (read_generation(_good(reply), tags, server=server) for reply, (_, tags) in zip(replies, wanted, strict=True))
+        return Reading(found, tuple(views))
+
+    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
+        """See ``Store.open``."""
+        (identity, found, sequence), server = await self._run(self._open, generation, nonce, ttl_ms)
+        self._compare(as_text(identity), server)
+        return Generation(server, found, as_text(identity), int(sequence))
+
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+        """See ``Store.bump``."""
+        identity, server = await self._run(self._bump, generation, ttl_ms, MAX_FIELDS, *tags)
+        self._compare(as_text(identity), server)
+
+    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+        """See ``Store.put``: SET and PEXPIRE."""
+        self._link.send(("SET", entry, envelope, "PX", ttl_ms), ("PEXPIRE", generation, generation_ttl_ms))
+
+    async def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None) -> Lease:
+        """See ``Store.lease``. The value: token, nonce and sequence, separated by blanks."""
+        value = f"{lease.token} {lease.certificate.nonce.decode()} {lease.certificate.sequence}"
+        held, _ = await self._run(self._lease, key, lease.token, value, ttl_ms, replacing or "")
+        parts = as_text(held).split(" ")
+        if len(parts) != 3 or not parts[2].isdigit():
+            raise StoreReplyError("the lease holds something that is not a lease")
+        return Lease(parts[0], Certificate(parts[1].encode(), int(parts[2])))
+
+    def release(self, key: str, token: str) -> None:
+        """See ``Store.release``."""
+        self._link.send(("EVAL", self._release.text, 1, key, token))  # in full: nobody waits to send it again
+
+    async def switch(self, off: bool | None = None) -> bool:
+        """See ``Store.switch``."""
+        change: list[Command] = []
+        if off is not None:
+            change = [("SET", KILL_SWITCH_KEY, "1")] if off else [("DEL", KILL_SWITCH_KEY)]
+        replies, _ = await self._link.execute(*change, ("EXISTS", KILL_SWITCH_KEY))
+        for reply in replies:
+            _good(reply)
+        return bool(replies[-1])
+
+    async def info(self) -> ServerInfo:
+        """See ``Store.info``."""
+        replies, _ = await self._link.execute(("INFO", "stats"), ("INFO", "memory"))
+        return ServerInfo(as_text(_good(replies[0])), as_text(_good(replies[1])))
+
+    async def _run(self, script: Script, key: str, *arguments: str | bytes | int) -> tuple[Any, str]:
+        """Run a script on one key; returns its reply and the identity of the connection it came over."""
+        (reply,), server = await self._link.execute(("EVALSHA", script.digest, 1, key, *arguments))
+        if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+            (reply,), server = await self._link.execute(("EVAL", script.text, 1, key, *arguments))
+        return _good(reply), server
+
+    def _compare(self, identity: str, server: str) -> None:
+        if identity != server:
+            self._link.relearn(server)
+
+
+def _good(reply: Any) -> Any:
+    """Return a reply that is no error. Raises ``StoreUnavailable`` when the server cannot serve now, else ``StoreReplyError``."""
+    if isinstance(reply, hiredis.ReplyError):
+        text = str(reply)
+        raise StoreUnavailable(text) if text.startswith(("LOADING", "READONLY", "MASTERDOWN")) else StoreReplyError(text)
+    return reply
