@@ -44,7 +44,9 @@ class Record:
 
     def nested(self) -> "Record":
         """Begin a fill within this request: its own reads, the same transactions and bumps."""
-        return Record(scope=self.scope, reads=Reads(), open=self.open, sessions=self.sessions, bumps=self.bumps)
+        alive = [session for session in (begun() for begun in self.sessions) if session is not None]
+        held = any(len(session.identity_map) > 0 for session in alive)  # objects read before the capture, given out again
+        return Record(scope=self.scope, reads=Reads(old_snapshot=held), open=self.open, sessions=self.sessions, bumps=self.bumps)
 
     def absorb(self, inner: "Record") -> None:
         """Take over what a nested fill did: what it read and wrote, this request read and wrote."""

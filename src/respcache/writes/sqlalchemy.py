@@ -10,6 +10,7 @@ for a savepoint and for a session that joined somebody else's transaction. So th
 it is called exactly when a COMMIT is sent. Read in SQLAlchemy 2.1: ``engine/base.py`` ``Connection._commit_impl``.
 """
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,14 +180,12 @@ class Watch:
 
     def _note(self, transaction: Transaction, change: Change, sql: str, context: Any) -> None:
         tables = (change.table, *change.cascades)
-        tenants = set(_declared_tenants(context.execution_options))
-        if change.tenant_parameters is not None:
-            tenants |= _tenants(change, context)
+        seen = _tenants(change, context)
+        declared = _declared_tenants(context.execution_options)
         column = self._schema.tenant_column(change.table)
-        if change.table in self._shared or column is None:
-            tenants.add(SHARED)
-        if tenants - {SHARED} or change.tenant_parameters is not None:
-            for tenant in tenants:
+        if seen is not None or declared:
+            shared = (SHARED,) if change.table in self._shared or column is None else ()
+            for tenant in {*(seen or ()), *declared, *shared}:
                 transaction.note(tenant, tables)
         elif _is_flushing(transaction):
             transaction.unresolved.add(change.table)
@@ -297,14 +296,20 @@ class Watch:
                 )
 
 
-def _tenants(change: Change, context: Any) -> set[str]:
-    """Look the tenants up in the parameters of this execution. NULL stands for data shared by all tenants."""
+def _tenants(change: Change, context: Any) -> set[str] | None:
+    """Look the tenants up in the parameters of this execution; None when they are not there. NULL stands for shared data."""
+    if change.tenant_parameters is None:
+        return None
     found: set[str] = set()
     for parameters in context.compiled_parameters:
-        for name in change.tenant_parameters or ():
-            value = parameters.get(name)
-            for one in value if isinstance(value, list | tuple | set) else (value,):
-                found.add(SHARED if one is None else str(one))
+        for name in change.tenant_parameters:
+            if name in parameters:
+                values = [parameters[name]]
+            else:  # the values of an IN have been spread over numbered parameters
+                values = [value for key, value in parameters.items() if re.fullmatch(rf"{re.escape(name)}_\d+", key)]
+            if not values:
+                return None
+            found.update(SHARED if value is None else str(value) for value in values)
     return found
 
 
