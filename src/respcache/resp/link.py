@@ -2,8 +2,9 @@
 
 This is the circuit breaker. *Up*: commands go to the connection. *Down*: they fail at once, no caller waits for a deadline
 again; in the background, connecting and the whole handshake are tried, with capped, jittered pauses, until they succeed. A
-connection that goes silent past a deadline is dropped, so a frozen server costs its callers one deadline, once. One log
-line per change of state.
+connection that goes silent past a deadline is dropped, so a frozen server costs its callers one deadline, once. Pauses grow
+until a connection has lasted: a server that shakes hands and then hangs is not tried, and its callers not delayed, in a
+tight loop. One log line per change of state.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from respcache.core.errors import StoreUnavailable
-from respcache.resp.connection import Command, Connection
+from respcache.resp.connection import Command, Connection, Refused
 from respcache.resp.url import ServerURL
 
 log = logging.getLogger("respcache.resp")
@@ -22,6 +23,8 @@ DEADLINE_S = 0.05
 CONNECT_DEADLINE_S = 0.5
 FIRST_PAUSE_S = 0.05
 MOST_PAUSE_S = 2.0
+STEADY_S = 2.0
+"""A connection that lasted this long is replaced without a pause, and the pauses after it begin anew."""
 
 
 class Link:
@@ -42,8 +45,10 @@ class Link:
         self._jitter = jitter
         self._connection: Connection | None = None
         self._trying: asyncio.Task[None] | None = None
-        self._cause = "not connected yet"
-        self._said: str | None = None
+        self._cause = StoreUnavailable("not connected yet")
+        self._said: set[type[Exception]] = set()
+        self._pause_s = 0.0
+        self._up_since: float | None = None
         self._counted = {"errors": 0, "timeouts": 0, "commands": 0}
 
     def __repr__(self) -> str:
@@ -59,13 +64,13 @@ class Link:
         if self._trying is None and self._connection is None:
             first = asyncio.get_running_loop().create_future()
             self._trying = asyncio.create_task(self._try_until_up(first))
-            await asyncio.shield(first)
+            await asyncio.wait({self._trying, first}, return_when=asyncio.FIRST_COMPLETED)
 
     async def execute(self, *commands: Command) -> tuple[list[Any], str]:
         """Send one batch; return its replies and the identity of the server that gave them. Raises ``StoreUnavailable``."""
         connection = self._connection
         if connection is None:
-            raise StoreUnavailable(self._cause)
+            raise type(self._cause)(*self._cause.args)
         return await connection.execute(commands, deadline_s=self._deadline_s), connection.identity
 
     def send(self, *commands: Command) -> None:
@@ -79,7 +84,7 @@ class Link:
     def relearn(self, identity: str) -> None:
         """Drop the connection if it still claims this identity, to learn the server's present one."""
         if self._connection is not None and self._connection.identity == identity:
-            self._connection.abort("the server has changed its identity")
+            self._connection.abort(StoreUnavailable("the server has changed its identity"))
 
     def counters(self) -> dict[str, int]:
         """Return what happened on this link so far, over all its connections."""
@@ -90,35 +95,39 @@ class Link:
 
     async def close(self) -> None:
         """Stop trying and disconnect. Leaves no task behind."""
+        self._cause = StoreUnavailable("closed")
         connection, self._connection = self._connection, None
-        if self._trying is not None:
-            self._trying.cancel()
-            await asyncio.gather(self._trying, return_exceptions=True)
-            self._trying = None
-        self._cause = "closed"
+        trying, self._trying = self._trying, None
+        if trying is not None:
+            trying.cancel()
+            await asyncio.wait({trying})
         if connection is not None:
-            connection.abort("closed")
+            self._count(connection)
+            connection.abort(self._cause)
             await connection.wait_closed()
 
-    def _lost(self, connection: Connection, cause: str) -> None:
+    def _lost(self, connection: Connection, cause: StoreUnavailable) -> None:
         if self._connection is not connection:
             return  # a handshake that failed, or close()
         self._connection = None
         self._cause = cause
+        self._count(connection)
+        self._say_down(cause)
+        loop = asyncio.get_running_loop()
+        lasted = self._up_since is not None and loop.time() - self._up_since >= STEADY_S
+        self._pause_s = 0.0 if lasted else _longer(self._pause_s)
+        self._trying = loop.create_task(self._try_until_up(None))
+
+    def _count(self, connection: Connection) -> None:
         for name in self._counted:
             self._counted[name] += getattr(connection, name)
-        self._say_down(cause)
-        self._trying = asyncio.get_running_loop().create_task(self._try_until_up(None))
 
     async def _try_until_up(self, first: "asyncio.Future[None] | None") -> None:
-        pause = FIRST_PAUSE_S
-        try:
-            while not await self._try():
-                if first is not None and not first.done():
-                    first.set_result(None)
-                await asyncio.sleep(pause * self._jitter())
-                pause = min(pause * 2, MOST_PAUSE_S)
-        finally:
+        while True:
+            await asyncio.sleep(self._pause_s * self._jitter())
+            if await self._try():
+                return
+            self._pause_s = _longer(self._pause_s)
             if first is not None and not first.done():
                 first.set_result(None)
 
@@ -126,18 +135,24 @@ class Link:
         try:
             connection = await Connection.open(self.url, deadline_s=self._connect_deadline_s, lost=self._lost)
         except StoreUnavailable as error:
-            self._cause = str(error)
-            self._say_down(self._cause)
+            self._cause = error
+            self._say_down(error)
             return False
         self._connection = connection
         self._trying = None
-        self.reconnects += 1
-        self._said = None
+        self.reconnects += self._up_since is not None
+        self._up_since = asyncio.get_running_loop().time()
+        self._said.clear()
         log.info("cache server %s is up (identity %s)", self.url, connection.identity[:8])
         return True
 
-    def _say_down(self, cause: str) -> None:
-        """Log the change of state, once per outage; a new cause (a wrong password after a restart) is said too."""
-        if self._said != cause:
+    def _say_down(self, cause: StoreUnavailable) -> None:
+        """Log the change of state, once per outage; that the server refuses us is said once more, as somebody must mend it."""
+        kind = Refused if isinstance(cause, Refused) else StoreUnavailable
+        if kind not in self._said:
             log.warning("cache server %s is down: %s; requests go on without it, reconnecting", self.url, cause)
-        self._said = cause
+        self._said |= {kind, StoreUnavailable}
+
+
+def _longer(pause_s: float) -> float:
+    return min(max(pause_s * 2, FIRST_PAUSE_S), MOST_PAUSE_S)

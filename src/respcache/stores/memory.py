@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from respcache.core.errors import StoreUnavailable
-from respcache.core.generations import Generation, read_generation
+from respcache.core.generations import FLOOR, Generation, read_generation
 from respcache.core.keys import KILL_SWITCH_KEY
 from respcache.stores.base import Lease, Reading, ServerInfo
 
 MAX_KEYS = 10_000
+MAX_FIELDS = 2000
+"""Fields of a generation beyond which a bump forgets the tags by raising the floor."""
 
 
 class MemoryStore:
@@ -62,7 +64,10 @@ class MemoryStore:
             del self._values[generation]
             return
         sequence = str(int(fields["s"]) + 1).encode()
-        self._set(generation, {**fields, "s": sequence, **dict.fromkeys(tags, sequence)}, ttl_ms)
+        fields = {**fields, "s": sequence, **dict.fromkeys(tags, sequence)}
+        if len(fields) > MAX_FIELDS:
+            fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
+        self._set(generation, fields, ttl_ms)
 
     def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
         """See ``Store.put``."""

@@ -15,7 +15,7 @@ import hiredis
 from respcache.core.errors import StoreReplyError, StoreUnavailable
 from respcache.core.generations import Certificate, Generation, read_generation
 from respcache.core.keys import KILL_SWITCH_KEY
-from respcache.resp.connection import Command, as_text
+from respcache.resp.connection import FATAL_ERRORS, Command, as_text
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
 from respcache.stores.base import Lease, Reading, ServerInfo
@@ -50,7 +50,7 @@ class RedisStore:
         return self._link.up
 
     def counters(self) -> dict[str, int]:
-        """Return errors, timeouts, commands and connections so far."""
+        """Return errors (replies), timeouts, commands sent and reconnects so far."""
         return self._link.counters()
 
     async def connect(self) -> None:
@@ -103,10 +103,9 @@ class RedisStore:
         change: list[Command] = []
         if off is not None:
             change = [("SET", KILL_SWITCH_KEY, "1")] if off else [("DEL", KILL_SWITCH_KEY)]
-        replies, _ = await self._link.execute(*change, ("EXISTS", KILL_SWITCH_KEY))
-        for reply in replies:
-            _good(reply)
-        return bool(replies[-1])
+        # GET, not EXISTS: it counts as a use, and a switch that is looked at is then not what LRU evicts first
+        replies, _ = await self._link.execute(*change, ("GET", KILL_SWITCH_KEY))
+        return [_good(reply) for reply in replies][-1] is not None
 
     async def info(self) -> ServerInfo:
         """See ``Store.info``."""
@@ -129,5 +128,5 @@ def _good(reply: Any) -> Any:
     """Return a reply that is no error. Raises ``StoreUnavailable`` when the server cannot serve now, else ``StoreReplyError``."""
     if isinstance(reply, hiredis.ReplyError):
         text = str(reply)
-        raise StoreUnavailable(text) if text.startswith(("LOADING", "READONLY", "MASTERDOWN")) else StoreReplyError(text)
+        raise StoreUnavailable(text) if text.startswith(FATAL_ERRORS) else StoreReplyError(text)
     return reply
