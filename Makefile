@@ -1,0 +1,38 @@
+# Everything runs from .venv, made here; nothing is installed by hand. PORT, DATA_DIR, DATABASE_URL, REDIS_CACHE_URL are passed on.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+export PORT DATA_DIR DATABASE_URL REDIS_CACHE_URL
+
+.PHONY: help install run test test-cache bench lint clean
+.DEFAULT_GOAL := help
+
+help: ## Show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## Set everything up
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment: install its venv module"; exit 1; }
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[crm,dev]' -c constraints.txt
+	@touch $(STAMP)
+
+run: $(STAMP) ## Start the CRM with its servers and demo data on http://localhost:4001
+	@$(VENV)/bin/python -m crm run
+
+test: $(STAMP) ## Run the tests on servers that they start themselves
+	@$(VENV)/bin/pytest
+
+test-cache: $(STAMP) ## Check a running system's cache, or one started for it
+	@$(VENV)/bin/python -m crm test-cache $(ARGS)
+
+bench: $(STAMP) ## Measure cached against uncached
+	@$(VENV)/bin/python bench/run.py $(ARGS)
+
+lint: $(STAMP) ## Check style and types
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+clean: ## Remove the virtual environment (not the data)
+	rm -rf $(VENV)

@@ -1,0 +1,7 @@
+"""``python -m crm``."""
+
+import sys
+
+from crm.commands import main
+
+sys.exit(main())

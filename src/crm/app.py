@@ -1,0 +1,63 @@
+"""The CRM, put together: the only place where its parts meet."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+from crm import errors
+from crm.auth import CrmResolver
+from crm.models import Base
+from crm.routes import accounts, auth, bizdevsources, contacts, leads, system
+from crm.settings import Settings
+from respcache import Cache, ConfigurationError, RedisStore
+from respcache.asgi import Wrapper
+from respcache.writes.sqlalchemy import watch
+
+SCHEMA_VERSION = "1"
+"""Change it when the shape of an answer changes: answers of the old release are then never served by the new one."""
+
+DESCRIPTION = """
+A multi-tenant CRM whose lists are cached without ever being stale.
+
+Log in with `POST /api/auth/login`, or take a development token from `python -m crm token`, and press *Authorize*.
+Every answer of a cached route says in `Cache-Status` whether it was a hit.
+"""
+
+
+def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
+    """Make the application with the cache around it. Nothing is connected before its lifespan starts.
+
+    ``strict_reads`` makes a cached read of an undeclared table an error: for tests.
+    """
+    if settings.database_url is None or settings.jwt_secret is None or settings.respcache_key is None:
+        raise ConfigurationError("DATABASE_URL, JWT_SECRET and RESPCACHE_KEY are needed: start with `python -m crm run`")
+    engine = create_async_engine(settings.database_url.get_secret_value(), pool_size=10, max_overflow=10, pool_timeout=10)
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    resolver = CrmResolver(sessions, settings.jwt_secret.get_secret_value())
+    url = settings.redis_cache_url
+    cache = Cache(
+        None if url is None or settings.without_cache else RedisStore(url.get_secret_value()),
+        secret=settings.respcache_key.get_secret_value().encode(),
+        resolver=resolver,
+        schema_version=SCHEMA_VERSION,
+        enabled=settings.respcache_enabled,
+        strict_reads=strict_reads,
+    )
+    watching = watch(engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        watching.close()
+        await engine.dispose()
+
+    app = FastAPI(title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False)
+    app.state.settings = settings
+    app.state.sessions = sessions
+    app.state.resolver = resolver
+    errors.install(app)
+    for routes in (auth, accounts, leads, contacts, bizdevsources, system):
+        app.include_router(routes.router)
+    return cache.wrap(app)

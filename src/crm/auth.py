@@ -1,0 +1,279 @@
+"""Who calls and what they see: the resolver that the cache wrapper and every handler share.
+
+The token says who (``sub``) and which tenant; role, team and visibility come from the database. What ``CrmResolver.scope``
+returns is the very object by which ``db.Rows`` filters.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+from uuid import UUID
+
+import jwt
+from argon2 import PasswordHasher
+from argon2.exceptions import Argon2Error, InvalidHashError
+from fastapi import Depends, Header, Query, Request, Security
+from fastapi.security import APIKeyCookie, HTTPBearer
+from sqlalchemy import func, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from crm.errors import Refused
+from crm.models import ROLES, Employee, Team, Tenant
+from respcache import Claim, Head, Scope, bind_scope
+from respcache import current_scope as resolved_scope
+from respcache.core.keys import SHARED
+
+ALGORITHM = "HS256"
+UNAUTHENTICATED = "Authentication required"
+NO_TENANT = "User not assigned to any tenant. Contact administrator."
+OTHER_TENANT = "Access denied: You do not have permission to access this tenant's data."
+WRITE_NEEDS_TENANT = "Superadmin write operations require a tenant_id to be specified"
+WRONG_LOGIN = "Wrong email or password"
+
+_hasher = PasswordHasher()
+_DUMMY_HASH = PasswordHasher().hash("nobody has this password")
+Sessions = async_sessionmaker[AsyncSession]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantScope(Scope):
+    """A caller within a tenant. ``visible_ids`` are the employees whose rows they see besides unassigned ones; None: all."""
+
+    user_id: UUID
+    email: str
+    role: str
+    visible_ids: tuple[UUID, ...] | None
+
+
+class RoleGuard:
+    """A dependency that demands at least a role. Cached routes name it as ``rule``."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.__name__ = f"require_{role}"
+
+    def __repr__(self) -> str:
+        return f"RoleGuard({self.role!r})"
+
+    async def __call__(self, scope: "CurrentScope") -> TenantScope:
+        """Return the scope, or refuse."""
+        if not self.allows(scope):
+            raise Refused(403, f"Access denied: this needs the role {self.role}", code="role")
+        return scope
+
+    def allows(self, scope: TenantScope) -> bool:
+        """Whether the scope's role is high enough."""
+        return ROLES.index(scope.role) >= ROLES.index(self.role)
+
+
+class CrmResolver:
+    """Decides identity, tenant and role. A tenant's generation covers what is read of its users, SHARED that of superadmins."""
+
+    tables = ("employees", "teams", "tenants")
+
+    def __init__(self, sessions: Sessions, secret: str) -> None:
+        self._sessions = sessions
+        self._secret = secret
+        self.stands_for = frozenset({current_scope})
+
+    def claim(self, head: Head, tenant_in_body: str | None = None) -> Claim:
+        """Verify the token. The requested tenant, first found: body, query, path, header."""
+        authorization = head.header("authorization") or ""
+        scheme, _, token = authorization.partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else head.cookie("access_token")
+        payload = self._verify(given)
+        path_tenant = head.path_params.get("tenant_id")
+        wanted = tenant_in_body or head.query("tenant_id") or path_tenant or head.header("x-tenant-id") or None
+        home = payload.get("tenant_id") or SHARED
+        return Claim((payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()), home)
+
+    async def scope(self, claim: Claim) -> TenantScope:
+        """Read user, tenant and visible employees: two statements, or four where visibility is hierarchical."""
+        subject, home, wanted = claim.key  # type: ignore[misc]
+        async with self._sessions() as session:
+            user = await session.get(Employee, UUID(subject))
+            if user is None or user.status != "active" or str(user.tenant_id or "") != (home or ""):
+                raise Refused(401, UNAUTHENTICATED)
+            if user.role == "superadmin":
+                tenant = await self._tenant(session, wanted) if wanted else None
+            elif user.tenant_id is None:
+                raise Refused(403, NO_TENANT)
+            else:
+                tenant = await session.get(Tenant, user.tenant_id)
+                if (
+                    tenant is None
+                    or tenant.status != "active"
+                    or (wanted and wanted not in (str(tenant.id), tenant.slug.lower()))
+                ):
+                    raise Refused(403, OTHER_TENANT)
+            visible = await self._visible(session, user, tenant)
+        return TenantScope(
+            tenant=str(tenant.id) if tenant else None,
+            fingerprint=_fingerprint(visible),
+            user_id=user.id,
+            email=user.email,
+            role=user.role,
+            visible_ids=visible,
+        )
+
+    def permits(self, scope: Scope, rule: Any) -> bool:
+        """Decide a ``RoleGuard``."""
+        return rule is None or (isinstance(rule, RoleGuard) and isinstance(scope, TenantScope) and rule.allows(scope))
+
+    def token(self, user: Employee, *, hours: float) -> str:
+        """Issue a token for a user."""
+        return issue_token(self._secret, user, hours=hours)
+
+    def _verify(self, token: str | None) -> dict[str, Any]:
+        try:
+            payload = jwt.decode(token or "", self._secret, algorithms=[ALGORITHM], options={"require": ["exp", "sub"]})
+            UUID(payload["sub"])
+            if payload.get("tenant_id") is not None:
+                UUID(payload["tenant_id"])
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+            raise Refused(401, UNAUTHENTICATED) from None
+        return payload
+
+    async def _tenant(self, session: AsyncSession, wanted: str) -> Tenant:
+        match = Tenant.id == UUID(wanted) if _is_uuid(wanted) else func.lower(Tenant.slug) == wanted
+        tenant = await session.scalar(select(Tenant).where(match, Tenant.status == "active")) if "\x00" not in wanted else None
+        if tenant is None:
+            raise Refused(404, "Tenant not found")
+        return tenant
+
+    async def _visible(self, session: AsyncSession, user: Employee, tenant: Tenant | None) -> tuple[UUID, ...] | None:
+        """Return the employees whose rows the user sees, or None for all."""
+        if tenant is None or user.role in ("superadmin", "admin") or tenant.settings.get("visibility_mode") != "hierarchical":
+            return None
+        if user.team_id is None:
+            return (user.id,)
+        teams = {user.team_id}
+        if user.role == "manager":
+            rows = await session.execute(select(Team.id, Team.parent_team_id).where(Team.tenant_id == tenant.id))
+            teams |= _descendants(user.team_id, rows.tuples())
+        members = await session.scalars(
+            select(Employee.id).where(Employee.tenant_id == tenant.id, or_(Employee.team_id.in_(teams), Employee.id == user.id))
+        )
+        return tuple(sorted(members))
+
+
+async def current_scope(
+    request: Request,
+    tenant_id: Annotated[str | None, Query(description="Tenant, by UUID or slug; your own if left out", max_length=63)] = None,
+    x_tenant_id: Annotated[str | None, Header(description="Tenant, where the query names none", max_length=63)] = None,
+    bearer: Annotated[Any, Security(HTTPBearer(auto_error=False, description="A token of POST /api/auth/login"))] = None,
+    cookie: Annotated[Any, Security(APIKeyCookie(name="access_token", auto_error=False))] = None,
+) -> TenantScope:
+    """Return the caller's scope: the one that the cache wrapper resolved for this request, or else resolve it now."""
+    scope = resolved_scope()
+    if not isinstance(scope, TenantScope):
+        resolver: CrmResolver = request.app.state.resolver
+        scope = await resolver.scope(resolver.claim(Head(request.scope), await _tenant_in_body(request)))
+        bind_scope(scope)
+    return scope
+
+
+CurrentScope = Annotated[TenantScope, Depends(current_scope)]
+
+
+async def writing_scope(scope: CurrentScope) -> TenantScope:
+    """Return the scope of a caller who writes: it names one tenant."""
+    if scope.tenant is None:
+        raise Refused(400, WRITE_NEEDS_TENANT, field="tenant_id")
+    return scope
+
+
+WritingScope = Annotated[TenantScope, Depends(writing_scope)]
+require_admin = RoleGuard("admin")
+require_superadmin = RoleGuard("superadmin")
+
+
+async def log_in(sessions: Sessions, email: str, password: str) -> Employee:
+    """Return the active user with this password. An unknown mail takes as long as a wrong password."""
+    async with sessions() as session:
+        user = await session.scalar(select(Employee).where(func.lower(Employee.email) == email.lower()))
+    stored = user.password_hash if user is not None and user.password_hash else _DUMMY_HASH
+    matches = await asyncio.to_thread(_matches, stored, password)
+    if user is None or not matches or user.status != "active" or not user.password_hash:
+        raise Refused(401, WRONG_LOGIN)
+    return user
+
+
+def hash_password(password: str) -> str:
+    """Hash a password (argon2id)."""
+    return _hasher.hash(password)
+
+
+def issue_token(secret: str, user: Employee, *, hours: float) -> str:
+    """Sign a token for a user."""
+    expires = datetime.now(UTC) + timedelta(hours=hours)
+    tenant = str(user.tenant_id) if user.tenant_id else None
+    claims = {"sub": str(user.id), "email": user.email, "role": user.role, "tenant_id": tenant, "exp": expires}
+    return jwt.encode(claims, secret, ALGORITHM)
+
+
+async def development_token(database_url: str, secret: str, *, tenant: str, role: str, hours: float = 12) -> str:
+    """Issue a token for the first user of a role in a tenant (UUID or slug). Raises ``LookupError`` where there is none."""
+    engine = create_async_engine(database_url)
+    try:
+        async with AsyncSession(engine) as session:
+            users = select(Employee).where(Employee.role == role, Employee.status == "active").order_by(Employee.email)
+            if role != "superadmin":
+                match = Tenant.id == UUID(tenant) if _is_uuid(tenant) else Tenant.slug == tenant
+                users = users.join(Tenant, Tenant.id == Employee.tenant_id).where(match)
+            user = await session.scalar(users.limit(1))
+            if user is None:
+                known = ", ".join(await session.scalars(select(Tenant.slug).order_by(Tenant.slug)))
+                raise LookupError(f"no active {role} in tenant {tenant!r}; tenants: {known or 'none'}; roles: {', '.join(ROLES)}")
+            return issue_token(secret, user, hours=hours)
+    finally:
+        await engine.dispose()
+
+
+async def _tenant_in_body(request: Request) -> str | None:
+    """Return ``tenant_id`` of a JSON body, which FastAPI has read and kept; what is not JSON is its business."""
+    if request.method in ("GET", "HEAD") or not request.headers.get("content-type", "").startswith("application/json"):
+        return None
+    try:
+        body = await request.json()
+    except ValueError:
+        return None
+    tenant = body.get("tenant_id") if isinstance(body, dict) else None
+    return tenant if isinstance(tenant, str) else None
+
+
+def _descendants(root: UUID, teams: Iterable[tuple[UUID, UUID | None]]) -> set[UUID]:
+    """Return the team and all below it; a circle of parents ends."""
+    children: dict[UUID | None, list[UUID]] = {}
+    for team, parent in teams:
+        children.setdefault(parent, []).append(team)
+    found, waiting = set[UUID](), [root]
+    while waiting:
+        team = waiting.pop()
+        if team not in found:
+            found.add(team)
+            waiting += children.get(team, [])
+    return found
+
+
+def _fingerprint(visible: tuple[UUID, ...] | None) -> bytes:
+    """Equal for two callers iff they see the same rows."""
+    return b"all" if visible is None else hashlib.sha256(b"".join(one.bytes for one in visible)).digest()
+
+
+def _matches(stored: str, password: str) -> bool:
+    try:
+        return _hasher.verify(stored, password)
+    except (Argon2Error, InvalidHashError):
+        return False
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""Request bodies, made from the tables: types, lengths and choices stand in ``models.py`` and nowhere else.
+
+Keys that are no column are metadata: they merge into the record's ``metadata`` and come back beside its columns.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model, model_validator
+from sqlalchemy import Boolean, Column, Date, DateTime, Integer, Numeric, String, Uuid
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+from crm.models import Base
+
+MAX_DEPTH = 10
+MAX_TEXT = 100_000
+MAX_ITEMS = 1_000
+SERVER_FIELDS = ("id", "tenant_id", "created_at", "updated_at")
+
+
+class Body(BaseModel):
+    """A JSON object with the fields of a table; others are metadata."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _storable(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            _check(body, "body", 0)
+            return {key: value for key, value in body.items() if key not in SERVER_FIELDS}
+        return body
+
+    def fields(self) -> dict[str, Any]:
+        """Return the columns that the caller gave, under the names of the model's attributes."""
+        given = {name: getattr(self, name) for name in self.model_fields_set if name in type(self).model_fields}
+        extra = self.model_extra or {}
+        metadata = given.pop("metadata", None) or {}
+        if metadata or extra:
+            given["metadata_"] = {**metadata, **extra}
+        return given
+
+
+def body_for(
+    model: type[Base], name: str, *, required: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
+) -> type[Body]:
+    """Make the body of a table. ``required`` fields must be given and not blank; ``choices`` name the values of a field."""
+    fields: dict[str, Any] = {}
+    for column in model.__table__.columns:
+        if column.name in SERVER_FIELDS:
+            continue
+        kind = (
+            Literal[tuple(choices[column.name])] if choices and column.name in choices else _type(column, column.name in required)
+        )
+        if column.name in required:
+            fields[column.name] = (kind, ...)
+        elif column.nullable:
+            fields[column.name] = (kind | None, None)  # type: ignore[operator]
+        else:
+            fields[column.name] = (kind, Field(default=None, validate_default=False))
+    made: type[Body] = create_model(name, __base__=Body, **fields)
+    return made
+
+
+def _type(column: Column[Any], required: bool) -> Any:
+    kind = column.type
+    if isinstance(kind, Uuid):
+        return UUID
+    if isinstance(kind, Boolean):
+        return bool
+    if isinstance(kind, Integer):
+        limits = (0, 100) if column.name in ("score", "probability") else (0, 2**31 - 1)
+        return Annotated[int, Field(ge=limits[0], le=limits[1])]
+    if isinstance(kind, Numeric):
+        most = 10 ** ((kind.precision or 15) - (kind.scale or 2)) - 0.01
+        return Annotated[float, Field(ge=-most, le=most)]
+    if isinstance(kind, DateTime):
+        return Annotated[datetime, AwareDatetime]
+    if isinstance(kind, Date):
+        return date
+    if isinstance(kind, JSONB):
+        return dict[str, Any]
+    if isinstance(kind, ARRAY):
+        return Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)]
+    longest = kind.length if isinstance(kind, String) and kind.length else MAX_TEXT
+    return Annotated[str, Field(max_length=longest, min_length=1, pattern=r"\S") if required else Field(max_length=longest)]
+
+
+def _check(value: Any, where: str, depth: int) -> None:
+    """Refuse what PostgreSQL cannot store: NUL, lone surrogates, endless nesting."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        if "\x00" in value or not _encodable(value):
+            raise ValueError(f"{where} contains characters that cannot be stored")
+    elif isinstance(value, dict):
+        if len(value) > MAX_ITEMS:
+            raise ValueError(f"{where} has more than {MAX_ITEMS} keys")
+        for key, item in value.items():
+            _check(key, f"a key of {where}", depth + 1)
+            _check(item, f"{where}.{key}"[:100], depth + 1)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check(item, f"{where}[{number}]", depth + 1)
+    elif isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        raise ValueError(f"{where} is not a number")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,283 @@
+"""The commands behind ``python -m crm``."""
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from pydantic import SecretStr, ValidationError
+from sqlalchemy.exc import DBAPIError
+
+from crm.embedded import VALKEY_PORT, EmbeddedPostgres, EmbeddedServer, EmbeddedValkey, ServerFailed, free_port, write_private
+from crm.settings import Settings, stored_secret
+from respcache.core.errors import ConfigurationError
+from respcache.resp.url import ServerURL
+
+STATE_FILE = "running.json"
+DATABASE = "crm"
+
+
+class CommandFailed(Exception):
+    """A command cannot do what it was asked; the message says why and what to do."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 when it failed, 2 when it was called wrongly."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])).upper() or 'environment'}: {p['msg']}" for p in error.errors())
+        return _say_failure(problems)
+    except (CommandFailed, ConfigurationError, ServerFailed, LookupError) as error:
+        return _say_failure(str(error.args[0] if error.args else error))
+    except (DBAPIError, OSError) as error:
+        cause = getattr(error, "orig", None) or error
+        return _say_failure(f"{type(cause).__name__}: {cause}. Check DATABASE_URL (host, port, user, password)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Start what is needed, then serve until Ctrl-C; stop what was started."""
+    from crm.auth import development_token
+    from crm.demo import seed_if_empty
+    from crm.migrations import upgrade
+
+    settings = Settings().with_secrets()
+    port = _port(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    with _only_one(settings.data_dir), _servers(settings) as settings:
+        assert settings.database_url is not None
+        assert settings.jwt_secret is not None
+        url = settings.database_url.get_secret_value()
+        upgrade(url)
+        said = asyncio.run(seed_if_empty(url)) if settings.environment == "development" else "no demo data in production"
+        state = settings.data_dir / STATE_FILE
+        write_private(
+            state, json.dumps({"database_url": url, "port": port, "pid": os.getpid(), "cache_url": _cache_url(settings)})
+        )
+        try:
+            token = ""
+            if settings.environment == "development":
+                with contextlib.suppress(LookupError):
+                    token = asyncio.run(
+                        development_token(url, settings.jwt_secret.get_secret_value(), tenant="acme", role="admin")
+                    )
+            _say_hello(settings, port, said, token)
+            _serve(settings, port)
+        finally:
+            state.unlink(missing_ok=True)
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve with the servers that DATABASE_URL and REDIS_CACHE_URL name; start none."""
+    settings = Settings().with_secrets()
+    if settings.database_url is None or settings.redis_cache_url is None:
+        raise CommandFailed(
+            "serve starts no servers: set DATABASE_URL and REDIS_CACHE_URL (or 'none'), or use `python -m crm run`"
+        )
+    _serve(settings, _port(settings))
+
+
+def token(options: argparse.Namespace) -> None:
+    """Print a development token."""
+    from crm.auth import development_token
+
+    settings = Settings()
+    if settings.environment == "production":
+        raise CommandFailed("development tokens are not issued in production: log in with POST /api/auth/login")
+    settings = settings.with_secrets()
+    assert settings.jwt_secret is not None
+    secret = settings.jwt_secret.get_secret_value()
+    print(
+        asyncio.run(
+            development_token(_database_url(settings), secret, tenant=options.tenant, role=options.role, hours=options.hours)
+        )
+    )
+
+
+def migrate(options: argparse.Namespace) -> None:
+    """Bring the database to the newest schema."""
+    from crm.migrations import upgrade
+
+    upgrade(_database_url(Settings()))
+    print("the database has the newest schema")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Put demo data into an empty database."""
+    from crm.demo import seed_if_empty
+
+    print(asyncio.run(seed_if_empty(_database_url(Settings()))))
+
+
+def test_cache(options: argparse.Namespace) -> int:
+    """Check the cache of a running system, or of one that is started for it."""
+    from crm.cachecheck import check
+
+    return check(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m crm", description="The CRM backend. Settings come from the environment; see README.md."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any) -> argparse.ArgumentParser:
+        help_text = (function.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=help_text, description=function.__doc__)
+        command.set_defaults(run=function)
+        return command
+
+    add("run", run)
+    add("serve", serve)
+    command = add("token", token)
+    command.add_argument("--tenant", default="acme", help="slug or UUID (default: acme)")
+    command.add_argument("--role", default="admin", choices=["employee", "manager", "admin", "superadmin"])
+    command.add_argument("--hours", type=float, default=12.0, help="how long it is valid (default: 12)")
+    add("migrate", migrate)
+    add("demo", demo)
+    command = add("test-cache", test_cache)
+    command.add_argument("--url", help="base URL of a running system; without it one is started for the check")
+    command.add_argument("--tenant", default="acme")
+    command.add_argument("--other-tenant", default="globex")
+    command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    command.add_argument(
+        "--break-invalidation", action="store_true", help="show that the check fails when nothing is invalidated"
+    )
+    return parser
+
+
+@contextlib.contextmanager
+def _servers(settings: Settings) -> Iterator[Settings]:
+    """Start a Valkey and a PostgreSQL where no URL names one; yield settings that name them; stop them in the end."""
+    started: list[EmbeddedServer] = []
+    found: dict[str, SecretStr] = {}
+    try:
+        if settings.redis_cache_url is None:
+            directory, password = settings.data_dir.resolve() / "valkey", stored_secret(settings.data_dir, "VALKEY_PASSWORD")
+            valkey = EmbeddedValkey(directory, port=free_port(VALKEY_PORT), password=password)
+            started.append(valkey.start())
+            if valkey.port != VALKEY_PORT:
+                print(f"port {VALKEY_PORT} is taken: Valkey listens on {valkey.port}")
+            found["redis_cache_url"] = SecretStr(valkey.url)
+        elif not settings.without_cache:
+            ServerURL.parse(settings.redis_cache_url.get_secret_value())
+        if settings.database_url is None:
+            password = stored_secret(settings.data_dir, "POSTGRES_PASSWORD")
+            postgres = EmbeddedPostgres(settings.data_dir.resolve() / "postgres", password=password)
+            started.append(postgres.start())
+            asyncio.run(_make_database(postgres.url("postgres").replace("+asyncpg", "")))
+            found["database_url"] = SecretStr(postgres.url(DATABASE))
+        yield settings.model_copy(update=found)
+    finally:
+        for server in reversed(started):
+            server.stop()
+
+
+async def _make_database(url: str) -> None:
+    import asyncpg
+
+    connection = await asyncpg.connect(url)
+    try:
+        if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
+            await connection.execute(f'CREATE DATABASE "{DATABASE}"')
+    finally:
+        await connection.close()
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Refuse a second system on one data folder."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CommandFailed(f"a system already runs on {folder}: stop it, or give another folder with DATA_DIR=...") from None
+        yield
+
+
+def _port(settings: Settings) -> int:
+    """Return the port to serve on: the given one or an error, the default one or another that is said."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            if "port" in settings.model_fields_set:
+                raise CommandFailed(
+                    f"port {settings.port} cannot be had ({error.strerror}): give another with PORT=..."
+                ) from None
+            port = free_port()
+            print(f"port {settings.port} is taken: serving on {port} (choose one with PORT=...)")
+            return port
+    return settings.port
+
+
+def _serve(settings: Settings, port: int) -> None:
+    from crm.app import create_app
+
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("asyncio").setLevel("WARNING")
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app, host=settings.host, port=port, loop="uvloop", http="httptools", lifespan="on", log_config=None,
+        access_log=settings.log_level == "debug", timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise CommandFailed("the application did not start; the lines above say why")
+
+
+def _database_url(settings: Settings) -> str:
+    """Return the database that is meant: the one named by DATABASE_URL, or that of the system running on the data folder."""
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    state = settings.data_dir / STATE_FILE
+    try:
+        url: str = json.loads(state.read_text())["database_url"]
+    except (OSError, ValueError, KeyError):
+        raise CommandFailed(
+            f"no system runs on {settings.data_dir}: start one with `make run`, or set DATABASE_URL or DATA_DIR"
+        ) from None
+    return url
+
+
+def _cache_url(settings: Settings) -> str | None:
+    return None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
+
+
+def _say_hello(settings: Settings, port: int, said: str, token: str) -> None:
+    """Tell what runs where, without passwords, and what to try."""
+    base = f"http://localhost:{port}"
+    url = _cache_url(settings)
+    cache = "none" if url is None or settings.without_cache else str(ServerURL.parse(url))
+    database = settings.database_url.get_secret_value().rpartition("@")[2] if settings.database_url else "?"
+    lines = ["", f"  CRM         {base}    documentation: {base}/docs", f"  data        {settings.data_dir.resolve()}    {said}"]
+    lines += [f"  PostgreSQL  {database}", f"  Valkey      {cache}", ""]
+    if token:
+        lines += [
+            "  Try it (the second answer says 'hit'):", "", f"  TOKEN={token}",
+            f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | grep -i cache-status",
+            f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | grep -i cache-status",
+            f"  curl -s {base}/api/accounts -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' -d '{{\"name\":\"New Ltd\"}}'",
+            f"  curl -s {base}/api/system/cache-stats -H \"Authorization: Bearer $TOKEN\"", "",
+        ]  # fmt: skip
+    print("\n".join([*lines, "  Ctrl-C stops it.", ""]), flush=True)
+
+
+def _say_failure(message: str) -> int:
+    print(f"crm: {message}", file=sys.stderr)
+    return 1

@@ -1,0 +1,274 @@
+"""The tables of the CRM. Every business table belongs to a tenant; every list has an index that begins with it."""
+
+from datetime import UTC, date, datetime
+from typing import Any, ClassVar
+from uuid import UUID, uuid4
+
+from sqlalchemy import CheckConstraint, Date, DateTime, ForeignKey, Index, Integer, MetaData, Numeric, String, Text, Uuid, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
+
+ACCOUNT_TYPES = ("customer", "prospect", "partner", "vendor", "competitor")
+HEALTH = ("unknown", "healthy", "at_risk", "churning", "new")
+LEAD_STATUS = ("new", "contacted", "qualified", "unqualified", "converted", "lost")
+CONTACT_STATUS = ("active", "inactive", "prospect", "customer", "churned")
+SOURCE_STATUS = ("active", "Promoted", "Archived")
+STAGES = ("prospecting", "qualification", "proposal", "negotiation", "closed_won", "closed_lost")
+ACTIVITY_TYPES = ("call", "email", "meeting", "task", "note")
+ACTIVITY_STATUS = ("scheduled", "in_progress", "overdue", "completed", "cancelled")
+RELATED = ("lead", "contact", "account", "opportunity", "bizdev_source")
+ROLES = ("employee", "manager", "admin", "superadmin")
+VISIBILITY = ("shared", "hierarchical")
+
+
+def now() -> datetime:
+    """Return the present moment, in UTC."""
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    """All tables."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar = {dict[str, Any]: JSONB, list[str]: ARRAY(Text), datetime: DateTime(timezone=True), UUID: Uuid}
+
+
+class Stamped:
+    """When a row was made and last changed."""
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    created_at: Mapped[datetime] = mapped_column(default=now, server_default=text("now()"))
+    updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now, server_default=text("now()"))
+
+
+class Tenant(Stamped, Base):
+    """A customer of the CRM. ``settings`` holds ``visibility_mode``."""
+
+    __tablename__ = "tenants"
+    slug: Mapped[str] = mapped_column(String(63), unique=True)
+    name: Mapped[str] = mapped_column(String(200))
+    settings: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    status: Mapped[str] = mapped_column(String(20), default="active", server_default="active")
+
+
+class Team(Stamped, Base):
+    """A group of employees; managers of a team also see its child teams."""
+
+    __tablename__ = "teams"
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(String(200))
+    parent_team_id: Mapped[UUID | None] = mapped_column(ForeignKey("teams.id", ondelete="SET NULL"))
+
+
+class Employee(Stamped, Base):
+    """A user. Superadmins belong to no tenant."""
+
+    __tablename__ = "employees"
+    tenant_id: Mapped[UUID | None] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    email: Mapped[str] = mapped_column(String(254), unique=True)
+    name: Mapped[str] = mapped_column(String(200))
+    role: Mapped[str] = mapped_column(String(20), default="employee", server_default="employee")
+    team_id: Mapped[UUID | None] = mapped_column(ForeignKey("teams.id", ondelete="SET NULL"))
+    password_hash: Mapped[str | None] = mapped_column(String(255))
+    status: Mapped[str] = mapped_column(String(20), default="active", server_default="active")
+
+
+class Owned(Stamped):
+    """A business row: of a tenant, perhaps assigned to an employee, with free metadata."""
+
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    is_test_data: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict, server_default=text("'{}'"))
+
+    @declared_attr
+    def assigned_to(cls) -> Mapped[UUID | None]:
+        """The employee whose row this is."""
+        return mapped_column(ForeignKey("employees.id", ondelete="SET NULL"), index=True)
+
+
+def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
+    """The indexes of a list: its order, and each filter followed by the order; all begin with the tenant."""
+    newest = (text("created_at DESC"), text("id DESC"))
+    return (
+        Index(f"ix_{table}_newest", "tenant_id", *newest),
+        *(Index(f"ix_{table}_{column}", "tenant_id", column, *newest) for column in (*columns, "assigned_to")),
+    )
+
+
+class Account(Owned, Base):
+    """A company."""
+
+    __tablename__ = "accounts"
+    __table_args__ = (
+        *list_indexes("accounts", "type", "industry"),
+        Index("ix_accounts_name", "tenant_id", text("lower(name)")),
+        CheckConstraint("score BETWEEN 0 AND 100", name="score"),
+    )
+    name: Mapped[str] = mapped_column(String(200))
+    type: Mapped[str | None] = mapped_column(String(20))
+    industry: Mapped[str | None] = mapped_column(String(100))
+    website: Mapped[str | None] = mapped_column(String(500))
+    phone: Mapped[str | None] = mapped_column(String(50))
+    email: Mapped[str | None] = mapped_column(String(254))
+    description: Mapped[str | None] = mapped_column(Text)
+    annual_revenue: Mapped[float | None] = mapped_column(Numeric(15, 2, asdecimal=False))
+    employee_count: Mapped[int | None] = mapped_column(Integer)
+    street: Mapped[str | None] = mapped_column(String(200))
+    city: Mapped[str | None] = mapped_column(String(100))
+    state: Mapped[str | None] = mapped_column(String(100))
+    zip: Mapped[str | None] = mapped_column(String(20))
+    country: Mapped[str | None] = mapped_column(String(100))
+    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+    score: Mapped[int | None] = mapped_column(Integer)
+    health_status: Mapped[str] = mapped_column(String(20), default="unknown", server_default="unknown")
+    next_action: Mapped[str | None] = mapped_column(Text)
+
+
+class Lead(Owned, Base):
+    """Somebody who may buy."""
+
+    __tablename__ = "leads"
+    __table_args__ = (
+        *list_indexes("leads", "status", "source", "account_id"),
+        CheckConstraint("score BETWEEN 0 AND 100", name="score"),
+    )
+    first_name: Mapped[str | None] = mapped_column(String(100))
+    last_name: Mapped[str | None] = mapped_column(String(100))
+    email: Mapped[str | None] = mapped_column(String(254))
+    phone: Mapped[str | None] = mapped_column(String(50))
+    company: Mapped[str | None] = mapped_column(String(200))
+    job_title: Mapped[str | None] = mapped_column(String(200))
+    status: Mapped[str] = mapped_column(String(20), default="new", server_default="new")
+    source: Mapped[str | None] = mapped_column(String(100))
+    description: Mapped[str | None] = mapped_column(Text)
+    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    estimated_value: Mapped[float | None] = mapped_column(Numeric(15, 2, asdecimal=False))
+    score: Mapped[int] = mapped_column(Integer, default=50, server_default="50")
+    do_not_call: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    do_not_text: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    address: Mapped[str | None] = mapped_column(String(200))
+    city: Mapped[str | None] = mapped_column(String(100))
+    state: Mapped[str | None] = mapped_column(String(100))
+    zip: Mapped[str | None] = mapped_column(String(20))
+    country: Mapped[str | None] = mapped_column(String(100))
+    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+    conversion_probability: Mapped[float | None] = mapped_column(Numeric(5, 2, asdecimal=False))
+    last_contacted: Mapped[date | None] = mapped_column(Date)
+
+
+class Contact(Owned, Base):
+    """Somebody we know."""
+
+    __tablename__ = "contacts"
+    __table_args__ = (
+        *list_indexes("contacts", "status", "account_id"),
+        Index("ix_contacts_updated", "tenant_id", text("updated_at DESC"), text("id DESC")),
+    )
+    first_name: Mapped[str | None] = mapped_column(String(100))
+    last_name: Mapped[str | None] = mapped_column(String(100))
+    email: Mapped[str | None] = mapped_column(String(254))
+    phone: Mapped[str | None] = mapped_column(String(50))
+    mobile: Mapped[str | None] = mapped_column(String(50))
+    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    job_title: Mapped[str | None] = mapped_column(String(200))
+    department: Mapped[str | None] = mapped_column(String(100))
+    description: Mapped[str | None] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(20), default="active", server_default="active")
+    lead_source: Mapped[str | None] = mapped_column(String(100))
+    address: Mapped[str | None] = mapped_column(String(200))
+    city: Mapped[str | None] = mapped_column(String(100))
+    state: Mapped[str | None] = mapped_column(String(100))
+    zip: Mapped[str | None] = mapped_column(String(20))
+    country: Mapped[str | None] = mapped_column(String(100))
+    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+
+
+class BizDevSource(Owned, Base):
+    """A place where business may come from; promoting it makes an account."""
+
+    __tablename__ = "bizdev_sources"
+    __table_args__ = (*list_indexes("bizdev_sources", "status", "source_type", "priority"),)
+    source_name: Mapped[str] = mapped_column(String(200))
+    source_type: Mapped[str | None] = mapped_column(String(100))
+    source_url: Mapped[str | None] = mapped_column(String(500))
+    contact_person: Mapped[str | None] = mapped_column(String(200))
+    contact_email: Mapped[str | None] = mapped_column(String(254))
+    contact_phone: Mapped[str | None] = mapped_column(String(50))
+    status: Mapped[str] = mapped_column(String(20), default="active", server_default="active")
+    priority: Mapped[str] = mapped_column(String(20), default="medium", server_default="medium")
+    leads_generated: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    opportunities_created: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    revenue_generated: Mapped[float] = mapped_column(Numeric(15, 2, asdecimal=False), default=0, server_default="0")
+    company_name: Mapped[str | None] = mapped_column(String(200))
+    industry: Mapped[str | None] = mapped_column(String(100))
+    website: Mapped[str | None] = mapped_column(String(500))
+    phone_number: Mapped[str | None] = mapped_column(String(50))
+    city: Mapped[str | None] = mapped_column(String(100))
+    state_province: Mapped[str | None] = mapped_column(String(100))
+    country: Mapped[str | None] = mapped_column(String(100))
+    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    archived_at: Mapped[datetime | None]
+
+
+class Opportunity(Owned, Base):
+    """A deal under way."""
+
+    __tablename__ = "opportunities"
+    __table_args__ = (*list_indexes("opportunities", "stage", "account_id", "contact_id", "lead_id"),)
+    name: Mapped[str] = mapped_column(String(200))
+    stage: Mapped[str] = mapped_column(String(20), default="qualification", server_default="qualification")
+    amount: Mapped[float | None] = mapped_column(Numeric(15, 2, asdecimal=False))
+    probability: Mapped[int | None] = mapped_column(Integer)
+    close_date: Mapped[date | None] = mapped_column(Date)
+    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    contact_id: Mapped[UUID | None] = mapped_column(ForeignKey("contacts.id", ondelete="SET NULL"), index=True)
+    lead_id: Mapped[UUID | None] = mapped_column(ForeignKey("leads.id", ondelete="SET NULL"), index=True)
+    description: Mapped[str | None] = mapped_column(Text)
+    next_step: Mapped[str | None] = mapped_column(Text)
+    source: Mapped[str | None] = mapped_column(String(100))
+
+
+class Activity(Owned, Base):
+    """Something done or to be done, about another record."""
+
+    __tablename__ = "activities"
+    __table_args__ = (*list_indexes("activities", "type", "status", "related_id", "due_date"),)
+    type: Mapped[str] = mapped_column(String(20))
+    subject: Mapped[str | None] = mapped_column(String(300))
+    body: Mapped[str | None] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(20), default="scheduled", server_default="scheduled")
+    priority: Mapped[str | None] = mapped_column(String(20))
+    due_date: Mapped[date | None] = mapped_column(Date)
+    due_time: Mapped[str | None] = mapped_column(String(8))
+    related_to: Mapped[str | None] = mapped_column(String(20))
+    related_id: Mapped[UUID | None]
+    related_name: Mapped[str | None] = mapped_column(String(300))
+    duration_minutes: Mapped[int | None] = mapped_column(Integer)
+    outcome: Mapped[str | None] = mapped_column(Text)
+    sentiment: Mapped[str | None] = mapped_column(String(20))
+
+
+class EntityTransition(Base):
+    """What became of a record that was converted or promoted, with a snapshot of it."""
+
+    __tablename__ = "entity_transitions"
+    __table_args__ = (Index("ix_entity_transitions_from", "tenant_id", "from_table", "from_id"),)
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    from_table: Mapped[str] = mapped_column(String(40))
+    from_id: Mapped[UUID]
+    to_table: Mapped[str] = mapped_column(String(40))
+    to_id: Mapped[UUID]
+    action: Mapped[str] = mapped_column(String(20))
+    performed_by: Mapped[UUID | None] = mapped_column(ForeignKey("employees.id", ondelete="SET NULL"))
+    performed_at: Mapped[datetime] = mapped_column(default=now, server_default=text("now()"))
+    snapshot: Mapped[dict[str, Any]]

@@ -1,0 +1,108 @@
+"""The state of the system, and the cache's controls."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, Field
+from sqlalchemy import text
+
+from crm.auth import TenantScope, require_admin, require_superadmin
+from crm.errors import ApiError, Refused, fail, respond
+from respcache import Cache, StoreError
+
+router = APIRouter(prefix="/api", tags=["system"])
+Admin = Annotated[TenantScope, Depends(require_admin)]
+Superadmin = Annotated[TenantScope, Depends(require_superadmin)]
+
+
+class Invalidate(BaseModel):
+    """What to invalidate."""
+
+    modules: list[str] = Field(max_length=100, description='Modules; `[]` or `["*"]` is everything of the tenant')
+
+
+class Switch(BaseModel):
+    """The kill switch of the cache."""
+
+    enabled: bool
+
+
+@router.get("/system/status", summary="Is it up")
+async def status() -> Response:
+    """Says that the process answers; asks nobody."""
+    return respond({"service": "crm", "up": True})
+
+
+@router.get("/system/health", summary="Is it healthy")
+async def health(request: Request) -> Response:
+    """503 without the database; without the cache the API is only slower, so that is said and stays 200."""
+    cache: Cache = request.app.state.cache
+    database = await _database_answers(request)
+    state = "none" if cache.store is None else "up" if cache.store.available else "down"
+    data = {
+        "database": "up" if database else "down",
+        "cache": state,
+        "cache_enabled": cache.enabled,
+        "invalidations_pending": len(cache.pending_tenants),
+    }
+    return respond(data) if database else fail(503, "Database unavailable", data=data)
+
+
+@router.get("/system/cache-stats", summary="Figures of the cache")
+async def cache_stats(request: Request, scope: Admin) -> Response:
+    """Figures of this process: of your tenant, or of all for a superadmin without one. 503 when the cache is away."""
+    cache: Cache = request.app.state.cache
+    if cache.store is None:
+        return fail(503, "Cache unavailable")
+    try:
+        info = await cache.store.info()
+    except StoreError:
+        return fail(503, "Cache unavailable")
+    data: dict[str, Any] = {
+        "connected": True,
+        "info": info.stats,
+        "memory": info.memory,
+        "figures_of": "this process",
+        "server_figures_of": "all processes and tenants; invalidated entries count until they expire or are evicted",
+        "tenant": scope.tenant or "all",
+        **cache.stats(scope.tenant),
+    }
+    if scope.role == "superadmin" and scope.tenant is None:
+        data["tenants"] = {tenant: cache.stats(tenant)["modules"] for tenant in sorted(cache.figures.tenants())}
+    return respond(data)
+
+
+@router.post("/cache/invalidate", tags=["cache"], summary="Invalidate cached answers")
+async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Response:
+    """Of your tenant. One write each, whatever the number of entries."""
+    cache: Cache = request.app.state.cache
+    if scope.tenant is None:
+        raise Refused(400, "Superadmin write operations require a tenant_id to be specified", field="tenant_id")
+    everything = body.modules in ([], ["*"])
+    unknown = [] if everything else sorted(set(body.modules) - cache.modules)
+    if unknown:
+        raise ApiError(
+            400, f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.modules))}", field="modules"
+        )
+    if everything:
+        confirmed = await cache.invalidate_all_tenant(scope.tenant)
+    else:
+        confirmed = all([await cache.invalidate_tenant_cache(scope.tenant, module) for module in dict.fromkeys(body.modules)])
+    message = "Cache invalidated" if confirmed else "Cache unavailable: the invalidation is retried until it is confirmed"
+    return respond({"tenant_id": scope.tenant, "modules": body.modules or ["*"], "confirmed": confirmed}, message=message)
+
+
+@router.post("/cache/switch", tags=["cache"], summary="Switch the cache off or on")
+async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
+    """For all processes, without a deploy. Invalidations are sent all the while."""
+    cache: Cache = request.app.state.cache
+    reached = await (cache.enable() if body.enabled else cache.disable())
+    return respond({"enabled": cache.enabled, "other_processes_told": reached})
+
+
+async def _database_answers(request: Request) -> bool:
+    try:
+        async with request.app.state.sessions() as session:
+            return (await session.scalar(text("SELECT 1"))) == 1
+    except Exception:
+        return False

@@ -1,0 +1,85 @@
+"""Settings from the environment, and the secrets that are made where none are given."""
+
+import secrets
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from crm.embedded import write_private
+from respcache.core.errors import ConfigurationError
+
+MIN_SECRET = 32
+KNOWN_SECRETS = frozenset({"secret", "changeme", "change-me", "password", "jwt_secret", "development"})
+
+
+class Settings(BaseSettings):
+    """The environment of the CRM. Names of variables are those of the fields in upper case."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore")
+
+    environment: Literal["development", "production"] = "development"
+    host: str = "127.0.0.1"
+    port: int = Field(4001, ge=1, le=65535)
+    data_dir: Path = Path(".data")
+    database_url: SecretStr | None = None
+    redis_cache_url: SecretStr | None = None
+    redis_url: SecretStr | None = None
+    jwt_secret: SecretStr | None = None
+    respcache_key: SecretStr | None = None
+    respcache_enabled: bool = True
+    token_hours: float = Field(12, gt=0, le=24 * 365)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("database_url")
+    @classmethod
+    def _use_asyncpg(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        scheme, separator, rest = value.get_secret_value().partition("://")
+        if not separator or scheme not in ("postgres", "postgresql", "postgresql+asyncpg"):
+            raise ValueError("must have the form postgresql://user:password@host:port/database")
+        return SecretStr(f"postgresql+asyncpg://{rest}")
+
+    @model_validator(mode="after")
+    def _refuse_weak_secrets(self) -> "Settings":
+        for name in ("jwt_secret", "respcache_key"):
+            value: SecretStr | None = getattr(self, name)
+            if value is None:
+                if self.environment == "production":
+                    raise ValueError(
+                        f"{name.upper()} must be set in production: python -c 'import secrets; print(secrets.token_hex(32))'"
+                    )
+            elif (
+                len(value.get_secret_value()) < MIN_SECRET
+                or value.get_secret_value().lower().strip("0123456789x") in KNOWN_SECRETS
+            ):
+                raise ValueError(f"{name.upper()} must be at least {MIN_SECRET} random characters")
+        return self
+
+    @property
+    def without_cache(self) -> bool:
+        """Whether ``REDIS_CACHE_URL=none`` says that there is no cache at all."""
+        return self.redis_cache_url is not None and self.redis_cache_url.get_secret_value() == "none"
+
+    def with_secrets(self) -> "Settings":
+        """Return settings whose missing secrets come from the data folder, made there on first use (mode 0600)."""
+        missing = [name for name in ("jwt_secret", "respcache_key") if getattr(self, name) is None]
+        given: dict[str, Any] = {name: SecretStr(stored_secret(self.data_dir, name.upper())) for name in missing}
+        return self.model_copy(update=given)
+
+
+def stored_secret(folder: Path, name: str) -> str:
+    """Return a secret kept in the data folder, making it when there is none. Refuses one that others can read."""
+    path = folder / "secrets" / name
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(path, secrets.token_hex(32))
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigurationError(f"{path} can be read by others: chmod 600 it, or delete it to have a new one made")
+    value = path.read_text().strip()
+    if len(value) < MIN_SECRET:
+        raise ConfigurationError(f"{path} holds less than {MIN_SECRET} characters: delete it to have a new one made")
+    return value
