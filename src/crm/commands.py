@@ -272,7 +272,8 @@ def _say_hello(settings: Settings, port: int, said: str, token: str) -> None:
             "  Try it (the second answer says 'hit'):", "", f"  TOKEN={token}",
             f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | grep -i cache-status",
             f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | grep -i cache-status",
-            f"  curl -s {base}/api/accounts -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' -d '{{\"name\":\"New Ltd\"}}'",
+            f"  curl -s {base}/api/accounts -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' "
+            "-d '{\"name\":\"New Ltd\"}'",
             f"  curl -s {base}/api/system/cache-stats -H \"Authorization: Bearer $TOKEN\"", "",
         ]  # fmt: skip
     print("\n".join([*lines, "  Ctrl-C stops it.", ""]), flush=True)

@@ -36,7 +36,8 @@ def not_found(entity: str) -> ApiError:
 def respond(data: Any, *, status: int = 200, message: str | None = None) -> Response:
     """Encode a success envelope once."""
     envelope = {"status": "success", "data": data} if message is None else {"status": "success", "data": data, "message": message}
-    return Response(orjson.dumps(envelope, option=orjson.OPT_UTC_Z), status, media_type="application/json")
+    # default=str: the driver's UUIDs are a class of its own
+    return Response(orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z), status, media_type="application/json")
 
 
 def fail(status: int, message: str, **extra: Any) -> Response:

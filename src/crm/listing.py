@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import AfterValidator
-from sqlalchemy import ColumnElement, Row, func
+from sqlalchemy import ColumnElement, Result, func
 from sqlalchemy.orm import InstrumentedAttribute
 
 from crm.db import Rows
@@ -51,9 +51,9 @@ async def page(
 ) -> dict[str, Any]:
     """Return one page with its exact total; ``stats_by`` adds counts by a column over all rows that the caller sees."""
     statement = select_records(rows, model).where(*where).order_by(*_order(model, sort, newest_by)).limit(limit).offset(offset)
-    found = (await rows.session.execute(statement)).all()
+    found = records(await rows.session.execute(statement))
     total = await rows.session.scalar(rows.select(model, func.count()).where(*where))
-    data: dict[str, Any] = {plural: [record(row) for row in found], "total": total, "limit": limit, "offset": offset}
+    data: dict[str, Any] = {plural: found, "total": total, "limit": limit, "offset": offset}
     if stats_by is not None:
         counts = await rows.session.execute(rows.select(model, stats_by, func.count()).group_by(stats_by))
         by_value = {value or "none": count for value, count in counts.tuples()}
@@ -64,8 +64,7 @@ async def page(
 async def one(rows: Rows, model: type[Owned], key: str) -> dict[str, Any]:
     """Return one record as it is sent. Raises 404."""
     found = await rows.get(model, key)
-    row = (await rows.session.execute(select_records(rows, model).where(model.id == found.id))).one()
-    return record(row)
+    return records(await rows.session.execute(select_records(rows, model).where(model.id == found.id)))[0]
 
 
 def select_records(rows: Rows, model: type[Owned]) -> Any:
@@ -77,16 +76,17 @@ def select_records(rows: Rows, model: type[Owned]) -> Any:
     return rows.select(model, *columns, Account.name.label("account_name")).outerjoin(Account, joined)
 
 
-def record(row: Row[Any]) -> dict[str, Any]:
-    """Return a row as it is sent: its own columns, and the keys of its metadata beside them, never over them."""
-    own = dict(row._mapping)
-    return {**own["metadata"], **own} if own["metadata"] else own
+def records(result: Result[Any]) -> list[dict[str, Any]]:
+    """Return rows as they are sent: their own columns, and the keys of their metadata beside them, never over them."""
+    names = [str(name) for name in result.keys()]  # noqa: SIM118 - plain text: the encoder takes no subclass as a key
+    own = [dict(zip(names, row, strict=True)) for row in result]
+    return [{**one["metadata"], **one} if one["metadata"] else one for one in own]
 
 
 def as_record(instance: Owned, **more: Any) -> dict[str, Any]:
     """Return a changed or new entity as it is sent."""
     columns: Mapping[str, Any] = instance.__table__.c  # type: ignore[attr-defined]
-    own = {name: getattr(instance, "metadata_" if name == "metadata" else name) for name in columns.keys()}  # noqa: SIM118
+    own = {str(name): getattr(instance, "metadata_" if name == "metadata" else name) for name in columns.keys()}  # noqa: SIM118
     return {**own["metadata"], **own, **more}
 
 

@@ -33,7 +33,7 @@ def record_transition(
             to_id=to_id,
             action=action,
             performed_by=rows.scope.user_id,
-            snapshot=orjson.loads(orjson.dumps(snapshot)),
+            snapshot=orjson.loads(orjson.dumps(snapshot, default=str)),
         )
     )
 

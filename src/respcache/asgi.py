@@ -74,28 +74,19 @@ class Wrapper:
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Connect before the application starts, check its routes when it has, close when it has shut down."""
-        stopping = False
 
-        async def watch_receive() -> Message:
-            nonlocal stopping
-            message = await receive()
-            stopping = stopping or message["type"] == "lifespan.shutdown"
-            return message
-
-        async def watch_send(message: Message) -> None:
+        async def watch(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 try:
                     self.prepare()
                 except ConfigurationError as error:
                     message = {"type": "lifespan.startup.failed", "message": f"respcache: {error}"}
+            elif message["type"].startswith("lifespan.shutdown"):
+                await self._cache.close()  # before the server hears of it: it then ends this task
             await send(message)
 
         await self._cache.connect()
-        try:
-            await self.app(scope, watch_receive, watch_send)
-        finally:
-            if stopping:
-                await self._cache.close()
+        await self.app(scope, receive, watch)
 
     async def _handle(
         self, found: tuple[Route, Mapping[str, str]] | None, scope: Scope, receive: Receive, send: Send, record: Record

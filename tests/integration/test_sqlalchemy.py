@@ -80,6 +80,8 @@ async def engine(empty_database_url: str, cache: Told) -> AsyncIterator[AsyncEng
         await connection.run_sync(Base.metadata.create_all)
         await connection.execute(insert(Account), [{"id": 1, "tenant_id": A}, {"id": 2, "tenant_id": B}])
         await connection.execute(insert(Contact), [{"id": 1, "tenant_id": A, "account_id": 1}])
+    await made.dispose()
+    made = create_async_engine(empty_database_url)  # watched from its very first connection, as in an application
     watching = begin_watching(made, cache)
     yield made
     watching.close()

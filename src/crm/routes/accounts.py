@@ -10,7 +10,7 @@ from crm.bodies import body_for
 from crm.db import ReadRows, WriteRows
 from crm.errors import respond
 from crm.filters import contains, parse_filter, parse_values
-from crm.listing import Choice, Filter, Limit, Offset, Search, Sort, one, page, record, select_records
+from crm.listing import Choice, Filter, Limit, Offset, Search, Sort, one, page, records, select_records
 from crm.models import ACCOUNT_TYPES, HEALTH, Account, Contact, Lead
 
 router = APIRouter(prefix="/api/accounts", tags=["accounts"])
@@ -79,7 +79,7 @@ async def related_people(rows: ReadRows, id: str) -> Response:
         people = (
             select_records(rows, model).where(model.account_id == account.id).order_by(model.created_at.desc(), model.id.desc())
         )
-        data[plural] = [record(row) for row in await rows.session.execute(people.limit(MOST_PEOPLE))]
+        data[plural] = records(await rows.session.execute(people.limit(MOST_PEOPLE)))
     return respond(data)
 
 

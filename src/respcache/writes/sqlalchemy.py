@@ -116,7 +116,7 @@ class Watch:
         original = getattr(self._engine.dialect, name)
 
         def ended(connection: Any, *args: Any, **options: Any) -> Any:
-            transaction = connection.info.pop(_KEY, None)
+            transaction = _info(connection).pop(_KEY, None)
             try:
                 return original(connection, *args, **options)
             finally:
@@ -139,13 +139,13 @@ class Watch:
     # -- engine events -------------------------------------------------------------------------------------------------
 
     def _begin(self, connection: Connection) -> None:
-        connection.info[_KEY] = Transaction()
+        _info(connection)[_KEY] = Transaction()
 
     def _before_execute(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
         facts = self._facts_of(sql, context)
-        transaction: Transaction = connection.info.setdefault(_KEY, Transaction())
+        transaction: Transaction = _info(connection).setdefault(_KEY, Transaction())
         if facts.raw:
             self._note_declared(transaction, sql, context.execution_options)
         elif facts.change is not None:
@@ -158,7 +158,7 @@ class Watch:
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
         """In AUTOCOMMIT the statement was its own transaction: whatever is rolled back later, it stays."""
-        transaction: Transaction | None = connection.info.get(_KEY)
+        transaction: Transaction | None = _info(connection).get(_KEY)
         if transaction is not None and transaction.changes and _isolation(connection) == "AUTOCOMMIT":
             self._tell(transaction)
 
@@ -223,7 +223,7 @@ class Watch:
     # -- session events: whose rows a flush changes ---------------------------------------------------------------------
 
     def _session_begun(self, session: Session, _: Any, connection: Connection) -> None:
-        transaction: Transaction | None = connection.info.get(_KEY)
+        transaction: Transaction | None = _info(connection).get(_KEY)
         if transaction is None or connection.engine.dialect is not self._engine.dialect:
             return
         transaction.session = weakref.ref(session)
@@ -258,7 +258,7 @@ class Watch:
         connection = session.connection()
         if connection.engine.dialect is not self._engine.dialect:
             return None
-        found: Transaction | None = connection.info.get(_KEY)
+        found: Transaction | None = _info(connection).get(_KEY)
         return found
 
     def _note_state(self, transaction: Transaction, state: Any, *, is_delete: bool) -> None:
@@ -294,6 +294,15 @@ class Watch:
                 raise ConfigurationError(
                     f"a cached read declares the table {table!r}, whose rows belong to no tenant: not supported"
                 )
+
+
+def _info(connection: Any) -> dict[Any, Any]:
+    """Return the place for notes on a connection. The one on which a dialect is set up, before any other, has none."""
+    try:
+        notes: dict[Any, Any] = connection.info
+    except NotImplementedError:
+        return {}
+    return notes
 
 
 def _tenants(change: Change, context: Any) -> set[str] | None:
