@@ -1,0 +1,307 @@
+"""The link: up and down, how fast it fails when down, how it comes back, what it logs, and that nothing of it stays behind."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import redis
+
+from crm.embedded import EmbeddedValkey
+from respcache.core.errors import StoreUnavailable
+from respcache.resp.link import Link
+from respcache.resp.url import ServerURL
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE_S = 0.05
+SLACK_S = 0.4
+"""What a busy machine may add to a deadline."""
+
+MakeLink = Callable[..., Link]
+
+
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """uvloop orders timers and sockets differently."""
+    return "asyncio", {"use_uvloop": request.param}
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def link_to() -> AsyncIterator[MakeLink]:
+    """Make links that are closed afterwards, and check that they leave no task behind."""
+    links: list[Link] = []
+
+    def make(url: str, **settings: Any) -> Link:
+        links.append(Link(ServerURL.parse(url), **settings))
+        return links[-1]
+
+    yield make
+    for link in links:
+        await link.close()
+    assert tasks_of_links() == []
+
+
+def tasks_of_links() -> list[str]:
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return [name for name in names if name.startswith("Link.")]
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "respcache.resp"]
+
+
+async def ask(link: Link) -> bytes:
+    (reply,), _ = await link.execute(("ECHO", "x"))
+    assert isinstance(reply, bytes)
+    return reply
+
+
+async def test_replies_come_with_the_identity_of_the_server_that_gave_them(link_to: MakeLink, valkey_url: str) -> None:
+    """It is the server's replication id."""
+    link = link_to(valkey_url)
+    await link.connect()
+    with redis.Redis.from_url(valkey_url) as client:
+        assert await link.execute(("ECHO", "a"), ("ECHO", "b")) == ([b"a", b"b"], client.info("replication")["master_replid"])
+
+
+async def test_without_a_server_connect_returns_and_calls_fail_at_once(link_to: MakeLink, make_valkey: Any) -> None:
+    """An application starts without its cache, and the link comes up when the server does."""
+    server: EmbeddedValkey = make_valkey()
+    server.stop()
+    link = link_to(server.url)
+    await link.connect()
+    assert not link.up
+    with pytest.raises(StoreUnavailable):
+        await ask(link)
+    server.start()
+    await until(lambda: link.up)
+    assert await ask(link) == b"x"
+
+
+async def test_a_frozen_server_costs_one_deadline_and_then_nothing(
+    link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Callers at the moment of freezing fail within the deadline, later ones at once; thawed, it is used again."""
+    caplog.set_level(logging.INFO, "respcache.resp")
+    server: EmbeddedValkey = make_valkey()
+    link = link_to(server.url, deadline_s=DEADLINE_S)
+    await link.connect()
+    server.freeze()
+    started = time.monotonic()
+    results = await asyncio.gather(*(ask(link) for _ in range(50)), return_exceptions=True)
+    assert all(isinstance(result, StoreUnavailable) for result in results)
+    assert time.monotonic() - started < DEADLINE_S + SLACK_S
+    started = time.monotonic()
+    for _ in range(100):
+        with pytest.raises(StoreUnavailable):
+            await ask(link)
+    assert time.monotonic() - started < DEADLINE_S  # for all hundred together
+    server.thaw()
+    await until(lambda: link.up)
+    assert await ask(link) == b"x"
+    assert [level for level, _ in lines(caplog)] == ["INFO", "WARNING", "INFO"]
+    assert link.counters()["timeouts"] == 1
+    assert link.counters()["reconnects"] == 1
+
+
+async def test_a_killed_server_is_noticed_at_once_and_used_again_when_it_is_back(
+    link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each life of the server has its own identity; one line is logged per change of state, however long it is away."""
+    caplog.set_level(logging.INFO, "respcache.resp")
+    server: EmbeddedValkey = make_valkey()
+    link = link_to(server.url, jitter=lambda: 0.2)
+    await link.connect()
+    identities = [(await link.execute(("ECHO", "x")))[1]]
+    for _ in range(2):
+        server.kill()
+        await until(lambda: not link.up)
+        with pytest.raises(StoreUnavailable):
+            await ask(link)
+        server.start()
+        await until(lambda: link.up)
+        identities.append((await link.execute(("ECHO", "x")))[1])
+    assert len(set(identities)) == 3
+    assert [level for level, _ in lines(caplog)] == ["INFO", "WARNING", "INFO", "WARNING", "INFO"]
+    ups = [line for level, line in lines(caplog) if level == "INFO"]
+    assert all(f"(identity {identity[:8]})" in line for identity, line in zip(identities, ups, strict=True))
+    assert server.password not in caplog.text
+
+
+async def test_a_wrong_password_is_logged_once_and_retried(
+    link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The link comes up by itself when the server's password becomes the right one. Neither password is logged."""
+    caplog.set_level(logging.INFO, "respcache.resp")
+    server: EmbeddedValkey = make_valkey()
+    rounds: list[None] = []
+    link = link_to(server.url.replace(server.password, "wanted-by-us"), jitter=lambda: rounds.append(None) or 0.1)
+    await link.connect()
+    await until(lambda: len(rounds) > 3)
+    assert [level for level, _ in lines(caplog)] == ["WARNING"]
+    assert "WRONGPASS" in caplog.text
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("requirepass", "wanted-by-us")
+    await until(lambda: link.up)
+    assert server.password not in caplog.text
+    assert "wanted-by-us" not in caplog.text
+
+
+async def test_a_password_that_became_wrong_in_an_outage_is_said_too(
+    link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """'Down' was logged already, but somebody must mend this: it is logged once more, once."""
+    server: EmbeddedValkey = make_valkey()
+    rounds: list[None] = []
+    link = link_to(server.url, jitter=lambda: rounds.append(None) or 0.1)
+    await link.connect()
+    server.kill()
+    await until(lambda: not link.up)
+    server.password = "changed"  # noqa: S105
+    server.start()
+    await until(lambda: "WRONGPASS" in caplog.text)
+    seen = len(rounds)
+    await until(lambda: len(rounds) > seen + 2)
+    assert [level for level, _ in lines(caplog)] == ["WARNING", "WARNING"]
+
+
+async def test_the_link_is_not_used_while_the_server_is_a_replica(link_to: MakeLink, make_valkey: Any) -> None:
+    """A replica is refused in the handshake; a master that becomes one is left at its first READONLY."""
+    master, other = make_valkey(), make_valkey()
+    link = link_to(master.url, jitter=lambda: 0.1)
+    await link.connect()
+    with redis.Redis.from_url(master.url) as client:
+        client.config_set("masterauth", other.password)
+        client.replicaof("127.0.0.1", other.port)
+    (reply,), _ = await link.execute(("SET", "k", "v"))
+    assert "READONLY" in str(reply)
+    await until(lambda: not link.up)
+    second = link_to(master.url)
+    await second.connect()
+    assert not second.up
+    with redis.Redis.from_url(master.url) as client:
+        client.replicaof("NO", "ONE")
+    await until(lambda: link.up and second.up)
+
+
+async def test_relearning_reconnects_only_what_still_claims_the_old_identity(link_to: MakeLink, valkey_url: str) -> None:
+    """Many callers that notice the same change drop one connection, not the new one too."""
+    link = link_to(valkey_url)
+    await link.connect()
+    _, identity = await link.execute(("ECHO", "x"))
+    link.relearn("another")
+    assert link.up
+    link.relearn(identity)
+    assert not link.up
+    await until(lambda: link.up)
+    assert link.counters()["reconnects"] == 1
+
+
+class Hanging:
+    """A server that shakes hands, and hangs at the first command; it notes when it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[float] = []
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.calls.append(time.monotonic())
+        self.writers.append(writer)
+        await reader.readuntil(b"persistence\r\n")
+        info = b"role:master\r\nmaster_replid:aa\r\nloading:0\r\n"
+        writer.write(b"+OK\r\n+OK\r\n" + b"$%d\r\n%s\r\n" % (len(info), info) * 2)
+        await reader.read()
+
+
+async def test_a_server_that_shakes_hands_and_hangs_is_not_tried_in_a_tight_loop(link_to: MakeLink) -> None:
+    """Pauses grow until a connection has lasted: callers do not pay a deadline over and over."""
+    hanging = Hanging()
+    server = await asyncio.start_server(hanging.serve, "127.0.0.1", 0)
+    link = link_to(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", deadline_s=0.02, jitter=lambda: 1.0)
+    await link.connect()
+    try:
+        while len(hanging.calls) < 4:
+            await until(lambda: link.up)
+            with pytest.raises(StoreUnavailable):
+                await ask(link)
+    finally:
+        server.close()
+        for writer in hanging.writers:
+            writer.transport.abort()
+    pauses = [later - earlier for earlier, later in zip(hanging.calls, hanging.calls[1:], strict=False)]
+    assert all(pause >= least for pause, least in zip(pauses, [0.05, 0.1, 0.2], strict=True))
+
+
+async def test_pauses_are_jittered_and_capped(link_to: MakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random number is passed in; no pause exceeds the cap, and trying never ends."""
+    from respcache.resp import link as link_module
+
+    monkeypatch.setattr(link_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(link_module, "MOST_PAUSE_S", 0.004)
+    rounds: list[float] = []
+    server = await asyncio.start_server(lambda _, __: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    link = link_to(f"redis://127.0.0.1:{port}", jitter=lambda: rounds.append(time.monotonic()) or 1.0)
+    await link.connect()
+    await until(lambda: len(rounds) > 30)  # doubled without a cap, thirty pauses would take days
+    assert not link.up
+
+
+async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(link_to: MakeLink, valkey_url: str) -> None:
+    """Before connecting, while connecting to somebody who says nothing, when up, and twice."""
+    silent = await asyncio.start_server(lambda _, __: asyncio.sleep(60), "127.0.0.1", 0)
+    mute = f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    started = time.monotonic()
+    fresh, connecting, up = link_to(valkey_url), link_to(mute, connect_deadline_s=60), link_to(valkey_url)
+    waiting = asyncio.create_task(connecting.connect())
+    await asyncio.sleep(0)
+    await up.connect()
+    late = asyncio.create_task(up.execute(("BLPOP", "nothing", 0)))
+    await asyncio.sleep(0)
+    for link in (fresh, connecting, up, up):
+        await link.close()
+        with pytest.raises(StoreUnavailable, match="closed"):
+            await ask(link)
+        link.send(("ECHO", "x"))
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await late
+    await waiting
+    assert time.monotonic() - started < 5
+    silent.close()
+    assert tasks_of_links() == []
+    assert up.counters()["commands"] > 0
+
+
+async def test_closing_in_the_moment_of_connecting_hangs_nobody(link_to: MakeLink, valkey_url: str) -> None:
+    """The background task is cancelled before it ran at all; whoever waits in ``connect`` returns."""
+    link = link_to(valkey_url)
+    waiting = asyncio.create_task(link.connect())
+    await asyncio.sleep(0)  # connect() has made the task, which has not started
+    await link.close()
+    await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_cancelled_caller_stays_cancelled(link_to: MakeLink, make_valkey: Any) -> None:
+    """``CancelledError`` is never turned into a fault of the store, whatever happens in the same moment."""
+    server: EmbeddedValkey = make_valkey()
+    link = link_to(server.url, deadline_s=5.0)
+    await link.connect()
+    server.freeze()
+    waiting = asyncio.create_task(link.execute(("ECHO", "x")))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    server.kill()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await until(lambda: not link.up)
