@@ -151,9 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tenant", default="acme")
     command.add_argument("--other-tenant", default="globex")
     command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    command.add_argument(
-        "--break-invalidation", action="store_true", help="show that the check fails when nothing is invalidated"
-    )
     return parser
 
 

@@ -244,19 +244,23 @@ class EmbeddedPostgres(EmbeddedServer):
         shutil.rmtree(self.directory, ignore_errors=True)
         self._note.unlink(missing_ok=True)
 
+    def find(self) -> "EmbeddedPostgres":
+        """Find the folder of an earlier start, where that was not the given one."""
+        recorded = Path(self._note.read_text().strip()) if self._note.exists() else None
+        if recorded is not None and _owned(recorded, self.user):
+            self._home = recorded
+        return self
+
     @property
     def _note(self) -> Path:
         return self.directory.with_name(self.directory.name + ".location")
 
     def _settle(self) -> None:
         """Find or make the folder that PostgreSQL's user owns, and binaries that it can run."""
-        recorded = Path(self._note.read_text().strip()) if self._note.exists() else None
-        if recorded is not None and _owned(recorded, self.user):
-            self._home = recorded
-        elif self.user is None or _can_reach(self.directory.parent, self.user):
-            self._home = self.directory
+        elsewhere = self.find()._home != self.directory
+        if not elsewhere and (self.user is None or _can_reach(self.directory.parent, self.user)):
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        else:
+        elif not elsewhere:
             self._home = Path(tempfile.mkdtemp(prefix="respcache-postgres-", dir="/var/tmp"))
             write_private(self._note, str(self._home))
         if self.user is not None:
