@@ -88,7 +88,7 @@ def servers() -> Iterator[tuple[list[Lane], EmbeddedValkey, str]]:
     with tempfile.TemporaryDirectory(prefix="respcache-bench-") as folder, contextlib.ExitStack() as stack:
         valkey = EmbeddedValkey(Path(folder) / "valkey").start()
         stack.callback(valkey.stop)
-        postgres = EmbeddedPostgres(Path(folder) / "postgres", password="bench", durable=False).start()  # noqa: S106
+        postgres = EmbeddedPostgres(Path(folder) / "postgres", password="bench", durable=False).start()
         stack.callback(postgres.remove)
         url = postgres.url("postgres")
         upgrade(url)
