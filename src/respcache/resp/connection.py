@@ -178,7 +178,7 @@ class Connection(asyncio.Protocol):
         batch.replies.append(reply)
         self._unanswered -= 1
         if isinstance(reply, hiredis.ReplyError):
-            self.errors += 1
+            self.errors += not str(reply).startswith("NOSCRIPT")  # an answer, not a fault: the script is sent in full then
             if not self.identity or str(reply).startswith(FATAL_ERRORS):
                 self._loop.call_soon(self.abort, _refusal(reply))
         if len(batch.replies) == batch.expected:

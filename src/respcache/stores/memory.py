@@ -49,7 +49,7 @@ class MemoryStore:
         """See ``Store.open``."""
         self._check()
         fields = self._get(generation)
-        if fields is None or fields.get("r") != self._identity.encode():
+        if not self._usable(fields):
             fields = {"n": nonce, "r": self._identity.encode(), "s": b"0"}
         self._set(generation, fields, ttl_ms)
         return self._view(generation, ())
@@ -60,7 +60,7 @@ class MemoryStore:
         fields = self._get(generation)
         if fields is None:
             return
-        if fields.get("r") != self._identity.encode():
+        if not self._usable(fields):
             del self._values[generation]
             return
         sequence = str(int(fields["s"]) + 1).encode()
@@ -124,6 +124,10 @@ class MemoryStore:
     def _check(self) -> None:
         if not self._open:
             raise StoreUnavailable("the memory store is closed")
+
+    def _usable(self, fields: dict[str, bytes] | None) -> bool:
+        """Whether a generation is whole and of this server life."""
+        return fields is not None and fields.get("r") == self._identity.encode() and "n" in fields and "s" in fields
 
     def _view(self, generation: str, tags: Sequence[str]) -> Generation:
         fields = self._get(generation) or {}

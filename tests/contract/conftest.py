@@ -1,0 +1,155 @@
+"""The stores under test, and what the tests may do to them behind their backs."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import pytest
+import redis
+
+from crm.embedded import EmbeddedValkey
+from respcache.stores.base import Store
+from respcache.stores.memory import MemoryStore
+from respcache.stores.redis import RedisStore
+
+LONG_S = 5.0
+"""A deadline for tests that are not about deadlines, on a busy machine."""
+
+
+class Subject(Protocol):
+    """A store and the powers of fate over it."""
+
+    store: Store
+
+    def keys(self) -> set[str]:
+        """List what is stored."""
+        ...
+
+    def ttl_ms(self, key: str) -> float:
+        """Say how long a key will live; infinity when for ever."""
+        ...
+
+    def lose(self, key: str) -> None:
+        """Lose a key, as by eviction."""
+        ...
+
+    def lose_field(self, key: str, field: str) -> None:
+        """Lose a part of a generation, as by a foreign hand."""
+        ...
+
+    def lose_all(self) -> None:
+        """Lose everything, as by FLUSHALL."""
+        ...
+
+    async def expire(self, key: str) -> None:
+        """Return when the time to live of a key is over."""
+        ...
+
+    async def restart(self, *, keep_data: bool) -> None:
+        """Become another server life; return when the store is connected to it."""
+        ...
+
+
+class MemorySubject:
+    """The store in memory, with a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.store = MemoryStore(clock=lambda: self.now)
+
+    def keys(self) -> set[str]:
+        return {key for key, (_, expires) in self.store._values.items() if expires > self.now}
+
+    def ttl_ms(self, key: str) -> float:
+        return (self.store._values[key][1] - self.now) * 1000
+
+    def lose(self, key: str) -> None:
+        self.store.delete(key)
+
+    def lose_field(self, key: str, field: str) -> None:
+        self.store._values[key][0].pop(field)
+
+    def lose_all(self) -> None:
+        self.store._values.clear()
+
+    async def expire(self, key: str) -> None:
+        self.now = self.store._values[key][1]
+
+    async def restart(self, *, keep_data: bool) -> None:
+        self.store.restart(keep_data=keep_data)
+
+
+class ValkeySubject:
+    """The store on a real server, which a second client manipulates."""
+
+    def __init__(self, url: str, server: EmbeddedValkey | None = None) -> None:
+        self.store = RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S)
+        self.server = server
+        self.client = redis.Redis.from_url(url, decode_responses=True)
+
+    def keys(self) -> set[str]:
+        return set(self.client.keys("*"))
+
+    def ttl_ms(self, key: str) -> float:
+        left = self.client.pttl(key)
+        return float("inf") if left == -1 else left
+
+    def lose(self, key: str) -> None:
+        self.client.delete(key)
+
+    def lose_field(self, key: str, field: str) -> None:
+        self.client.hdel(key, field)
+
+    def lose_all(self) -> None:
+        self.client.flushall()
+
+    async def expire(self, key: str) -> None:
+        await until(lambda: not self.client.exists(key))
+
+    async def restart(self, *, keep_data: bool) -> None:
+        assert self.server is not None
+        if not keep_data:
+            self.client.flushall()
+        self.client.save()
+        self.server.kill()
+        await until(lambda: not self.store.available)
+        self.server.start()
+        await until(lambda: self.store.available)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.002)
+
+
+@pytest.fixture(params=["memory", "valkey"])
+async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    """An empty, connected store of each kind."""
+    made: MemorySubject | ValkeySubject
+    made = MemorySubject() if request.param == "memory" else ValkeySubject(request.getfixturevalue("valkey_url"))
+    await made.store.connect()
+    yield made
+    await made.store.close()
+
+
+@pytest.fixture(params=["memory", "valkey"])
+async def mortal(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    """An empty, connected store of each kind, whose server may be restarted."""
+    made: MemorySubject | ValkeySubject
+    if request.param == "memory":
+        made = MemorySubject()
+    else:
+        server = request.getfixturevalue("make_valkey")()
+        made = ValkeySubject(server.url, server)
+    await made.store.connect()
+    yield made
+    await made.store.close()
+
+
+@pytest.fixture
+def store(subject: Subject) -> Store:
+    """The store of the subject."""
+    return subject.store
