@@ -153,7 +153,7 @@ class CrmResolver:
         teams = {user.team_id}
         if user.role == "manager":
             rows = await session.execute(select(Team.id, Team.parent_team_id).where(Team.tenant_id == tenant.id))
-            teams |= _descendants(user.team_id, rows.tuples())
+            teams |= _descendants(user.team_id, (tuple(row) for row in rows))
         members = await session.scalars(
             select(Employee.id).where(Employee.tenant_id == tenant.id, or_(Employee.team_id.in_(teams), Employee.id == user.id))
         )

@@ -56,7 +56,7 @@ async def page(
     data: dict[str, Any] = {plural: found, "total": total, "limit": limit, "offset": offset}
     if stats_by is not None:
         counts = await rows.session.execute(rows.select(model, stats_by, func.count()).group_by(stats_by))
-        by_value = {value or "none": count for value, count in counts.tuples()}
+        by_value = {value or "none": count for value, count in counts}
         data["stats"] = {"total": sum(by_value.values()), **by_value}
     return data
 

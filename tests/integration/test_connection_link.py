@@ -167,7 +167,7 @@ async def test_a_password_that_became_wrong_in_an_outage_is_said_too(
     await link.connect()
     server.kill()
     await until(lambda: not link.up)
-    server.password = "changed"  # noqa: S105
+    server.password = "changed"
     server.start()
     await until(lambda: "WRONGPASS" in caplog.text)
     seen = len(rounds)
