@@ -99,7 +99,7 @@ def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
     newest = (text("created_at DESC"), text("id DESC"))
     return (
         Index(f"ix_{table}_newest", "tenant_id", *newest),
-        *(Index(f"ix_{table}_{column}", "tenant_id", column, *newest) for column in (*columns, "assigned_to")),
+        *(Index(f"ix_{table}_by_{column}", "tenant_id", column, *newest) for column in (*columns, "assigned_to")),
     )
 
 

@@ -85,16 +85,23 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_accounts_tenant_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_accounts")),
     )
+    op.create_index(op.f("ix_accounts_assigned_to"), "accounts", ["assigned_to"], unique=False)
     op.create_index(
-        "ix_accounts_assigned_to",
+        "ix_accounts_by_assigned_to",
         "accounts",
         ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_accounts_industry",
+        "ix_accounts_by_industry",
         "accounts",
         ["tenant_id", "industry", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_accounts_by_type",
+        "accounts",
+        ["tenant_id", "type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index("ix_accounts_name", "accounts", ["tenant_id", sa.literal_column("lower(name)")], unique=False)
@@ -102,12 +109,6 @@ def upgrade() -> None:
         "ix_accounts_newest",
         "accounts",
         ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
-        unique=False,
-    )
-    op.create_index(
-        "ix_accounts_type",
-        "accounts",
-        ["tenant_id", "type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_table(
@@ -138,33 +139,39 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_activities_assigned_to"), "activities", ["assigned_to"], unique=False)
     op.create_index(
-        "ix_activities_due_date",
+        "ix_activities_by_assigned_to",
+        "activities",
+        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_activities_by_due_date",
         "activities",
         ["tenant_id", "due_date", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_activities_by_related_id",
+        "activities",
+        ["tenant_id", "related_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_activities_by_status",
+        "activities",
+        ["tenant_id", "status", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_activities_by_type",
+        "activities",
+        ["tenant_id", "type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
         "ix_activities_newest",
         "activities",
         ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
-        unique=False,
-    )
-    op.create_index(
-        "ix_activities_related_id",
-        "activities",
-        ["tenant_id", "related_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
-        unique=False,
-    )
-    op.create_index(
-        "ix_activities_status",
-        "activities",
-        ["tenant_id", "status", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
-        unique=False,
-    )
-    op.create_index(
-        "ix_activities_type",
-        "activities",
-        ["tenant_id", "type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_table(
@@ -226,27 +233,33 @@ def upgrade() -> None:
     op.create_index(op.f("ix_bizdev_sources_account_id"), "bizdev_sources", ["account_id"], unique=False)
     op.create_index(op.f("ix_bizdev_sources_assigned_to"), "bizdev_sources", ["assigned_to"], unique=False)
     op.create_index(
-        "ix_bizdev_sources_newest",
+        "ix_bizdev_sources_by_assigned_to",
         "bizdev_sources",
-        ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_bizdev_sources_priority",
+        "ix_bizdev_sources_by_priority",
         "bizdev_sources",
         ["tenant_id", "priority", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_bizdev_sources_source_type",
+        "ix_bizdev_sources_by_source_type",
         "bizdev_sources",
         ["tenant_id", "source_type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_bizdev_sources_status",
+        "ix_bizdev_sources_by_status",
         "bizdev_sources",
         ["tenant_id", "status", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_bizdev_sources_newest",
+        "bizdev_sources",
+        ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_table(
@@ -283,15 +296,27 @@ def upgrade() -> None:
     op.create_index(op.f("ix_contacts_account_id"), "contacts", ["account_id"], unique=False)
     op.create_index(op.f("ix_contacts_assigned_to"), "contacts", ["assigned_to"], unique=False)
     op.create_index(
-        "ix_contacts_newest",
+        "ix_contacts_by_account_id",
         "contacts",
-        ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        ["tenant_id", "account_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_contacts_status",
+        "ix_contacts_by_assigned_to",
+        "contacts",
+        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_contacts_by_status",
         "contacts",
         ["tenant_id", "status", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_contacts_newest",
+        "contacts",
+        ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
@@ -337,29 +362,36 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_leads_tenant_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_leads")),
     )
+    op.create_index(op.f("ix_leads_account_id"), "leads", ["account_id"], unique=False)
+    op.create_index(op.f("ix_leads_assigned_to"), "leads", ["assigned_to"], unique=False)
     op.create_index(
-        "ix_leads_account_id",
+        "ix_leads_by_account_id",
         "leads",
         ["tenant_id", "account_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
-    op.create_index(op.f("ix_leads_assigned_to"), "leads", ["assigned_to"], unique=False)
     op.create_index(
-        "ix_leads_newest",
+        "ix_leads_by_assigned_to",
         "leads",
-        ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_leads_source",
+        "ix_leads_by_source",
         "leads",
         ["tenant_id", "source", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_index(
-        "ix_leads_status",
+        "ix_leads_by_status",
         "leads",
         ["tenant_id", "status", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_leads_newest",
+        "leads",
+        ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
     op.create_table(
@@ -393,6 +425,36 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_opportunities_account_id"), "opportunities", ["account_id"], unique=False)
     op.create_index(op.f("ix_opportunities_assigned_to"), "opportunities", ["assigned_to"], unique=False)
+    op.create_index(
+        "ix_opportunities_by_account_id",
+        "opportunities",
+        ["tenant_id", "account_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_opportunities_by_assigned_to",
+        "opportunities",
+        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_opportunities_by_contact_id",
+        "opportunities",
+        ["tenant_id", "contact_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_opportunities_by_lead_id",
+        "opportunities",
+        ["tenant_id", "lead_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
+    op.create_index(
+        "ix_opportunities_by_stage",
+        "opportunities",
+        ["tenant_id", "stage", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        unique=False,
+    )
     op.create_index(op.f("ix_opportunities_contact_id"), "opportunities", ["contact_id"], unique=False)
     op.create_index(op.f("ix_opportunities_lead_id"), "opportunities", ["lead_id"], unique=False)
     op.create_index(
@@ -401,57 +463,62 @@ def upgrade() -> None:
         ["tenant_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
-    op.create_index(
-        "ix_opportunities_stage",
-        "opportunities",
-        ["tenant_id", "stage", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
-        unique=False,
-    )
     # ### end Alembic commands ###
 
 
 def downgrade() -> None:
     # ### commands auto generated by Alembic - please adjust! ###
-    op.drop_index("ix_opportunities_stage", table_name="opportunities")
     op.drop_index("ix_opportunities_newest", table_name="opportunities")
     op.drop_index(op.f("ix_opportunities_lead_id"), table_name="opportunities")
     op.drop_index(op.f("ix_opportunities_contact_id"), table_name="opportunities")
+    op.drop_index("ix_opportunities_by_stage", table_name="opportunities")
+    op.drop_index("ix_opportunities_by_lead_id", table_name="opportunities")
+    op.drop_index("ix_opportunities_by_contact_id", table_name="opportunities")
+    op.drop_index("ix_opportunities_by_assigned_to", table_name="opportunities")
+    op.drop_index("ix_opportunities_by_account_id", table_name="opportunities")
     op.drop_index(op.f("ix_opportunities_assigned_to"), table_name="opportunities")
     op.drop_index(op.f("ix_opportunities_account_id"), table_name="opportunities")
     op.drop_table("opportunities")
-    op.drop_index("ix_leads_status", table_name="leads")
-    op.drop_index("ix_leads_source", table_name="leads")
     op.drop_index("ix_leads_newest", table_name="leads")
+    op.drop_index("ix_leads_by_status", table_name="leads")
+    op.drop_index("ix_leads_by_source", table_name="leads")
+    op.drop_index("ix_leads_by_assigned_to", table_name="leads")
+    op.drop_index("ix_leads_by_account_id", table_name="leads")
     op.drop_index(op.f("ix_leads_assigned_to"), table_name="leads")
-    op.drop_index("ix_leads_account_id", table_name="leads")
+    op.drop_index(op.f("ix_leads_account_id"), table_name="leads")
     op.drop_table("leads")
     op.drop_index("ix_contacts_updated", table_name="contacts")
-    op.drop_index("ix_contacts_status", table_name="contacts")
     op.drop_index("ix_contacts_newest", table_name="contacts")
+    op.drop_index("ix_contacts_by_status", table_name="contacts")
+    op.drop_index("ix_contacts_by_assigned_to", table_name="contacts")
+    op.drop_index("ix_contacts_by_account_id", table_name="contacts")
     op.drop_index(op.f("ix_contacts_assigned_to"), table_name="contacts")
     op.drop_index(op.f("ix_contacts_account_id"), table_name="contacts")
     op.drop_table("contacts")
-    op.drop_index("ix_bizdev_sources_status", table_name="bizdev_sources")
-    op.drop_index("ix_bizdev_sources_source_type", table_name="bizdev_sources")
-    op.drop_index("ix_bizdev_sources_priority", table_name="bizdev_sources")
     op.drop_index("ix_bizdev_sources_newest", table_name="bizdev_sources")
+    op.drop_index("ix_bizdev_sources_by_status", table_name="bizdev_sources")
+    op.drop_index("ix_bizdev_sources_by_source_type", table_name="bizdev_sources")
+    op.drop_index("ix_bizdev_sources_by_priority", table_name="bizdev_sources")
+    op.drop_index("ix_bizdev_sources_by_assigned_to", table_name="bizdev_sources")
     op.drop_index(op.f("ix_bizdev_sources_assigned_to"), table_name="bizdev_sources")
     op.drop_index(op.f("ix_bizdev_sources_account_id"), table_name="bizdev_sources")
     op.drop_table("bizdev_sources")
     op.drop_index("ix_entity_transitions_from", table_name="entity_transitions")
     op.drop_table("entity_transitions")
-    op.drop_index("ix_activities_type", table_name="activities")
-    op.drop_index("ix_activities_status", table_name="activities")
-    op.drop_index("ix_activities_related_id", table_name="activities")
     op.drop_index("ix_activities_newest", table_name="activities")
-    op.drop_index("ix_activities_due_date", table_name="activities")
+    op.drop_index("ix_activities_by_type", table_name="activities")
+    op.drop_index("ix_activities_by_status", table_name="activities")
+    op.drop_index("ix_activities_by_related_id", table_name="activities")
+    op.drop_index("ix_activities_by_due_date", table_name="activities")
+    op.drop_index("ix_activities_by_assigned_to", table_name="activities")
     op.drop_index(op.f("ix_activities_assigned_to"), table_name="activities")
     op.drop_table("activities")
-    op.drop_index("ix_accounts_type", table_name="accounts")
     op.drop_index("ix_accounts_newest", table_name="accounts")
     op.drop_index("ix_accounts_name", table_name="accounts")
-    op.drop_index("ix_accounts_industry", table_name="accounts")
-    op.drop_index("ix_accounts_assigned_to", table_name="accounts")
+    op.drop_index("ix_accounts_by_type", table_name="accounts")
+    op.drop_index("ix_accounts_by_industry", table_name="accounts")
+    op.drop_index("ix_accounts_by_assigned_to", table_name="accounts")
+    op.drop_index(op.f("ix_accounts_assigned_to"), table_name="accounts")
     op.drop_table("accounts")
     op.drop_index(op.f("ix_employees_tenant_id"), table_name="employees")
     op.drop_table("employees")

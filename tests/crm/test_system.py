@@ -1,0 +1,134 @@
+"""The system's own routes, the start of the application, its schema and its documentation."""
+
+import asyncio
+
+import pytest
+from alembic import command
+
+from crm.app import create_app
+from crm.demo import PASSWORD, seed_if_empty
+from crm.migrations import configuration
+from crm.settings import Settings
+from respcache import Claim
+
+from .conftest import SECRET, Crm, hit
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
+    """The cache being away is said and is no failure."""
+    http = crm.as_user(None)
+    assert (await http.get("/api/system/status")).json()["data"]["up"] is True
+    assert (await http.get("/api/system/health")).json()["data"] == {
+        "database": "up", "cache": "up", "cache_enabled": True, "invalidations_pending": 0,
+    }  # fmt: skip
+    await crm.cache.store.close()
+    answer = await http.get("/api/system/health")
+    assert (answer.status_code, answer.json()["data"]["cache"]) == (200, "down")
+
+
+async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
+    """Counters per module; INFO as text; says whose figures they are."""
+    for user in ("ann", "gus"):
+        for _ in range(3):
+            await crm.as_user(user).get("/api/accounts")
+    assert (await crm.as_user(None).get("/api/system/cache-stats")).status_code == 401
+    assert (await crm.as_user("ann").get("/api/system/cache-stats")).status_code == 403
+    data = (await crm.as_user("abe").get("/api/system/cache-stats")).json()["data"]
+    assert (data["connected"], data["figures_of"]) == (True, "this process")
+    assert (data["modules"]["accounts"]["hits"], data["modules"]["accounts"]["misses"]) == (2, 1)
+    assert "total_commands_processed" in data["info"]
+    assert "used_memory" in data["memory"]
+    assert "tenants" not in data
+    everything = (await crm.as_user("root").get("/api/system/cache-stats")).json()["data"]
+    assert everything["hits"] == 4
+    assert {str(crm.tenants["acme"].id), str(crm.tenants["globex"].id)} <= everything["tenants"].keys()
+    await crm.cache.store.close()
+    answer = await crm.as_user("abe").get("/api/system/cache-stats")
+    assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Cache unavailable"})
+
+
+async def test_an_admin_invalidates_modules_of_his_own_tenant(crm: Crm) -> None:
+    """One, all, and nobody else's."""
+    for user in ("abe", "gus"):
+        for path in ("/api/accounts", "/api/leads"):
+            for _ in range(2):
+                await crm.as_user(user).get(path)
+    http = crm.as_user("abe")
+    assert (await crm.as_user("ann").post("/api/cache/invalidate", json={"modules": []})).status_code == 403
+    answer = await http.post("/api/cache/invalidate", json={"modules": ["accounts"]})
+    assert answer.json()["data"]["confirmed"] is True
+    assert not hit(await http.get("/api/accounts"))
+    assert hit(await http.get("/api/leads"))
+    await http.post("/api/cache/invalidate", json={"modules": ["*"]})
+    assert not hit(await http.get("/api/leads"))
+    assert hit(await crm.as_user("gus").get("/api/accounts"))
+    assert (await http.post("/api/cache/invalidate?tenant_id=globex", json={"modules": []})).status_code == 403
+
+
+async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
+    """Off and on without a deploy."""
+    assert (await crm.as_user("abe").post("/api/cache/switch", json={"enabled": False})).status_code == 403
+    root = crm.as_user("root")
+    answer = await root.post("/api/cache/switch", json={"enabled": False})
+    assert answer.json()["data"] == {"enabled": False, "other_processes_told": True}
+    assert "detail=off" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
+    await root.post("/api/cache/switch", json={"enabled": True})
+    assert "stored" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
+
+
+async def test_without_the_database_the_answer_is_503(crm: Crm) -> None:
+    """In the envelope; what is cached and still provable goes on being served."""
+    http = crm.as_user("ann")
+    for _ in range(2):
+        await http.get("/api/accounts")
+    crm.app.app.state.sessions.kw["bind"].sync_engine.dialect.connect = _refuse
+    await crm.app.app.state.sessions.kw["bind"].dispose()
+    assert hit(await http.get("/api/accounts"))
+    answer = await http.get("/api/leads")
+    assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Database unavailable"})
+    assert (await http.get("/api/system/health")).status_code == 503
+
+
+def _refuse(*args: object, **options: object) -> None:
+    raise ConnectionRefusedError("no database")
+
+
+async def test_the_documentation_describes_every_route(crm: Crm) -> None:
+    """Summaries, tags, the token button, parameters with descriptions."""
+    schema = (await crm.as_user(None).get("/openapi.json")).json()
+    operations = [operation for path in schema["paths"].values() for operation in path.values()]
+    assert len(operations) > 25
+    assert all(operation["summary"] and operation["description"] and operation["tags"] for operation in operations)
+    assert "HTTPBearer" in schema["components"]["securitySchemes"]
+    parameters = {parameter["name"] for parameter in schema["paths"]["/api/accounts"]["get"]["parameters"]}
+    assert {"limit", "offset", "filter", "sort", "search", "tenant_id"} <= parameters
+
+
+def test_models_and_migrations_agree(database_url: str) -> None:
+    """What the models say is what the steps make; and the steps can be undone."""
+    config = configuration(database_url)
+    command.check(config)
+    command.downgrade(config, "base")
+    command.upgrade(config, "head")
+
+
+def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> None:
+    """A second start finds it; the admin of acme can log in."""
+
+    async def run() -> tuple[str, str, str]:
+        first, second = await seed_if_empty(database_url), await seed_if_empty(database_url)
+        settings = Settings(database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET)
+        app = create_app(settings).app
+        from crm.auth import log_in
+
+        user = await log_in(app.state.sessions, "admin@acme.example", PASSWORD)
+        scope = await app.state.resolver.scope(Claim((str(user.id), str(user.tenant_id), None), str(user.tenant_id)))
+        await app.state.sessions.kw["bind"].dispose()
+        return first, second, scope.role
+
+    first, second, role = asyncio.run(run())
+    assert "acme" in first
+    assert second == "data found: 3050 accounts"
+    assert role == "admin"
