@@ -12,7 +12,9 @@ from crm.embedded import write_private
 from respcache.core.errors import ConfigurationError
 
 MIN_SECRET = 32
-KNOWN_SECRETS = frozenset({"secret", "changeme", "change-me", "password", "jwt_secret", "development"})
+MIN_DISTINCT = 10
+KNOWN_WORDS = ("changeme", "change-me", "secret", "password", "default", "development")
+"""What secrets of tutorials are made of."""
 
 
 class Settings(BaseSettings):
@@ -52,11 +54,8 @@ class Settings(BaseSettings):
                     raise ValueError(
                         f"{name.upper()} must be set in production: python -c 'import secrets; print(secrets.token_hex(32))'"
                     )
-            elif (
-                len(value.get_secret_value()) < MIN_SECRET
-                or value.get_secret_value().lower().strip("0123456789x") in KNOWN_SECRETS
-            ):
-                raise ValueError(f"{name.upper()} must be at least {MIN_SECRET} random characters")
+            elif problem := _weakness(value.get_secret_value(), strict=self.environment == "production"):
+                raise ValueError(f"{name.upper()} {problem}")
         return self
 
     @property
@@ -83,3 +82,12 @@ def stored_secret(folder: Path, name: str) -> str:
     if len(value) < MIN_SECRET:
         raise ConfigurationError(f"{path} holds less than {MIN_SECRET} characters: delete it to have a new one made")
     return value
+
+
+def _weakness(secret: str, *, strict: bool) -> str | None:
+    """Say what is wrong with a secret; in production also ones that look made up by hand are refused."""
+    if len(secret) < MIN_SECRET:
+        return f"must be at least {MIN_SECRET} random characters"
+    if strict and (len(set(secret)) < MIN_DISTINCT or any(word in secret.lower() for word in KNOWN_WORDS)):
+        return "looks like a default: give random characters"
+    return None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from respcache.core.errors import ConfigurationError
 from respcache.resp.url import ServerURL
 
-SECRET = "s3cr3t"  # noqa: S105
+SECRET = "s3cr3t"
 
 
 def test_all_parts_are_read() -> None:
