@@ -382,6 +382,35 @@ async def test_a_busy_event_loop_does_not_condemn_a_live_server(meet: Meet) -> N
     assert (lost, connection.timeouts) == ([], 0)
 
 
+class Blocking(asyncio.Protocol):
+    """A peer in our own loop that answers a command and then blocks the loop past the deadline, in the phase of reading."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if data.endswith(b"persistence\r\n"):
+            self.transport.write(greeting())
+        else:
+            self.transport.write(bulk(b"v"))
+            time.sleep(0.15)
+
+
+async def test_timers_that_run_before_sockets_are_read_condemn_nobody() -> None:
+    """uvloop then runs the deadline before it reads the reply that has arrived; one more tick reads it."""
+    lost: list[StoreUnavailable] = []
+    server = await asyncio.get_running_loop().create_server(Blocking, "127.0.0.1", 0)
+    url = ServerURL("127.0.0.1", server.sockets[0].getsockname()[1])
+    connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, cause: lost.append(cause))
+    try:
+        assert await connection.execute([("GET", "k")], deadline_s=0.05) == [b"v"]
+        assert (lost, connection.timeouts) == ([], 0)
+    finally:
+        connection.abort(StoreUnavailable("end of the test"))
+        await connection.wait_closed()
+        server.close()
+
+
 async def test_a_server_that_answers_always_too_late_is_dropped(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is never silent, but each caller would pay the deadline."""
     monkeypatch.setattr(connection_module, "MAX_LATE_IN_A_ROW", 3)

@@ -60,6 +60,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "respcache.resp"]
 
 
+async def connect(link: Link) -> None:
+    await asyncio.wait_for(link.connect(), 10)  # it returns after the first attempt, whatever came of it
+
+
 async def ask(link: Link) -> bytes:
     (reply,), _ = await link.execute(("ECHO", "x"))
     assert isinstance(reply, bytes)
@@ -69,7 +73,7 @@ async def ask(link: Link) -> bytes:
 async def test_replies_come_with_the_identity_of_the_server_that_gave_them(link_to: MakeLink, valkey_url: str) -> None:
     """It is the server's replication id."""
     link = link_to(valkey_url)
-    await link.connect()
+    await connect(link)
     with redis.Redis.from_url(valkey_url) as client:
         assert await link.execute(("ECHO", "a"), ("ECHO", "b")) == ([b"a", b"b"], client.info("replication")["master_replid"])
 
@@ -79,7 +83,7 @@ async def test_without_a_server_connect_returns_and_calls_fail_at_once(link_to: 
     server: EmbeddedValkey = make_valkey()
     server.stop()
     link = link_to(server.url)
-    await link.connect()
+    await connect(link)
     assert not link.up
     with pytest.raises(StoreUnavailable):
         await ask(link)
@@ -95,7 +99,7 @@ async def test_a_frozen_server_costs_one_deadline_and_then_nothing(
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, deadline_s=DEADLINE_S)
-    await link.connect()
+    await connect(link)
     server.freeze()
     started = time.monotonic()
     results = await asyncio.gather(*(ask(link) for _ in range(50)), return_exceptions=True)
@@ -121,7 +125,7 @@ async def test_a_killed_server_is_noticed_at_once_and_used_again_when_it_is_back
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, jitter=lambda: 0.2)
-    await link.connect()
+    await connect(link)
     identities = [(await link.execute(("ECHO", "x")))[1]]
     for _ in range(2):
         server.kill()
@@ -146,7 +150,7 @@ async def test_a_wrong_password_is_logged_once_and_retried(
     server: EmbeddedValkey = make_valkey()
     rounds: list[None] = []
     link = link_to(server.url.replace(server.password, "wanted-by-us"), jitter=lambda: rounds.append(None) or 0.1)
-    await link.connect()
+    await connect(link)
     await until(lambda: len(rounds) > 3)
     assert [level for level, _ in lines(caplog)] == ["WARNING"]
     assert "WRONGPASS" in caplog.text
@@ -164,7 +168,7 @@ async def test_a_password_that_became_wrong_in_an_outage_is_said_too(
     server: EmbeddedValkey = make_valkey()
     rounds: list[None] = []
     link = link_to(server.url, jitter=lambda: rounds.append(None) or 0.1)
-    await link.connect()
+    await connect(link)
     server.kill()
     await until(lambda: not link.up)
     server.password = "changed"
@@ -179,7 +183,7 @@ async def test_the_link_is_not_used_while_the_server_is_a_replica(link_to: MakeL
     """A replica is refused in the handshake; a master that becomes one is left at its first READONLY."""
     master, other = make_valkey(), make_valkey()
     link = link_to(master.url, jitter=lambda: 0.1)
-    await link.connect()
+    await connect(link)
     with redis.Redis.from_url(master.url) as client:
         client.config_set("masterauth", other.password)
         client.replicaof("127.0.0.1", other.port)
@@ -187,7 +191,7 @@ async def test_the_link_is_not_used_while_the_server_is_a_replica(link_to: MakeL
     assert "READONLY" in str(reply)
     await until(lambda: not link.up)
     second = link_to(master.url)
-    await second.connect()
+    await connect(second)
     assert not second.up
     with redis.Redis.from_url(master.url) as client:
         client.replicaof("NO", "ONE")
@@ -197,7 +201,7 @@ async def test_the_link_is_not_used_while_the_server_is_a_replica(link_to: MakeL
 async def test_relearning_reconnects_only_what_still_claims_the_old_identity(link_to: MakeLink, valkey_url: str) -> None:
     """Many callers that notice the same change drop one connection, not the new one too."""
     link = link_to(valkey_url)
-    await link.connect()
+    await connect(link)
     _, identity = await link.execute(("ECHO", "x"))
     link.relearn("another")
     assert link.up
@@ -228,7 +232,7 @@ async def test_a_server_that_shakes_hands_and_hangs_is_not_tried_in_a_tight_loop
     hanging = Hanging()
     server = await asyncio.start_server(hanging.serve, "127.0.0.1", 0)
     link = link_to(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", deadline_s=0.02, jitter=lambda: 1.0)
-    await link.connect()
+    await connect(link)
     try:
         while len(hanging.calls) < 4:
             await until(lambda: link.up)
@@ -253,7 +257,7 @@ async def test_pauses_are_jittered_and_capped(link_to: MakeLink, monkeypatch: py
     port = server.sockets[0].getsockname()[1]
     server.close()
     link = link_to(f"redis://127.0.0.1:{port}", jitter=lambda: rounds.append(time.monotonic()) or 1.0)
-    await link.connect()
+    await connect(link)
     await until(lambda: len(rounds) > 30)  # doubled without a cap, thirty pauses would take days
     assert not link.up
 
@@ -266,7 +270,7 @@ async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(link_to: Mak
     fresh, connecting, up = link_to(valkey_url), link_to(mute, connect_deadline_s=60), link_to(valkey_url)
     waiting = asyncio.create_task(connecting.connect())
     await asyncio.sleep(0)
-    await up.connect()
+    await connect(up)
     late = asyncio.create_task(up.execute(("BLPOP", "nothing", 0)))
     await asyncio.sleep(0)
     for link in (fresh, connecting, up, up):
@@ -276,7 +280,7 @@ async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(link_to: Mak
         link.send(("ECHO", "x"))
     with pytest.raises(StoreUnavailable, match="closed"):
         await late
-    await waiting
+    await asyncio.wait_for(waiting, 5)
     assert time.monotonic() - started < 5
     silent.close()
     assert tasks_of_links() == []
@@ -296,7 +300,7 @@ async def test_a_cancelled_caller_stays_cancelled(link_to: MakeLink, make_valkey
     """``CancelledError`` is never turned into a fault of the store, whatever happens in the same moment."""
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, deadline_s=5.0)
-    await link.connect()
+    await connect(link)
     server.freeze()
     waiting = asyncio.create_task(link.execute(("ECHO", "x")))
     await asyncio.sleep(0)
