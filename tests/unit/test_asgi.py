@@ -213,7 +213,7 @@ async def test_a_read_begun_after_a_write_joins_no_older_flight() -> None:
         gate.entered.clear()
         await http.post("/things")
         new = asyncio.create_task(http.get("/things"))
-        await gate.entered.wait()
+        await asyncio.wait_for(gate.entered.wait(), 5)
         gate.go.set()
         values = [(await task).json()["value"] for task in (old, joined, new)]
         assert (await http.get("/things")).json()["value"] == 1

@@ -1,0 +1,75 @@
+"""What the map in ARCHITECTURE.md promises of imports, and what the package offers."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import respcache
+
+SOURCE = Path(respcache.__file__).parent
+ALLOWED_IN_CORE = {
+    "collections", "dataclasses", "enum", "hashlib", "re", "respcache", "struct", "typing", "urllib", "__future__",
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports, at any depth of it."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "core").glob("*.py")), ids=lambda path: path.name)
+def test_core_is_pure(path: Path) -> None:
+    """No I/O, no clock, no randomness, and nothing of ours outside core."""
+    for module in imports(path):
+        assert module.split(".")[0] in ALLOWED_IN_CORE, module
+        assert not module.startswith("respcache") or module.startswith("respcache.core"), module
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_the_library_knows_nothing_of_the_application(path: Path) -> None:
+    """Nothing of the CRM; web frameworks and the ORM only in the files named after them."""
+    names = {module.split(".")[0] for module in imports(path)}
+    assert "crm" not in names
+    if path.name not in ("fastapi.py", "sqlalchemy.py", "statements.py"):
+        assert not names & {"fastapi", "starlette", "sqlalchemy", "redis", "pydantic"}
+
+
+def test_importing_the_library_imports_no_framework() -> None:
+    """They are paid for only by who uses them."""
+    names = ("fastapi", "starlette", "sqlalchemy", "redis", "pydantic")
+    code = f"import sys, respcache; print([name for name in {names} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    """The surface is small and says what it is."""
+    assert respcache.__all__ == sorted(respcache.__all__)
+    assert all(hasattr(respcache, name) for name in respcache.__all__)
+
+
+def test_the_store_scans_no_keyspace() -> None:
+    """Invalidation is O(1): no command that walks the keys stands anywhere in the library."""
+    walking = {"KEYS", "SCAN", "FLUSHDB", "FLUSHALL"}
+    for path in SOURCE.rglob("*.py"):
+        constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        assert not walking & {value.upper() for value in constants if isinstance(value, str)}, path
+    for path in SOURCE.rglob("*.lua"):
+        called = re.findall(r"redis\.call\('(\w+)'", path.read_text())
+        assert called
+        assert not walking & set(called), path
+
+
+def test_every_script_touches_one_key() -> None:
+    """So that it runs on a cluster."""
+    for path in SOURCE.rglob("*.lua"):
+        assert "KEYS[2]" not in path.read_text()
