@@ -38,6 +38,10 @@ class Subject(Protocol):
         """Lose a part of a generation, as by a foreign hand."""
         ...
 
+    def spoil(self, key: str, field: str) -> None:
+        """Have a foreign hand write over a part of a generation."""
+        ...
+
     def lose_all(self) -> None:
         """Lose everything, as by FLUSHALL."""
         ...
@@ -70,6 +74,9 @@ class MemorySubject:
     def lose_field(self, key: str, field: str) -> None:
         self.store._values[key][0].pop(field)
 
+    def spoil(self, key: str, field: str) -> None:
+        self.store._values[key][0][field] = b"x"
+
     def lose_all(self) -> None:
         self.store._values.clear()
 
@@ -100,6 +107,9 @@ class ValkeySubject:
 
     def lose_field(self, key: str, field: str) -> None:
         self.client.hdel(key, field)
+
+    def spoil(self, key: str, field: str) -> None:
+        self.client.hset(key, field, "x")
 
     def lose_all(self) -> None:
         self.client.flushall()

@@ -111,6 +111,17 @@ async def test_a_bump_of_a_generation_without_its_whole_head_deletes_it(subject,
     assert (await view(subject.store)).judge(before, ["T:accounts"]) is Verdict.NO_GENERATION
 
 
+async def test_a_head_with_something_that_is_no_sequence_is_missing_and_made_anew(subject) -> None:
+    """Neither a reading nor a bump fails because of it."""
+    for repair in (subject.store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS), opened(subject.store, N2)):
+        await opened(subject.store, N1)
+        subject.spoil(GEN, "s")
+        assert (await view(subject.store)).nonce is None
+        await repair
+        assert (await view(subject.store)).nonce in (None, N2)
+    assert (await view(subject.store)).certificate() == Certificate(N2, 0)
+
+
 async def test_opening_and_bumping_renew_the_time_to_live(subject) -> None:
     """A generation that is used does not expire."""
     store = subject.store

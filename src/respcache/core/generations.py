@@ -60,6 +60,9 @@ HEAD_FIELDS = ("n", "r", "s")
 MAX_TAGS_PER_BUMP = 64
 """A bump of more tags than this becomes a bump of the floor."""
 
+MAX_FIELDS = 2000
+"""Fields of a generation beyond which a bump forgets the tags by raising the floor."""
+
 NONCE_BYTES = 16
 """A nonce is 64 random bits as 16 lower-case hexadecimal digits in ASCII."""
 
@@ -140,10 +143,13 @@ class Generation:
 def read_generation(values: Sequence[bytes | None], tags: Sequence[str], *, server: str) -> Generation:
     """Make a view from the reply to ``HMGET gen n r s *tags``; ``server`` is the identity of the connection it came by.
 
-    A hash without its head (a stray field, a foreign writer) counts as missing.
+    A hash without its head, or with something that is no number where one belongs (a foreign writer), counts as missing.
     """
     nonce, recorded, sequence = values[0], values[1], values[2]
     if nonce is None or recorded is None or sequence is None:
         return Generation(server)
-    bumps = {tag: int(value) for tag, value in zip(tags, values[3:], strict=True) if value is not None}
-    return Generation(server, nonce, recorded.decode(), int(sequence), bumps)
+    try:
+        bumps = {tag: int(value) for tag, value in zip(tags, values[3:], strict=True) if value is not None}
+        return Generation(server, nonce, recorded.decode("latin-1"), int(sequence), bumps)
+    except ValueError:
+        return Generation(server)

@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from respcache.core.errors import StoreUnavailable
-from respcache.core.generations import FLOOR, Generation, read_generation
+from respcache.core.generations import FLOOR, MAX_FIELDS, Generation, read_generation
 from respcache.core.keys import KILL_SWITCH_KEY
 from respcache.stores.base import Lease, Reading, ServerInfo
 
 MAX_KEYS = 10_000
-MAX_FIELDS = 2000
-"""Fields of a generation beyond which a bump forgets the tags by raising the floor."""
 
 
 class MemoryStore:
@@ -127,11 +125,10 @@ class MemoryStore:
 
     def _usable(self, fields: dict[str, bytes] | None) -> bool:
         """Whether a generation is whole and of this server life."""
-        return fields is not None and fields.get("r") == self._identity.encode() and "n" in fields and "s" in fields
+        return read_generation(_values(fields), (), server=self._identity).certificate() is not None
 
     def _view(self, generation: str, tags: Sequence[str]) -> Generation:
-        fields = self._get(generation) or {}
-        return read_generation([fields.get(name) for name in ("n", "r", "s", *tags)], tags, server=self._identity)
+        return read_generation(_values(self._get(generation), tags), tags, server=self._identity)
 
     def _get(self, key: str) -> Any:
         value, expires = self._values.get(key, (None, 0.0))
@@ -149,3 +146,7 @@ class MemoryStore:
         while len(self._values) > self._max_keys:
             self._values.popitem(last=False)
             self.evicted += 1
+
+
+def _values(fields: dict[str, bytes] | None, tags: Sequence[str] = ()) -> list[bytes | None]:
+    return [(fields or {}).get(name) for name in ("n", "r", "s", *tags)]

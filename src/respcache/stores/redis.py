@@ -13,15 +13,12 @@ from typing import Any
 import hiredis
 
 from respcache.core.errors import StoreReplyError, StoreUnavailable
-from respcache.core.generations import Certificate, Generation, read_generation
+from respcache.core.generations import MAX_FIELDS, Certificate, Generation, read_generation
 from respcache.core.keys import KILL_SWITCH_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
 from respcache.stores.base import Lease, Reading, ServerInfo
-
-MAX_FIELDS = 2000
-"""Fields of a generation beyond which a bump forgets the tags by raising the floor."""
 
 
 class Script:
@@ -66,8 +63,11 @@ class RedisStore:
         commands: list[Command] = [] if entry is None else [("GET", entry)]
         commands += [("HMGET", generation, "n", "r", "s", *tags) for generation, tags in wanted]
         replies, server = await self._link.execute(*commands)
-        found = None if entry is None else _good(replies.pop(0))
-        views = (read_generation(_good(reply), tags, server=server) for reply, (_, tags) in zip(replies, wanted, strict=True))
+        found = None if entry is None else _ours(replies.pop(0))
+        views = (
+            read_generation(_ours(reply) or (None,) * (3 + len(tags)), tags, server=server)
+            for reply, (_, tags) in zip(replies, wanted, strict=True)
+        )
         return Reading(found, tuple(views))
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
@@ -122,6 +122,11 @@ class RedisStore:
     def _compare(self, identity: str, server: str) -> None:
         if identity != server:
             self._link.relearn(server)
+
+
+def _ours(reply: Any) -> Any:
+    """Return a reply, or None for a foreign value under our key: as good as missing, and replaced when it is made anew."""
+    return None if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE") else _good(reply)
 
 
 def _good(reply: Any) -> Any:

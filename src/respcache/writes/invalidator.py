@@ -141,8 +141,10 @@ class Invalidator:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RETRY_MOST_S)
             for tenant, failures in tuple(self._pending.items()):
-                if not self._store.available or not await self._bump_one(tenant, (FLOOR,)):
+                if not self._store.available:
                     break
+                if not await self._bump_one(tenant, (FLOOR,)):
+                    continue  # one key that the server refuses must not hold up the other tenants
                 delay = RETRY_FIRST_S
                 if self._pending.get(tenant) == failures:  # another write may have failed while this bump was on its way
                     del self._pending[tenant]

@@ -1,8 +1,8 @@
 -- KEYS: generation. ARGV: nonce, ttl in ms. Keeps a whole generation of this server life, replaces anything else.
 -- Returns {identity, nonce, sequence}.
 local id = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
-local head = redis.call('HMGET', KEYS[1], 'r', 'n', 's')
-if head[1] ~= id or not head[2] or not head[3] then
+local head = redis.pcall('HMGET', KEYS[1], 'r', 'n', 's')
+if head.err or head[1] ~= id or not head[2] or not string.match(head[3] or '', '^%d+$') then
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1], 'n', ARGV[1], 'r', id, 's', 0)
   head = {id, ARGV[1], '0'}
