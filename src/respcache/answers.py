@@ -76,12 +76,17 @@ class HeldAnswer:
             )
 
     async def release(self) -> None:
-        """Settle the bumps, then send what was kept and pass on the rest."""
-        if self._passing or not self._held:
+        """Settle the bumps, then send what was kept and pass on the rest.
+
+        Also when nothing was kept: the server itself answers for an application that raises, and that answer must wait too.
+        """
+        if self._passing:
             return
         if self._before is not None:
             await self._before()
         await self._record.settle()
+        if not self._held:
+            return
         self._passing = self.started = True
         held, self._held = self._held, []
         for message in held:

@@ -68,6 +68,7 @@ class Cache:
         self.tables: set[str] = set()
         self._enabled = enabled
         self._switched_off = False
+        self._unsaid: bool | None = None  # a decision of ours about the kill switch that the store does not have yet
         self._said: set[str] = set()
         self._checks: list[TableCheck] = []
         self._polling: asyncio.Task[None] | None = None
@@ -140,7 +141,7 @@ class Cache:
     async def disable(self) -> bool:
         """Stop serving from the cache, here at once and in every process within ``SWITCH_POLL_S``.
 
-        Invalidations are still sent. Returns whether the other processes will learn of it (the store was reached).
+        Invalidations are still sent. Returns whether the store was reached; if not, it is told as soon as it is.
         """
         return await self._switch(off=True)
 
@@ -350,25 +351,28 @@ class Cache:
         return sent is not None and await asyncio.shield(sent)
 
     async def _switch(self, *, off: bool) -> bool:
-        self._switched_off = off
         if self.store is None:
             return False
-        try:
-            await self.store.switch(off)
-        except StoreError as error:
-            log.warning("the kill switch is %s here, but the store was not reached (%s)", "on" if off else "off", error)
-            return False
-        return True
+        log.warning("the cache is switched %s by this process", "off" if off else "on")
+        self._switched_off = self._unsaid = off
+        await self._poll_switch()
+        return self._unsaid is None
 
     async def _poll_switch(self) -> None:
-        if self.store is not None and self.store.available:
-            try:
-                off = await self.store.switch()
-            except StoreError:
-                return
-            if off != self._switched_off:
-                log.warning("the cache is switched %s for all processes", "off" if off else "on")
-            self._switched_off = off
+        """Tell the store our decision, if there is one, and take over what it says."""
+        if self.store is None or not self.store.available:
+            return
+        decision = self._unsaid
+        try:
+            off = await self.store.switch(decision)
+        except StoreError:
+            return
+        if self._unsaid is not decision:  # decided anew while this was on its way
+            return
+        self._unsaid = None
+        if off != self._switched_off:
+            log.warning("the cache is switched %s for all processes", "off" if off else "on")
+        self._switched_off = off
 
     async def _keep_polling(self) -> None:
         while True:

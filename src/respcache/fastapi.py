@@ -162,6 +162,10 @@ def _describe(route: Any, prefix: str, resolver: Resolver, compile_path: Callabl
         if policy.parameters is None:
             raise ConfigurationError(f"GET {template}: give parameters=[...] to its cache decorator, it has no signature to read")
         return Route(template, pattern, methods, policy, parameters=in_order(policy.parameters), endpoint=endpoint)
+    if any(part.body_params for part in (dependant, *_dependencies(dependant))):
+        raise ConfigurationError(
+            f"GET {template} is cached but reads a request body: what is in it cannot decide a cached answer"
+        )
     _check_security(dependant, policy, resolver, template)
     declared, passed = _parameters(dependant, resolver)
     return Route(template, pattern, methods, policy, invalidation, in_order(declared), passed, endpoint)
@@ -177,7 +181,7 @@ def _check_security(dependant: Any, policy: Policy, resolver: Resolver, template
             f"GET {template} is cached but depends on {names} for security, which neither the resolver stands for nor the "
             "policy names as rule: a hit would skip it"
         )
-    if policy.rule is not None and policy.rule not in set(_calls(dependant)):
+    if policy.rule is not None and policy.rule not in {part.call for part in _dependencies(dependant)}:
         raise ConfigurationError(
             f"GET {template}: its policy names the rule {policy.rule!r}, which the endpoint does not depend on: "
             "a miss would skip it"
@@ -195,10 +199,10 @@ def _security_calls(dependant: Any, named: frozenset[Dependency]) -> Iterator[An
             yield child.call
 
 
-def _calls(dependant: Any) -> Iterator[Any]:
+def _dependencies(dependant: Any) -> Iterator[Any]:
     for child in dependant.dependencies:
-        yield child.call
-        yield from _calls(child)
+        yield child
+        yield from _dependencies(child)
 
 
 def _parameters(dependant: Any, resolver: Resolver) -> tuple[list[Parameter], tuple[str, ...]]:

@@ -1,13 +1,30 @@
 """Writes are seen at the engine: what each way of writing tells the cache, and when. On a real PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
-from sqlalchemy import ForeignKey, Uuid, create_engine, delete, event, func, insert, select, text, update
+from sqlalchemy import (
+    ForeignKey,
+    UniqueConstraint,
+    Uuid,
+    column,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy import table as raw_table
 from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, joinedload, mapped_column, relationship
 
@@ -35,6 +52,7 @@ class Account(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     tenant_id: Mapped[UUID | None] = mapped_column(Uuid)
     name: Mapped[str] = mapped_column(default="x")
+    __table_args__ = (UniqueConstraint("tenant_id", "name", "id", name="one_of_each"),)
     contacts: Mapped[list["Contact"]] = relationship(back_populates="account", passive_deletes=True)
 
 
@@ -52,16 +70,16 @@ class Rate(Base):
 
 
 class Told(Cache):
-    """A cache that remembers what it was told, and in which order with the statements."""
+    """A cache that remembers what it was told."""
 
     def __init__(self) -> None:
         super().__init__(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"))
         self.told: list[dict[str, set[str]]] = []
-        self.log: list[str] = []
+        self.when_told: Callable[[], None] = lambda: None
 
     def changed(self, tables: Any) -> None:
         self.told.append({tenant: set(names) for tenant, names in tables.items()})
-        self.log.append("told")
+        self.when_told()
         super().changed(tables)
 
 
@@ -129,9 +147,27 @@ async def insert_returning(session: AsyncSession) -> None:
     await session.scalars(insert(Account).returning(Account.id), [{"id": 10 + i, "tenant_id": A} for i in range(5)])
 
 
+UNIQUE = ["tenant_id", "name", "id"]
+
+
 async def upsert(session: AsyncSession) -> None:
-    statement = pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_update(index_elements=["id"], set_={"name": "z"})
-    await session.execute(statement)
+    values = pg_insert(Account).values(id=1, tenant_id=A, name="x")
+    await session.execute(values.on_conflict_do_update(index_elements=UNIQUE, set_={"name": "z"}))
+
+
+async def upsert_of_everything(session: AsyncSession) -> None:
+    values = pg_insert(Account).values(id=1, tenant_id=A, name="x")
+    everything = {"tenant_id": values.excluded.tenant_id, "name": values.excluded.name}
+    await session.execute(values.on_conflict_do_update(index_elements=UNIQUE, set_=everything))
+
+
+async def insert_unless_there(session: AsyncSession) -> None:
+    await session.execute(pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_nothing(index_elements=["id"]))
+
+
+async def declared_upsert_by_key(session: AsyncSession) -> None:
+    values = pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_update(index_elements=["id"], set_={"name": "z"})
+    await session.execute(values, execution_options={"respcache_tenant": A})
 
 
 async def bulk_update(session: AsyncSession) -> None:
@@ -158,7 +194,8 @@ async def declared_bulk_by_key(session: AsyncSession) -> None:
 
 ACCOUNT_WRITES = [
     orm_insert, orm_update, orm_update_of_an_expired_object, core_insert, core_insert_of_many, bulk_insert, insert_returning,
-    upsert, bulk_update, bulk_update_of_in, bulk_save, declared_text, declared_bulk_by_key,
+    upsert, upsert_of_everything, insert_unless_there, declared_upsert_by_key,
+    bulk_update, bulk_update_of_in, bulk_save, declared_text, declared_bulk_by_key,
 ]  # fmt: skip
 
 
@@ -229,6 +266,28 @@ async def test_autocommit_is_told_at_once_and_survives_a_rollback(engine: AsyncE
         await connection.rollback()
 
 
+async def test_an_autocommit_statement_that_raises_is_told(engine: AsyncEngine, cache: Told) -> None:
+    """It may have been carried out before the connection broke."""
+    async with engine.connect() as plain:
+        connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert raw is not None
+        raw.terminate()
+        with pytest.raises(DBAPIError):
+            await connection.execute(update(Account).where(Account.tenant_id == A).values(name="c"))
+    assert cache.told == [{str(A): {"accounts"}}]
+
+
+async def test_a_tenant_that_the_database_computes_is_refused_in_a_flush(engine: AsyncEngine, cache: Told) -> None:
+    """Nobody here can know whose the row becomes."""
+    async with AsyncSession(engine) as session:
+        account = await session.get_one(Account, 1)
+        account.tenant_id = func.gen_random_uuid()  # type: ignore[assignment]
+        with pytest.raises(UndeclaredWrite):
+            await session.flush()
+    assert cache.told == []
+
+
 def test_a_plain_engine_is_watched_too(empty_database_url: str) -> None:
     """Sync engines, as used from threads."""
     cache = Told()
@@ -261,6 +320,10 @@ def test_a_plain_engine_is_watched_too(empty_database_url: str) -> None:
         delete(Account).where(Account.id == 1),
         delete(Account).where((Account.tenant_id == A) | (Account.id == 2)),
         insert(Account).from_select(["id"], select(Account.id + 100)),
+        pg_insert(Account).values(id=2, tenant_id=A).on_conflict_do_update(index_elements=["id"], set_={"name": "q"}),
+        pg_insert(Account).values(id=2, tenant_id=A).on_conflict_do_update(constraint="one_of_each", set_={"name": "q"}),
+        pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_update(index_elements=UNIQUE, set_={"tenant_id": B}),
+        update(Account).where(Account.tenant_id == A).values(tenant_id=func.gen_random_uuid()),
         select(update(Account).where(Account.tenant_id == A).values(name="x").returning(Account.id).cte().c.id),
     ],
     ids=str,
@@ -334,12 +397,29 @@ async def test_a_rollback_tells_nothing(engine: AsyncEngine, cache: Told) -> Non
     assert cache.told == [{str(B): {"accounts"}}]
 
 
-async def test_told_only_after_commit_was_sent(engine: AsyncEngine, cache: Told) -> None:
-    """SQLAlchemy's own commit event comes before; ours must not."""
-    event.listen(engine.sync_engine, "commit", lambda connection: cache.log.append("about to commit"))
+def accounts_seen_elsewhere(url: str) -> int:
+    """Count the accounts that another connection sees now; blocks the caller, as the moment counts."""
+
+    async def count() -> int:
+        connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+        try:
+            found: int = await connection.fetchval("SELECT count(*) FROM accounts")
+            return found
+        finally:
+            await connection.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, count()).result()
+
+
+async def test_told_only_after_commit_has_returned(engine: AsyncEngine, cache: Told, empty_database_url: str) -> None:
+    """When the cache hears of a change, another connection sees it already. SQLAlchemy's own commit event comes before that."""
+    seen: list[int] = []
+    event.listen(engine.sync_engine, "commit", lambda connection: seen.append(accounts_seen_elsewhere(empty_database_url)))
+    cache.when_told = lambda: seen.append(accounts_seen_elsewhere(empty_database_url))
     async with AsyncSession(engine) as session, session.begin():
         session.add(Account(id=3, tenant_id=A))
-    assert cache.log == ["about to commit", "told"]
+    assert seen == [2, 3]
 
 
 async def test_a_commit_that_raises_after_it_was_sent_is_told(engine: AsyncEngine, cache: Told) -> None:
@@ -402,6 +482,8 @@ READS: list[tuple[Any, set[str]]] = [
     (select(Account.id).union(select(Contact.id)), {"accounts", "contacts"}),
     (select(select(Contact.id).cte("recent").c.id), {"contacts"}),
     (text("SELECT a.id FROM accounts a, contacts c"), {"accounts", "contacts"}),
+    (text("SELECT a.id, a.name FROM accounts a, unnest(ARRAY[1, 2]) AS u ORDER BY a.id, u"), {"accounts"}),
+    (text("SELECT 1 FROM accounts a JOIN contacts c USING (id, tenant_id) GROUP BY a.id, c.id"), {"accounts", "contacts"}),
     (select(func.extract("year", func.now())), set()),
 ]
 
@@ -417,8 +499,15 @@ async def test_the_tables_that_a_fill_selects_from_are_seen(engine: AsyncEngine,
 
 async def test_a_name_that_is_no_known_table_makes_a_read_undeclared(engine: AsyncEngine) -> None:
     """A view or a raw table cannot be invalidated, unless the statement says what stands behind it."""
+    for unknown in (
+        text("SELECT count(*) FROM pg_class"),
+        text("SELECT 1 FROM accounts a, (SELECT 1 AS x) AS b, pg_class c"),
+        text("SELECT 1 FROM accounts a JOIN contacts c ON a.id IN (c.id, 3), ONLY pg_class"),
+        select(Account.id).join(raw_table("pg_class", column("oid")), column("oid") == Account.id),
+        select(Account.id).where(Account.id.in_(select(raw_table("pg_class", column("oid")).c.oid))),
+    ):
+        assert (await reads_of(engine, unknown)).undeclared_sql, unknown
     statement = text("SELECT count(*) FROM pg_class")
-    assert (await reads_of(engine, statement)).undeclared_sql
     declared = await reads_of(engine, statement.execution_options(respcache_reads=("accounts",)))
     assert (declared.tables, declared.undeclared_sql) == ({"accounts"}, False)
 

@@ -1,6 +1,7 @@
 """The way of a request through the wrapper, on the memory store: no sockets."""
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 
 import httpx2
 import pytest
-from fastapi import APIRouter, BackgroundTasks, Cookie, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Cookie, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.security import APIKeyHeader
 from starlette.applications import Starlette
@@ -41,8 +42,9 @@ SECRET = b"k" * 32
 
 def make_cache(app: Any, **options: Any) -> tuple[Cache, Any]:
     options = {"resolver": SingleTenant("public"), "secret": SECRET, **options}
+    routes = options.pop("routes", None)
     cache = Cache(options.pop("store", None) or MemoryStore(), **options)
-    return cache, cache.wrap(app, options.pop("routes", None))
+    return cache, cache.wrap(app, routes)
 
 
 @asynccontextmanager
@@ -308,6 +310,22 @@ async def test_refused_answers_are_passed_on_and_not_stored() -> None:
     assert cache.figures.of("public", "things").stores == 0
 
 
+async def test_an_encoded_body_keeps_its_encoding() -> None:
+    """Without it a hit would be unreadable."""
+    app = FastAPI()
+
+    @app.get("/things")
+    @cache_list("things")
+    async def list_things() -> Response:
+        return Response(gzip.compress(b"text"), headers={"content-encoding": "gzip"})
+
+    cache, wrapped = make_cache(app)
+    async with client(wrapped, cache) as http:
+        answers = [await http.get("/things") for _ in range(2)]
+    assert "hit" in status(answers[1])
+    assert [answer.content for answer in answers] == [b"text", b"text"]
+
+
 async def test_a_stream_is_passed_on_as_it_comes() -> None:
     """Its first part reaches the client while its last is not made yet."""
     app = FastAPI()
@@ -541,6 +559,42 @@ async def test_an_unconfirmed_invalidation_is_said_and_bypassed_until_it_is_conf
     assert cache.stats()["unconfirmed_invalidations"] == 1
 
 
+async def test_an_application_that_raises_without_an_answer_settles_first() -> None:
+    """The server then answers 500 by itself: no sooner than the invalidation is confirmed."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        cache.bump_modules("public", ["things"])
+        raise RuntimeError("after the commit")
+
+    cache, wrapped = make_cache(app, routes=[])
+    await cache.connect()
+    with pytest.raises(RuntimeError):
+        await wrapped({"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []}, None, None)
+    await cache.settled(timeout_s=0)
+    await cache.close()
+
+
+async def test_the_kill_switch_is_told_when_the_store_comes_back() -> None:
+    """A decision that was made while the store was away is not lost, nor undone by what the store remembers."""
+    store = MemoryStore()
+    cache, other = (make_cache(things(number), store=store)[0] for _ in range(2))
+    await cache.connect()
+    await other.connect()
+    await store.close()
+    assert not await cache.disable()
+    assert not cache.enabled
+    await store.connect()
+    await cache._poll_switch()
+    await other._poll_switch()
+    assert (cache.enabled, other.enabled) == (False, False)
+    late = asyncio.ensure_future(other._poll_switch())
+    assert await asyncio.gather(cache.enable(), late)
+    await other._poll_switch()
+    assert (cache.enabled, other.enabled) == (True, True)
+    for one in (cache, other):
+        await one.close()
+
+
 async def test_the_kill_switch_stops_serving_but_not_invalidating() -> None:
     """Other processes may still serve, so bumps go on; enabling again is safe at once."""
     store = MemoryStore()
@@ -661,6 +715,23 @@ async def test_a_security_dependency_that_nobody_names_fails_at_start_up() -> No
 
     _, wrapped = make_cache(app)
     with pytest.raises(ConfigurationError, match=r"GET /things .*keyed"):
+        wrapped.prepare()
+
+
+async def test_a_cached_route_that_reads_a_body_fails_at_start_up() -> None:
+    """The key does not hold it, the wrapper does not read it."""
+    app = FastAPI()
+
+    async def wanted(names: Annotated[list[str], Body()]) -> list[str]:
+        return names
+
+    @app.get("/things")
+    @cache_list("things")
+    async def list_things(names: Annotated[list[str], Depends(wanted)]) -> list[str]:
+        return names
+
+    _, wrapped = make_cache(app)
+    with pytest.raises(ConfigurationError, match=r"GET /things .*body"):
         wrapped.prepare()
 
 

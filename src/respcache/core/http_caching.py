@@ -13,6 +13,7 @@ KEPT_HEADERS = frozenset(
     {
         b"content-type",
         b"content-length",
+        b"content-encoding",
         b"content-language",
         b"content-disposition",
         b"etag",

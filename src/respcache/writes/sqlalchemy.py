@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, MetaData, event
+from sqlalchemy import ClauseElement, Connection, Engine, ExceptionContext, MetaData, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_mapper
 
@@ -91,6 +91,7 @@ class Watch:
             (engine, "begin", self._begin),
             (engine, "before_cursor_execute", self._before_execute),
             (engine, "after_cursor_execute", self._after_execute),
+            (engine, "handle_error", self._failed),
             (Session, "after_begin", self._session_begun),
             (Session, "before_flush", self._before_flush),
             (Session, "after_flush", self._after_flush),
@@ -157,7 +158,15 @@ class Watch:
     def _after_execute(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        """In AUTOCOMMIT the statement was its own transaction: whatever is rolled back later, it stays."""
+        self._tell_in_autocommit(connection)
+
+    def _failed(self, context: ExceptionContext) -> None:
+        """In AUTOCOMMIT a statement that raised may have been carried out: the connection broke before its answer came."""
+        if context.connection is not None and context.execution_context is not None:
+            self._tell_in_autocommit(context.connection)
+
+    def _tell_in_autocommit(self, connection: Connection) -> None:
+        """There a statement is its own transaction: whatever is rolled back later, it stays."""
         transaction: Transaction | None = _info(connection).get(_KEY)
         if transaction is not None and transaction.changes and _isolation(connection) == "AUTOCOMMIT":
             self._tell(transaction)
@@ -268,7 +277,7 @@ class Watch:
             tenants = {
                 str(value) if value is not None else SHARED for value in (*history.added, *history.unchanged, *history.deleted)
             }
-            if not tenants:
+            if not tenants or any(isinstance(value, ClauseElement) for value in history.added):
                 continue
             if table in self._shared:
                 tenants.add(SHARED)

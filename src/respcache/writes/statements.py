@@ -26,7 +26,11 @@ _HARMLESS = re.compile(
 
 _LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.S)
 _VERB = re.compile(r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE|(?<!FOR )(?<!DO )(?<!KEY )UPDATE)\b", re.I)
-_FROM = re.compile(r"\b(?:FROM|JOIN)\s+(?:ONLY\s+|LATERAL\s+)?(\"?[\w.]+\"?)\s*(\(?)", re.I)
+_FROM = re.compile(r"\b(?:FROM|JOIN)\b", re.I)
+_IN_FROM = re.compile(
+    r"[(),]|\b(?:WHERE|GROUP|ORDER|LIMIT|HAVING|UNION|INTERSECT|EXCEPT|OFFSET|FETCH|FOR|WINDOW|RETURNING)\b", re.I
+)
+_SOURCE = re.compile(r"\s*(?:ONLY\s+|LATERAL\s+)?([\w.]+)\s*(\(?)", re.I)
 _CTE = re.compile(
     r"(?:\bWITH\s+(?:RECURSIVE\s+)?|,\s*)\"?(\w+)\"?(?:\s*\([^()]*\))?\s+AS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(", re.I
 )
@@ -101,29 +105,29 @@ class Schema:
         reads, unknown = self._reads(plain)
         if len(_VERB.findall(plain)) > 1:  # a WITH that changes more than the statement itself does
             return Facts(reads, unknown, None, True)
-        return Facts(reads, unknown, self._change(final, compiled), False)
+        return Facts(reads, unknown, self._change(final, compiled, plain), False)
 
     def _reads(self, plain: str) -> tuple[frozenset[str], bool]:
         text = plain.replace('"', "")
         reads = frozenset(self._names.findall(text)) if self._names else frozenset()
         text = _NOT_TABLES.sub(" ", text)
         own = {name.lower() for name in _CTE.findall(text)}
-        unknown = any(not opened and name not in self.tables and name.lower() not in own for name, opened in _FROM.findall(text))
-        return reads, unknown
+        return reads, any(name not in self.tables and name.lower() not in own for name in _sources(text))
 
-    def _change(self, statement: Insert | Update | Delete, compiled: Any) -> Change:
+    def _change(self, statement: Insert | Update | Delete, compiled: Any, plain: str) -> Change:
         table = statement.table
         name = getattr(table, "key", str(table))
         cascades = tuple(self.cascades(name)) if isinstance(statement, Delete) else ()
         column = self.tenant_column(name)
         if column is None:
             return Change(name, (), cascades)
-        parameters = _written(compiled, column) if isinstance(statement, Insert | Update) else ()
-        if not isinstance(statement, Insert):
-            keys = {bind.key: given for bind, given in compiled.bind_names.items()}
-            proven = [keys[bind.key] for bind in _equals(statement.whereclause, name, column) if bind.key in keys]
-            return Change(name, (*proven, *parameters) if proven else None, cascades)
-        return Change(name, parameters or None, cascades)
+        written = () if isinstance(statement, Delete) else _written(compiled, column)
+        if isinstance(statement, Insert):
+            return Change(name, written if written and _stays_with_tenant(plain, column) else None, cascades)
+        keys = {bind.key: given for bind, given in compiled.bind_names.items()}
+        proven = [keys[bind.key] for bind in _equals(statement.whereclause, name, column) if bind.key in keys]
+        moves = isinstance(statement, Update) and _moves_to_unknown_tenant(statement, column)
+        return Change(name, (*proven, *written) if proven and not moves else None, cascades)
 
 
 def _plain(sql: str) -> str:
@@ -135,6 +139,46 @@ def _written(compiled: Any, column: str) -> tuple[str, ...]:
     """Name the parameters that give the column its value in INSERT or in the SET of UPDATE (``x``, or ``x_m1`` of many rows)."""
     pattern = re.compile(rf"{re.escape(column)}(?:_m\d+)?")
     return tuple(name for name in compiled.binds if pattern.fullmatch(name))
+
+
+def _stays_with_tenant(plain: str, column: str) -> bool:
+    """Whether an INSERT changes rows of the tenants in its values only: an upsert may hit a row of somebody else's.
+
+    It does where the tenant is part of the conflict's target and is not set to anything else.
+    """
+    text = plain.replace('"', "")
+    if re.search(r"\b(?:DO|KEY) UPDATE\b", text, re.I) is None:
+        return True
+    found = re.search(r"\bON CONFLICT \(([^()]*)\)(.*)", text, re.I)
+    if found is None or column not in re.split(r"[,\s]+", found[1]):
+        return False
+    sets = re.findall(rf"\b{re.escape(column)} = (\S+)", re.split(r"\bDO UPDATE SET\b", found[2], flags=re.I)[-1])
+    return len(re.findall(r"\bDO UPDATE\b", text, re.I)) == 1 and set(sets) <= {f"excluded.{column}", f"excluded.{column},"}
+
+
+def _moves_to_unknown_tenant(statement: Update, column: str) -> bool:
+    """Whether an UPDATE computes the tenant in the database, where we do not see it."""
+    values: Mapping[Any, Any] = statement._values or {}
+    return any(getattr(key, "key", key) == column and not isinstance(value, BindParameter) for key, value in values.items())
+
+
+def _sources(text: str) -> Iterable[str]:
+    """Yield the names that stand in FROM clauses, after FROM, JOIN and each comma; not those of functions and subqueries."""
+    for start in _FROM.finditer(text):
+        places, depth = [start.end()], 0
+        for token in _IN_FROM.finditer(text, start.end()):
+            if token[0] == "(":
+                depth += 1
+            elif token[0] == ")":
+                depth -= 1
+            elif token[0] == "," and depth == 0:
+                places.append(token.end())
+            if depth < 0 or (depth == 0 and token[0] not in ("(", ")", ",")):
+                break
+        for place in places:
+            source = _SOURCE.match(text, place)
+            if source is not None and not source[2]:
+                yield source[1]
 
 
 def _equals(clause: ColumnElement[Any] | None, table: str, column: str) -> Iterable[BindParameter[Any]]:
