@@ -28,8 +28,9 @@ test: $(STAMP) ## Run the tests on servers that they start themselves
 test-cache: $(STAMP) ## Check a running system's cache, or one started for it
 	@$(VENV)/bin/python -m crm test-cache $(ARGS)
 
-bench: $(STAMP) ## Measure cached against uncached
-	@$(VENV)/bin/python bench/run.py $(ARGS)
+bench: $(STAMP) ## Measure cached against uncached, and what an outage costs
+	@$(VENV)/bin/python bench/hits.py $(ARGS)
+	@$(VENV)/bin/python bench/outage.py $(ARGS)
 
 lint: $(STAMP) ## Check style and types
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

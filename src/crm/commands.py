@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ import uvicorn
 from pydantic import SecretStr, ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from crm.embedded import VALKEY_PORT, EmbeddedPostgres, EmbeddedServer, EmbeddedValkey, ServerFailed, free_port, write_private
+from crm.embedded import (
+    VALKEY_PORT,
+    EmbeddedPostgres,
+    EmbeddedServer,
+    EmbeddedValkey,
+    ServerFailed,
+    free_port,
+    start_on_free_port,
+    write_private,
+)  # fmt: skip
 from crm.settings import Settings, stored_secret
 from respcache.core.errors import ConfigurationError
 from respcache.resp.url import ServerURL
@@ -162,17 +172,17 @@ def _servers(settings: Settings) -> Iterator[Settings]:
     try:
         if settings.redis_cache_url is None:
             directory, password = settings.data_dir.resolve() / "valkey", stored_secret(settings.data_dir, "VALKEY_PASSWORD")
-            valkey = EmbeddedValkey(directory, port=free_port(VALKEY_PORT), password=password)
-            started.append(valkey.start())
+            valkey = start_on_free_port(partial(EmbeddedValkey, directory, password=password), VALKEY_PORT)
+            started.append(valkey)
             if valkey.port != VALKEY_PORT:
                 print(f"port {VALKEY_PORT} is taken: Valkey listens on {valkey.port}")
             found["redis_cache_url"] = SecretStr(valkey.url)
         elif not settings.without_cache:
             ServerURL.parse(settings.redis_cache_url.get_secret_value())
         if settings.database_url is None:
-            password = stored_secret(settings.data_dir, "POSTGRES_PASSWORD")
-            postgres = EmbeddedPostgres(settings.data_dir.resolve() / "postgres", password=password)
-            started.append(postgres.start())
+            directory, password = settings.data_dir.resolve() / "postgres", stored_secret(settings.data_dir, "POSTGRES_PASSWORD")
+            postgres = start_on_free_port(partial(EmbeddedPostgres, directory, password=password))
+            started.append(postgres)
             asyncio.run(_make_database(postgres.url("postgres").replace("+asyncpg", "")))
             found["database_url"] = SecretStr(postgres.url(DATABASE))
         yield settings.model_copy(update=found)

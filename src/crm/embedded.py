@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import quote
 
 START_DEADLINE_S = 60.0
@@ -32,6 +32,7 @@ STOP_DEADLINE_S = 15.0
 LOG_TAIL_LINES = 15
 NOBODY = 65534
 VALKEY_PORT = 6380
+MAX_PORTS_TRIED = 5
 
 
 class ServerFailed(RuntimeError):
@@ -311,6 +312,25 @@ class EmbeddedPostgres(EmbeddedServer):
     def _answers(self) -> bool:
         command = [str(self._binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         return subprocess.run(command, env=_environment(), cwd="/", check=False).returncode == 0
+
+
+S = TypeVar("S", EmbeddedValkey, EmbeddedPostgres)
+
+
+def start_on_free_port(make: Callable[[int], S], preferred: int | None = None) -> S:
+    """Start a server on the preferred port or any free one. Raises ``ServerFailed``.
+
+    Between the look at a port and the server's bind somebody else may take it: then another is tried.
+    """
+    for _ in range(MAX_PORTS_TRIED - 1):
+        server = make(free_port(preferred))
+        try:
+            return server.start()
+        except ServerFailed as error:
+            if "Address already in use" not in str(error):
+                raise
+            preferred = None
+    return make(free_port()).start()
 
 
 def valkey_binary() -> Path:

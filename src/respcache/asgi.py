@@ -125,7 +125,7 @@ class Wrapper:
             return
         figures.misses += 1
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("[Cache] Miss: %s", look.target.entry_key)
+            log.debug("[CacheManager] Cache miss: %s", look.target.entry_key)
         record.scope = look.scope
         forward = "fwd=stale" if look.outdated else "fwd=uri-miss"
         entered = await self._cache.enter(look)

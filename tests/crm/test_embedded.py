@@ -1,6 +1,7 @@
 """The embedded servers: harmless to the machine, as root and as anybody."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import redis
 
 from crm import embedded
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port
+from crm.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port, start_on_free_port
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can start servers as somebody else")
 
@@ -135,3 +136,25 @@ def test_a_taken_port_is_not_chosen() -> None:
         taken.bind(("127.0.0.1", preferred))
         taken.listen()
         assert free_port(preferred) != preferred
+
+
+@pytest.mark.parametrize("kind", [EmbeddedValkey, EmbeddedPostgres])
+def test_a_port_that_is_taken_between_look_and_bind_is_replaced(
+    folder: Path, kind: type[EmbeddedValkey | EmbeddedPostgres]
+) -> None:
+    """Two systems that start at once want the same one."""
+    with socket.socket() as rival:
+        tried: list[int] = []
+
+        def make(port: int) -> EmbeddedValkey | EmbeddedPostgres:
+            if not tried:
+                rival.bind(("127.0.0.1", port))
+                rival.listen()
+            tried.append(port)
+            return kind(folder / "postgres", password="x", port=port)
+
+        server = start_on_free_port(make, free_port())
+        server.stop()
+    assert (len(tried), server.port) == (2, tried[1])
+    with pytest.raises(ServerFailed, match="nonsense"):
+        start_on_free_port(lambda port: EmbeddedValkey(folder / "valkey", port=port, settings={"maxmemory-policy": "nonsense"}))

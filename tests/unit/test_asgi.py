@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -115,6 +116,18 @@ async def test_a_hit_is_the_stored_answer_without_the_handler() -> None:
     assert second.headers["x-total-count"] == "7"
     assert "x-other" not in second.headers
     assert first.headers["cache-control"] == second.headers["cache-control"] == "private, no-cache"
+
+
+async def test_hits_and_misses_are_logged_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
+    """In the words that operators look for."""
+    caplog.set_level("DEBUG", "respcache")
+    cache, wrapped = make_cache(things(number))
+    async with client(wrapped, cache) as http:
+        await http.get("/things")
+        await http.get("/things")
+    said = [record.getMessage() for record in caplog.records if "ache" in record.getMessage()]
+    assert re.fullmatch(r"\[CacheManager\] Cache miss: tenant:public:things:list:[0-9a-f]{32}", said[0])
+    assert said[1:] == ["[Cache] Hit: things list for tenant public"]
 
 
 async def test_head_is_answered_from_get() -> None:
