@@ -4,11 +4,11 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export PORT DATA_DIR DATABASE_URL REDIS_CACHE_URL
 
-.PHONY: help install run test test-cache bench lint clean
+.PHONY: help install run test test-cache bench bench-outage lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP) ## Set everything up
 
@@ -28,8 +28,10 @@ test: $(STAMP) ## Run the tests on servers that they start themselves
 test-cache: $(STAMP) ## Check a running system's cache, or one started for it
 	@$(VENV)/bin/python -m crm test-cache $(ARGS)
 
-bench: $(STAMP) ## Measure cached against uncached, and what an outage costs
+bench: $(STAMP) ## Measure cached against uncached
 	@$(VENV)/bin/python bench/hits.py $(ARGS)
+
+bench-outage: $(STAMP) ## Measure what an outage of the cache server costs
 	@$(VENV)/bin/python bench/outage.py $(ARGS)
 
 lint: $(STAMP) ## Check style and types

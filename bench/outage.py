@@ -1,7 +1,7 @@
 """What an outage of the cache server costs its users: requests at a steady pace while Valkey is frozen or killed, and back.
 
-The same requests (two lists, every tenth one a change of an account) go to the worker without a cache at the same moments: its answers
-are what the cached worker's can be at best while the cache is away. Prints, for each phase, how many requests there were,
+The same requests (two lists, every tenth one a change of an account) go to the worker without a cache at the same moments: its
+answers are what the cached worker's can be at best while the cache is away. Prints, for each phase, how many requests there were,
 how many failed, and how long they took; last, one JSON line.
 """
 

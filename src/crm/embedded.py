@@ -317,20 +317,20 @@ class EmbeddedPostgres(EmbeddedServer):
 S = TypeVar("S", EmbeddedValkey, EmbeddedPostgres)
 
 
-def start_on_free_port(make: Callable[[int], S], preferred: int | None = None) -> S:
-    """Start a server on the preferred port or any free one. Raises ``ServerFailed``.
+def start_on_free_port(make: Callable[..., S], preferred: int | None = None) -> S:
+    """Start what ``make(port=...)`` makes, on the preferred port or any free one. Raises ``ServerFailed``.
 
     Between the look at a port and the server's bind somebody else may take it: then another is tried.
     """
     for _ in range(MAX_PORTS_TRIED - 1):
-        server = make(free_port(preferred))
+        server = make(port=free_port(preferred))
         try:
             return server.start()
         except ServerFailed as error:
             if "Address already in use" not in str(error):
                 raise
             preferred = None
-    return make(free_port()).start()
+    return make(port=free_port()).start()
 
 
 def valkey_binary() -> Path:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -146,7 +147,7 @@ def test_a_port_that_is_taken_between_look_and_bind_is_replaced(
     with socket.socket() as rival:
         tried: list[int] = []
 
-        def make(port: int) -> EmbeddedValkey | EmbeddedPostgres:
+        def make(*, port: int) -> EmbeddedValkey | EmbeddedPostgres:
             if not tried:
                 rival.bind(("127.0.0.1", port))
                 rival.listen()
@@ -157,4 +158,4 @@ def test_a_port_that_is_taken_between_look_and_bind_is_replaced(
         server.stop()
     assert (len(tried), server.port) == (2, tried[1])
     with pytest.raises(ServerFailed, match="nonsense"):
-        start_on_free_port(lambda port: EmbeddedValkey(folder / "valkey", port=port, settings={"maxmemory-policy": "nonsense"}))
+        start_on_free_port(partial(EmbeddedValkey, folder / "valkey", settings={"maxmemory-policy": "nonsense"}))
