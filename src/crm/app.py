@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from crm import errors
@@ -53,7 +54,9 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         watching.close()
         await engine.dispose()
 
-    app = FastAPI(title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False)
+    app = FastAPIOffline(
+        title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None
+    )
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.resolver = resolver

@@ -1,6 +1,7 @@
 """The system's own routes, the start of the application, its schema and its documentation."""
 
 import asyncio
+import re
 
 import pytest
 from alembic import command
@@ -132,3 +133,13 @@ def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> Non
     assert "acme" in first
     assert second == "data found: 3050 accounts"
     assert role == "admin"
+
+
+async def test_the_documentation_page_needs_nobody_elses_server(crm: Crm) -> None:
+    """Its script and style are served by us: it works without the internet, and tells nobody who reads it."""
+    http = crm.as_user(None)
+    page = (await http.get("/docs")).text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(sources) >= 3
+    for source in sources:
+        assert (source[0], (await http.get(source)).status_code) == ("/", 200)
