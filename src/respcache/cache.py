@@ -69,6 +69,7 @@ class Cache:
         self._enabled = enabled
         self._switched_off = False
         self._unsaid: bool | None = None  # a decision of ours about the kill switch that the store does not have yet
+        self._decisions = 0
         self._said: set[str] = set()
         self._checks: list[TableCheck] = []
         self._polling: asyncio.Task[None] | None = None
@@ -355,6 +356,7 @@ class Cache:
             return False
         log.warning("the cache is switched %s by this process", "off" if off else "on")
         self._switched_off = self._unsaid = off
+        self._decisions += 1
         await self._poll_switch()
         return self._unsaid is None
 
@@ -362,12 +364,12 @@ class Cache:
         """Tell the store our decision, if there is one, and take over what it says."""
         if self.store is None or not self.store.available:
             return
-        decision = self._unsaid
+        decisions = self._decisions
         try:
-            off = await self.store.switch(decision)
+            off = await self.store.switch(self._unsaid)
         except StoreError:
             return
-        if self._unsaid is not decision:  # decided anew while this was on its way
+        if self._decisions != decisions:  # decided anew while this was on its way
             return
         self._unsaid = None
         if off != self._switched_off:

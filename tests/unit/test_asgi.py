@@ -3,7 +3,7 @@
 import asyncio
 import gzip
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -35,6 +35,7 @@ from respcache import (
     current_scope,
     invalidate_cache,
 )
+from respcache.core.errors import StoreReplyError
 from respcache.core.keys import generation_key
 
 pytestmark = pytest.mark.anyio
@@ -139,10 +140,19 @@ async def test_head_is_answered_from_get() -> None:
     cache, wrapped = make_cache(things(read))
     async with client(wrapped, cache) as http:
         missed, got, hit = await http.head("/things"), await http.get("/things"), await http.head("/things")
-    assert missed.content == hit.content == b""
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        for path in (b"", b"q=cold"):
+            head = {"type": "http", "method": "HEAD", "path": "/things", "query_string": path, "headers": []}
+            await wrapped(head, None, send)
+    assert "stored" in status(missed)
     assert "hit" in status(got)
     assert "hit" in status(hit)
     assert hit.headers["content-length"] == str(len(got.content))
+    assert sent == [b""] * 4
 
 
 async def test_undeclared_parameters_neither_split_nor_reach_the_handler() -> None:
@@ -600,12 +610,54 @@ async def test_the_kill_switch_is_told_when_the_store_comes_back() -> None:
     await cache._poll_switch()
     await other._poll_switch()
     assert (cache.enabled, other.enabled) == (False, False)
-    late = asyncio.ensure_future(other._poll_switch())
-    assert await asyncio.gather(cache.enable(), late)
+    assert await cache.enable()
     await other._poll_switch()
     assert (cache.enabled, other.enabled) == (True, True)
     for one in (cache, other):
         await one.close()
+
+
+async def test_an_older_look_at_the_kill_switch_does_not_undo_a_decision() -> None:
+    """What the store said before the decision counts no more."""
+    go = asyncio.Event()
+
+    class Slow(MemoryStore):
+        async def switch(self, off: bool | None = None) -> bool:
+            found = await super().switch(off)
+            if off is None:
+                await go.wait()
+            return found
+
+    cache, _ = make_cache(things(number), store=Slow())
+    looking = asyncio.create_task(cache._poll_switch())
+    await asyncio.sleep(0)
+    assert await cache.disable()
+    go.set()
+    await looking
+    assert not cache.enabled
+
+
+async def test_a_tenant_whose_invalidation_is_refused_holds_up_no_other() -> None:
+    """Each is retried by itself."""
+
+    class Refusing(MemoryStore):
+        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+            if generation == generation_key("refused"):
+                raise StoreReplyError("WRONGTYPE")
+            await super().bump(generation, tags=tags, ttl_ms=ttl_ms)
+
+    store = Refusing()
+    cache, _ = make_cache(things(number), store=store)
+    await cache.connect()
+    await store.close()
+    for tenant in ("refused", "good"):
+        assert not await cache.invalidate_all_tenant(tenant)
+    await store.connect()
+    async with asyncio.timeout(30):
+        while "good" in cache.pending_tenants:
+            await asyncio.sleep(0.01)
+    assert cache.pending_tenants == ("refused",)
+    await cache.close()
 
 
 async def test_the_kill_switch_stops_serving_but_not_invalidating() -> None:
