@@ -43,7 +43,11 @@ def test_every_part_of_a_request_changes_its_digest(change: dict) -> None:
     assert digest(**change) != digest()
 
 
-@given(st.lists(st.tuples(st.text(), st.text()), max_size=4), st.lists(st.tuples(st.text(), st.text()), max_size=4))
+few = st.lists(st.tuples(st.text("a:", max_size=2), st.text("a:", max_size=2)), max_size=3)
+"""Few letters, so that lists which only differ in where their parts end are found."""
+
+
+@given(few, few)
 def test_no_two_parameter_lists_share_a_digest(one: list, other: list) -> None:
     """Separators inside names and values cannot make two requests alike."""
     as_triples = [tuple(("query", name, value) for name, value in pairs) for pairs in (one, other)]
