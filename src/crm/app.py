@@ -10,7 +10,22 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from crm import errors
 from crm.auth import CrmResolver
 from crm.models import Base
-from crm.routes import accounts, auth, bizdevsources, contacts, leads, system
+from crm.routes import (
+    accounts,
+    activities,
+    auth,
+    bizdevsources,
+    contacts,
+    documents,
+    leads,
+    opportunities,
+    reports,
+    system,
+    tasks,
+)  # fmt: skip
+from crm.routes import (
+    settings as tenant_settings,
+)
 from crm.settings import Settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
@@ -61,6 +76,9 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     app.state.sessions = sessions
     app.state.resolver = resolver
     errors.install(app)
-    for routes in (auth, accounts, leads, contacts, bizdevsources, system):
+    for routes in (
+        auth, accounts, leads, contacts, bizdevsources, opportunities, activities, documents, tasks, reports, tenant_settings,
+        system,
+    ):  # fmt: skip
         app.include_router(routes.router)
     return cache.wrap(app)

@@ -8,9 +8,10 @@ import asyncio
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import jwt
 from argon2 import PasswordHasher
@@ -21,7 +22,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from crm.errors import Refused
-from crm.models import ROLES, Employee, Team, Tenant
+from crm.models import ROLES, Employee, Team, Tenant, now
 from respcache import Claim, Head, Scope, bind_scope
 from respcache import current_scope as resolved_scope
 from respcache.core.keys import SHARED
@@ -32,6 +33,7 @@ NO_TENANT = "User not assigned to any tenant. Contact administrator."
 OTHER_TENANT = "Access denied: You do not have permission to access this tenant's data."
 WRITE_NEEDS_TENANT = "Superadmin write operations require a tenant_id to be specified"
 WRONG_LOGIN = "Wrong email or password"
+DEFAULT_TIMEZONE = "UTC"
 
 _hasher = PasswordHasher()
 _DUMMY_HASH = PasswordHasher().hash("nobody has this password")
@@ -40,12 +42,20 @@ Sessions = async_sessionmaker[AsyncSession]
 
 @dataclass(frozen=True, slots=True)
 class TenantScope(Scope):
-    """A caller within a tenant. ``visible_ids`` are the employees whose rows they see besides unassigned ones; None: all."""
+    """A caller within a tenant. ``visible_ids`` are the employees whose rows they see besides unassigned ones; None: all.
+
+    ``timezone`` is the tenant's (an IANA name): it decides when a day is over.
+    """
 
     user_id: UUID
     email: str
     role: str
     visible_ids: tuple[UUID, ...] | None
+    timezone: str
+
+    def today(self) -> date:
+        """Return the date where the tenant is."""
+        return now().astimezone(ZoneInfo(self.timezone)).date()
 
 
 class RoleGuard:
@@ -117,6 +127,7 @@ class CrmResolver:
             email=user.email,
             role=user.role,
             visible_ids=visible,
+            timezone=tenant.settings.get("timezone", DEFAULT_TIMEZONE) if tenant else DEFAULT_TIMEZONE,
         )
 
     def permits(self, scope: Scope, rule: Any) -> bool:

@@ -17,6 +17,7 @@ from crm.models import Base
 MAX_DEPTH = 10
 MAX_TEXT = 100_000
 MAX_ITEMS = 1_000
+MAX_IDS = 500
 SERVER_FIELDS = ("id", "tenant_id", "created_at", "updated_at")
 
 
@@ -29,7 +30,7 @@ class Body(BaseModel):
     @classmethod
     def _storable(cls, body: Any) -> Any:
         if isinstance(body, dict):
-            _check(body, "body", 0)
+            check_storable(body, "body")
             return {key: value for key, value in body.items() if key not in SERVER_FIELDS}
         return body
 
@@ -41,6 +42,14 @@ class Body(BaseModel):
         if metadata or extra:
             given["metadata_"] = {**metadata, **extra}
         return given
+
+
+class Ids(BaseModel):
+    """Records to act upon."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": ["5f0c0f3e-6f0e-4b7c-9a53-7a3d1f6f2b11"]}]})
+
+    ids: list[UUID] = Field(min_length=1, max_length=MAX_IDS)
 
 
 def body_for(
@@ -88,7 +97,7 @@ def _type(column: Column[Any], required: bool) -> Any:
     return Annotated[str, Field(max_length=longest, min_length=1, pattern=r"\S") if required else Field(max_length=longest)]
 
 
-def _check(value: Any, where: str, depth: int) -> None:
+def check_storable(value: Any, where: str, depth: int = 0) -> None:
     """Refuse what PostgreSQL cannot store: NUL, lone surrogates, endless nesting."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
@@ -99,11 +108,11 @@ def _check(value: Any, where: str, depth: int) -> None:
         if len(value) > MAX_ITEMS:
             raise ValueError(f"{where} has more than {MAX_ITEMS} keys")
         for key, item in value.items():
-            _check(key, f"a key of {where}", depth + 1)
-            _check(item, f"{where}.{key}"[:100], depth + 1)
+            check_storable(key, f"a key of {where}", depth + 1)
+            check_storable(item, f"{where}.{key}"[:100], depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            _check(item, f"{where}[{number}]", depth + 1)
+            check_storable(item, f"{where}[{number}]", depth + 1)
     elif isinstance(value, float) and (value != value or abs(value) == float("inf")):
         raise ValueError(f"{where} is not a number")
 

@@ -1,12 +1,14 @@
-"""Create, change and delete one row, the same for every module."""
+"""Create, change and delete records, the same for every module, with what refers to them."""
 
+from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 from crm.bodies import Body
 from crm.db import Rows
 from crm.errors import ApiError
 from crm.listing import as_record
-from crm.models import Account, Contact, Lead, Owned, now
+from crm.models import REFERABLE, REFERRING, Account, Activity, Contact, Lead, Owned, now
 
 REFERENCES: dict[str, type[Owned]] = {"account_id": Account, "contact_id": Contact, "lead_id": Lead}
 
@@ -14,16 +16,16 @@ REFERENCES: dict[str, type[Owned]] = {"account_id": Account, "contact_id": Conta
 async def create(rows: Rows, model: type[Owned], body: Body) -> dict[str, Any]:
     """Insert a row from a body and return its record."""
     row = model(**{name: value for name, value in body.fields().items() if value is not None})
-    await check_references(rows, body)
+    await _check_references(rows, row, body)
     rows.add(row)
     await rows.session.flush()
     return as_record(row)
 
 
 async def change(rows: Rows, model: type[Owned], key: str, body: Body) -> dict[str, Any]:
-    """Change the given fields of a row; metadata merges. Raises 404."""
+    """Change the given fields of a row; metadata merges; activities about it follow a new name. Raises 404."""
     row = await rows.get(model, key, lock=True)
-    await check_references(rows, body)
+    known_as = row.display_name
     columns = model.__table__.c  # type: ignore[attr-defined]
     for name, value in body.fields().items():
         if name == "metadata_":
@@ -32,24 +34,63 @@ async def change(rows: Rows, model: type[Owned], key: str, body: Body) -> dict[s
             raise ApiError(422, f"{name}: must not be null", field=name)
         else:
             setattr(row, name, value)
+    await _check_references(rows, row, body)
     row.updated_at = now()
     await rows.session.flush()
+    if model.kind and row.display_name != known_as:
+        about = (Activity.related_to == model.kind, Activity.related_id == row.id)
+        renamed = rows.update(Activity, unseen=True).where(*about).values(related_name=row.display_name[:300])
+        await rows.session.execute(renamed)
     return as_record(row)
 
 
 async def remove(rows: Rows, model: type[Owned], key: str) -> dict[str, Any]:
     """Delete a row and return its id. Raises 404."""
     row = await rows.get(model, key, lock=True)
+    await forget(rows, model, [row.id])
     await rows.session.delete(row)
     await rows.session.flush()
     return {"id": str(row.id), "deleted": True}
 
 
-async def check_references(rows: Rows, body: Body) -> None:
-    """Demand that referenced rows and employees are the caller's own tenant's."""
+async def remove_many(rows: Rows, model: type[Owned], keys: Sequence[UUID]) -> dict[str, Any]:
+    """Delete rows; say which there were and which there were not (or are not the caller's to see)."""
+    found = list(await rows.session.scalars(rows.select(model, model.id).where(model.id.in_(keys)).with_for_update()))
+    if found:
+        await forget(rows, model, found)
+        await rows.session.execute(rows.delete(model).where(model.id.in_(found)))
+    return {"deleted": len(found), "ids": found, "not_found": [key for key in dict.fromkeys(keys) if key not in set(found)]}
+
+
+async def forget(rows: Rows, model: type[Owned], keys: Sequence[UUID]) -> None:
+    """Let what is about rows that will be gone point to nothing; an activity keeps their name."""
+    for referring in REFERRING if model.kind else ():
+        assert referring.about is not None
+        kind, key = (getattr(referring, name) for name in referring.about)
+        about = rows.update(referring, unseen=True).where(kind == model.kind, key.in_(keys))
+        await rows.session.execute(about.values({key: None}))
+
+
+async def _check_references(rows: Rows, row: Owned, body: Body) -> None:
+    """Demand that referenced rows and employees are the caller's own tenant's. Raises 422 that names the field."""
     given = body.fields()
-    for field, model in REFERENCES.items():
-        if field in given:
-            await rows.check(model, given[field], field=field)
-    if given.get("assigned_to") is not None:
-        await rows.check_employee(given["assigned_to"])
+    with rows.session.no_autoflush:  # the row may hold a reference that the database would refuse with worse words
+        for field, model in REFERENCES.items():
+            if given.get(field) is not None:
+                await rows.find(model, given[field], field=field)
+        if given.get("assigned_to") is not None:
+            await rows.check_employee(given["assigned_to"])
+        if row.about is not None and any(field in given for field in row.about):
+            await _check_about(rows, row, *row.about)
+
+
+async def _check_about(rows: Rows, row: Owned, kind_field: str, key_field: str) -> None:
+    """Check what an activity, a document or a task is about, and name it in an activity."""
+    kind, key = getattr(row, kind_field), getattr(row, key_field)
+    if key is None:
+        return
+    if kind is None:
+        raise ApiError(422, f"{kind_field}: say what kind of record {key_field} is", field=kind_field)
+    found = await rows.find(REFERABLE[kind], key, field=key_field)
+    if isinstance(row, Activity):
+        row.related_name = found.display_name[:300]

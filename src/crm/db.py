@@ -18,10 +18,6 @@ from crm.errors import ApiError, not_found
 from crm.models import Base, Employee, Owned
 
 T = TypeVar("T", bound=Owned)
-ENTITY = {
-    "accounts": "Account", "leads": "Lead", "contacts": "Contact", "bizdev_sources": "BizDev source",
-    "opportunities": "Opportunity", "activities": "Activity",
-}  # fmt: skip
 
 
 class Rows:
@@ -42,11 +38,13 @@ class Rows:
 
     def select(self, model: type[Owned], *columns: Any) -> Select[Any]:
         """Begin to select from a table."""
-        return select(*(columns or (model,))).where(*self.visible(model))
+        return select(*(columns or (model,))).select_from(model).where(*self.visible(model))
 
-    def update(self, model: type[Owned]) -> Update:
-        """Begin to change many rows of a table."""
-        return update(model).where(*self.visible(model))
+    def update(self, model: type[Owned], *, unseen: bool = False) -> Update:
+        """Begin to change many rows of a table; ``unseen`` also those that the caller does not see: what refers to a row that
+        he changes must follow, whoever it is assigned to."""
+        scope = [model.tenant_id == UUID(self.scope.tenant or "")] if unseen else self.visible(model)
+        return update(model).where(*scope)
 
     def delete(self, model: type[Owned]) -> Delete:
         """Begin to delete many rows of a table."""
@@ -60,13 +58,15 @@ class Rows:
         if identity is not None:
             found = await self.session.scalar(statement.with_for_update(of=model) if lock else statement)
         if found is None:
-            raise not_found(ENTITY[model.__tablename__])  # type: ignore[attr-defined]
+            raise not_found(model.title)
         return found
 
-    async def check(self, model: type[Owned], key: UUID | None, *, field: str) -> None:
-        """Demand that a referenced row is one that the caller sees. Raises 422 that names the field."""
-        if key is not None and await self.session.scalar(self.select(model, model.id).where(model.id == key)) is None:
-            raise ApiError(422, f"{field}: no such {ENTITY[model.__tablename__].lower()}", field=field)  # type: ignore[attr-defined]
+    async def find(self, model: type[T], key: UUID, *, field: str) -> T:
+        """Return a referenced row. Raises 422 that names the field where the caller sees none."""
+        found: T | None = await self.session.scalar(self.select(model).where(model.id == key))
+        if found is None:
+            raise ApiError(422, f"{field}: no such {model.title}", field=field)
+        return found
 
     async def check_employee(self, key: UUID) -> None:
         """Demand that rows are assigned to an employee of the tenant. Raises 422."""

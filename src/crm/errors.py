@@ -28,9 +28,14 @@ class Refused(ApiError, Denied):
     """The caller is unknown (401) or may not do this (403, 404 for what he may not know of, 400 for a missing tenant)."""
 
 
-def not_found(entity: str) -> ApiError:
+def not_found(title: str) -> ApiError:
     """Answer for a row that does not exist, is another tenant's, or is invisible: the same in all three cases."""
-    return ApiError(404, f"{entity} not found")
+    return ApiError(404, f"{capital(title)} not found")
+
+
+def capital(words: str) -> str:
+    """Begin a sentence."""
+    return words[:1].upper() + words[1:]
 
 
 def respond(data: Any, *, status: int = 200, message: str | None = None) -> Response:

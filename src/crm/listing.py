@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from fastapi import Query
-from pydantic import AfterValidator
-from sqlalchemy import ColumnElement, Result, func
-from sqlalchemy.orm import InstrumentedAttribute
+from pydantic import AfterValidator, Field
+from sqlalchemy import ColumnElement, Result, and_, func, or_
 
 from crm.db import Rows
 from crm.errors import ApiError
-from crm.models import Account, Owned
+from crm.models import OPEN_ACTIVITY, Account, Activity, Contact, Document, Lead, Owned
 
 MAX_LIMIT = 200
 MAX_OFFSET = 1_000_000
@@ -23,18 +21,18 @@ def _printable(text: str) -> str:
 
 
 Word = Annotated[str, AfterValidator(_printable)]
-Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Rows in a page")]
-Offset = Annotated[int, Query(ge=0, le=MAX_OFFSET, description="Rows to skip")]
+Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT, description="Rows in a page")]
+Offset = Annotated[int, Field(ge=0, le=MAX_OFFSET, description="Rows to skip")]
 Filter = Annotated[
     Word | None,
-    Query(
+    Field(
         description='JSON, such as `{"$or":[{"city":{"$icontains":"x"}},{"assigned_to":null}]}`',
         examples=['{"is_test_data":false}'],
     ),
 ]
-Sort = Annotated[Word | None, Query(description="Field to order by, `-field` for descending; newest first if left out")]
-Search = Annotated[Word | None, Query(max_length=200, description="Text to look for, without regard to case")]
-Choice = Annotated[Word | None, Query(max_length=2000)]
+Sort = Annotated[Word | None, Field(description="Field to order by, `-field` for descending; newest first if left out")]
+Search = Annotated[Word | None, Field(max_length=200, description="Text to look for, without regard to case")]
+Choice = Annotated[Word | None, Field(max_length=2000)]
 
 
 async def page(
@@ -46,7 +44,7 @@ async def page(
     limit: int,
     offset: int,
     sort: str | None = None,
-    stats_by: InstrumentedAttribute[Any] | None = None,
+    stats_by: ColumnElement[Any] | None = None,
     newest_by: str = "created_at",
 ) -> dict[str, Any]:
     """Return one page with its exact total; ``stats_by`` adds counts by a column over all rows that the caller sees."""
@@ -68,12 +66,31 @@ async def one(rows: Rows, model: type[Owned], key: str) -> dict[str, Any]:
 
 
 def select_records(rows: Rows, model: type[Owned]) -> Any:
-    """Select a table's columns, and the account's name where rows point to one."""
+    """Select a table's columns, the names of the records that rows point to, and whether an activity is overdue."""
     columns = model.__table__.c  # type: ignore[attr-defined]
-    if "account_id" not in columns:
-        return rows.select(model, *columns)
-    joined = (Account.id == columns.account_id) & (Account.tenant_id == columns.tenant_id)
-    return rows.select(model, *columns, Account.name.label("account_name")).outerjoin(Account, joined)
+    more: list[Any] = []
+    joins: list[tuple[type[Owned], Any]] = []
+    if "account_id" in columns or model is Document:
+        key = columns.account_id if "account_id" in columns else columns.related_id
+        about = True if "account_id" in columns else columns.related_type == Account.kind
+        more.append(Account.name.label("account_name"))
+        joins.append((Account, and_(Account.id == key, Account.tenant_id == columns.tenant_id, about)))
+    for field, person in (("contact", Contact), ("lead", Lead)):
+        if f"{field}_id" in columns:
+            more.append(func.nullif(func.concat_ws(" ", person.first_name, person.last_name), "").label(f"{field}_name"))
+            joins.append((person, and_(person.id == columns[f"{field}_id"], person.tenant_id == columns.tenant_id)))
+    if model is Activity:
+        more.append(overdue(rows).label("is_overdue"))
+    statement = rows.select(model, *columns, *more)
+    for joined, condition in joins:
+        statement = statement.outerjoin(joined, condition)
+    return statement
+
+
+def overdue(rows: Rows) -> ColumnElement[bool]:
+    """Hold for activities that should have been done before today, where the tenant is."""
+    late = and_(Activity.status.in_(OPEN_ACTIVITY), Activity.due_date < rows.scope.today())
+    return func.coalesce(or_(Activity.status == "overdue", late), False)
 
 
 def records(result: Result[Any]) -> list[dict[str, Any]]:

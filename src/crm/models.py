@@ -16,7 +16,9 @@ SOURCE_STATUS = ("active", "Promoted", "Archived")
 STAGES = ("prospecting", "qualification", "proposal", "negotiation", "closed_won", "closed_lost")
 ACTIVITY_TYPES = ("call", "email", "meeting", "task", "note")
 ACTIVITY_STATUS = ("scheduled", "in_progress", "overdue", "completed", "cancelled")
+OPEN_ACTIVITY = ("scheduled", "in_progress")
 RELATED = ("lead", "contact", "account", "opportunity", "bizdev_source")
+TASK_STATUS = ("PENDING", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED")
 ROLES = ("employee", "manager", "admin", "superadmin")
 VISIBILITY = ("shared", "hierarchical")
 
@@ -82,7 +84,15 @@ class Employee(Stamped, Base):
 
 
 class Owned(Stamped):
-    """A business row: of a tenant, perhaps assigned to an employee, with free metadata."""
+    """A business row: of a tenant, perhaps assigned to an employee, with free metadata.
+
+    ``title`` names one in a sentence; ``kind`` is its name in references of other rows (None: nothing refers to it);
+    ``about`` are the columns by which it refers to a row of any kind.
+    """
+
+    title: ClassVar[str]
+    kind: ClassVar[str | None] = None
+    about: ClassVar[tuple[str, str] | None] = None
 
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     is_test_data: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
@@ -92,6 +102,33 @@ class Owned(Stamped):
     def assigned_to(cls) -> Mapped[UUID | None]:
         """The employee whose row this is."""
         return mapped_column(ForeignKey("employees.id", ondelete="SET NULL"), index=True)
+
+    @property
+    def display_name(self) -> str:
+        """The name under which people know this row."""
+        return str(getattr(self, "name", "") or "")
+
+
+class Person(Owned):
+    """A row about a human being."""
+
+    first_name: Mapped[str | None] = mapped_column(String(100))
+    last_name: Mapped[str | None] = mapped_column(String(100))
+    email: Mapped[str | None] = mapped_column(String(254))
+    phone: Mapped[str | None] = mapped_column(String(50))
+    job_title: Mapped[str | None] = mapped_column(String(200))
+    description: Mapped[str | None] = mapped_column(Text)
+    address: Mapped[str | None] = mapped_column(String(200))
+    city: Mapped[str | None] = mapped_column(String(100))
+    state: Mapped[str | None] = mapped_column(String(100))
+    zip: Mapped[str | None] = mapped_column(String(20))
+    country: Mapped[str | None] = mapped_column(String(100))
+    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
+
+    @property
+    def display_name(self) -> str:
+        """First and last name."""
+        return " ".join(part for part in (self.first_name, self.last_name) if part)
 
 
 def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
@@ -106,6 +143,8 @@ def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
 class Account(Owned, Base):
     """A company."""
 
+    title = "account"
+    kind = "account"
     __tablename__ = "accounts"
     __table_args__ = (
         *list_indexes("accounts", "type", "industry"),
@@ -132,68 +171,50 @@ class Account(Owned, Base):
     next_action: Mapped[str | None] = mapped_column(Text)
 
 
-class Lead(Owned, Base):
+class Lead(Person, Base):
     """Somebody who may buy."""
 
+    title = "lead"
+    kind = "lead"
     __tablename__ = "leads"
     __table_args__ = (
         *list_indexes("leads", "status", "source", "account_id"),
         CheckConstraint("score BETWEEN 0 AND 100", name="score"),
     )
-    first_name: Mapped[str | None] = mapped_column(String(100))
-    last_name: Mapped[str | None] = mapped_column(String(100))
-    email: Mapped[str | None] = mapped_column(String(254))
-    phone: Mapped[str | None] = mapped_column(String(50))
     company: Mapped[str | None] = mapped_column(String(200))
-    job_title: Mapped[str | None] = mapped_column(String(200))
     status: Mapped[str] = mapped_column(String(20), default="new", server_default="new")
     source: Mapped[str | None] = mapped_column(String(100))
-    description: Mapped[str | None] = mapped_column(Text)
     account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
     estimated_value: Mapped[float | None] = mapped_column(Numeric(15, 2, asdecimal=False))
     score: Mapped[int] = mapped_column(Integer, default=50, server_default="50")
     do_not_call: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
     do_not_text: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
-    address: Mapped[str | None] = mapped_column(String(200))
-    city: Mapped[str | None] = mapped_column(String(100))
-    state: Mapped[str | None] = mapped_column(String(100))
-    zip: Mapped[str | None] = mapped_column(String(20))
-    country: Mapped[str | None] = mapped_column(String(100))
-    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
     conversion_probability: Mapped[float | None] = mapped_column(Numeric(5, 2, asdecimal=False))
     last_contacted: Mapped[date | None] = mapped_column(Date)
 
 
-class Contact(Owned, Base):
+class Contact(Person, Base):
     """Somebody we know."""
 
+    title = "contact"
+    kind = "contact"
     __tablename__ = "contacts"
     __table_args__ = (
         *list_indexes("contacts", "status", "account_id"),
         Index("ix_contacts_updated", "tenant_id", text("updated_at DESC"), text("id DESC")),
     )
-    first_name: Mapped[str | None] = mapped_column(String(100))
-    last_name: Mapped[str | None] = mapped_column(String(100))
-    email: Mapped[str | None] = mapped_column(String(254))
-    phone: Mapped[str | None] = mapped_column(String(50))
     mobile: Mapped[str | None] = mapped_column(String(50))
     account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
-    job_title: Mapped[str | None] = mapped_column(String(200))
     department: Mapped[str | None] = mapped_column(String(100))
-    description: Mapped[str | None] = mapped_column(Text)
     status: Mapped[str] = mapped_column(String(20), default="active", server_default="active")
     lead_source: Mapped[str | None] = mapped_column(String(100))
-    address: Mapped[str | None] = mapped_column(String(200))
-    city: Mapped[str | None] = mapped_column(String(100))
-    state: Mapped[str | None] = mapped_column(String(100))
-    zip: Mapped[str | None] = mapped_column(String(20))
-    country: Mapped[str | None] = mapped_column(String(100))
-    tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
 
 
 class BizDevSource(Owned, Base):
     """A place where business may come from; promoting it makes an account."""
 
+    title = "BizDev source"
+    kind = "bizdev_source"
     __tablename__ = "bizdev_sources"
     __table_args__ = (*list_indexes("bizdev_sources", "status", "source_type", "priority"),)
     source_name: Mapped[str] = mapped_column(String(200))
@@ -218,10 +239,17 @@ class BizDevSource(Owned, Base):
     account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
     archived_at: Mapped[datetime | None]
 
+    @property
+    def display_name(self) -> str:
+        """Its own name for itself."""
+        return self.source_name
+
 
 class Opportunity(Owned, Base):
     """A deal under way."""
 
+    title = "opportunity"
+    kind = "opportunity"
     __tablename__ = "opportunities"
     __table_args__ = (*list_indexes("opportunities", "stage", "account_id", "contact_id", "lead_id"),)
     name: Mapped[str] = mapped_column(String(200))
@@ -240,6 +268,8 @@ class Opportunity(Owned, Base):
 class Activity(Owned, Base):
     """Something done or to be done, about another record."""
 
+    title = "activity"
+    about = ("related_to", "related_id")
     __tablename__ = "activities"
     __table_args__ = (*list_indexes("activities", "type", "status", "related_id", "due_date"),)
     type: Mapped[str] = mapped_column(String(20))
@@ -255,6 +285,45 @@ class Activity(Owned, Base):
     duration_minutes: Mapped[int | None] = mapped_column(Integer)
     outcome: Mapped[str | None] = mapped_column(Text)
     sentiment: Mapped[str | None] = mapped_column(String(20))
+
+
+class Document(Owned, Base):
+    """A file that is kept elsewhere, about another record."""
+
+    title = "document"
+    about = ("related_type", "related_id")
+    __tablename__ = "documents"
+    __table_args__ = (*list_indexes("documents", "file_type", "related_id"),)
+    name: Mapped[str] = mapped_column(String(200))
+    description: Mapped[str | None] = mapped_column(Text)
+    file_url: Mapped[str | None] = mapped_column(String(1000))
+    file_type: Mapped[str | None] = mapped_column(String(100))
+    file_size: Mapped[int | None] = mapped_column(Integer)
+    related_type: Mapped[str | None] = mapped_column(String(20))
+    related_id: Mapped[UUID | None]
+
+
+class Task(Owned, Base):
+    """Something that an employee or an agent is to do."""
+
+    title = "task"
+    about = ("entity_type", "entity_id")
+    __tablename__ = "tasks"
+    __table_args__ = (*list_indexes("tasks", "status", "entity_id"),)
+    description: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(20), default="PENDING", server_default="PENDING")
+    entity_type: Mapped[str | None] = mapped_column(String(20))
+    entity_id: Mapped[UUID | None]
+    result: Mapped[str | None] = mapped_column(Text)
+
+
+REFERABLE: dict[str, type[Owned]] = {
+    model.kind: model for model in (Account, Lead, Contact, Opportunity, BizDevSource) if model.kind
+}
+"""The kinds of rows that others are about."""
+
+REFERRING: tuple[type[Owned], ...] = (Activity, Document, Task)
+"""The tables whose rows are about others."""
 
 
 class EntityTransition(Base):

@@ -7,7 +7,7 @@ import orjson
 from sqlalchemy import select
 
 from crm.db import Rows
-from crm.models import Activity, EntityTransition, Opportunity
+from crm.models import REFERRING, Activity, EntityTransition, Opportunity, Owned
 
 
 async def already(rows: Rows, table: str, key: UUID, action: str) -> bool:
@@ -38,13 +38,19 @@ def record_transition(
     )
 
 
-async def relink_activities(rows: Rows, old: tuple[str, UUID], new: tuple[str, UUID, str]) -> None:
-    """Point activities about one record to another."""
-    about = rows.update(Activity).where(Activity.related_to == old[0], Activity.related_id == old[1])
-    await rows.session.execute(about.values(related_to=new[0], related_id=new[1], related_name=new[2][:300]))
+async def relink(rows: Rows, old: Owned, new: Owned) -> None:
+    """Let everything that is about one record be about another."""
+    for referring in REFERRING:
+        assert referring.about is not None
+        kind, key = (getattr(referring, name) for name in referring.about)
+        values: dict[Any, Any] = {kind: new.kind, key: new.id}
+        if referring is Activity:
+            values[Activity.related_name] = new.display_name[:300]
+        about = rows.update(referring, unseen=True).where(kind == old.kind, key == old.id)
+        await rows.session.execute(about.values(values))
 
 
 async def relink_opportunities(rows: Rows, source: UUID, account: UUID) -> None:
     """Give opportunities that came from a source its new account."""
-    came = rows.update(Opportunity).where(Opportunity.source == f"bizdev_source:{source}")
+    came = rows.update(Opportunity, unseen=True).where(Opportunity.source == f"bizdev_source:{source}")
     await rows.session.execute(came.values(account_id=account))

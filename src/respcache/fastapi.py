@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from respcache.core.errors import ConfigurationError
 from respcache.core.identity import Dependency, Resolver
-from respcache.core.policy import DEFAULT_TTL_S, Invalidation, Parameter, Policy, in_order
+from respcache.core.policy import DEFAULT_TTL_S, Invalidation, Parameter, Policy, VariesBy, in_order
 from respcache.routing import Route
 
 E = TypeVar("E", bound=Callable[..., Any])
@@ -28,15 +28,17 @@ def cache_list(
     ttl: float = DEFAULT_TTL_S["list"],
     tables: Sequence[str] = (),
     rule: Dependency | None = None,
+    varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
 ) -> Decorator[E]:
     """Cache a GET endpoint that lists rows, for ``ttl`` seconds at most.
 
     ``tables`` are those it reads; a committed write to one of them invalidates it. ``rule`` is the dependency that decides
-    by role, which the resolver then decides before the cache is looked into. ``parameters`` are needed only where there is
-    no signature to read them from (Starlette).
+    by role, which the resolver then decides before the cache is looked into. ``varies_by`` gives, for a caller's scope, what
+    else the answer depends on (such as today's date where the tenant is); it becomes part of the key. ``parameters`` are
+    needed only where there is no signature to read them from (Starlette).
     """
-    return _attach("list", module, ttl, tables, rule, parameters)
+    return _attach("list", module, ttl, tables, rule, varies_by, parameters)
 
 
 def cache_detail(
@@ -45,10 +47,11 @@ def cache_detail(
     ttl: float = DEFAULT_TTL_S["detail"],
     tables: Sequence[str] = (),
     rule: Dependency | None = None,
+    varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
 ) -> Decorator[E]:
     """Cache a GET endpoint that shows one thing. Like ``cache_list`` otherwise."""
-    return _attach("detail", module, ttl, tables, rule, parameters)
+    return _attach("detail", module, ttl, tables, rule, varies_by, parameters)
 
 
 def cache_count(
@@ -57,10 +60,11 @@ def cache_count(
     ttl: float = DEFAULT_TTL_S["count"],
     tables: Sequence[str] = (),
     rule: Dependency | None = None,
+    varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
 ) -> Decorator[E]:
     """Cache a GET endpoint that counts. Like ``cache_list`` otherwise."""
-    return _attach("count", module, ttl, tables, rule, parameters)
+    return _attach("count", module, ttl, tables, rule, varies_by, parameters)
 
 
 def cache_settings(
@@ -69,10 +73,11 @@ def cache_settings(
     ttl: float = DEFAULT_TTL_S["settings"],
     tables: Sequence[str] = (),
     rule: Dependency | None = None,
+    varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
 ) -> Decorator[E]:
     """Cache a GET endpoint that shows settings. Like ``cache_list`` otherwise."""
-    return _attach("settings", module, ttl, tables, rule, parameters)
+    return _attach("settings", module, ttl, tables, rule, varies_by, parameters)
 
 
 def invalidate_cache(*modules: str) -> Decorator[E]:
@@ -107,9 +112,11 @@ def _attach(
     ttl: float,
     tables: Sequence[str],
     rule: Dependency | None,
+    varies_by: VariesBy | None,
     parameters: Sequence[Parameter] | None,
 ) -> Decorator[E]:
-    policy = Policy(module, kind, ttl, tuple(sorted(set(tables))), rule, None if parameters is None else tuple(parameters))
+    declared = None if parameters is None else tuple(parameters)
+    policy = Policy(module, kind, ttl, tuple(sorted(set(tables))), rule, declared, varies_by)
 
     def attach(endpoint: E) -> E:
         setattr(endpoint, _POLICY, policy)

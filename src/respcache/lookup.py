@@ -133,8 +133,9 @@ class Lookup:
                 return Bypass("denied", scope.tenant)
             if self._invalidator.vetoed(scope.tenant) or self._invalidator.vetoed(claim.home):
                 return Bypass("pending-invalidation", scope.tenant)
+            also = [] if policy.varies_by is None else [("varies", "", policy.varies_by(scope))]
             target = self.target(
-                policy, tenant=scope.tenant, route=route.template, fingerprint=scope.fingerprint, parameters=parameters
+                policy, tenant=scope.tenant, route=route.template, fingerprint=scope.fingerprint, parameters=[*parameters, *also]
             )
             if claim.home == scope.tenant:
                 reading = await self._store.read(target.entry_key, [(home_key, (*target.tags, *identities.tags))])

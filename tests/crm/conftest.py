@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from crm.app import create_app
 from crm.auth import hash_password, issue_token
-from crm.models import Account, BizDevSource, Contact, Employee, Lead, Team, Tenant
+from crm.models import Account, Employee, Team, Tenant
 from crm.settings import Settings
 from respcache import Cache
 
@@ -57,15 +57,21 @@ class Crm:
         return Account(id=uuid4(), tenant_id=self.tenants[tenant].id, name=name, **values)
 
 
-MODULES = ("accounts", "leads", "contacts", "bizdevsources")
-SINGULAR = {"accounts": "account", "leads": "lead", "contacts": "contact", "bizdevsources": "bizdevsource"}
+SINGULAR = {
+    "accounts": "account", "leads": "lead", "contacts": "contact", "bizdevsources": "bizdevsource",
+    "opportunities": "opportunity", "activities": "activity", "documents": "document", "tasks": "task",
+}  # fmt: skip
+MODULES = tuple(SINGULAR)
 NEW: dict[str, dict[str, Any]] = {
     "accounts": {"name": "Acorn"},
     "leads": {"first_name": "Lea", "last_name": "Deed"},
     "contacts": {"first_name": "Con", "last_name": "Tact"},
     "bizdevsources": {"source_name": "Source"},
+    "opportunities": {"name": "Deal"},
+    "activities": {"type": "call"},
+    "documents": {"name": "Offer"},
+    "tasks": {"description": "Ring"},
 }
-MODELS = {"accounts": Account, "leads": Lead, "contacts": Contact, "bizdevsources": BizDevSource}
 
 
 @pytest.fixture

@@ -2,23 +2,30 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from crm import caching, crud
-from crm.bodies import body_for
-from crm.db import ReadRows, WriteRows
+from crm import caching
+from crm.bodies import Ids
+from crm.db import WriteRows
 from crm.errors import ApiError, respond
-from crm.filters import parse_filter, parse_values
-from crm.listing import Choice, Filter, Limit, Offset, Sort, as_record, one, page
-from crm.models import SOURCE_STATUS, Account, BizDevSource, Contact
-from crm.transitions import record_transition, relink_activities, relink_opportunities
+from crm.listing import as_record
+from crm.models import SOURCE_STATUS, Account, BizDevSource, Contact, now
+from crm.module import Module
+from crm.transitions import record_transition, relink, relink_opportunities
 
-router = APIRouter(prefix="/api/bizdevsources", tags=["bizdevsources"])
-CHOICES = {"status": SOURCE_STATUS}
-NewSource = body_for(BizDevSource, "NewBizDevSource", required=["source_name"], choices=CHOICES)
-SourceChange = body_for(BizDevSource, "BizDevSourceChange", choices=CHOICES)
-columns = BizDevSource.__table__.c
+bizdevsources = Module(
+    model=BizDevSource,
+    plural="bizdevsources",
+    singular="bizdevsource",
+    cached=caching.bizdevsources,
+    required=("source_name",),
+    choices={"status": SOURCE_STATUS},
+    filters=("status", "source_type", "priority"),
+    searched=(BizDevSource.source_name, BizDevSource.company_name, BizDevSource.contact_person, BizDevSource.city),
+    deleted="Its account, if it was promoted, stays.",
+)
+router = bizdevsources.router()
 
 
 class Promotion(BaseModel):
@@ -29,53 +36,20 @@ class Promotion(BaseModel):
     delete_source: bool = Field(False, description="Delete the source afterwards; a snapshot stays")
 
 
-@router.get("", summary="List BizDev sources")
-@caching.bizdevsources_list
-async def list_sources(
-    rows: ReadRows,
-    status: Choice = None,
-    source_type: Choice = None,
-    priority: Choice = None,
-    assigned_to: Choice = None,
-    filter: Filter = None,
-    sort: Sort = None,
-    limit: Limit = 50,
-    offset: Offset = 0,
-) -> Response:
-    """Newest first."""
-    where = [
-        *parse_values(status, columns.status, field="status"),
-        *parse_values(source_type, columns.source_type, field="source_type"),
-        *parse_values(priority, columns.priority, field="priority"),
-        *parse_values(assigned_to, columns.assigned_to, field="assigned_to"),
-        *parse_filter(filter, BizDevSource.__table__),
-    ]
-    return respond(await page(rows, BizDevSource, plural="bizdevsources", where=where, limit=limit, offset=offset, sort=sort))
+@router.post("/archive", summary="Archive many BizDev sources")
+async def archive_sources(rows: WriteRows, body: Ids) -> Response:
+    """In one transaction. What is not there, or not yours to see, is listed in `not_found`; promoted ones stay as they are."""
+    wanted = rows.select(BizDevSource).where(BizDevSource.id.in_(body.ids)).with_for_update()
+    found = {source.id: source for source in await rows.session.scalars(wanted)}
+    moved = [source for source in found.values() if source.status == "active"]
+    for source in moved:
+        source.status, source.archived_at = "Archived", now()
+    await rows.session.flush()
+    data = {"archived": len(moved), "ids": [source.id for source in moved]}
+    return respond({**data, "not_found": [key for key in body.ids if key not in found]}, message="BizDev sources archived")
 
 
-@router.get("/{id}", summary="Show a BizDev source")
-@caching.bizdevsources_detail
-async def show_source(rows: ReadRows, id: str) -> Response:
-    """One source."""
-    return respond({"bizdevsource": await one(rows, BizDevSource, id)})
-
-
-@router.post("", status_code=201, summary="Create a BizDev source")
-async def create_source(rows: WriteRows, body: NewSource) -> Response:  # type: ignore[valid-type]
-    """Only `source_name` is required."""
-    return respond({"bizdevsource": await crud.create(rows, BizDevSource, body)}, status=201, message="BizDev source created")
-
-
-@router.put("/{id}", summary="Change a BizDev source")
-async def change_source(rows: WriteRows, id: str, body: SourceChange) -> Response:  # type: ignore[valid-type]
-    """Only the given fields change."""
-    return respond({"bizdevsource": await crud.change(rows, BizDevSource, id, body)}, message="BizDev source updated")
-
-
-@router.delete("/{id}", summary="Delete a BizDev source")
-async def delete_source(rows: WriteRows, id: str) -> Response:
-    """Its account, if it was promoted, stays."""
-    return respond(await crud.remove(rows, BizDevSource, id), message="BizDev source deleted")
+bizdevsources.add_records(router)
 
 
 @router.post("/{id}/promote", summary="Promote a BizDev source")
@@ -91,7 +65,7 @@ async def promote_source(rows: WriteRows, id: str, body: Promotion) -> Response:
     contact = _contact_from(source, account) if (source.contact_person or "").strip() else None
     if contact is not None:
         rows.add(contact)
-    await relink_activities(rows, ("bizdev_source", source.id), ("account", account.id, account.name))
+    await relink(rows, source, account)
     await relink_opportunities(rows, source.id, account.id)
     record_transition(rows, "bizdev_sources", source.id, "accounts", account.id, "promote", snapshot)
     if body.delete_source:

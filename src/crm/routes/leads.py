@@ -4,25 +4,34 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import func, or_
+from sqlalchemy import func
 
 from crm import caching, crud
-from crm.bodies import body_for
-from crm.db import ReadRows, Rows, WriteRows, as_uuid
+from crm.bodies import Ids
+from crm.db import Rows, WriteRows, as_uuid
 from crm.errors import ApiError, respond
-from crm.filters import contains, parse_filter, parse_values
-from crm.listing import Choice, Filter, Limit, Offset, Search, Sort, Word, as_record, one, page
+from crm.listing import Word, as_record
 from crm.models import LEAD_STATUS, Account, Contact, Lead, Opportunity, now
-from crm.transitions import already, record_transition, relink_activities
+from crm.module import Module
+from crm.transitions import already, record_transition, relink
 
-router = APIRouter(prefix="/api/leads", tags=["leads"])
-CHOICES = {"status": LEAD_STATUS}
-NewLead = body_for(Lead, "NewLead", required=["first_name", "last_name"], choices=CHOICES)
-LeadChange = body_for(Lead, "LeadChange", choices=CHOICES)
-columns = Lead.__table__.c
-FOUND_IN = (Lead.first_name, Lead.last_name, Lead.email, Lead.phone, Lead.company)
+leads = Module(
+    model=Lead,
+    plural="leads",
+    singular="lead",
+    cached=caching.leads,
+    required=("first_name", "last_name"),
+    choices={"status": LEAD_STATUS},
+    filters=("status", "source", "account_id"),
+    excludes=("status",),
+    searched=(Lead.first_name, Lead.last_name, Lead.email, Lead.phone, Lead.company),
+    search_as="query",
+    stats_by="status",
+    deleted="Its opportunities stay, without a lead.",
+)
+router = leads.router()
 COPIED = ("first_name", "last_name", "email", "phone", "job_title", "address", "city", "state", "zip", "country", "assigned_to")
 MAX_AMOUNT = 9_999_999_999_999.99
 
@@ -40,58 +49,13 @@ class Conversion(BaseModel):
     opportunity_amount: float | None = Field(None, ge=0, le=MAX_AMOUNT)
 
 
-@router.get("", summary="List leads")
-@caching.leads_list
-async def list_leads(
-    rows: ReadRows,
-    status: Choice = None,
-    exclude_status: Choice = None,
-    source: Choice = None,
-    account_id: Choice = None,
-    query: Search = None,
-    assigned_to: Choice = None,
-    filter: Filter = None,
-    sort: Sort = None,
-    limit: Limit = 50,
-    offset: Offset = 0,
-) -> Response:
-    """Newest first; `stats` counts all visible leads by status; `status` may be `{"$nin":["lost"]}`."""
-    where = [
-        *parse_values(status, columns.status, field="status"),
-        *([Lead.status.not_in(exclude_status.split(","))] if exclude_status else []),
-        *parse_values(source, columns.source, field="source"),
-        *parse_values(account_id, columns.account_id, field="account_id"),
-        *parse_values(assigned_to, columns.assigned_to, field="assigned_to"),
-        *([or_(*(contains(column, query) for column in FOUND_IN))] if query else []),
-        *parse_filter(filter, Lead.__table__),
-    ]
-    data = await page(rows, Lead, plural="leads", where=where, limit=limit, offset=offset, sort=sort, stats_by=Lead.status)
-    return respond(data)
+@router.post("/bulk-delete", summary="Delete many leads")
+async def delete_leads(rows: WriteRows, body: Ids) -> Response:
+    """In one transaction. What is not there, or not yours to see, is listed in `not_found`."""
+    return respond(await crud.remove_many(rows, Lead, body.ids), message="Leads deleted")
 
 
-@router.get("/{id}", summary="Show a lead")
-@caching.leads_detail
-async def show_lead(rows: ReadRows, id: str) -> Response:
-    """One lead."""
-    return respond({"lead": await one(rows, Lead, id)})
-
-
-@router.post("", status_code=201, summary="Create a lead")
-async def create_lead(rows: WriteRows, body: NewLead) -> Response:  # type: ignore[valid-type]
-    """First and last name are required."""
-    return respond({"lead": await crud.create(rows, Lead, body)}, status=201, message="Lead created")
-
-
-@router.put("/{id}", summary="Change a lead")
-async def change_lead(rows: WriteRows, id: str, body: LeadChange) -> Response:  # type: ignore[valid-type]
-    """Only the given fields change."""
-    return respond({"lead": await crud.change(rows, Lead, id, body)}, message="Lead updated")
-
-
-@router.delete("/{id}", summary="Delete a lead")
-async def delete_lead(rows: WriteRows, id: str) -> Response:
-    """Its opportunities stay, without a lead."""
-    return respond(await crud.remove(rows, Lead, id), message="Lead deleted")
+leads.add_records(router)
 
 
 @router.post("/{id}/convert", summary="Convert a lead")
@@ -109,12 +73,11 @@ async def convert_lead(rows: WriteRows, id: str, body: Conversion) -> Response:
     opportunity = _opportunity_for(lead, contact, account, body) if body.create_opportunity else None
     if opportunity is not None:
         rows.add(opportunity)
-    name = f"{contact.first_name or ''} {contact.last_name or ''}".strip()
-    await relink_activities(rows, ("lead", lead.id), ("contact", contact.id, name))
+    await relink(rows, lead, contact)
     moved: dict[str, Any] = {"lead_id": None, "contact_id": contact.id}
     if account is not None:
         moved["account_id"] = func.coalesce(Opportunity.account_id, account.id)
-    await rows.session.execute(rows.update(Opportunity).where(Opportunity.lead_id == lead.id).values(moved))
+    await rows.session.execute(rows.update(Opportunity, unseen=True).where(Opportunity.lead_id == lead.id).values(moved))
     record_transition(rows, "leads", lead.id, "contacts", contact.id, "convert", snapshot)
     await rows.session.delete(lead)
     await rows.session.flush()

@@ -5,8 +5,9 @@ parameters only, each in one spelling, in the order of their names; the handler 
 form, so nothing that the key does not hold can decide what the handler answers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from respcache.core import keys
@@ -17,6 +18,9 @@ from respcache.core.identity import Dependency, Head
 DEFAULT_TTL_S = {"list": 180.0, "detail": 300.0, "count": 600.0, "settings": 1800.0}
 MAX_TTL_S = 24 * 3600.0
 MAX_BODY_BYTES = 1024 * 1024
+
+VariesBy = Callable[[Any], str]
+"""What else an answer depends on, besides its parameters and what the caller may see: a function of the caller's ``Scope``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Policy:
     tables: tuple[str, ...] = ()
     rule: Dependency | None = None
     parameters: tuple[Parameter, ...] | None = None
+    varies_by: VariesBy | None = None
     max_body_bytes: int = MAX_BODY_BYTES
 
     def __post_init__(self) -> None:

@@ -1,0 +1,63 @@
+"""Settings of a tenant, as its people set them."""
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+from zoneinfo import available_timezones
+
+from fastapi import APIRouter, Depends, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy import select
+
+from crm import caching
+from crm.auth import DEFAULT_TIMEZONE, require_admin
+from crm.bodies import check_storable
+from crm.db import ReadRows, WriteRows
+from crm.errors import ApiError, respond
+from crm.models import VISIBILITY, Tenant, now
+
+router = APIRouter(prefix="/api/settings", tags=["settings"])
+DEFAULTS: dict[str, Any] = {"visibility_mode": "shared", "timezone": DEFAULT_TIMEZONE}
+
+
+def _known_timezone(name: str) -> str:
+    if name not in available_timezones():
+        raise ValueError("must be a time zone such as Europe/Berlin")
+    return name
+
+
+class SettingsChange(BaseModel):
+    """What is to change; what is not named stays. Unknown names are kept."""
+
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"examples": [{"visibility_mode": "hierarchical", "timezone": "Europe/Berlin"}]}
+    )
+
+    visibility_mode: Literal[VISIBILITY] | None = Field(None, description="`hierarchical`: people see their team's records only")  # type: ignore[valid-type]
+    timezone: Annotated[str, AfterValidator(_known_timezone)] | None = Field(None, description="Decides when a day is over")
+
+    @model_validator(mode="after")
+    def _check_more(self) -> "SettingsChange":
+        check_storable(self.model_extra or {}, "settings")
+        return self
+
+
+@router.get("", summary="Show settings")
+@caching.settings
+async def show_settings(rows: ReadRows) -> Response:
+    """Of your tenant."""
+    if rows.scope.tenant is None:
+        raise ApiError(400, "tenant_id: settings belong to a tenant, name one", field="tenant_id")
+    tenant = await rows.session.scalar(select(Tenant).where(Tenant.id == UUID(rows.scope.tenant)))
+    return respond({"settings": {**DEFAULTS, **tenant.settings}} if tenant else {})
+
+
+@router.put("", summary="Change settings", dependencies=[Depends(require_admin)])
+async def change_settings(rows: WriteRows, body: SettingsChange) -> Response:
+    """Needs an admin. A change of visibility takes effect with everybody's next request."""
+    tenant = await rows.session.get_one(Tenant, UUID(rows.scope.tenant or ""), with_for_update=True)
+    given = body.model_dump(exclude_unset=True, exclude_none=True)
+    given.pop("tenant_id", None)
+    tenant.settings = {**tenant.settings, **given}
+    tenant.updated_at = now()
+    await rows.session.flush()
+    return respond({"settings": {**DEFAULTS, **tenant.settings}}, message="Settings updated")
