@@ -38,6 +38,8 @@ MODULES = {
         "status=active",
     ),
     "bizdevsources": ("bizdevsources", "bizdevsource", {"source_name": "Checked list"}, {"city": "Checkville"}, "priority=high"),
+    "opportunities": ("opportunities", "opportunity", {"name": "Checked deal"}, {"next_step": "Check"}, "stage=proposal"),
+    "activities": ("activities", "activity", {"type": "note"}, {"subject": "Checked"}, "status=completed"),
 }
 """Module: name of its list, name of its record, a new one, a change, a filter."""
 
@@ -176,27 +178,38 @@ def _converted(report: Check, http: httpx2.Client) -> None:
     name = f"Converted {uuid4().hex[:8]}"
     body = {"first_name": "Conny", "last_name": name, "company": name, "is_test_data": True}
     lead = http.post("/api/leads", json=body).json()["data"]["lead"]
-    warm = ("/api/leads", "/api/contacts", "/api/accounts", f"/api/leads/{lead['id']}", f"/api/contacts/search?q={name}")
+    about = {"type": "call", "related_to": "lead", "related_id": lead["id"], "is_test_data": True}
+    call = http.post("/api/activities", json=about).json()["data"]["activity"]
+    lists = ("/api/leads", "/api/contacts", "/api/accounts", "/api/opportunities", "/api/activities")
+    warm = (*lists, f"/api/leads/{lead['id']}", f"/api/contacts/search?q={name}")
     for path in warm * 2:
         http.get(path)
-    report.that("before a conversion all five reads are hits", all(_is_hit(http.get(path)) for path in warm))
+    report.that(
+        "before a conversion the lists of five modules, lead and search are hits", all(_is_hit(http.get(p)) for p in warm)
+    )
     converted = http.post(f"/api/leads/{lead['id']}/convert", json={"create_account": True, "create_opportunity": True}).json()[
         "data"
     ]
     try:
         fresh = [http.get(path) for path in warm]
-        report.that(
-            "after it none of them is", not any(_is_hit(answer) for answer in fresh), [_status(answer) for answer in fresh]
-        )
-        leads, contacts, accounts, gone, found = fresh
+        report.that("after it none of them is", not any(map(_is_hit, fresh)), [*map(_status, fresh)])
+        leads, contacts, accounts, deals, activities, gone, found = fresh
         report.that("the lead has left the list", lead["id"] not in leads.text)
         report.that("the contact is in the list", contacts.json()["data"]["contacts"][0]["id"] == converted["contact"]["id"])
         report.that("the account is in the list", accounts.json()["data"]["accounts"][0]["id"] == converted["account"]["id"])
+        report.that("the opportunity is in the list", converted["opportunity"]["id"] in deals.text)
+        moved = activities.json()["data"]["activities"][0]
+        now_about = (moved["related_to"], moved["related_id"], moved["related_name"])
+        report.that(
+            "its activity is about the contact", now_about == ("contact", converted["contact"]["id"], f"Conny {name}"), moved
+        )
         report.that("the lead is gone", gone.status_code == 404)
         report.that("the contact is found", converted["contact"]["id"] in found.text)
         again = http.post(f"/api/leads/{lead['id']}/convert", json={})
         report.that("a second conversion is refused", again.status_code == 409, again.text)
     finally:
+        http.delete(f"/api/activities/{call['id']}")
+        http.delete(f"/api/opportunities/{converted['opportunity']['id']}")
         http.delete(f"/api/contacts/{converted['contact']['id']}")
         http.delete(f"/api/accounts/{converted['account']['id']}")
 

@@ -112,6 +112,10 @@ class _Maker:
         await _insert(connection, m.Opportunity, opportunities)
         about = {"contact": contacts, "lead": leads, "account": accounts, "bizdev_source": sources}
         await _insert(connection, m.Activity, [self._activity(number, about) for number in range(self.size * 2)])
+        await _insert(
+            connection, m.Document, [self._document(number, self.chance.choice(accounts)) for number in range(self.size // 3)]
+        )
+        await _insert(connection, m.Task, [self._task(number, self.chance.choice(contacts)) for number in range(self.size // 3)])
 
     def _employees(self, team: dict[str, UUID]) -> list[dict[str, Any]]:
         people = [_employee("admin", self.tenant, "admin", None, self.password, self.slug)]
@@ -203,6 +207,21 @@ class _Maker:
             **self._common("activity", number), "type": kind, "subject": f"{kind.capitalize()} with {name}",
             "status": chance.choice(m.ACTIVITY_STATUS), "due_date": date(2026, 11, 1) + timedelta(days=chance.randrange(-60, 60)),
             "related_to": related, "related_id": record["id"], "related_name": name,
+        }  # fmt: skip
+
+    def _document(self, number: int, account: dict[str, Any]) -> dict[str, Any]:
+        what = self.chance.choice(("Offer", "Contract", "Minutes", "Invoice"))
+        return {
+            **self._common("document", number), "name": f"{what} for {account['name']}", "file_type": "application/pdf",
+            "file_url": f"https://files.example/{self.slug}/{number}.pdf", "file_size": self.chance.randrange(10_000, 5_000_000),
+            "related_type": "account", "related_id": account["id"],
+        }  # fmt: skip
+
+    def _task(self, number: int, contact: dict[str, Any]) -> dict[str, Any]:
+        what = self.chance.choice(("Ring", "Write to", "Prepare an offer for", "Meet"))
+        return {
+            **self._common("task", number), "description": f"{what} {contact['first_name']} {contact['last_name']}",
+            "status": self.chance.choice(m.TASK_STATUS), "entity_type": "contact", "entity_id": contact["id"],
         }  # fmt: skip
 
 
