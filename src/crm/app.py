@@ -29,6 +29,7 @@ from crm.routes import (
 from crm.settings import Settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
+from respcache.resp.url import ServerURL
 from respcache.writes.sqlalchemy import watch
 
 SCHEMA_VERSION = "1"
@@ -49,6 +50,8 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     """
     if settings.database_url is None or settings.jwt_secret is None or settings.respcache_key is None:
         raise ConfigurationError("DATABASE_URL, JWT_SECRET and RESPCACHE_KEY are needed: start with `python -m crm run`")
+    if settings.redis_url is not None:
+        ServerURL.parse(settings.redis_url.get_secret_value())
     engine = create_async_engine(settings.database_url.get_secret_value(), pool_size=10, max_overflow=10, pool_timeout=10)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     resolver = CrmResolver(sessions, settings.jwt_secret.get_secret_value())
@@ -75,6 +78,7 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.resolver = resolver
+    app.state.login_limit = auth.LoginLimit()
     errors.install(app)
     for routes in (
         auth, accounts, leads, contacts, bizdevsources, opportunities, activities, documents, tasks, reports, tenant_settings,

@@ -35,6 +35,11 @@ WRITE_NEEDS_TENANT = "Superadmin write operations require a tenant_id to be spec
 WRONG_LOGIN = "Wrong email or password"
 DEFAULT_TIMEZONE = "UTC"
 
+_TENANT = (Tenant.id.label("tenant"), Tenant.slug, Tenant.status.label("tenant_status"), Tenant.settings)
+_USERS = select(
+    Employee.id, Employee.tenant_id, Employee.email, Employee.role, Employee.team_id, Employee.status, *_TENANT
+).outerjoin(Tenant, Tenant.id == Employee.tenant_id)
+
 _hasher = PasswordHasher()
 _DUMMY_HASH = PasswordHasher().hash("nobody has this password")
 Sessions = async_sessionmaker[AsyncSession]
@@ -101,27 +106,22 @@ class CrmResolver:
         return Claim((payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()), home)
 
     async def scope(self, claim: Claim) -> TenantScope:
-        """Read user, tenant and visible employees: two statements, or four where visibility is hierarchical."""
+        """Read user, tenant and visible employees: one statement, up to three where visibility is hierarchical."""
         subject, home, wanted = claim.key  # type: ignore[misc]
         async with self._sessions() as session:
-            user = await session.get(Employee, UUID(subject))
+            user = (await session.execute(_USERS.where(Employee.id == UUID(subject)))).one_or_none()
             if user is None or user.status != "active" or str(user.tenant_id or "") != (home or ""):
                 raise Refused(401, UNAUTHENTICATED)
+            tenant: Any = user
             if user.role == "superadmin":
                 tenant = await self._tenant(session, wanted) if wanted else None
             elif user.tenant_id is None:
                 raise Refused(403, NO_TENANT)
-            else:
-                tenant = await session.get(Tenant, user.tenant_id)
-                if (
-                    tenant is None
-                    or tenant.status != "active"
-                    or (wanted and wanted not in (str(tenant.id), tenant.slug.lower()))
-                ):
-                    raise Refused(403, OTHER_TENANT)
+            elif user.tenant_status != "active" or (wanted and wanted not in (str(user.tenant), user.slug.lower())):
+                raise Refused(403, OTHER_TENANT)
             visible = await self._visible(session, user, tenant)
         return TenantScope(
-            tenant=str(tenant.id) if tenant else None,
+            tenant=str(tenant.tenant) if tenant else None,
             fingerprint=_fingerprint(visible),
             user_id=user.id,
             email=user.email,
@@ -148,14 +148,15 @@ class CrmResolver:
             raise Refused(401, UNAUTHENTICATED) from None
         return payload
 
-    async def _tenant(self, session: AsyncSession, wanted: str) -> Tenant:
+    async def _tenant(self, session: AsyncSession, wanted: str) -> Any:
         match = Tenant.id == UUID(wanted) if _is_uuid(wanted) else func.lower(Tenant.slug) == wanted
-        tenant = await session.scalar(select(Tenant).where(match, Tenant.status == "active")) if "\x00" not in wanted else None
+        found = select(*_TENANT).where(match, Tenant.status == "active")
+        tenant = (await session.execute(found)).one_or_none() if "\x00" not in wanted else None
         if tenant is None:
             raise Refused(404, "Tenant not found")
         return tenant
 
-    async def _visible(self, session: AsyncSession, user: Employee, tenant: Tenant | None) -> tuple[UUID, ...] | None:
+    async def _visible(self, session: AsyncSession, user: Any, tenant: Any) -> tuple[UUID, ...] | None:
         """Return the employees whose rows the user sees, or None for all."""
         if tenant is None or user.role in ("superadmin", "admin") or tenant.settings.get("visibility_mode") != "hierarchical":
             return None
@@ -163,12 +164,10 @@ class CrmResolver:
             return (user.id,)
         teams = {user.team_id}
         if user.role == "manager":
-            rows = await session.execute(select(Team.id, Team.parent_team_id).where(Team.tenant_id == tenant.id))
+            rows = await session.execute(select(Team.id, Team.parent_team_id).where(Team.tenant_id == tenant.tenant))
             teams |= _descendants(user.team_id, (tuple(row) for row in rows))
-        members = await session.scalars(
-            select(Employee.id).where(Employee.tenant_id == tenant.id, or_(Employee.team_id.in_(teams), Employee.id == user.id))
-        )
-        return tuple(sorted(members))
+        seen = or_(Employee.team_id.in_(teams), Employee.id == user.id)
+        return tuple(sorted(await session.scalars(select(Employee.id).where(Employee.tenant_id == tenant.tenant, seen))))
 
 
 async def current_scope(

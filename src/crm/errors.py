@@ -60,6 +60,8 @@ def install(app: FastAPI) -> None:
         response = fail(error.status, error.message, **error.extra)
         if error.status == 401:
             response.headers["www-authenticate"] = "Bearer"
+        if "retry_after" in error.extra:
+            response.headers["retry-after"] = str(error.extra["retry_after"])
         return response
 
     @app.exception_handler(RequestValidationError)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from sqlalchemy import ColumnElement, Result, and_, func, or_
 
-from crm.db import Rows
-from crm.errors import ApiError
+from crm.db import Rows, as_uuid
+from crm.errors import ApiError, not_found
 from crm.models import OPEN_ACTIVITY, Account, Activity, Contact, Document, Lead, Owned
 
 MAX_LIMIT = 200
@@ -61,8 +61,11 @@ async def page(
 
 async def one(rows: Rows, model: type[Owned], key: str) -> dict[str, Any]:
     """Return one record as it is sent. Raises 404."""
-    found = await rows.get(model, key)
-    return records(await rows.session.execute(select_records(rows, model).where(model.id == found.id)))[0]
+    identity = as_uuid(key)
+    if identity is not None:
+        for record in records(await rows.session.execute(select_records(rows, model).where(model.id == identity))):
+            return record
+    raise not_found(model.title)
 
 
 def select_records(rows: Rows, model: type[Owned]) -> Any:

@@ -3,16 +3,19 @@
 import asyncio
 import re
 
+import httpx2
 import pytest
 from alembic import command
+from pydantic import SecretStr
 
 from crm.app import create_app
-from crm.demo import PASSWORD, seed_if_empty
+from crm.demo import PASSWORD as DEMO_PASSWORD
+from crm.demo import seed_if_empty
 from crm.migrations import configuration
 from crm.settings import Settings
-from respcache import Claim
+from respcache import Claim, ConfigurationError
 
-from .conftest import SECRET, Crm, hit
+from .conftest import PASSWORD, SECRET, Crm, hit
 
 pytestmark = pytest.mark.anyio
 
@@ -27,6 +30,47 @@ async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
     await crm.cache.store.close()
     answer = await http.get("/api/system/health")
     assert (answer.status_code, answer.json()["data"]["cache"]) == (200, "down")
+
+
+async def test_containers_status_says_who_answers_and_who_is_not_configured(crm: Crm, valkey_url: str) -> None:
+    """Of database, cache and agent memory; a wrong password is a problem that is named, without the password."""
+    assert (await crm.as_user("ann").get("/api/system/containers-status")).status_code == 403
+    data = (await crm.as_user("abe").get("/api/system/containers-status")).json()["data"]
+    assert [data[name]["reachable"] for name in ("database", "redis_cache", "redis_memory")] == [True, True, False]
+    assert data["redis_memory"]["configured"] is False
+    assert data["redis_cache"]["latency_ms"] > 0
+    wrong = re.sub(r":[^:@]*@", ":wrong-password@", valkey_url)
+    crm.app.app.state.settings = crm.app.app.state.settings.model_copy(update={"redis_url": SecretStr(wrong)})
+    answer = await crm.as_user("abe").get("/api/system/containers-status")
+    memory = answer.json()["data"]["redis_memory"]
+    assert (memory["configured"], memory["reachable"]) == (True, False)
+    assert "WRONGPASS" in memory["problem"]
+    assert "wrong-password" not in answer.text
+
+
+def test_a_wrong_address_of_the_agent_memory_is_said_at_the_start() -> None:
+    """Not at the first look at its state."""
+    settings = Settings(database_url="postgresql://127.0.0.1/x", redis_url="memory:6379", jwt_secret=SECRET, respcache_key=SECRET)
+    with pytest.raises(ConfigurationError, match="redis://"):
+        create_app(settings)
+
+
+async def test_guessing_passwords_is_slowed_down(crm: Crm) -> None:
+    """Ten attempts for a mail; others still log in; whoever knows the password in time begins anew."""
+    http = crm.as_user(None)
+
+    async def attempt(email: str, password: str) -> httpx2.Response:
+        return await http.post("/api/auth/login", json={"email": email, "password": password})
+
+    for _ in range(9):
+        assert (await attempt("abe@x.example", "wrong")).status_code == 401
+    assert (await attempt("abe@x.example", PASSWORD)).status_code == 200
+    many = await asyncio.gather(*(attempt("ABE@x.example", "wrong") for _ in range(12)))
+    assert sorted(answer.status_code for answer in many) == [401] * 10 + [429] * 2
+    refused = await attempt("abe@x.example", PASSWORD)
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_attempts")
+    assert 0 < int(refused.headers["retry-after"]) <= 900
+    assert (await attempt("gus@x.example", PASSWORD)).status_code == 200
 
 
 async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
@@ -124,7 +168,7 @@ def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> Non
         app = create_app(settings).app
         from crm.auth import log_in
 
-        user = await log_in(app.state.sessions, "admin@acme.example", PASSWORD)
+        user = await log_in(app.state.sessions, "admin@acme.example", DEMO_PASSWORD)
         scope = await app.state.resolver.scope(Claim((str(user.id), str(user.tenant_id), None), str(user.tenant_id)))
         await app.state.sessions.kw["bind"].dispose()
         return first, second, scope.role

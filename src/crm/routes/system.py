@@ -1,14 +1,22 @@
 """The state of the system, and the cache's controls."""
 
+import asyncio
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 from sqlalchemy import text
 
 from crm.auth import TenantScope, require_admin, require_superadmin
 from crm.errors import ApiError, Refused, fail, respond
+from crm.settings import Settings
 from respcache import Cache, StoreError
+from respcache.core.errors import StoreUnavailable
+from respcache.resp.connection import Connection
+from respcache.resp.url import ServerURL
+
+PROBE_S = 1.0
 
 router = APIRouter(prefix="/api", tags=["system"])
 Admin = Annotated[TenantScope, Depends(require_admin)]
@@ -46,6 +54,15 @@ async def health(request: Request) -> Response:
         "invalidations_pending": len(cache.pending_tenants),
     }
     return respond(data) if database else fail(503, "Database unavailable", data=data)
+
+
+@router.get("/system/containers-status", summary="What the system stands on")
+async def containers_status(request: Request, scope: Admin) -> Response:
+    """Whether database, cache and agent memory answer, and how fast; a server that is not configured is said to be so."""
+    settings: Settings = request.app.state.settings
+    cache = None if settings.without_cache else settings.redis_cache_url
+    found = await asyncio.gather(_database_status(request), _redis_status(cache), _redis_status(settings.redis_url))
+    return respond(dict(zip(("database", "redis_cache", "redis_memory"), found, strict=True)))
 
 
 @router.get("/system/cache-stats", summary="Figures of the cache")
@@ -100,9 +117,36 @@ async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
     return respond({"enabled": cache.enabled, "other_processes_told": reached})
 
 
+async def _database_status(request: Request) -> dict[str, Any]:
+    started = time.perf_counter()
+    reachable = await _database_answers(request)
+    return {"configured": True, "reachable": reachable, "latency_ms": _since(started) if reachable else None}
+
+
+async def _redis_status(url: SecretStr | None) -> dict[str, Any]:
+    """Connect anew and ask once: what a client that starts now would meet."""
+    if url is None:
+        return {"configured": False, "reachable": False, "latency_ms": None}
+    try:
+        connection = await Connection.open(ServerURL.parse(url.get_secret_value()), deadline_s=PROBE_S, lost=lambda *_: None)
+        try:
+            started = time.perf_counter()
+            await connection.execute([("PING",)], deadline_s=PROBE_S)
+            return {"configured": True, "reachable": True, "latency_ms": _since(started)}
+        finally:
+            connection.abort(StoreUnavailable("asked"))
+            await connection.wait_closed()
+    except StoreError as error:
+        return {"configured": True, "reachable": False, "latency_ms": None, "problem": str(error)}
+
+
+def _since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 2)
+
+
 async def _database_answers(request: Request) -> bool:
     try:
-        async with request.app.state.sessions() as session:
+        async with asyncio.timeout(PROBE_S), request.app.state.sessions() as session:
             return (await session.scalar(text("SELECT 1"))) == 1
     except Exception:
         return False
