@@ -54,7 +54,9 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         ServerURL.parse(settings.redis_url.get_secret_value())
     engine = create_async_engine(settings.database_url.get_secret_value(), pool_size=10, max_overflow=10, pool_timeout=10)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    resolver = CrmResolver(sessions, settings.jwt_secret.get_secret_value())
+    # what only reads needs no BEGIN and ROLLBACK: each statement sees the newest state anyway
+    reading = engine.execution_options(isolation_level="AUTOCOMMIT")
+    resolver = CrmResolver(reading, settings.jwt_secret.get_secret_value())
     url = settings.redis_cache_url
     cache = Cache(
         None if url is None or settings.without_cache else RedisStore(url.get_secret_value()),
@@ -76,7 +78,7 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None
     )
     app.state.settings = settings
-    app.state.sessions = sessions
+    app.state.sessions, app.state.reading = sessions, async_sessionmaker(reading, expire_on_commit=False)
     app.state.resolver = resolver
     app.state.login_limit = auth.LoginLimit()
     errors.install(app)

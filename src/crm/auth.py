@@ -18,8 +18,8 @@ from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import APIKeyCookie, HTTPBearer
-from sqlalchemy import func, or_, select
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from crm.errors import Refused
 from crm.models import ROLES, Employee, Team, Tenant, now
@@ -35,10 +35,14 @@ WRITE_NEEDS_TENANT = "Superadmin write operations require a tenant_id to be spec
 WRONG_LOGIN = "Wrong email or password"
 DEFAULT_TIMEZONE = "UTC"
 
-_TENANT = (Tenant.id.label("tenant"), Tenant.slug, Tenant.status.label("tenant_status"), Tenant.settings)
-_USERS = select(
-    Employee.id, Employee.tenant_id, Employee.email, Employee.role, Employee.team_id, Employee.status, *_TENANT
-).outerjoin(Tenant, Tenant.id == Employee.tenant_id)
+# plain tables, put together once: what every request asks needs no ORM
+employees, teams, tenants = (model.__table__.c for model in (Employee, Team, Tenant))
+_TENANT = (tenants.id.label("tenant"), tenants.slug, tenants.status.label("tenant_status"), tenants.settings)
+_USER = (
+    select(employees.id, employees.tenant_id, employees.email, employees.role, employees.team_id, employees.status, *_TENANT)
+    .select_from(Employee.__table__.outerjoin(Tenant.__table__, tenants.id == employees.tenant_id))
+    .where(employees.id == bindparam("user"))
+)
 
 _hasher = PasswordHasher()
 _DUMMY_HASH = PasswordHasher().hash("nobody has this password")
@@ -89,8 +93,8 @@ class CrmResolver:
 
     tables = ("employees", "teams", "tenants")
 
-    def __init__(self, sessions: Sessions, secret: str) -> None:
-        self._sessions = sessions
+    def __init__(self, engine: AsyncEngine, secret: str) -> None:
+        self._engine = engine
         self._secret = secret
         self.stands_for = frozenset({current_scope})
 
@@ -108,18 +112,18 @@ class CrmResolver:
     async def scope(self, claim: Claim) -> TenantScope:
         """Read user, tenant and visible employees: one statement, up to three where visibility is hierarchical."""
         subject, home, wanted = claim.key  # type: ignore[misc]
-        async with self._sessions() as session:
-            user = (await session.execute(_USERS.where(Employee.id == UUID(subject)))).one_or_none()
+        async with self._engine.connect() as connection:
+            user = (await connection.execute(_USER, {"user": UUID(subject)})).one_or_none()
             if user is None or user.status != "active" or str(user.tenant_id or "") != (home or ""):
                 raise Refused(401, UNAUTHENTICATED)
             tenant: Any = user
             if user.role == "superadmin":
-                tenant = await self._tenant(session, wanted) if wanted else None
+                tenant = await self._tenant(connection, wanted) if wanted else None
             elif user.tenant_id is None:
                 raise Refused(403, NO_TENANT)
             elif user.tenant_status != "active" or (wanted and wanted not in (str(user.tenant), user.slug.lower())):
                 raise Refused(403, OTHER_TENANT)
-            visible = await self._visible(session, user, tenant)
+            visible = await self._visible(connection, user, tenant)
         return TenantScope(
             tenant=str(tenant.tenant) if tenant else None,
             fingerprint=_fingerprint(visible),
@@ -148,26 +152,26 @@ class CrmResolver:
             raise Refused(401, UNAUTHENTICATED) from None
         return payload
 
-    async def _tenant(self, session: AsyncSession, wanted: str) -> Any:
-        match = Tenant.id == UUID(wanted) if _is_uuid(wanted) else func.lower(Tenant.slug) == wanted
-        found = select(*_TENANT).where(match, Tenant.status == "active")
-        tenant = (await session.execute(found)).one_or_none() if "\x00" not in wanted else None
+    async def _tenant(self, connection: AsyncConnection, wanted: str) -> Any:
+        match = tenants.id == UUID(wanted) if _is_uuid(wanted) else func.lower(tenants.slug) == wanted
+        found = select(*_TENANT).where(match, tenants.status == "active")
+        tenant = (await connection.execute(found)).one_or_none() if "\x00" not in wanted else None
         if tenant is None:
             raise Refused(404, "Tenant not found")
         return tenant
 
-    async def _visible(self, session: AsyncSession, user: Any, tenant: Any) -> tuple[UUID, ...] | None:
+    async def _visible(self, connection: AsyncConnection, user: Any, tenant: Any) -> tuple[UUID, ...] | None:
         """Return the employees whose rows the user sees, or None for all."""
         if tenant is None or user.role in ("superadmin", "admin") or tenant.settings.get("visibility_mode") != "hierarchical":
             return None
         if user.team_id is None:
             return (user.id,)
-        teams = {user.team_id}
+        seen_teams = {user.team_id}
         if user.role == "manager":
-            rows = await session.execute(select(Team.id, Team.parent_team_id).where(Team.tenant_id == tenant.tenant))
-            teams |= _descendants(user.team_id, (tuple(row) for row in rows))
-        seen = or_(Employee.team_id.in_(teams), Employee.id == user.id)
-        return tuple(sorted(await session.scalars(select(Employee.id).where(Employee.tenant_id == tenant.tenant, seen))))
+            rows = await connection.execute(select(teams.id, teams.parent_team_id).where(teams.tenant_id == tenant.tenant))
+            seen_teams |= _descendants(user.team_id, (tuple(row) for row in rows))
+        seen = or_(employees.team_id.in_(seen_teams), employees.id == user.id)
+        return tuple(sorted(await connection.scalars(select(employees.id).where(employees.tenant_id == tenant.tenant, seen))))
 
 
 async def current_scope(

@@ -30,10 +30,11 @@ class Rows:
     def visible(self, model: type[Owned]) -> list[ColumnElement[bool]]:
         """Return the criteria that every statement on this table carries."""
         criteria: list[ColumnElement[bool]] = []
+        columns = model.__table__.c  # type: ignore[attr-defined]
         if self.scope.tenant is not None:
-            criteria.append(model.tenant_id == UUID(self.scope.tenant))
+            criteria.append(columns.tenant_id == UUID(self.scope.tenant))
         if self.scope.visible_ids is not None:
-            criteria.append(or_(model.assigned_to.is_(None), model.assigned_to.in_(self.scope.visible_ids)))
+            criteria.append(or_(columns.assigned_to.is_(None), columns.assigned_to.in_(self.scope.visible_ids)))
         return criteria
 
     def select(self, model: type[Owned], *columns: Any) -> Select[Any]:
@@ -91,7 +92,7 @@ def as_uuid(key: str | UUID) -> UUID | None:
 
 async def reading_rows(request: Request, scope: CurrentScope) -> AsyncIterator[Rows]:
     """Open a session for reading."""
-    async with request.app.state.sessions() as session:
+    async with request.app.state.reading() as session:
         yield Rows(session, scope)
 
 

@@ -1,13 +1,14 @@
 """Accounts: companies."""
 
-from typing import Any
-
+import orjson
 from fastapi import Response
+from sqlalchemy import select
 
 from crm import caching
 from crm.db import ReadRows
 from crm.errors import respond
-from crm.listing import Limit, Offset, Search, page, records, select_records
+from crm.json_rows import JsonRows
+from crm.listing import Limit, Offset, Search, newest, page
 from crm.models import ACCOUNT_TYPES, HEALTH, Account, Contact, Lead
 from crm.module import Module
 
@@ -39,13 +40,9 @@ async def search_accounts(rows: ReadRows, q: Search = None, limit: Limit = 25, o
 async def related_people(rows: ReadRows, id: str) -> Response:
     """Contacts and leads of the account, newest first."""
     account = await rows.get(Account, id)
-    data: dict[str, Any] = {"account_id": account.id}
-    for plural, model in (("contacts", Contact), ("leads", Lead)):
-        people = (
-            select_records(rows, model).where(model.account_id == account.id).order_by(model.created_at.desc(), model.id.desc())
-        )
-        data[plural] = records(await rows.session.execute(people.limit(MOST_PEOPLE)))
-    return respond(data)
+    people = [JsonRows(newest(rows, model, limit=MOST_PEOPLE).where(model.account_id == account.id)) for model in (Contact, Lead)]
+    contacts, leads = (await rows.session.execute(select(*people))).one()
+    return respond({"account_id": account.id, "contacts": orjson.Fragment(contacts), "leads": orjson.Fragment(leads)})
 
 
 accounts.add_records(router)

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Response
-from sqlalchemy import func, literal, union_all
+from sqlalchemy import func, select
 
 from crm import caching
 from crm.db import ReadRows
 from crm.errors import respond
-from crm.listing import overdue, records, select_records
+from crm.json_rows import JsonRows
+from crm.listing import newest, overdue
 from crm.models import Account, Activity, BizDevSource, Contact, Document, Lead, Opportunity, Owned, Task
 
 router = APIRouter(prefix="/api/reports", tags=["reports"])
@@ -28,16 +30,19 @@ MODULES: dict[str, type[Owned]] = {
 @router.get("/dashboard-bundle", summary="Everything that a dashboard shows")
 @caching.dashboard
 async def dashboard_bundle(rows: ReadRows) -> Response:
-    """Numbers and the latest records of all modules, of what you see, in one answer."""
-    counted = union_all(*(rows.select(model, literal(name), func.count()) for name, model in MODULES.items()))
-    counts = {row[0]: row[1] for row in await rows.session.execute(counted)}
+    """Numbers and the latest records of all modules, of what you see, in one answer and of one moment."""
     is_open = Opportunity.stage.not_in(("closed_won", "closed_lost"))
-    deals = rows.select(Opportunity, func.count().filter(is_open), func.sum(Opportunity.amount).filter(is_open))
-    open_deals, open_amount = (await rows.session.execute(deals)).one()
-    late = await rows.session.scalar(rows.select(Activity, func.count()).where(overdue(rows)))
-    latest: dict[str, Any] = {}
-    for name, model in MODULES.items():
-        newest = select_records(rows, model).order_by(model.created_at.desc(), model.id.desc()).limit(LATEST)
-        latest[name] = records(await rows.session.execute(newest))
-    more = {"open_opportunities": open_deals, "open_amount": float(open_amount or 0), "overdue_activities": late}
-    return respond({"counts": {name: counts[name] for name in MODULES}, **more, "latest": latest})
+    figures = {
+        "open_opportunities": rows.select(Opportunity, func.count()).where(is_open),
+        "open_amount": rows.select(Opportunity, func.coalesce(func.sum(Opportunity.amount), 0.0)).where(is_open),
+        "overdue_activities": rows.select(Activity, func.count()).where(overdue(rows)),
+    }
+    columns = [
+        *(rows.select(model, func.count()).scalar_subquery() for model in MODULES.values()),
+        *(figure.scalar_subquery() for figure in figures.values()),
+        *(JsonRows(newest(rows, model, limit=LATEST)) for model in MODULES.values()),
+    ]
+    found = list((await rows.session.execute(select(*columns))).one())
+    counts, more, latest = found[: len(MODULES)], found[len(MODULES) : -len(MODULES)], found[-len(MODULES) :]
+    data: dict[str, Any] = {"counts": dict(zip(MODULES, counts, strict=True)), **dict(zip(figures, more, strict=True))}
+    return respond({**data, "latest": dict(zip(MODULES, map(orjson.Fragment, latest), strict=True))})
