@@ -78,7 +78,7 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None
     )
     app.state.settings = settings
-    app.state.sessions, app.state.reading = sessions, async_sessionmaker(reading, expire_on_commit=False)
+    app.state.sessions, app.state.reading = sessions, reading
     app.state.resolver = resolver
     app.state.login_limit = auth.LoginLimit()
     errors.install(app)

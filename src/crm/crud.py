@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 from crm.bodies import Body
-from crm.db import Rows
+from crm.db import WritableRows
 from crm.errors import ApiError
 from crm.listing import as_record
 from crm.models import REFERABLE, REFERRING, Account, Activity, Contact, Lead, Owned, now
@@ -13,7 +13,7 @@ from crm.models import REFERABLE, REFERRING, Account, Activity, Contact, Lead, O
 REFERENCES: dict[str, type[Owned]] = {"account_id": Account, "contact_id": Contact, "lead_id": Lead}
 
 
-async def create(rows: Rows, model: type[Owned], body: Body) -> dict[str, Any]:
+async def create(rows: WritableRows, model: type[Owned], body: Body) -> dict[str, Any]:
     """Insert a row from a body and return its record."""
     row = model(**{name: value for name, value in body.fields().items() if value is not None})
     await _check_references(rows, row, body)
@@ -22,7 +22,7 @@ async def create(rows: Rows, model: type[Owned], body: Body) -> dict[str, Any]:
     return as_record(row)
 
 
-async def change(rows: Rows, model: type[Owned], key: str, body: Body) -> dict[str, Any]:
+async def change(rows: WritableRows, model: type[Owned], key: str, body: Body) -> dict[str, Any]:
     """Change the given fields of a row; metadata merges; activities about it follow a new name. Raises 404."""
     row = await rows.get(model, key, lock=True)
     known_as = row.display_name
@@ -44,7 +44,7 @@ async def change(rows: Rows, model: type[Owned], key: str, body: Body) -> dict[s
     return as_record(row)
 
 
-async def remove(rows: Rows, model: type[Owned], key: str) -> dict[str, Any]:
+async def remove(rows: WritableRows, model: type[Owned], key: str) -> dict[str, Any]:
     """Delete a row and return its id. Raises 404."""
     row = await rows.get(model, key, lock=True)
     await forget(rows, model, [row.id])
@@ -53,7 +53,7 @@ async def remove(rows: Rows, model: type[Owned], key: str) -> dict[str, Any]:
     return {"id": str(row.id), "deleted": True}
 
 
-async def remove_many(rows: Rows, model: type[Owned], keys: Sequence[UUID]) -> dict[str, Any]:
+async def remove_many(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -> dict[str, Any]:
     """Delete rows; say which there were and which there were not (or are not the caller's to see)."""
     found = list(await rows.session.scalars(rows.select(model, model.id).where(model.id.in_(keys)).with_for_update()))
     if found:
@@ -62,7 +62,7 @@ async def remove_many(rows: Rows, model: type[Owned], keys: Sequence[UUID]) -> d
     return {"deleted": len(found), "ids": found, "not_found": [key for key in dict.fromkeys(keys) if key not in set(found)]}
 
 
-async def forget(rows: Rows, model: type[Owned], keys: Sequence[UUID]) -> None:
+async def forget(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -> None:
     """Let what is about rows that will be gone point to nothing; an activity keeps their name."""
     for referring in REFERRING if model.kind else ():
         assert referring.about is not None
@@ -71,7 +71,7 @@ async def forget(rows: Rows, model: type[Owned], keys: Sequence[UUID]) -> None:
         await rows.session.execute(about.values({key: None}))
 
 
-async def _check_references(rows: Rows, row: Owned, body: Body) -> None:
+async def _check_references(rows: WritableRows, row: Owned, body: Body) -> None:
     """Demand that referenced rows and employees are the caller's own tenant's. Raises 422 that names the field."""
     given = body.fields()
     with rows.session.no_autoflush:  # the row may hold a reference that the database would refuse with worse words
@@ -84,7 +84,7 @@ async def _check_references(rows: Rows, row: Owned, body: Body) -> None:
             await _check_about(rows, row, *row.about)
 
 
-async def _check_about(rows: Rows, row: Owned, kind_field: str, key_field: str) -> None:
+async def _check_about(rows: WritableRows, row: Owned, kind_field: str, key_field: str) -> None:
     """Check what an activity, a document or a task is about, and name it in an activity."""
     kind, key = getattr(row, kind_field), getattr(row, key_field)
     if key is None:

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from fastapi import Depends, Request
 from sqlalchemy import ColumnElement, Delete, Select, Update, delete, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from crm.auth import CurrentScope, TenantScope, WritingScope
 from crm.errors import ApiError, not_found
@@ -21,11 +21,19 @@ T = TypeVar("T", bound=Owned)
 
 
 class Rows:
-    """A session that sees what one caller may see."""
+    """What one caller may see, to be read: a plain connection, as no reading needs the ORM."""
 
-    def __init__(self, session: AsyncSession, scope: TenantScope) -> None:
-        self.session = session
+    def __init__(self, run: AsyncConnection | AsyncSession, scope: TenantScope) -> None:
+        self._run = run
         self.scope = scope
+
+    async def execute(self, statement: Select[Any]) -> Any:
+        """Run a statement."""
+        return await self._run.execute(statement)
+
+    async def scalar(self, statement: Select[Any]) -> Any:
+        """Run a statement; return the first column of its first row."""
+        return await self._run.scalar(statement)
 
     def visible(self, model: type[Owned]) -> list[ColumnElement[bool]]:
         """Return the criteria that every statement on this table carries."""
@@ -38,8 +46,17 @@ class Rows:
         return criteria
 
     def select(self, model: type[Owned], *columns: Any) -> Select[Any]:
-        """Begin to select from a table."""
-        return select(*(columns or (model,))).select_from(model).where(*self.visible(model))
+        """Begin to select columns of a table (or, of ``WritableRows``, the model itself)."""
+        table = model.__table__  # type: ignore[attr-defined]
+        return select(*(columns or (model,))).select_from(table).where(*self.visible(model))
+
+
+class WritableRows(Rows):
+    """What one caller may see and change: a session in a transaction."""
+
+    def __init__(self, session: AsyncSession, scope: TenantScope) -> None:
+        super().__init__(session, scope)
+        self.session = session
 
     def update(self, model: type[Owned], *, unseen: bool = False) -> Update:
         """Begin to change many rows of a table; ``unseen`` also those that the caller does not see: what refers to a row that
@@ -91,16 +108,16 @@ def as_uuid(key: str | UUID) -> UUID | None:
 
 
 async def reading_rows(request: Request, scope: CurrentScope) -> AsyncIterator[Rows]:
-    """Open a session for reading."""
-    async with request.app.state.reading() as session:
-        yield Rows(session, scope)
+    """Take a connection."""
+    async with request.app.state.reading.connect() as connection:
+        yield Rows(connection, scope)
 
 
-async def writing_rows(request: Request, scope: WritingScope) -> AsyncIterator[Rows]:
+async def writing_rows(request: Request, scope: WritingScope) -> AsyncIterator[WritableRows]:
     """Open a transaction; it commits when the handler returns and rolls back when it raises."""
     async with request.app.state.sessions.begin() as session:
-        yield Rows(session, scope)
+        yield WritableRows(session, scope)
 
 
 ReadRows = Annotated[Rows, Depends(reading_rows, scope="function")]
-WriteRows = Annotated[Rows, Depends(writing_rows, scope="function")]
+WriteRows = Annotated[WritableRows, Depends(writing_rows, scope="function")]

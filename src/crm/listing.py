@@ -70,7 +70,7 @@ async def page(
     parts: list[Any] = [JsonRows(found), total]
     if stats_by is not None:
         parts.append(JsonCounts(rows.select(model, *_counted(stats_by)).group_by(stats_by)))
-    text, number, *counts = (await rows.session.execute(select(*parts))).one()
+    text, number, *counts = (await rows.execute(select(*parts))).one()
     data: dict[str, Any] = {plural: orjson.Fragment(text), "total": number, "limit": limit, "offset": offset}
     for stats in counts:
         by = orjson.loads(stats)
@@ -87,7 +87,7 @@ async def one(rows: Rows, model: type[Owned], key: str) -> orjson.Fragment:
     """Return one record as it is sent. Raises 404."""
     identity = as_uuid(key)
     if identity is not None:
-        text = await rows.session.scalar(select(JsonRows(select_records(rows, model).where(model.id == identity))))
+        text = await rows.scalar(select(JsonRows(select_records(rows, model).where(model.id == identity))))
         if text != EMPTY:
             return orjson.Fragment(text[1:-1])
     raise not_found(model.title)

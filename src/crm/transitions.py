@@ -6,11 +6,11 @@ from uuid import UUID
 import orjson
 from sqlalchemy import select
 
-from crm.db import Rows
+from crm.db import WritableRows
 from crm.models import REFERRING, Activity, EntityTransition, Opportunity, Owned
 
 
-async def already(rows: Rows, table: str, key: UUID, action: str) -> bool:
+async def already(rows: WritableRows, table: str, key: UUID, action: str) -> bool:
     """Whether a record of the caller's tenant went through this transition before."""
     done = select(EntityTransition.id).where(
         EntityTransition.tenant_id == UUID(rows.scope.tenant or ""),
@@ -22,7 +22,7 @@ async def already(rows: Rows, table: str, key: UUID, action: str) -> bool:
 
 
 def record_transition(
-    rows: Rows, from_table: str, from_id: UUID, to_table: str, to_id: UUID, action: str, snapshot: dict[str, Any]
+    rows: WritableRows, from_table: str, from_id: UUID, to_table: str, to_id: UUID, action: str, snapshot: dict[str, Any]
 ) -> None:
     """Write down what became of a record, with the record as it was."""
     rows.add(
@@ -38,7 +38,7 @@ def record_transition(
     )
 
 
-async def relink(rows: Rows, old: Owned, new: Owned) -> None:
+async def relink(rows: WritableRows, old: Owned, new: Owned) -> None:
     """Let everything that is about one record be about another."""
     for referring in REFERRING:
         assert referring.about is not None
@@ -50,7 +50,7 @@ async def relink(rows: Rows, old: Owned, new: Owned) -> None:
         await rows.session.execute(about.values(values))
 
 
-async def relink_opportunities(rows: Rows, source: UUID, account: UUID) -> None:
+async def relink_opportunities(rows: WritableRows, source: UUID, account: UUID) -> None:
     """Give opportunities that came from a source its new account."""
     came = rows.update(Opportunity, unseen=True).where(Opportunity.source == f"bizdev_source:{source}")
     await rows.session.execute(came.values(account_id=account))

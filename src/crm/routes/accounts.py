@@ -5,8 +5,8 @@ from fastapi import Response
 from sqlalchemy import select
 
 from crm import caching
-from crm.db import ReadRows
-from crm.errors import respond
+from crm.db import ReadRows, as_uuid
+from crm.errors import not_found, respond
 from crm.json_rows import JsonRows
 from crm.listing import Limit, Offset, Search, newest, page
 from crm.models import ACCOUNT_TYPES, HEALTH, Account, Contact, Lead
@@ -39,10 +39,13 @@ async def search_accounts(rows: ReadRows, q: Search = None, limit: Limit = 25, o
 @caching.accounts_people
 async def related_people(rows: ReadRows, id: str) -> Response:
     """Contacts and leads of the account, newest first."""
-    account = await rows.get(Account, id)
-    people = [JsonRows(newest(rows, model, limit=MOST_PEOPLE).where(model.account_id == account.id)) for model in (Contact, Lead)]
-    contacts, leads = (await rows.session.execute(select(*people))).one()
-    return respond({"account_id": account.id, "contacts": orjson.Fragment(contacts), "leads": orjson.Fragment(leads)})
+    key = as_uuid(id)
+    people = [JsonRows(newest(rows, model, limit=MOST_PEOPLE).where(model.account_id == key)) for model in (Contact, Lead)]
+    account = rows.select(Account, Account.id).where(Account.id == key).scalar_subquery()
+    found, contacts, leads = (await rows.execute(select(account, *people))).one()
+    if found is None:
+        raise not_found(Account.title)
+    return respond({"account_id": found, "contacts": orjson.Fragment(contacts), "leads": orjson.Fragment(leads)})
 
 
 accounts.add_records(router)

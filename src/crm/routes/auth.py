@@ -55,7 +55,7 @@ async def login(request: Request, body: Login) -> Response:
     limit: LoginLimit = request.app.state.login_limit
     address = request.client.host if request.client else ""
     limit.attempt(address, body.email)
-    user = await log_in(request.app.state.reading, body.email, body.password)
+    user = await log_in(request.app.state.sessions, body.email, body.password)
     limit.succeeded(address, body.email)
     token = request.app.state.resolver.token(user, hours=request.app.state.settings.token_hours)
     data = {"access_token": token, "token_type": "bearer", "user": {"id": user.id, "email": user.email, "role": user.role}}

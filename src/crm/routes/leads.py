@@ -10,7 +10,7 @@ from sqlalchemy import func
 
 from crm import caching, crud
 from crm.bodies import Ids
-from crm.db import Rows, WriteRows, as_uuid
+from crm.db import WritableRows, WriteRows, as_uuid
 from crm.errors import ApiError, respond
 from crm.listing import Word, as_record
 from crm.models import LEAD_STATUS, Account, Contact, Lead, Opportunity, now
@@ -89,7 +89,7 @@ async def convert_lead(rows: WriteRows, id: str, body: Conversion) -> Response:
     return respond(data, message="Lead converted and moved to contacts")
 
 
-async def _account_for(rows: Rows, lead: Lead, body: Conversion) -> Account | None:
+async def _account_for(rows: WritableRows, lead: Lead, body: Conversion) -> Account | None:
     """Return the selected account, or one of that name, or a new one, or the lead's own."""
     if body.selected_account_id is not None:
         return await rows.get(Account, body.selected_account_id)

@@ -42,7 +42,7 @@ async def dashboard_bundle(rows: ReadRows) -> Response:
         *(figure.scalar_subquery() for figure in figures.values()),
         *(JsonRows(newest(rows, model, limit=LATEST)) for model in MODULES.values()),
     ]
-    found = list((await rows.session.execute(select(*columns))).one())
+    found = list((await rows.execute(select(*columns))).one())
     counts, more, latest = found[: len(MODULES)], found[len(MODULES) : -len(MODULES)], found[-len(MODULES) :]
     data: dict[str, Any] = {"counts": dict(zip(MODULES, counts, strict=True)), **dict(zip(figures, more, strict=True))}
     return respond({**data, "latest": dict(zip(MODULES, map(orjson.Fragment, latest), strict=True))})

@@ -47,8 +47,8 @@ async def show_settings(rows: ReadRows) -> Response:
     """Of your tenant."""
     if rows.scope.tenant is None:
         raise ApiError(400, "tenant_id: settings belong to a tenant, name one", field="tenant_id")
-    tenant = await rows.session.scalar(select(Tenant).where(Tenant.id == UUID(rows.scope.tenant)))
-    return respond({"settings": {**DEFAULTS, **tenant.settings}} if tenant else {})
+    given = await rows.scalar(select(Tenant.settings).where(Tenant.id == UUID(rows.scope.tenant)))
+    return respond({"settings": {**DEFAULTS, **given}})
 
 
 @router.put("", summary="Change settings", dependencies=[Depends(require_admin)])

@@ -146,7 +146,7 @@ def _since(started: float) -> float:
 
 async def _database_answers(request: Request) -> bool:
     try:
-        async with asyncio.timeout(PROBE_S), request.app.state.reading() as session:
-            return (await session.scalar(text("SELECT 1"))) == 1
+        async with asyncio.timeout(PROBE_S), request.app.state.reading.connect() as connection:
+            return (await connection.scalar(text("SELECT 1"))) == 1
     except Exception:
         return False
