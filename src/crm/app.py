@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from crm import errors
 from crm.auth import CrmResolver
@@ -30,7 +30,7 @@ from crm.settings import Settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
 from respcache.resp.url import ServerURL
-from respcache.writes.sqlalchemy import watch
+from respcache.writes.sqlalchemy import Watch, watch
 
 SCHEMA_VERSION = "1"
 """Change it when the shape of an answer changes: answers of the old release are then never served by the new one."""
@@ -41,6 +41,24 @@ A multi-tenant CRM whose lists are cached without ever being stale.
 Log in with `POST /api/auth/login`, or take a development token from `python -m crm token`, and press *Authorize*.
 Every answer of a cached route says in `Cache-Status` whether it was a hit.
 """
+
+
+def watched_cache(
+    settings: Settings, engine: AsyncEngine, url: str | None, *, resolver: CrmResolver | None = None, strict_reads: bool = False
+) -> tuple[Cache, Watch]:
+    """Make the cache (no store for no URL or ``none``) and have it watch the engine: for the application and for scripts."""
+    settings = settings.with_secrets()
+    assert settings.jwt_secret is not None
+    assert settings.respcache_key is not None
+    cache = Cache(
+        None if url is None or url == "none" else RedisStore(url),
+        secret=settings.respcache_key.get_secret_value().encode(),
+        resolver=resolver or CrmResolver(engine, settings.jwt_secret.get_secret_value()),
+        schema_version=SCHEMA_VERSION,
+        enabled=settings.respcache_enabled,
+        strict_reads=strict_reads,
+    )
+    return cache, watch(engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",))
 
 
 def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
@@ -57,16 +75,8 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     # what only reads needs no BEGIN and ROLLBACK: each statement sees the newest state anyway
     reading = engine.execution_options(isolation_level="AUTOCOMMIT")
     resolver = CrmResolver(reading, settings.jwt_secret.get_secret_value())
-    url = settings.redis_cache_url
-    cache = Cache(
-        None if url is None or settings.without_cache else RedisStore(url.get_secret_value()),
-        secret=settings.respcache_key.get_secret_value().encode(),
-        resolver=resolver,
-        schema_version=SCHEMA_VERSION,
-        enabled=settings.respcache_enabled,
-        strict_reads=strict_reads,
-    )
-    watching = watch(engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",))
+    url = None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
+    cache, watching = watched_cache(settings, engine, url, resolver=resolver, strict_reads=strict_reads)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@ returns is the very object by which ``db.Rows`` filters.
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -34,6 +35,8 @@ OTHER_TENANT = "Access denied: You do not have permission to access this tenant'
 WRITE_NEEDS_TENANT = "Superadmin write operations require a tenant_id to be specified"
 WRONG_LOGIN = "Wrong email or password"
 DEFAULT_TIMEZONE = "UTC"
+MAX_VERIFIED = 10_000
+"""Tokens whose signature is remembered."""
 
 # plain tables, put together once: what every request asks needs no ORM
 employees, teams, tenants = (model.__table__.c for model in (Employee, Team, Tenant))
@@ -95,6 +98,7 @@ class CrmResolver:
 
     def __init__(self, engine: AsyncEngine, secret: str) -> None:
         self._engine = engine
+        self._verified: dict[str, dict[str, Any]] = {}
         self._secret = secret
         self.stands_for = frozenset({current_scope})
 
@@ -143,6 +147,10 @@ class CrmResolver:
         return issue_token(self._secret, user, hours=hours)
 
     def _verify(self, token: str | None) -> dict[str, Any]:
+        """Return the claims of a token. A signature is checked once, the time that it is valid for every time."""
+        known = self._verified.get(token or "")
+        if known is not None and known["exp"] > time.time():
+            return known
         try:
             payload = jwt.decode(token or "", self._secret, algorithms=[ALGORITHM], options={"require": ["exp", "sub"]})
             UUID(payload["sub"])
@@ -150,6 +158,9 @@ class CrmResolver:
                 UUID(payload["tenant_id"])
         except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
             raise Refused(401, UNAUTHENTICATED) from None
+        if len(self._verified) >= MAX_VERIFIED:
+            self._verified.clear()
+        self._verified[token or ""] = payload
         return payload
 
     async def _tenant(self, connection: AsyncConnection, wanted: str) -> Any:

@@ -98,12 +98,14 @@ def _type(column: Column[Any], required: bool) -> Any:
 
 
 def check_storable(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what PostgreSQL cannot store: NUL, lone surrogates, endless nesting."""
+    """Refuse what PostgreSQL cannot store or nobody could list: NUL, lone surrogates, endless nesting and texts."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
         if "\x00" in value or not _encodable(value):
             raise ValueError(f"{where} contains characters that cannot be stored")
+        if len(value) > MAX_TEXT:
+            raise ValueError(f"{where} is longer than {MAX_TEXT:,} characters")
     elif isinstance(value, dict):
         if len(value) > MAX_ITEMS:
             raise ValueError(f"{where} has more than {MAX_ITEMS} keys")

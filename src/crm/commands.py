@@ -33,6 +33,7 @@ from respcache.core.errors import ConfigurationError
 from respcache.resp.url import ServerURL
 
 STATE_FILE = "running.json"
+MODULE_NAMES = ("accounts", "leads", "contacts", "bizdevsources", "opportunities", "activities", "documents", "tasks")
 DATABASE = "crm"
 
 
@@ -48,9 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, p['loc'])).upper() or 'environment'}: {p['msg']}" for p in error.errors())
         return _say_failure(problems)
-    except (CommandFailed, ConfigurationError, ServerFailed, LookupError) as error:
+    except KeyboardInterrupt:
+        return _say_failure("stopped")
+    except (CommandFailed, ConfigurationError, ServerFailed, LookupError, ValueError) as error:
         return _say_failure(str(error.args[0] if error.args else error))
     except (DBAPIError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            return _say_failure(f"{error.filename}: {error.strerror}")
         cause = getattr(error, "orig", None) or error
         return _say_failure(f"{type(cause).__name__}: {cause}. Check DATABASE_URL (host, port, user, password)")
 
@@ -129,6 +134,21 @@ def demo(options: argparse.Namespace) -> None:
     print(asyncio.run(seed_if_empty(_database_url(Settings()))))
 
 
+def import_files(options: argparse.Namespace) -> int:
+    """Import CSV files into a module of a tenant."""
+    from crm.transfer import import_files
+
+    settings = Settings()
+    return asyncio.run(import_files(settings, _database_url(settings), _cache_of_database(settings), options))
+
+
+def export_module(options: argparse.Namespace) -> int:
+    """Export all records of a module of a tenant as CSV."""
+    from crm.transfer import export_module
+
+    return asyncio.run(export_module(_database_url(Settings()), options))
+
+
 def test_cache(options: argparse.Namespace) -> int:
     """Check the cache of a running system, or of one that is started for it."""
     from crm.cachecheck import check
@@ -156,6 +176,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--hours", type=float, default=12.0, help="how long it is valid (default: 12)")
     add("migrate", migrate)
     add("demo", demo)
+    command = add("import", import_files)
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--tenant", required=True, help="slug of the tenant")
+    command.add_argument("--as", dest="kind", required=True, choices=["accounts", "contacts", "leads", "opportunities"])
+    command.add_argument(
+        "--map", action="append", default=[], metavar="COLUMN=FIELD", help="overrule the guess; COLUMN= drops it"
+    )
+    command.add_argument("--dry-run", action="store_true", help="check everything, store nothing")
+    command.add_argument("--rejects", type=Path, metavar="FILE", help="for rejected rows (default: NAME.rejects.csv here)")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+    command = add("export", export_module)
+    command.add_argument("module", choices=MODULE_NAMES)
+    command.add_argument("--tenant", required=True, help="slug of the tenant")
+    command.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     command = add("test-cache", test_cache)
     command.add_argument("--url", help="base URL of a running system; without it one is started for the check")
     command.add_argument("--tenant", default="acme")
@@ -252,14 +286,27 @@ def _database_url(settings: Settings) -> str:
     """Return the database that is meant: the one named by DATABASE_URL, or that of the system running on the data folder."""
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
-    state = settings.data_dir / STATE_FILE
+    url: str = _running(settings)["database_url"]
+    return url
+
+
+def _cache_of_database(settings: Settings) -> str | None:
+    """Return the cache that belongs to the database that is meant."""
+    if settings.redis_cache_url is not None or settings.database_url is not None:
+        return _cache_url(settings)
+    url: str | None = _running(settings)["cache_url"]
+    return url
+
+
+def _running(settings: Settings) -> dict[str, Any]:
+    """Return what the system that runs on the data folder says of itself."""
     try:
-        url: str = json.loads(state.read_text())["database_url"]
-    except (OSError, ValueError, KeyError):
+        state: dict[str, Any] = json.loads((settings.data_dir / STATE_FILE).read_text())
+    except (OSError, ValueError):
         raise CommandFailed(
             f"no system runs on {settings.data_dir}: start one with `make run`, or set DATABASE_URL or DATA_DIR"
         ) from None
-    return url
+    return state
 
 
 def _cache_url(settings: Settings) -> str | None:
