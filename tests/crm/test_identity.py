@@ -1,6 +1,7 @@
 """Who may see what: login, tokens, tenants, roles, team visibility, and the cache under all of it."""
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -9,6 +10,7 @@ import jwt
 import pytest
 from sqlalchemy import delete, update
 
+from crm.auth import issue_token
 from crm.models import Employee, Tenant
 
 from .conftest import MODULES, NEW, PASSWORD, SECRET, SINGULAR, Crm, hit, status
@@ -65,6 +67,20 @@ async def test_only_a_valid_token_is_somebody(crm: Crm) -> None:
         answer = await http.get("/api/accounts", headers={"authorization": f"Bearer {token}"})
         assert (answer.status_code, answer.json()["message"]) == (401, "Authentication required")
         assert "hit" not in status(answer)
+
+
+async def test_a_token_that_was_good_ends_when_it_says(crm: Crm) -> None:
+    """Its signature is checked once, its time at every request."""
+    token = issue_token(SECRET, crm.users["ann"], hours=3 / 3600)
+    headers = {"authorization": f"Bearer {token}"}
+    expires = jwt.decode(token, options={"verify_signature": False})["exp"]
+    seen = set()
+    while (now := time.time()) < expires + 0.5:
+        answer = await crm.as_user(None).get("/api/accounts", headers=headers)
+        if now > expires or time.time() < expires:
+            seen.add((now > expires, answer.status_code))
+        await asyncio.sleep(0.05)
+    assert seen == {(False, 200), (True, 401)}
 
 
 async def test_the_role_in_the_token_does_not_count(crm: Crm) -> None:

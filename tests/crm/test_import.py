@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import create_async_engine
 from tests.crm.conftest import NEW, SECRET, Crm, hit
 
 from crm.csv_files import CsvFile, UnreadableFile, date_format, guess_mapping, read_number
-from crm.imports import BATCH, WrongMapping
+from crm.imports import BATCH, Outcome, WrongMapping, store
 from crm.models import Account
 from crm.settings import Settings
 from crm.transfer import export_module, import_files
@@ -175,6 +176,19 @@ async def test_references_to_other_tenants_are_refused_and_their_rows_untouched(
         status, outcome = await run_import(f"first_name,last_name,{field}\nA,B,{key}\nA,C,{uuid4()}\n", "contacts")
         assert (status, counts(outcome)) == (1, (0, 0, 0, 2))
         assert {row["reason"] for row in rejected("contacts")} == {f"{field}: no such record in this tenant"}
+
+
+async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(crm: Crm, database_url: str) -> None:
+    """Whatever led to such a record: the statement itself changes no foreign row."""
+    theirs = crm.account("globex", "Theirs")
+    await crm.save(theirs)
+    engine = create_async_engine(database_url)
+    outcome = Outcome()
+    record = {"id": theirs.id, "tenant_id": crm.tenants["acme"].id, "name": "Mine", "metadata": {}}
+    await store(engine, "accounts", [record], outcome)
+    await engine.dispose()
+    assert (outcome.created, outcome.updated) == (0, 0)
+    assert [account["name"] for account in await listed(crm, user="gus")] == ["Theirs"]
 
 
 async def test_a_rename_by_import_reaches_the_activities_about_the_row(crm: Crm, run_import: Import) -> None:
