@@ -29,12 +29,14 @@ from crm.embedded import (
     write_private,
 )  # fmt: skip
 from crm.settings import Settings, stored_secret
-from respcache.core.errors import ConfigurationError
+from respcache.core.errors import ConfigurationError, StoreError
+from respcache.resp.connection import visit
 from respcache.resp.url import ServerURL
 
 STATE_FILE = "running.json"
 MODULE_NAMES = ("accounts", "leads", "contacts", "bizdevsources", "opportunities", "activities", "documents", "tasks")
 DATABASE = "crm"
+COMMAND_S = 10.0
 
 
 class CommandFailed(Exception):
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _say_failure(problems)
     except KeyboardInterrupt:
         return _say_failure("stopped")
-    except (CommandFailed, ConfigurationError, ServerFailed, LookupError, ValueError) as error:
+    except (CommandFailed, ConfigurationError, ServerFailed, StoreError, LookupError, ValueError) as error:
         return _say_failure(str(error.args[0] if error.args else error))
     except (DBAPIError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
@@ -149,6 +151,35 @@ def export_module(options: argparse.Namespace) -> int:
     return asyncio.run(export_module(_database_url(Settings()), options))
 
 
+def valkey(options: argparse.Namespace) -> None:
+    """Send one command to the cache server of the running system, as valkey-cli would, without having to know its password."""
+    settings = Settings()
+    url = _cache_of_database(settings)
+    if url is None or url == "none":
+        raise CommandFailed("this system runs without a cache: set REDIS_CACHE_URL")
+    for line in _lines(asyncio.run(_ask(ServerURL.parse(url), options.words))):
+        print(line)
+
+
+async def _ask(url: ServerURL, words: list[str]) -> Any:
+    async with visit(url, deadline_s=COMMAND_S) as connection:
+        (reply,) = await connection.execute([tuple(words)], deadline_s=COMMAND_S)
+    if isinstance(reply, Exception):
+        raise CommandFailed(str(reply))
+    return reply
+
+
+def _lines(reply: Any) -> list[str]:
+    """Write a reply as valkey-cli does when it does not write to a terminal."""
+    if isinstance(reply, dict):
+        return [line for pair in reply.items() for part in pair for line in _lines(part)]
+    if isinstance(reply, list | set | tuple):
+        return [line for part in reply for line in _lines(part)]
+    if isinstance(reply, bytes):
+        return reply.decode(errors="backslashreplace").rstrip().splitlines() or [""]
+    return ["" if reply is None else str(reply)]
+
+
 def test_cache(options: argparse.Namespace) -> int:
     """Check the cache of a running system, or of one that is started for it."""
     from crm.cachecheck import check
@@ -190,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("module", choices=MODULE_NAMES)
     command.add_argument("--tenant", required=True, help="slug of the tenant")
     command.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    command = add("valkey", valkey)
+    command.add_argument("words", nargs="+", metavar="COMMAND", help="such as: INFO memory")
     command = add("test-cache", test_cache)
     command.add_argument("--url", help="base URL of a running system; without it one is started for the check")
     command.add_argument("--tenant", default="acme")

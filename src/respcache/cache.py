@@ -66,6 +66,7 @@ class Cache:
         self.strict_reads = strict_reads
         self.modules: set[str] = set()
         self.tables: set[str] = set()
+        self._readers: dict[str, set[str]] = {}  # of each table: the modules whose answers depend on it
         self._enabled = enabled
         self._switched_off = False
         self._unsaid: bool | None = None  # a decision of ours about the kill switch that the store does not have yet
@@ -181,8 +182,8 @@ class Cache:
         """Say that a committed transaction changed these tables of these tenants. Called by the database hooks, any thread."""
         self._bump({tenant: {table_tag(name) for name in names} for tenant, names in tables.items()})
         for tenant, names in tables.items():
-            for name in names & self.modules:
-                self.figures.of(tenant, name).invalidations += 1
+            for module in set().union(*(self._readers.get(name, ()) for name in names)):
+                self.figures.of(tenant, module).invalidations += 1
 
     def bump_modules(self, tenant: str, modules: Sequence[str]) -> None:
         """Begin to invalidate modules of a tenant on behalf of the current request, whose answer waits for it."""
@@ -303,6 +304,8 @@ class Cache:
             if route.policy is not None:
                 self.modules.add(route.policy.module)
                 self.tables.update(route.policy.tables)
+                for table in route.policy.tables:
+                    self._readers.setdefault(table, set()).add(route.policy.module)
             if route.invalidation is not None:
                 self.modules.update(route.invalidation.modules)
         for check in self._checks:

@@ -1,7 +1,8 @@
 """The CRM in process, on a real PostgreSQL and a real Valkey, with two tenants whose people see different rows."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +15,8 @@ from crm.auth import hash_password, issue_token
 from crm.models import Account, Employee, Team, Tenant
 from crm.settings import Settings
 from respcache import Cache
+
+from .system import Start, System
 
 SECRET = "a secret for these tests alone, 40 chars"
 PASSWORD = "correct horse battery staple"
@@ -132,3 +135,16 @@ def status(answer: httpx2.Response) -> str:
 def hit(answer: httpx2.Response) -> bool:
     """Whether an answer came from the cache."""
     return "; hit" in status(answer)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    systems: list[System] = []
+
+    def make(name: str = "data", **environment: str) -> System:
+        systems.append(System(tmp_path / name, **environment))
+        return systems[-1]
+
+    yield make
+    for system in systems:
+        system.end()

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import create_async_engine
-from tests.crm.conftest import NEW, SECRET, Crm, hit
 
 from crm.csv_files import CsvFile, UnreadableFile, date_format, guess_mapping, read_number
 from crm.imports import BATCH, Outcome, WrongMapping, store
 from crm.models import Account
 from crm.settings import Settings
 from crm.transfer import export_module, import_files
+
+from .conftest import NEW, SECRET, Crm, hit
 
 pytestmark = pytest.mark.anyio
 Import = Callable[..., Awaitable[tuple[int, dict[str, Any]]]]

@@ -15,7 +15,7 @@ from crm.migrations import configuration
 from crm.settings import Settings
 from respcache import Claim, ConfigurationError
 
-from .conftest import PASSWORD, SECRET, Crm, hit
+from .conftest import MODULES, NEW, PASSWORD, SECRET, Crm, hit
 
 pytestmark = pytest.mark.anyio
 
@@ -92,6 +92,17 @@ async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
     await crm.cache.store.close()
     answer = await crm.as_user("abe").get("/api/system/cache-stats")
     assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Cache unavailable"})
+
+
+@pytest.mark.parametrize("module", MODULES)
+async def test_figures_count_a_module_that_was_written_before_it_was_read(crm: Crm, module: str) -> None:
+    """Whichever way the rows were written."""
+    abe = crm.as_user("abe")
+    await abe.post(f"/api/{module}", json=NEW[module])
+    await abe.post("/api/activities/mark-overdue")
+    modules = (await abe.get("/api/system/cache-stats")).json()["data"]["modules"]
+    assert modules[module]["invalidations"] > 0
+    assert modules["activities"]["invalidations"] > 0
 
 
 async def test_an_admin_invalidates_modules_of_his_own_tenant(crm: Crm) -> None:

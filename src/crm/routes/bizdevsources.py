@@ -1,8 +1,8 @@
 """BizDev sources: where business may come from, until they are promoted to accounts."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Response
+from fastapi import Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from crm import caching
@@ -53,7 +53,7 @@ bizdevsources.add_records(router)
 
 
 @router.post("/{id}/promote", summary="Promote a BizDev source")
-async def promote_source(rows: WriteRows, id: str, body: Promotion) -> Response:
+async def promote_source(rows: WriteRows, id: str, body: Annotated[Promotion, Body(default_factory=Promotion)]) -> Response:
     """Make it an account, and its contact person a contact, in one transaction. 409 when it was promoted before."""
     source = await rows.get(BizDevSource, id, lock=True)
     if source.status == "Promoted":

@@ -1,10 +1,10 @@
 """Leads: people who may buy, until they are converted."""
 
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import Response
+from fastapi import Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import func
 
@@ -59,7 +59,7 @@ leads.add_records(router)
 
 
 @router.post("/{id}/convert", summary="Convert a lead")
-async def convert_lead(rows: WriteRows, id: str, body: Conversion) -> Response:
+async def convert_lead(rows: WriteRows, id: str, body: Annotated[Conversion, Body(default_factory=Conversion)]) -> Response:
     """Make it a contact, with an account and an opportunity if asked, in one transaction. 409 when it was converted before."""
     identity = as_uuid(id)
     if identity is not None and await already(rows, "leads", identity, "convert"):

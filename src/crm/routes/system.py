@@ -12,8 +12,7 @@ from crm.auth import TenantScope, require_admin, require_superadmin
 from crm.errors import ApiError, Refused, fail, respond
 from crm.settings import Settings
 from respcache import Cache, StoreError
-from respcache.core.errors import StoreUnavailable
-from respcache.resp.connection import Connection
+from respcache.resp.connection import visit
 from respcache.resp.url import ServerURL
 
 PROBE_S = 1.0
@@ -128,14 +127,10 @@ async def _redis_status(url: SecretStr | None) -> dict[str, Any]:
     if url is None:
         return {"configured": False, "reachable": False, "latency_ms": None}
     try:
-        connection = await Connection.open(ServerURL.parse(url.get_secret_value()), deadline_s=PROBE_S, lost=lambda *_: None)
-        try:
+        async with visit(ServerURL.parse(url.get_secret_value()), deadline_s=PROBE_S) as connection:
             started = time.perf_counter()
             await connection.execute([("PING",)], deadline_s=PROBE_S)
             return {"configured": True, "reachable": True, "latency_ms": _since(started)}
-        finally:
-            connection.abort(StoreUnavailable("asked"))
-            await connection.wait_closed()
     except StoreError as error:
         return {"configured": True, "reachable": False, "latency_ms": None, "problem": str(error)}
 

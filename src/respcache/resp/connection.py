@@ -10,7 +10,8 @@ comes over it was given by that server life. Protocol: RESP3, parsed by hiredis.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import hiredis
@@ -248,3 +249,14 @@ def _refusal(reply: Any) -> Refused:
 def _again(error: StoreUnavailable) -> StoreUnavailable:
     """Make a copy for one more caller: a raised exception collects the traceback of whoever raised it."""
     return type(error)(*error.args)
+
+
+@asynccontextmanager
+async def visit(url: ServerURL, *, deadline_s: float) -> AsyncIterator[Connection]:
+    """Connect for a few commands, then disconnect: for probes and tools. Raises ``StoreUnavailable``."""
+    connection = await Connection.open(url, deadline_s=deadline_s, lost=lambda *_: None)
+    try:
+        yield connection
+    finally:
+        connection.abort(StoreUnavailable("the visit is over"))
+        await connection.wait_closed()
