@@ -188,3 +188,14 @@ def test_statements_are_those_that_are_counted() -> None:
     (listed,) = tables("## Statements")
     listed.pop("request", None)
     assert {request: int(count) for request, count in listed.items()} == STATEMENTS
+
+
+@pytest.mark.parametrize(
+    "page", sorted(path.name for path in (ROOT / "docs").glob("*.md")) + ["../README.md", "../ARCHITECTURE.md"]
+)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    """In backticks or as a link."""
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`((?:src|tests|docs|bench|examples)/[\w/.-]+)`", text)
+    linked = [str(Path("docs") / page).rpartition("/")[0] + "/" + link for link in re.findall(r"\]\(([\w./-]+)\)", text)]
+    assert [path for path in (*named, *linked) if not (ROOT / path).exists()] == []
