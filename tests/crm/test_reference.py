@@ -190,9 +190,10 @@ def test_statements_are_those_that_are_counted() -> None:
     assert {request: int(count) for request, count in listed.items()} == STATEMENTS
 
 
-@pytest.mark.parametrize(
-    "page", sorted(path.name for path in (ROOT / "docs").glob("*.md")) + ["../README.md", "../ARCHITECTURE.md"]
-)
+PAGES = [*sorted(path.name for path in (ROOT / "docs").glob("*.md")), "../README.md", "../ARCHITECTURE.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str) -> None:
     """In backticks or as a link."""
     text = (ROOT / "docs" / page).read_text()
