@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import orjson
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -34,6 +35,9 @@ from respcache.writes.sqlalchemy import Watch, watch
 
 SCHEMA_VERSION = "1"
 """Change it when the shape of an answer changes: answers of the old release are then never served by the new one."""
+
+MAX_BODY = 1024 * 1024
+"""Bytes of a request's body: more is refused with 413 while it is read."""
 
 DESCRIPTION = """
 A multi-tenant CRM whose lists are cached without ever being stale.
@@ -70,7 +74,13 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         raise ConfigurationError("DATABASE_URL, JWT_SECRET and RESPCACHE_KEY are needed: start with `python -m crm run`")
     if settings.redis_url is not None:
         ServerURL.parse(settings.redis_url.get_secret_value())
-    engine = create_async_engine(settings.database_url.get_secret_value(), pool_size=10, max_overflow=10, pool_timeout=10)
+    engine = create_async_engine(
+        settings.database_url.get_secret_value(),
+        pool_size=10,
+        max_overflow=10,
+        pool_timeout=10,
+        json_deserializer=orjson.loads,  # PostgreSQL writes 1e300 out in digits: to orjson it is a float again, not an integer
+    )
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     # what only reads needs no BEGIN and ROLLBACK: each statement sees the newest state anyway
     reading = engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -85,8 +95,9 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         await engine.dispose()
 
     app = FastAPIOffline(
-        title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None
-    )
+        title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None,
+        max_body_size=MAX_BODY, responses=errors.RESPONSES,
+    )  # fmt: skip
     app.state.settings = settings
     app.state.sessions, app.state.reading = sessions, reading
     app.state.resolver = resolver

@@ -17,6 +17,7 @@ from crm.models import Base
 MAX_DEPTH = 10
 MAX_TEXT = 100_000
 MAX_ITEMS = 1_000
+MAX_INTEGER = 2**63 - 1
 MAX_IDS = 500
 SERVER_FIELDS = ("id", "tenant_id", "created_at", "updated_at")
 
@@ -98,7 +99,7 @@ def _type(column: Column[Any], required: bool) -> Any:
 
 
 def check_storable(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what PostgreSQL cannot store or nobody could list: NUL, lone surrogates, endless nesting and texts."""
+    """Refuse what PostgreSQL cannot store or nobody could list: NUL, lone surrogates, endless nesting, texts and numbers."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
@@ -117,6 +118,8 @@ def check_storable(value: Any, where: str, depth: int = 0) -> None:
             check_storable(item, f"{where}[{number}]", depth + 1)
     elif isinstance(value, float) and (value != value or abs(value) == float("inf")):
         raise ValueError(f"{where} is not a number")
+    elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+        raise ValueError(f"{where} is not between -{MAX_INTEGER} and {MAX_INTEGER}: write larger numbers as text")
 
 
 def _encodable(text: str) -> bool:

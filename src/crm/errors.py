@@ -1,17 +1,33 @@
 """Errors as the API answers them: one envelope, a message that names the field, never the database's own words."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from respcache import Denied
 
 log = logging.getLogger("crm")
+
+
+class Problem(BaseModel):
+    """The answer to a request that failed."""
+
+    status: Literal["error"]
+    message: str = Field(description="What is wrong, beginning with the field when there is one")
+    field: str | None = Field(None, description="The field that is wrong")
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Problem, "description": "The request cannot be served as it is: the message says why"},
+    503: {"model": Problem, "description": "The database, or for routes about the cache the cache, is away: try again"},
+}
+"""What every route may answer besides success."""
 
 
 class ApiError(Exception):
@@ -66,7 +82,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        problems = [{"field": _field(problem["loc"]), "problem": problem["msg"]} for problem in error.errors()]
+        problems = [
+            {"field": _field(problem["loc"]), "problem": problem["msg"].removeprefix("Value error, ")}
+            for problem in error.errors()
+        ]
         if not problems:
             return fail(422, "Invalid request")
         first = problems[0]

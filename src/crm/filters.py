@@ -160,7 +160,8 @@ class _Parser:
         return self._refuse(f"{column.name}: {value!r} does not fit this field")
 
     def _refuse(self, problem: str) -> Any:
-        raise ApiError(400, f"{self._field}: {problem[:200]}", field=self._field)
+        where = f"{self._field}: "
+        raise ApiError(400, where + problem.removeprefix(where)[:200], field=self._field)
 
 
 def _bounded(value: Any, limit: float) -> Any:

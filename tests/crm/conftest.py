@@ -20,6 +20,7 @@ from .system import Start, System
 
 SECRET = "a secret for these tests alone, 40 chars"
 PASSWORD = "correct horse battery staple"
+PASSWORD_HASH = hash_password(PASSWORD)  # slow on purpose, so once
 
 
 @dataclass
@@ -99,13 +100,12 @@ async def populate(crm: Crm) -> None:
     north = Team(id=uuid4(), name="North", tenant_id=crm.tenants["globex"].id, parent_team_id=sales.id)
     south = Team(id=uuid4(), name="South", tenant_id=crm.tenants["globex"].id, parent_team_id=sales.id)
     crm.teams = {"sales": sales, "north": north, "south": south}
-    hashed = hash_password(PASSWORD)
 
     def person(name: str, tenant: str | None, role: str, team: Team | None = None) -> Employee:
         where: UUID | None = crm.tenants[tenant].id if tenant else None
         user = Employee(
             id=uuid4(), email=f"{name}@x.example", name=name, role=role, tenant_id=where,
-            team_id=team.id if team else None, password_hash=hashed,
+            team_id=team.id if team else None, password_hash=PASSWORD_HASH,
         )  # fmt: skip
         crm.users[name] = user
         return user
