@@ -6,6 +6,7 @@ answer acknowledges is committed.
 """
 
 from collections.abc import AsyncIterator
+from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
@@ -18,6 +19,18 @@ from crm.errors import ApiError, not_found
 from crm.models import Base, Employee, Owned
 
 T = TypeVar("T", bound=Owned)
+
+
+@lru_cache(maxsize=1024)
+def _criteria(model: type[Owned], tenant: str | None, visible_ids: tuple[UUID, ...] | None) -> tuple[ColumnElement[bool], ...]:
+    """Put a scope into SQL: remembered, as that takes longer than to send it."""
+    columns = model.__table__.c  # type: ignore[attr-defined]
+    criteria: list[ColumnElement[bool]] = []
+    if tenant is not None:
+        criteria.append(columns.tenant_id == UUID(tenant))
+    if visible_ids is not None:
+        criteria.append(or_(columns.assigned_to.is_(None), columns.assigned_to.in_(visible_ids)))
+    return tuple(criteria)
 
 
 class Rows:
@@ -35,15 +48,9 @@ class Rows:
         """Run a statement; return the first column of its first row."""
         return await self._run.scalar(statement)
 
-    def visible(self, model: type[Owned]) -> list[ColumnElement[bool]]:
+    def visible(self, model: type[Owned]) -> tuple[ColumnElement[bool], ...]:
         """Return the criteria that every statement on this table carries."""
-        criteria: list[ColumnElement[bool]] = []
-        columns = model.__table__.c  # type: ignore[attr-defined]
-        if self.scope.tenant is not None:
-            criteria.append(columns.tenant_id == UUID(self.scope.tenant))
-        if self.scope.visible_ids is not None:
-            criteria.append(or_(columns.assigned_to.is_(None), columns.assigned_to.in_(self.scope.visible_ids)))
-        return criteria
+        return _criteria(model, self.scope.tenant, self.scope.visible_ids)
 
     def select(self, model: type[Owned], *columns: Any) -> Select[Any]:
         """Begin to select columns of a table (or, of ``WritableRows``, the model itself)."""
@@ -61,7 +68,7 @@ class WritableRows(Rows):
     def update(self, model: type[Owned], *, unseen: bool = False) -> Update:
         """Begin to change many rows of a table; ``unseen`` also those that the caller does not see: what refers to a row that
         he changes must follow, whoever it is assigned to."""
-        scope = [model.tenant_id == UUID(self.scope.tenant or "")] if unseen else self.visible(model)
+        scope = (model.tenant_id == UUID(self.scope.tenant or ""),) if unseen else self.visible(model)
         return update(model).where(*scope)
 
     def delete(self, model: type[Owned]) -> Delete:
