@@ -63,14 +63,40 @@ async def test_an_activity_is_named_after_what_it_is_about_and_follows_its_renam
     assert names == {"account": "New", "lead": "New Lead", "contact": "New Contact", "opportunity": "New", "bizdev_source": "New"}
 
 
+async def call_of_suzy_about(crm: Crm, kind: str, key: str) -> None:
+    """Make an activity that suzy sees and nora does not, about a record that both see."""
+    about = {"related_to": kind, "related_id": key, "assigned_to": str(crm.users["suzy"].id)}
+    await make(crm, "activities", user="gus", type="call", **about)
+    assert await rows_of(crm, "activities", user="nora") == []
+
+
 async def test_a_rename_reaches_activities_that_the_caller_does_not_see(crm: Crm) -> None:
     """The name belongs to the record, not to who sees what is about it."""
     account = await make(crm, "accounts", user="gus", name="Old")
-    about = {"related_to": "account", "related_id": account["id"], "assigned_to": str(crm.users["suzy"].id)}
-    await make(crm, "activities", user="gus", type="call", **about)
-    assert await rows_of(crm, "activities", user="nora") == []
+    await call_of_suzy_about(crm, "account", account["id"])
     assert (await crm.as_user("nora").put(f"/api/accounts/{account['id']}", json={"name": "New"})).status_code == 200
     assert [row["related_name"] for row in await rows_of(crm, "activities", user="suzy")] == ["New"]
+
+
+async def test_a_deletion_reaches_activities_that_the_caller_does_not_see(crm: Crm) -> None:
+    """None is left that points to what is gone."""
+    account = await make(crm, "accounts", user="gus", name="Gone")
+    await call_of_suzy_about(crm, "account", account["id"])
+    assert (await crm.as_user("nora").delete(f"/api/accounts/{account['id']}")).status_code == 200
+    (row,) = await rows_of(crm, "activities", user="suzy")
+    assert (row["related_id"], row["related_name"]) == (None, "Gone")
+
+
+async def test_a_promotion_takes_along_what_the_caller_does_not_see(crm: Crm) -> None:
+    """Activities of others, and opportunities of others that came from the source."""
+    source = (await make(crm, "bizdevsources", user="gus", source_name="Source"))["id"]
+    await call_of_suzy_about(crm, "bizdev_source", source)
+    hers = {"assigned_to": str(crm.users["suzy"].id)}
+    await make(crm, "opportunities", user="gus", name="Deal", source=f"bizdev_source:{source}", **hers)
+    promoted = (await crm.as_user("nora").post(f"/api/bizdevsources/{source}/promote")).json()["data"]
+    account = promoted["account"]["id"]
+    assert [row["related_id"] for row in await rows_of(crm, "activities", user="suzy")] == [account]
+    assert [row["account_id"] for row in await rows_of(crm, "opportunities", user="suzy")] == [account]
 
 
 @pytest.mark.parametrize("path", ["activities", "documents", "tasks"])
