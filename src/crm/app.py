@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 
 from crm import errors
 from crm.auth import CrmResolver
+from crm.bodies import BodyLimit
 from crm.models import Base
 from crm.routes import (
     accounts,
@@ -35,9 +36,6 @@ from respcache.writes.sqlalchemy import Watch, watch
 
 SCHEMA_VERSION = "1"
 """Change it when the shape of an answer changes: answers of the old release are then never served by the new one."""
-
-MAX_BODY = 1024 * 1024
-"""Bytes of a request's body: more is refused with 413 while it is read."""
 
 DESCRIPTION = """
 A multi-tenant CRM whose lists are cached without ever being stale.
@@ -96,13 +94,14 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
 
     app = FastAPIOffline(
         title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None,
-        max_body_size=MAX_BODY, responses=errors.RESPONSES,
+        responses=errors.RESPONSES,
     )  # fmt: skip
     app.state.settings = settings
     app.state.sessions, app.state.reading = sessions, reading
     app.state.resolver = resolver
     app.state.login_limit = auth.LoginLimit()
     errors.install(app)
+    app.add_middleware(BodyLimit)
     for routes in (
         auth, accounts, leads, contacts, bizdevsources, opportunities, activities, documents, tasks, reports, tenant_settings,
         system,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
@@ -106,6 +107,8 @@ async def test_contacts_are_found_by_name_mail_and_phone(crm: Crm) -> None:
         ("POST", "/api/accounts", {"name": "x\x00"}, 422, "body"),
         ("POST", "/api/accounts", {"name": "x", "extra": ["\ud800"]}, 422, "body"),
         ("POST", "/api/accounts", [1], 422, "body"),
+        ("POST", "/api/accounts", {"name": "x", "extra": 2**63}, 422, "body"),
+        ("PUT", "/api/settings", {"extra": -(2**63) - 1}, 422, "body"),
         ("POST", "/api/leads", {"first_name": "x"}, 422, "last_name"),
         ("POST", "/api/cache/invalidate", {"modules": ["nope"]}, 400, "modules"),
     ],
@@ -124,6 +127,30 @@ async def test_a_body_that_is_no_json_is_a_4xx(crm: Crm, content: bytes) -> None
     answer = await crm.as_user("ann").post("/api/accounts", content=content, headers={"content-type": "application/json"})
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["status"] == "error"
+
+
+async def test_a_body_of_more_than_a_mebibyte_is_refused(crm: Crm) -> None:
+    """Whether or not it says its length."""
+    body = json.dumps({"name": "x", **{f"extra{number}": "x" * 100_000 for number in range(12)}}).encode()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 65_536):
+            yield body[start : start + 65_536]
+
+    for content in (body, chunks()):
+        answer = await crm.as_user("ann").post("/api/accounts", content=content, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["status"]) == (413, "error"), answer.text
+    assert (await crm.as_user("ann").get("/api/accounts")).json()["data"]["total"] == 0
+
+
+async def test_huge_numbers_come_back_as_numbers(crm: Crm) -> None:
+    """PostgreSQL keeps 1e300 in three hundred digits."""
+    abe, huge = crm.as_user("abe"), {"note": "x", "huge": [1e300]}
+    made = (await abe.post("/api/accounts", json={"name": "Huge", **huge})).json()["data"]["account"]
+    changed = (await abe.put(f"/api/accounts/{made['id']}", json={"note": "y"})).json()["data"]["account"]
+    listed = (await abe.get("/api/accounts")).json()["data"]["accounts"][0]
+    settings = [(await ask).json()["data"]["settings"] for ask in (abe.put("/api/settings", json=huge), abe.get("/api/settings"))]
+    assert [[float(number) for number in shown["huge"]] for shown in (made, changed, listed, *settings)] == [[1e300]] * 5
 
 
 @pytest.mark.parametrize("key", ["1", "x", "%00", "00000000-0000-0000-0000-000000000000", "' OR 1=1"])

@@ -11,7 +11,9 @@ from pydantic import SecretStr
 from crm.app import create_app
 from crm.demo import PASSWORD as DEMO_PASSWORD
 from crm.demo import seed_if_empty
+from crm.errors import ApiError
 from crm.migrations import configuration
+from crm.routes.auth import LoginLimit
 from crm.settings import Settings
 from respcache import Claim, ConfigurationError
 
@@ -71,6 +73,16 @@ async def test_guessing_passwords_is_slowed_down(crm: Crm) -> None:
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_attempts")
     assert 0 < int(refused.headers["retry-after"]) <= 900
     assert (await attempt("gus@x.example", PASSWORD)).status_code == 200
+
+
+def test_an_address_that_tries_many_mails_is_slowed_down() -> None:
+    """Three hundred attempts, of whatever mails; other addresses still log in."""
+    limit = LoginLimit()
+    for number in range(300):
+        limit.attempt("192.0.2.1", f"{number}@x.example")
+    with pytest.raises(ApiError, match="Too many attempts"):
+        limit.attempt("192.0.2.1", "one-more@x.example")
+    limit.attempt("192.0.2.2", "one-more@x.example")
 
 
 async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
