@@ -176,7 +176,7 @@ def test_errors_are_those_of_the_library_and_the_api() -> None:
     assert set(classes) == {name for name, value in vars(errors).items() if inspect.isclass(value)}
     used: set[Any] = set()
     for node in sources():
-        if isinstance(node, ast.Call) and called(node) in ("ApiError", "Refused", "fail"):
+        if isinstance(node, ast.Call) and called(node) in ("ApiError", "Refused", "fail", "HTTPException"):
             given = node.args[0]
             options = [given.body, given.orelse] if isinstance(given, ast.IfExp) else [given]
             used.update(option.value for option in options if isinstance(option, ast.Constant) and isinstance(option.value, int))
