@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Any
 
 import orjson
@@ -24,6 +24,7 @@ from crm.errors import ApiError, not_found
 from crm.json_rows import EMPTY, JsonCounts, JsonRows
 from crm.models import OPEN_ACTIVITY, Account, Activity, Contact, Document, Lead, Owned
 
+Criteria = tuple[ColumnElement[bool], ...]
 MAX_LIMIT = 200
 MAX_OFFSET = 1_000_000
 _UTC: ColumnElement[str] = literal_column("'UTC'")
@@ -65,17 +66,42 @@ async def page(
 ) -> dict[str, Any]:
     """Return one page with its exact total; ``stats_by`` adds counts by a column over all rows that the caller sees. One
     statement, so that rows and total are of the same moment."""
-    found = select_records(rows, model).where(*where).order_by(*_order(model, sort, newest_by)).limit(limit).offset(offset)
-    total = rows.select(model, func.count()).where(*where).scalar_subquery()
-    parts: list[Any] = [JsonRows(found), total]
-    if stats_by is not None:
-        parts.append(JsonCounts(rows.select(model, *_counted(stats_by)).group_by(stats_by)))
-    text, number, *counts = (await rows.execute(select(*parts))).one()
+    visible, late = rows.visible(model), overdue(rows) if model is Activity else None
+    build = _page if where or late is not None else _unfiltered_page
+    statement = build(model, visible, tuple(where), late, stats_by, sort, newest_by, limit, offset)
+    text, number, *counts = (await rows.execute(statement)).one()
     data: dict[str, Any] = {plural: orjson.Fragment(text), "total": number, "limit": limit, "offset": offset}
     for stats in counts:
         by = orjson.loads(stats)
         data["stats"] = {"total": sum(by.values()), **by}
     return data
+
+
+def _page(
+    model: type[Owned],
+    visible: Criteria,
+    where: Criteria,
+    late: ColumnElement[bool] | None,
+    stats_by: ColumnElement[Any] | None,
+    sort: str | None,
+    newest_by: str,
+    limit: int,
+    offset: int,
+) -> Select[Any]:
+    """Select a page of records as JSON, their total, and the counts if asked."""
+    table = model.__table__  # type: ignore[attr-defined]
+    found = _records(model) if late is None else _records(model).add_columns(late.label("is_overdue"))
+    found = found.where(*visible, *where).order_by(*_order(model, sort, newest_by)).limit(limit).offset(offset)
+    total = select(func.count()).select_from(table).where(*visible, *where).scalar_subquery()
+    parts: list[Any] = [JsonRows(found), total]
+    if stats_by is not None:
+        parts.append(JsonCounts(select(*_counted(stats_by)).select_from(table).where(*visible).group_by(stats_by)))
+    return select(*parts)
+
+
+_unfiltered_page = lru_cache(maxsize=256)(_page)
+"""Remembers the pages that are asked for most: to put a statement together takes as long as to run it. ``visible`` is found
+again by identity, as ``Rows.visible`` remembers it too."""
 
 
 @cache
