@@ -22,15 +22,15 @@ T = TypeVar("T", bound=Owned)
 
 
 @lru_cache(maxsize=1024)
-def _criteria(model: type[Owned], tenant: str | None, visible_ids: tuple[UUID, ...] | None) -> tuple[ColumnElement[bool], ...]:
+def criteria(model: type[Owned], tenant: str | None, visible_ids: tuple[UUID, ...] | None) -> tuple[ColumnElement[bool], ...]:
     """Put a scope into SQL: remembered, as that takes longer than to send it."""
     columns = model.__table__.c  # type: ignore[attr-defined]
-    criteria: list[ColumnElement[bool]] = []
+    found: list[ColumnElement[bool]] = []
     if tenant is not None:
-        criteria.append(columns.tenant_id == UUID(tenant))
+        found.append(columns.tenant_id == UUID(tenant))
     if visible_ids is not None:
-        criteria.append(or_(columns.assigned_to.is_(None), columns.assigned_to.in_(visible_ids)))
-    return tuple(criteria)
+        found.append(or_(columns.assigned_to.is_(None), columns.assigned_to.in_(visible_ids)))
+    return tuple(found)
 
 
 class Rows:
@@ -50,7 +50,7 @@ class Rows:
 
     def visible(self, model: type[Owned]) -> tuple[ColumnElement[bool], ...]:
         """Return the criteria that every statement on this table carries."""
-        return _criteria(model, self.scope.tenant, self.scope.visible_ids)
+        return criteria(model, self.scope.tenant, self.scope.visible_ids)
 
     def select(self, model: type[Owned], *columns: Any) -> Select[Any]:
         """Begin to select columns of a table (or, of ``WritableRows``, the model itself)."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from typing import Annotated, Any
+from uuid import UUID
 
 import orjson
 from pydantic import AfterValidator, Field
@@ -19,12 +20,11 @@ from sqlalchemy import (
     select,
 )
 
-from crm.db import Rows, as_uuid
+from crm.db import Rows, as_uuid, criteria
 from crm.errors import ApiError, not_found
 from crm.json_rows import EMPTY, JsonCounts, JsonRows
 from crm.models import OPEN_ACTIVITY, Account, Activity, Contact, Document, Lead, Owned
 
-Criteria = tuple[ColumnElement[bool], ...]
 MAX_LIMIT = 200
 MAX_OFFSET = 1_000_000
 _UTC: ColumnElement[str] = literal_column("'UTC'")
@@ -66,9 +66,10 @@ async def page(
 ) -> dict[str, Any]:
     """Return one page with its exact total; ``stats_by`` adds counts by a column over all rows that the caller sees. One
     statement, so that rows and total are of the same moment."""
-    visible, late = rows.visible(model), overdue(rows) if model is Activity else None
+    late = overdue(rows) if model is Activity else None
     build = _page if where or late is not None else _unfiltered_page
-    statement = build(model, visible, tuple(where), late, stats_by, sort, newest_by, limit, offset)
+    scope = (rows.scope.tenant, rows.scope.visible_ids)
+    statement = build(model, *scope, tuple(where), late, stats_by, sort, newest_by, limit, offset)
     text, number, *counts = (await rows.execute(statement)).one()
     data: dict[str, Any] = {plural: orjson.Fragment(text), "total": number, "limit": limit, "offset": offset}
     for stats in counts:
@@ -79,8 +80,9 @@ async def page(
 
 def _page(
     model: type[Owned],
-    visible: Criteria,
-    where: Criteria,
+    tenant: str | None,
+    visible_ids: tuple[UUID, ...] | None,
+    where: tuple[ColumnElement[bool], ...],
     late: ColumnElement[bool] | None,
     stats_by: ColumnElement[Any] | None,
     sort: str | None,
@@ -90,6 +92,7 @@ def _page(
 ) -> Select[Any]:
     """Select a page of records as JSON, their total, and the counts if asked."""
     table = model.__table__  # type: ignore[attr-defined]
+    visible = criteria(model, tenant, visible_ids)
     found = _records(model) if late is None else _records(model).add_columns(late.label("is_overdue"))
     found = found.where(*visible, *where).order_by(*_order(model, sort, newest_by)).limit(limit).offset(offset)
     total = select(func.count()).select_from(table).where(*visible, *where).scalar_subquery()
@@ -100,8 +103,7 @@ def _page(
 
 
 _unfiltered_page = lru_cache(maxsize=256)(_page)
-"""Remembers the pages that are asked for most: to put a statement together takes as long as to run it. ``visible`` is found
-again by identity, as ``Rows.visible`` remembers it too."""
+"""Remembers the pages that are asked for most: to put a statement together takes as long as to run it."""
 
 
 @cache
