@@ -65,7 +65,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedd
 
 @pytest.fixture(scope="session")
 def migrated_database(postgres_server: EmbeddedPostgres) -> str:
-    """A migrated database, used again and again: making one takes as long as ten tests."""
+    """A migrated database, used again and again: making one takes longer than most tests."""
     from crm.migrations import upgrade
 
     administer(postgres_server, "CREATE DATABASE migrated")
