@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from respcache.core.errors import StoreUnavailable
-from respcache.core.generations import FLOOR, Certificate, Generation, Verdict
+from respcache.core.fence import Cursor, Epoch
+from respcache.core.generations import FLOOR, RING_ROWS, Certificate, Generation, Verdict
+from respcache.core.keys import EPOCH_KEY
 from respcache.stores.base import Lease, Store
 
 pytestmark = pytest.mark.anyio
@@ -178,6 +180,99 @@ async def test_too_many_tags_are_forgotten_by_raising_the_floor(subject) -> None
     assert subject.ttl_ms(GEN) <= HOUR_MS
     await bump(store, "T:accounts")
     assert (await view(store)).bumps == {FLOOR: found.sequence, "T:accounts": found.sequence + 1}
+
+
+async def test_rows_that_were_all_applied_before_bump_once(store: Store) -> None:
+    """Every process sees every row of the outbox; one of them bumps for all. A row that is new bumps all tags of the call."""
+    await opened(store)
+    first, second = "a" * 16, "b" * 16
+    await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[first])
+    await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[first])
+    assert (await view(store)).bumps == {"T:accounts": 1}
+    await store.bump(GEN, tags=["T:accounts", "T:leads"], ttl_ms=HOUR_MS, rows=[first, second])
+    assert (await view(store)).bumps == {"T:accounts": 2, "T:leads": 2}
+    await store.bump(GEN, tags=["T:accounts", "T:leads"], ttl_ms=HOUR_MS, rows=[second, first])
+    assert (await view(store)).sequence == 2
+    await bump(store, "T:leads")
+    assert (await view(store)).sequence == 3
+
+
+async def test_rows_are_remembered_in_a_ring_and_forgotten_by_the_oldest_first(store: Store) -> None:
+    """A row that was forgotten is bumped once more, which is harmless; a row of another generation is not remembered."""
+    await opened(store)
+    rows = [f"{number:016x}" for number in range(RING_ROWS + 1)]
+    for row in rows:
+        await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row])
+    for row in rows[1:]:
+        await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row])
+    assert (await view(store)).sequence == len(rows)
+    await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=rows[:1])
+    assert (await view(store)).sequence == len(rows) + 1
+    await opened(store, N2, generation=OTHER_GEN)
+    await store.bump(OTHER_GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=rows[-1:])
+    assert (await view(store, generation=OTHER_GEN)).sequence == 1
+
+
+# -- epochs ----------------------------------------------------------------------------------------------------------------
+
+E1, E2 = "1" * 16, "2" * 16
+
+
+async def proposed(store: Store, token: str, *, replacing: str = "") -> Epoch | None:
+    """Propose an epoch for the server that the store is connected to."""
+    _, identity = await store.epoch()
+    mine = Epoch(token, identity, "incarnation", Cursor("750:760:751,755", 1234.5))
+    found, named = await store.epoch(mine, replacing=replacing, ttl_ms=HOUR_MS)
+    assert named == identity
+    return found
+
+
+async def test_an_epoch_is_kept_until_it_is_replaced_by_name(subject) -> None:
+    """Whoever finds none proposes one; of several, the first holds for all."""
+    store = subject.store
+    assert (await store.epoch())[0] is None
+    first = await proposed(store, E1)
+    assert first is not None
+    assert (first.token, first.incarnation, first.cursor) == (E1, "incarnation", Cursor("750:760:751,755", 1234.5))
+    assert (await store.epoch())[0] == first
+    assert await proposed(store, E2) == first
+    assert await proposed(store, E2, replacing="other") == first
+    found = await proposed(store, E2, replacing=E1)
+    assert found is not None
+    assert found.token == E2
+    assert (await store.epoch())[0] == found
+    assert subject.ttl_ms(EPOCH_KEY) <= HOUR_MS
+
+
+async def test_an_epoch_of_another_server_life_is_replaced_by_the_first_who_proposes(mortal) -> None:
+    """It says so itself: the identity in it is not the server's."""
+    store = mortal.store
+    old = await proposed(store, E1)
+    await mortal.restart(keep_data=True)
+    found, identity = await store.epoch()
+    assert found == old
+    assert old is not None
+    assert found is not None
+    assert found.identity != identity
+    new = await proposed(store, E2)
+    assert new is not None
+    assert (new.token, new.identity) == (E2, identity)
+
+
+async def test_another_epoch_is_another_server_life(store: Store) -> None:
+    """Its token is part of what generations record: what was captured before is worth nothing, and no bump keeps it."""
+    before = await opened(store)
+    store.adopt(E1)
+    found = await view(store)
+    assert found.server.startswith(f"{E1}:")
+    assert found.judge(before, []) is Verdict.OTHER_SERVER
+    within = await opened(store, N2)
+    assert (await view(store)).judge(within, []) is Verdict.VALID
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == found.server
+    store.adopt(E2)
+    assert (await view(store)).judge(within, []) is Verdict.OTHER_SERVER
+    await bump(store, "T:accounts")
+    assert (await view(store)).nonce is None
 
 
 # -- put -------------------------------------------------------------------------------------------------------------------

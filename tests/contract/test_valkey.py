@@ -13,6 +13,7 @@ import redis
 
 from crm.embedded import EmbeddedValkey
 from respcache.core.errors import StoreReplyError, StoreUnavailable
+from respcache.core.fence import Cursor, Epoch
 from respcache.core.generations import FLOOR, Certificate, Verdict
 from respcache.core.keys import KILL_SWITCH_KEY
 from respcache.stores.base import Lease
@@ -24,7 +25,7 @@ GEN, ENTRY, FILL = "tenant:a:~gen", "tenant:a:accounts:list:00", "tenant:a:~fill
 N1, N2 = b"0123456789abcdef", b"fedcba9876543210"
 HOUR_MS = 3_600_000
 LONG_S = 5.0
-SCRIPTS = ("open", "bump", "lease", "release")
+SCRIPTS = ("open", "bump", "epoch", "lease", "release")
 SCRIPT_COMMANDS = {"INFO", "HMGET", "HSET", "HINCRBY", "HLEN", "GET", "SET", "DEL", "PEXPIRE"}
 """All in Redis 6.2."""
 
@@ -59,6 +60,8 @@ async def work(store: RedisStore, nonce: bytes = N1) -> None:
     await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS)
     found = (await store.read(None, [(GEN, ["T:accounts"])])).generations[0]
     assert found.judge(certificate, ["T:accounts"]) is Verdict.INVALIDATED
+    epoch = Epoch("e" * 16, "d" * 40, "incarnation", Cursor("7:7:", 0.0))
+    assert (await store.epoch(epoch, replacing=epoch.token, ttl_ms=HOUR_MS))[0] == epoch
     mine, yours = Lease("mine", certificate), Lease("yours", certificate)
     assert await store.lease(FILL, mine, ttl_ms=HOUR_MS) == mine
     store.release(FILL, "mine")

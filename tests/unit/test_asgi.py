@@ -641,10 +641,10 @@ async def test_a_tenant_whose_invalidation_is_refused_holds_up_no_other() -> Non
     """Each is retried by itself."""
 
     class Refusing(MemoryStore):
-        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
             if generation == generation_key("refused"):
                 raise StoreReplyError("WRONGTYPE")
-            await super().bump(generation, tags=tags, ttl_ms=ttl_ms)
+            return await super().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows)
 
     store = Refusing()
     cache, _ = make_cache(things(number), store=store)

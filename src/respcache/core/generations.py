@@ -2,15 +2,16 @@
 
 Every tenant has one small hash in the store, its *generation*::
 
-    tenant:{tenant}:~gen = { n: random nonce, r: identity of the server that holds it, s: sequence,
+    tenant:{tenant}:~gen = { n: random nonce, r: epoch and identity of the server that holds it, s: sequence,
                              *: sequence of the last bump of everything, M:accounts: ... of a module,
-                             T:accounts: ... of a table }
+                             T:accounts: ... of a table, x: ids of the outbox rows that were applied }
 
 A reader that misses *captures* (n, s) before its handler touches the database and stores the response with that
 certificate. A writer commits, then *bumps* the tags of what it changed (s += 1; every tag := s), and only then
 answers. A stored response is valid iff
 
-    1. a generation exists and was made on the very server life we are connected to   (r = identity of the connection)
+    1. a generation exists and was made on the very server life we are connected to,  (r = our epoch : identity of
+       in the present epoch                                                               the connection)
     2. it is the generation under which the response was captured                     (n = nonce of the certificate)
     3. nothing that the response depends on was bumped after the capture              (bumps[tag] <= s of the certificate)
 
@@ -24,7 +25,7 @@ bump. The reader evaluates the three conditions on a generation that it reads af
     that creation, so after COMMIT.
 
 So entries certify themselves: storing one may be lost, delayed, repeated, reordered, rolled back or evicted, and
-nothing stale can be served. Only the bump must not be lost; see ``fill/`` and ``cache.py`` for who retries it.
+nothing stale can be served. Only the bump must not be lost: ``fence.py`` is the argument that it never is.
 
 Why each part is there:
 
@@ -39,9 +40,10 @@ Why each part is there:
   * a certificate is joined (a caller waits for somebody else's fill) only if it is valid for the joiner's own view of
     the generation, taken after the joiner's request began: condition 3 again.
 
-What this form does not promise (no database outbox and no fence yet): when the bump of a write cannot be confirmed,
-the answer of the write says so, this process bypasses that tenant and retries with the floor ``*``; other processes
-may serve the old state until the retry lands, and if the writing process dies first, until the entry's time to live.
+Without an outbox (databases other than PostgreSQL, writes that no database sees) there is no fence: when a bump cannot be
+confirmed, the answer of the write says so, this process bypasses that tenant and retries with the floor ``*``; other
+processes may serve the old state until the retry lands, and if the writing process dies first, until the entry's time to
+live.
 
 Model-checked as core.pml; the mutants NONONCE, NORCHECK, CAPLATE, BUMPFIRST and JOINANY of that model are the rules
 above, each left out once.
@@ -65,6 +67,9 @@ MAX_FIELDS = 2000
 
 NONCE_BYTES = 16
 """A nonce is 64 random bits as 16 lower-case hexadecimal digits in ASCII."""
+
+RING_ROWS = 32
+"""Ids of outbox rows that a generation remembers as applied, so that N processes that see a row bump it once."""
 
 
 def module_tag(module: str) -> str:

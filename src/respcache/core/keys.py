@@ -6,6 +6,7 @@
 | tenant:{tenant}:~gen                         | hash   | the tenant's generation (``core/generations.py``)   | > every entry  |
 | tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lease of the process that fills the entry     | seconds        |
 | tenant:~shared:~gen                          | hash   | generation of data that belongs to no tenant        | > every entry  |
+| respcache:~inc                               | string | the epoch (``core/fence.py``)                       | > every entry  |
 | respcache:~off                               | string | the kill switch for all processes                   | until removed  |
 
 ``{kind}`` is list, detail, count or settings. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
@@ -24,6 +25,7 @@ SHARED = "~shared"
 """Stands for the tenant in the generation of rows that belong to no tenant."""
 
 KILL_SWITCH_KEY = "respcache:~off"
+EPOCH_KEY = "respcache:~inc"
 KINDS = ("list", "detail", "count", "settings")
 DIGEST_BYTES = 16
 MIN_SECRET_BYTES = 16

@@ -1,4 +1,4 @@
-"""What the cache asks of a store: eight operations in the words of the protocol, whatever server is behind them.
+"""What the cache asks of a store: nine operations in the words of the protocol, whatever server is behind them.
 
 A store never blocks a request for long: every awaited operation ends within the store's deadline (tens of
 milliseconds) or raises ``StoreUnavailable``. While the store is known to be away they raise at once.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from respcache.core.fence import Epoch
 from respcache.core.generations import Certificate, Generation
 
 
@@ -59,9 +60,20 @@ class Store(Protocol):
         A generation of another server life is replaced. Renews the time to live. One round trip, atomic on one key."""
         ...
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """Advance the sequence and stamp it on every tag. Returning means confirmed: applied, or there was no generation
-        (nothing depends on it), or one of another server life, which is deleted. One round trip, atomic on one key."""
+        (nothing depends on it), or one of another server life or epoch, which is deleted. ``rows`` are ids of outbox rows
+        (16 characters each): a bump whose rows were all applied to this generation before does nothing. Returns the server
+        life (as in ``Generation.server``) that confirmed it. One round trip, atomic on one key."""
+        ...
+
+    async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+        """Read the epoch's record (``None``), or set it unless another than the token ``replacing`` is in force on this server
+        life. Returns the one in force, or None, and the server's identity. One round trip, atomic on one key."""
+        ...
+
+    def adopt(self, token: str) -> None:
+        """Make, read and bump generations of this epoch from now on; the empty one until then."""
         ...
 
     def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:

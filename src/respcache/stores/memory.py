@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from respcache.core.errors import StoreUnavailable
-from respcache.core.generations import FLOOR, MAX_FIELDS, Generation, read_generation
-from respcache.core.keys import KILL_SWITCH_KEY
+from respcache.core.fence import Epoch, decode_epoch
+from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Generation, read_generation
+from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.stores.base import Lease, Reading, ServerInfo
 
 MAX_KEYS = 10_000
@@ -26,6 +27,7 @@ class MemoryStore:
         self._identity = secrets.token_hex(8)
         self._values: OrderedDict[str, tuple[Any, float]] = OrderedDict()
         self._open = True
+        self._prefix = ""
         self.evicted = 0
 
     @property
@@ -48,24 +50,44 @@ class MemoryStore:
         self._check()
         fields = self._get(generation)
         if not self._usable(fields):
-            fields = {"n": nonce, "r": self._identity.encode(), "s": b"0"}
+            fields = {"n": nonce, "r": self._server.encode(), "s": b"0"}
         self._set(generation, fields, ttl_ms)
         return self._view(generation, ())
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """See ``Store.bump``."""
         self._check()
         fields = self._get(generation)
         if fields is None:
-            return
+            return self._server
         if not self._usable(fields):
             del self._values[generation]
-            return
-        sequence = str(int(fields["s"]) + 1).encode()
-        fields = {**fields, "s": sequence, **dict.fromkeys(tags, sequence)}
-        if len(fields) > MAX_FIELDS:
-            fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
+            return self._server
+        ring = fields.get("x", b"").decode().split()
+        new = [row for row in rows if row not in ring]
+        if new or not rows:
+            sequence = str(int(fields["s"]) + 1).encode()
+            fields = {**fields, "s": sequence, **dict.fromkeys(tags, sequence)}
+            if new:
+                fields["x"] = " ".join([*ring, *new][-RING_ROWS:]).encode()
+            if len(fields) > MAX_FIELDS:
+                fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
         self._set(generation, fields, ttl_ms)
+        return self._server
+
+    async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+        """See ``Store.epoch``."""
+        self._check()
+        record = self._get(EPOCH_KEY)
+        held = decode_epoch(record) if isinstance(record, str) else None
+        if proposed is not None and (held is None or held.identity != self._identity or held.token == replacing):
+            self._set(EPOCH_KEY, proposed.encode(), ttl_ms)
+            held = proposed
+        return held, self._identity
+
+    def adopt(self, token: str) -> None:
+        """See ``Store.adopt``."""
+        self._prefix = f"{token}:" if token else ""
 
     def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
         """See ``Store.put``."""
@@ -119,16 +141,20 @@ class MemoryStore:
         """Lose a key, as by eviction."""
         self._values.pop(key, None)
 
+    @property
+    def _server(self) -> str:
+        return self._prefix + self._identity
+
     def _check(self) -> None:
         if not self._open:
             raise StoreUnavailable("the memory store is closed")
 
     def _usable(self, fields: dict[str, bytes] | None) -> bool:
         """Whether a generation is whole and of this server life."""
-        return read_generation(_values(fields), (), server=self._identity).certificate() is not None
+        return read_generation(_values(fields), (), server=self._server).certificate() is not None
 
     def _view(self, generation: str, tags: Sequence[str]) -> Generation:
-        return read_generation(_values(self._get(generation), tags), tags, server=self._identity)
+        return read_generation(_values(self._get(generation), tags), tags, server=self._server)
 
     def _get(self, key: str) -> Any:
         value, expires = self._values.get(key, (None, 0.0))

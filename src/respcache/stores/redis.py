@@ -13,8 +13,9 @@ from typing import Any
 import hiredis
 
 from respcache.core.errors import StoreReplyError, StoreUnavailable
-from respcache.core.generations import MAX_FIELDS, Certificate, Generation, read_generation
-from respcache.core.keys import KILL_SWITCH_KEY
+from respcache.core.fence import Epoch, decode_epoch
+from respcache.core.generations import MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
+from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
@@ -36,7 +37,9 @@ class RedisStore:
 
     def __init__(self, url: str, *, deadline_s: float = DEADLINE_S, connect_deadline_s: float = CONNECT_DEADLINE_S) -> None:
         self._link = Link(ServerURL.parse(url), deadline_s=deadline_s, connect_deadline_s=connect_deadline_s)
-        self._open, self._bump, self._lease, self._release = map(Script, ("open", "bump", "lease", "release"))
+        self._open, self._bump, self._epoch = map(Script, ("open", "bump", "epoch"))
+        self._lease, self._release = map(Script, ("lease", "release"))
+        self._prefix = ""
 
     def __repr__(self) -> str:
         return f"RedisStore({self._link!r})"
@@ -62,7 +65,9 @@ class RedisStore:
         """See ``Store.read``: GET and one HMGET per generation."""
         commands: list[Command] = [] if entry is None else [("GET", entry)]
         commands += [("HMGET", generation, "n", "r", "s", *tags) for generation, tags in wanted]
-        replies, server = await self._link.execute(*commands)
+        prefix = self._prefix
+        replies, identity = await self._link.execute(*commands)
+        server = prefix + identity
         found = None if entry is None else _ours(replies.pop(0))
         views = (
             read_generation(_ours(reply) or (None,) * (3 + len(tags)), tags, server=server)
@@ -72,14 +77,32 @@ class RedisStore:
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""
-        (identity, found, sequence), server = await self._run(self._open, generation, nonce, ttl_ms)
-        self._compare(as_text(identity), server)
-        return Generation(server, found, as_text(identity), int(sequence))
+        prefix = self._prefix
+        (identity, found, sequence), learnt = await self._run(self._open, generation, prefix, nonce, ttl_ms)
+        self._compare(as_text(identity), learnt)
+        return Generation(prefix + learnt, found, prefix + as_text(identity), int(sequence))
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int) -> None:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """See ``Store.bump``."""
-        identity, server = await self._run(self._bump, generation, ttl_ms, MAX_FIELDS, *tags)
-        self._compare(as_text(identity), server)
+        prefix = self._prefix
+        arguments = (prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), *rows, *tags)
+        identity, learnt = await self._run(self._bump, generation, *arguments)
+        self._compare(as_text(identity), learnt)
+        return prefix + as_text(identity)
+
+    async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+        """See ``Store.epoch``: GET, or one script."""
+        if proposed is None:
+            replies, identity = await self._link.execute(("GET", EPOCH_KEY))
+            record = _ours(replies[0])
+            return (None if record is None else decode_epoch(as_text(record))), identity
+        (named, record), learnt = await self._run(self._epoch, EPOCH_KEY, proposed.encode(), replacing, ttl_ms)
+        self._compare(as_text(named), learnt)
+        return decode_epoch(as_text(record)), as_text(named)
+
+    def adopt(self, token: str) -> None:
+        """See ``Store.adopt``."""
+        self._prefix = f"{token}:" if token else ""
 
     def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
         """See ``Store.put``: SET and PEXPIRE."""

@@ -1,0 +1,143 @@
+"""The outbox in PostgreSQL: its tables and the triggers that fill it, as SQL. No I/O.
+
+For a migration::
+
+    from respcache.writes import triggers
+
+    def upgrade() -> None:
+        triggers.create_outbox(op.execute)
+        triggers.create_triggers(op.execute, [triggers.Watched("accounts"), triggers.Watched("tenants", tenant_column="id")])
+
+    def downgrade() -> None:
+        triggers.drop_triggers(op.execute, ["accounts", "tenants"])
+        triggers.drop_outbox(op.execute)
+
+A statement that changes rows leaves one row per tenant, table and transaction, however many rows it changed: old and new
+tenant of an UPDATE, cascades included, and one row for everybody on TRUNCATE. A trigger names only its own table, so what
+depends on a table may change without a migration. The functions run with their owner's rights: who may write to a table
+needs no right on the outbox. The triggers fire also under ``session_replication_role = replica``; not with
+``ALTER TABLE ... DISABLE TRIGGER``, which the rounds notice (the state of every trigger is part of ``INCARNATION``).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from respcache.core.fence import EVERYBODY
+from respcache.core.generations import table_tag
+from respcache.core.keys import SHARED
+
+OUTBOX = "respcache_outbox"
+FENCE = "respcache_fence"
+EVENTS = ("insert", "update", "delete", "truncate")
+
+Execute = Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A table whose writes leave rows in the outbox.
+
+    ``tenant_column`` names the tenant of a row (NULL counts as shared by all tenants), or is None for a table whose rows
+    belong to no tenant. ``shared`` rows also count as changes of data shared by all tenants.
+    """
+
+    table: str
+    tenant_column: str | None = "tenant_id"
+    shared: bool = False
+
+
+def create_outbox(execute: Execute, *, schema: str = "public") -> None:
+    """Create the outbox and the fence row. Both stay small: see ``RETENTION_S`` in ``postgres.py``."""
+    outbox, fence = f"{_name(schema)}.{OUTBOX}", f"{_name(schema)}.{FENCE}"
+    execute(f"""
+        CREATE TABLE {outbox} (
+            xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+            tenant text NOT NULL,
+            tag text NOT NULL,
+            id text NOT NULL DEFAULT left(replace(gen_random_uuid()::text, '-', ''), 16),
+            at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            PRIMARY KEY (xid, tenant, tag)
+        )""")
+    execute(f"""
+        CREATE TABLE {fence} (
+            one boolean PRIMARY KEY DEFAULT true CHECK (one),
+            authority text,
+            effective_at timestamptz NOT NULL DEFAULT '-infinity',
+            until timestamptz NOT NULL DEFAULT '-infinity',
+            incarnation text,
+            horizon xid8,
+            horizon_at timestamptz,
+            pruned xid8 NOT NULL DEFAULT '0'
+        )""")
+    execute(f"INSERT INTO {fence} DEFAULT VALUES")
+
+
+def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
+    """Drop both tables. Drop the triggers first, and deploy ``outbox=False`` before either: a process that still reads back
+    what it wrote has one transaction refused."""
+    execute(f"DROP TABLE {_name(schema)}.{OUTBOX}")
+    execute(f"DROP TABLE {_name(schema)}.{FENCE}")
+
+
+def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
+    """Create the triggers of these tables; also to replace them when the tenant column of a table has changed."""
+    for watched in tables:
+        function = f"{_name(schema)}.{_name(f'respcache_note_{watched.table}')}"
+        execute(_function(watched, function, f"{_name(schema)}.{OUTBOX}"))
+        table = f"{_name(schema)}.{_name(watched.table)}"
+        for event in EVENTS:
+            execute(f"""
+                CREATE OR REPLACE TRIGGER respcache_{event} AFTER {event.upper()} ON {table} {_TRANSITIONS[event]}
+                FOR EACH STATEMENT EXECUTE FUNCTION {function}()""")
+            execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER respcache_{event}")
+
+
+def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "public") -> None:
+    """Drop the triggers of these tables: what reads them is not cached from then on."""
+    for table in tables:
+        execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(f'respcache_note_{table}')}() CASCADE")
+
+
+_TRANSITIONS = {
+    "insert": "REFERENCING NEW TABLE AS new_rows",
+    "update": "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
+    "delete": "REFERENCING OLD TABLE AS old_rows",
+    "truncate": "",
+}
+
+
+def _function(watched: Watched, function: str, outbox: str) -> str:
+    tag = _text(table_tag(watched.table))
+
+    def note(*rows: str) -> str:
+        if watched.tenant_column is None:
+            tenants = [f"SELECT {_text(SHARED)} AS tenant FROM {name}" for name in rows]
+        else:
+            column = _name(watched.tenant_column)
+            tenants = [f"SELECT coalesce({column}::text, {_text(SHARED)}) AS tenant FROM {name}" for name in rows]
+            tenants += [f"SELECT {_text(SHARED)} FROM {name}" for name in rows if watched.shared]
+        return (
+            f"INSERT INTO {outbox} (tenant, tag) "
+            f"SELECT tenant, {tag} FROM ({' UNION '.join(tenants)}) AS changed ON CONFLICT DO NOTHING;"
+        )
+
+    return f"""
+        CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+        BEGIN
+            IF TG_OP = 'INSERT' THEN {note("new_rows")}
+            ELSIF TG_OP = 'UPDATE' THEN {note("old_rows", "new_rows")}
+            ELSIF TG_OP = 'DELETE' THEN {note("old_rows")}
+            ELSE INSERT INTO {outbox} (tenant, tag) VALUES ({_text(EVERYBODY)}, {tag}) ON CONFLICT DO NOTHING;
+            END IF;
+            RETURN NULL;
+        END $$"""
+
+
+def _name(identifier: str) -> str:
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
