@@ -2,7 +2,8 @@
 
 ``generations.py`` needs one thing from the outside: the bump of a committed write must not be lost. A process can die
 between COMMIT and bump, the store can be away, psql knows nothing of bumps. So every write leaves a row in the *outbox*, a
-table of the same database, in the same transaction (triggers write it), and every process runs *rounds*:
+table of the same database, in the same transaction (triggers write it), and every process runs *rounds* (the rules are
+here and the store can do what they ask of it; what runs them is not built yet, so nothing promises this today):
 
     a. learn the identity of the server that it is connected to, and the *epoch* that is stored there
     b. m0 := now

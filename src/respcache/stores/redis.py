@@ -85,8 +85,7 @@ class RedisStore:
     async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """See ``Store.bump``."""
         prefix = self._prefix
-        arguments = (prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), *rows, *tags)
-        identity, learnt = await self._run(self._bump, generation, *arguments)
+        identity, learnt = await self._run(self._bump, generation, prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), *rows, *tags)
         self._compare(as_text(identity), learnt)
         return prefix + as_text(identity)
 
