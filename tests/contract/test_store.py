@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreUnavailable
-from respcache.core.fence import Cursor, Epoch
 from respcache.core.generations import FLOOR, RING_ROWS, Certificate, Generation, Verdict
 from respcache.core.keys import EPOCH_KEY
 from respcache.stores.base import Lease, Store

@@ -12,10 +12,10 @@ import pytest
 import redis
 
 from crm.embedded import EmbeddedValkey
+from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreReplyError, StoreUnavailable
-from respcache.core.fence import Cursor, Epoch
 from respcache.core.generations import FLOOR, Certificate, Verdict
-from respcache.core.keys import KILL_SWITCH_KEY
+from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.stores.base import Lease
 from respcache.stores.redis import RedisStore
 
@@ -137,6 +137,36 @@ async def test_a_foreign_value_under_a_key_is_as_good_as_missing(store_on: MakeS
         assert (await store.open(GEN, nonce=N1, ttl_ms=HOUR_MS)).certificate() == Certificate(N1, 0)
         store.put(ENTRY, b"ours", ttl_ms=HOUR_MS, generation=GEN, generation_ttl_ms=HOUR_MS)
         assert (await store.read(ENTRY, [])).entry == b"ours"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "what is this",
+        "{token} {id}",
+        "{token} {id} x 1.5 7:junk",
+        "{token} {id} x soon 7:7:",
+        "{token} {id} x y 1.5 7:7:",
+        "\u00fc {id} x 1.5 7:7:",
+    ],
+)
+async def test_a_foreign_value_in_place_of_the_epoch_is_none_and_is_replaced(
+    store_on: MakeStore, valkey_url: str, record: str
+) -> None:
+    """What the store cannot read it must not keep either: there would never be an epoch again."""
+    store = store_on(valkey_url)
+    await store.connect()
+    _, identity = await store.epoch()
+    mine = Epoch("e" * 16, identity, "incarnation", Cursor("7:7:", 1.5))
+    with redis.Redis.from_url(valkey_url) as client:
+        client.set(EPOCH_KEY, record.format(token="f" * 16, id=identity))
+        assert (await store.epoch())[0] is None
+        assert await store.epoch(mine, ttl_ms=HOUR_MS) == (mine, identity)
+        client.delete(EPOCH_KEY)
+        client.hset(EPOCH_KEY, "x", "y")
+        assert (await store.epoch())[0] is None
+        assert await store.epoch(mine, ttl_ms=HOUR_MS) == (mine, identity)
 
 
 async def test_a_foreign_value_in_place_of_a_lease_is_an_error_of_the_store(store_on: MakeStore, valkey_url: str) -> None:

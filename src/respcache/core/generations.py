@@ -25,7 +25,8 @@ bump. The reader evaluates the three conditions on a generation that it reads af
     that creation, so after COMMIT.
 
 So entries certify themselves: storing one may be lost, delayed, repeated, reordered, rolled back or evicted, and
-nothing stale can be served. Only the bump must not be lost: ``fence.py`` is the argument that it never is, once rounds run.
+nothing stale can be served. Only the bump must not be lost: docs/decisions/0003 is how that
+will never happen.
 
 Why each part is there:
 

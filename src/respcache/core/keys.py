@@ -6,7 +6,7 @@
 | tenant:{tenant}:~gen                         | hash   | the tenant's generation (``core/generations.py``)   | > every entry  |
 | tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lease of the process that fills the entry     | seconds        |
 | tenant:~shared:~gen                          | hash   | generation of data that belongs to no tenant        | > every entry  |
-| respcache:~inc                               | string | the epoch (``core/fence.py``)                       | > every entry  |
+| respcache:~inc                               | string | the epoch (``core/epochs.py``)                      | > every entry  |
 | respcache:~off                               | string | the kill switch for all processes                   | until removed  |
 
 ``{kind}`` is list, detail, count or settings. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
@@ -23,6 +23,9 @@ from respcache.core.errors import ConfigurationError
 
 SHARED = "~shared"
 """Stands for the tenant in the generation of rows that belong to no tenant."""
+
+EVERYBODY = "~all"
+"""Stands for the tenant of an outbox row that concerns all of them (TRUNCATE)."""
 
 KILL_SWITCH_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"

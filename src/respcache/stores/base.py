@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from respcache.core.fence import Epoch
+from respcache.core.epochs import Epoch
 from respcache.core.generations import Certificate, Generation
 
 

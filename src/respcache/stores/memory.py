@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreUnavailable
-from respcache.core.fence import Epoch, decode_epoch
 from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Generation, read_generation
 from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.stores.base import Lease, Reading, ServerInfo

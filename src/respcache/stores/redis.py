@@ -12,8 +12,8 @@ from typing import Any
 
 import hiredis
 
+from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreReplyError, StoreUnavailable
-from respcache.core.fence import Epoch, decode_epoch
 from respcache.core.generations import MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
 from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text

@@ -3,7 +3,7 @@
 A bump runs in a task of its own: a request that is cancelled after its COMMIT cannot take it along. A tenant whose bump
 was not confirmed is *vetoed*: this process neither serves nor stores anything of that tenant until the floor of its
 generation has been raised, which is tried until it succeeds. Other processes may serve that tenant's old entries until
-then (``core/generations.py`` says what the later fence adds).
+then (docs/decisions/0003 is how that will end).
 """
 
 import asyncio

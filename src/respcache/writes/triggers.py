@@ -1,4 +1,4 @@
-"""The outbox in PostgreSQL: its tables and the triggers that fill it, as SQL. No I/O.
+"""The outbox in PostgreSQL: its table and the triggers that fill it, as SQL. No I/O.
 
 For a migration::
 
@@ -15,20 +15,24 @@ For a migration::
 A statement that changes rows leaves one row per tenant, table and transaction, however many rows it changed: old and new
 tenant of an UPDATE, cascades included, and one row for everybody on TRUNCATE. A trigger names only its own table, so what
 depends on a table may change without a migration. The functions run with their owner's rights: who may write to a table
-needs no right on the outbox. The triggers fire also under ``session_replication_role = replica``; not with
-``ALTER TABLE ... DISABLE TRIGGER``, which the rounds notice (the state of every trigger is part of ``INCARNATION``).
+needs no right on the outbox. The triggers fire also under ``session_replication_role = replica``, not after
+``ALTER TABLE ... DISABLE TRIGGER``, and not for rows written straight into a partition of the table.
+
+Nothing reads the outbox or clears it yet (``docs/decisions/0003-no-lost-invalidation.md``).
 """
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from respcache.core.fence import EVERYBODY
 from respcache.core.generations import table_tag
-from respcache.core.keys import SHARED
+from respcache.core.keys import EVERYBODY, SHARED
 
 OUTBOX = "respcache_outbox"
-FENCE = "respcache_fence"
+MAX_NAME_BYTES = 63
+"""PostgreSQL cuts longer names off."""
+
 EVENTS = ("insert", "update", "delete", "truncate")
 
 Execute = Callable[[str], Any]
@@ -48,10 +52,9 @@ class Watched:
 
 
 def create_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Create the outbox and the fence row. Both stay small: see ``RETENTION_S`` in ``postgres.py``."""
-    outbox, fence = f"{_name(schema)}.{OUTBOX}", f"{_name(schema)}.{FENCE}"
+    """Create the outbox: one row per transaction, tenant and tag, with an id of its own."""
     execute(f"""
-        CREATE TABLE {outbox} (
+        CREATE TABLE {_name(schema)}.{OUTBOX} (
             xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
             tenant text NOT NULL,
             tag text NOT NULL,
@@ -59,31 +62,17 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
             at timestamptz NOT NULL DEFAULT clock_timestamp(),
             PRIMARY KEY (xid, tenant, tag)
         )""")
-    execute(f"""
-        CREATE TABLE {fence} (
-            one boolean PRIMARY KEY DEFAULT true CHECK (one),
-            authority text,
-            effective_at timestamptz NOT NULL DEFAULT '-infinity',
-            until timestamptz NOT NULL DEFAULT '-infinity',
-            incarnation text,
-            horizon xid8,
-            horizon_at timestamptz,
-            pruned xid8 NOT NULL DEFAULT '0'
-        )""")
-    execute(f"INSERT INTO {fence} DEFAULT VALUES")
 
 
 def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Drop both tables. Drop the triggers first, and deploy ``outbox=False`` before either: a process that still reads back
-    what it wrote has one transaction refused."""
+    """Drop the outbox. Drop the triggers first: they would make every write fail."""
     execute(f"DROP TABLE {_name(schema)}.{OUTBOX}")
-    execute(f"DROP TABLE {_name(schema)}.{FENCE}")
 
 
 def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
     """Create the triggers of these tables; also to replace them when the tenant column of a table has changed."""
     for watched in tables:
-        function = f"{_name(schema)}.{_name(f'respcache_note_{watched.table}')}"
+        function = f"{_name(schema)}.{_name(_function_name(watched.table))}"
         execute(_function(watched, function, f"{_name(schema)}.{OUTBOX}"))
         table = f"{_name(schema)}.{_name(watched.table)}"
         for event in EVENTS:
@@ -96,7 +85,7 @@ def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str 
 def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "public") -> None:
     """Drop the triggers of these tables: what reads them is not cached from then on."""
     for table in tables:
-        execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(f'respcache_note_{table}')}() CASCADE")
+        execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(_function_name(table))}() CASCADE")
 
 
 _TRANSITIONS = {
@@ -133,6 +122,14 @@ def _function(watched: Watched, function: str, outbox: str) -> str:
             END IF;
             RETURN NULL;
         END $$"""
+
+
+def _function_name(table: str) -> str:
+    """Name the function of a table; one that PostgreSQL would cut off might become that of another table."""
+    name = f"respcache_note_{table}"
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    return f"respcache_note_{hashlib.blake2b(table.encode(), digest_size=16).hexdigest()}"
 
 
 def _name(identifier: str) -> str:
