@@ -135,7 +135,7 @@ async def test_who_may_only_write_to_a_table_needs_no_right_on_the_outbox(databa
         await database.execute(
             "GRANT USAGE ON SCHEMA public TO respcache_clerk; GRANT SELECT, UPDATE ON accounts TO respcache_clerk"
         )
-        await database.execute("SET ROLE respcache_clerk; SET search_path = pg_temp")
+        await database.execute("SET ROLE respcache_clerk; SET search_path = pg_temp, pg_catalog")
         await database.execute("CREATE DOMAIN pg_temp.text AS integer")  # what the function says is not what he can redefine
         await database.execute("UPDATE public.accounts SET name = 'y' WHERE id = 2")
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
