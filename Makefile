@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export PORT DATA_DIR DATABASE_URL REDIS_CACHE_URL
 
-.PHONY: help install run test test-cache bench bench-outage lint clean
+.PHONY: help install run test test-cache faults model bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this
@@ -28,11 +28,14 @@ test: $(STAMP) ## Run the tests on servers that they start themselves
 test-cache: $(STAMP) ## Check a running system's cache, or one started for it
 	@$(VENV)/bin/python -m crm test-cache $(ARGS)
 
-bench: $(STAMP) ## Measure cached against uncached
-	@$(VENV)/bin/python bench/hits.py $(ARGS)
+faults: $(STAMP) ## Break servers and processes under load and check every read: SECONDS=60 SEED=7
+	@$(VENV)/bin/python -m tests.faults.run --seconds $(or $(SECONDS),60) --seed $(or $(SEED),1) $(ARGS)
 
-bench-outage: $(STAMP) ## Measure what an outage of the cache server costs
-	@$(VENV)/bin/python bench/outage.py $(ARGS)
+model: $(STAMP) ## Check the protocol's models (needs spin and a C compiler)
+	@$(VENV)/bin/python models/run.py $(ARGS)
+
+bench: $(STAMP) ## Measure: BENCH=hits, outage or outbox
+	@$(VENV)/bin/python bench/$(or $(BENCH),hits).py $(ARGS)
 
 lint: $(STAMP) ## Check style and types
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -103,7 +103,8 @@ EMPTY_TABLES = """
     DECLARE name text;
     BEGIN
         SET LOCAL session_replication_role = replica; -- no foreign keys, no triggers
-        FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version' LOOP
+        FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public'
+                    AND tablename NOT IN ('alembic_version', 'respcache_fence') LOOP
             EXECUTE format('DELETE FROM %I', name);
         END LOOP;
     END $$

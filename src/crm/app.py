@@ -32,6 +32,7 @@ from crm.settings import Settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
 from respcache.resp.url import ServerURL
+from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
 
 SCHEMA_VERSION = "1"
@@ -56,8 +57,10 @@ def watched_cache(
         None if url is None or url == "none" else RedisStore(url),
         secret=settings.respcache_key.get_secret_value().encode(),
         resolver=resolver or CrmResolver(engine, settings.jwt_secret.get_secret_value()),
+        outbox=PostgresOutbox(engine),
         schema_version=SCHEMA_VERSION,
         enabled=settings.respcache_enabled,
+        audit_share=settings.respcache_audit_share,
         strict_reads=strict_reads,
     )
     return cache, watch(engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",))

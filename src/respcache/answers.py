@@ -9,6 +9,7 @@ from typing import Any
 
 from respcache.core.entry import Entry
 from respcache.core.errors import AckBarrierOverflow
+from respcache.core.fence import Outcome
 from respcache.core.http_caching import cache_status, for_browsers, refusal
 from respcache.record import Record
 
@@ -17,8 +18,9 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 MAX_HELD_BYTES = 4 * 1024 * 1024
-PENDING = (b"x-cache-invalidation", b"pending")
-"""On the answer of a write: it is committed, but its invalidation is not confirmed by the store yet."""
+INVALIDATION = b"x-cache-invalidation"
+"""On the answer of a write that is committed, but whose invalidation the store has not confirmed: ``pending; safe``, or
+``pending`` where there is no outbox."""
 
 
 async def send_entry(send: Send, entry: Entry, *status: str) -> None:
@@ -90,8 +92,9 @@ class HeldAnswer:
         self._passing = self.started = True
         held, self._held = self._held, []
         for message in held:
-            if message["type"] == "http.response.start" and not self._record.confirmed:
-                message = {**message, "headers": [*message.get("headers", ()), PENDING]}
+            if message["type"] == "http.response.start" and self._record.outcome is not Outcome.CONFIRMED:
+                said = (INVALIDATION, self._record.outcome.encode())
+                message = {**message, "headers": [*message.get("headers", ()), said]}
             await self._send(message)
 
     async def send_error(self, message: bytes) -> None:

@@ -20,6 +20,7 @@ from respcache.core.identity import Head
 from respcache.core.policy import Invalidation, Policy, canonical
 from respcache.fill.filler import Lead
 from respcache.lookup import Bypass, Look
+from respcache.ops.audit import Hit
 from respcache.record import Reads, Record, current
 from respcache.routing import Route, Table
 
@@ -122,6 +123,11 @@ class Wrapper:
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("[Cache] Hit: %s %s for tenant %s", policy.module, policy.kind, look.tenant)
             await send_entry(send, look.entry, "hit", f"ttl={remaining_s(look.entry)}")
+            audit = self._cache.audit
+            if audit is not None:
+                audit.countdown -= 1
+                if audit.countdown <= 0:
+                    audit.begin(Hit(self.app, scope, head, route, policy, form.parameters, look))
             return
         figures.misses += 1
         if log.isEnabledFor(logging.DEBUG):
@@ -176,6 +182,8 @@ class Wrapper:
             await self._hold(scope, receive, held, recorder)
         finally:
             lead.land(None)
+            if record.wrote and self._cache.audit is not None:
+                self._cache.audit.exclude(route.template)
 
     async def _hold(self, scope: Scope, receive: Receive, held: HeldAnswer, send: Send | None = None) -> None:
         """Run the application; its answer passes ``held``, which it leaves when the request's writes are settled."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
@@ -12,17 +12,20 @@ from respcache.asgi import App, Wrapper
 from respcache.core import keys
 from respcache.core.entry import Entry
 from respcache.core.errors import StoreError
+from respcache.core.fence import Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.identity import Head, Resolver
 from respcache.core.policy import DEFAULT_TTL_S, MAX_TTL_S, Policy
 from respcache.fill.filler import Filler, Lead
 from respcache.identities import Identities
 from respcache.lookup import Bypass, Look, Lookup, as_parameters
+from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
 from respcache.ops.stats import Stats
 from respcache.record import Reads, Record, current
 from respcache.routing import Route
 from respcache.stores.base import Store
 from respcache.writes.invalidator import Invalidator
+from respcache.writes.rounds import Outbox, Rounds, Rows
 
 log = logging.getLogger("respcache")
 
@@ -46,8 +49,10 @@ class Cache:
 
     ``store`` None means no cache at all: everything is passed through and no invalidation is sent. ``secret`` keys the
     digests and must be the same in all processes. ``schema_version`` is part of every key: change it when the shape of
-    answers changes. ``enabled=False`` serves nothing from the cache but still sends invalidations, for the processes that
-    do. ``strict_reads`` turns an undeclared table into an error: for tests.
+    answers changes. ``outbox`` (``respcache.writes.postgres.PostgresOutbox``) is the table in the application's database that
+    makes invalidations impossible to lose; without one, they end with the writing process. ``enabled=False`` serves nothing
+    from the cache but still sends invalidations, for the processes that do. ``strict_reads`` turns an undeclared table into an
+    error: for tests. ``audit_share`` of all hits are made anew in the background and compared (``respcache.ops.audit``), 0: none.
     """
 
     def __init__(
@@ -56,9 +61,11 @@ class Cache:
         *,
         secret: bytes,
         resolver: Resolver,
+        outbox: Outbox | None = None,
         schema_version: str = "1",
         enabled: bool = True,
         strict_reads: bool = False,
+        audit_share: float = DEFAULT_SHARE,
     ) -> None:
         self.store = store
         self.resolver = resolver
@@ -76,17 +83,34 @@ class Cache:
         self._polling: asyncio.Task[None] | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
+        self.rounds: Rounds | None = None
+        self.audit: Audit | None = None
+        if audit_share != 0:
+            check_share(audit_share)
         if store is not None:
-            self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures)
+            if outbox is not None:
+                self.rounds = Rounds(store, outbox, generation_ttl_ms=GENERATION_TTL_MS)
+            self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds)
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS)
             self._lookup = Lookup(
                 store,
                 digester=digester,
                 identities=Identities(resolver),
                 invalidator=self._invalidator,
+                rounds=self.rounds,
                 stats=self.figures,
                 ttl_ms=GENERATION_TTL_MS,
             )
+            if audit_share != 0:
+                self.audit = Audit(
+                    share=audit_share,
+                    resolver=resolver,
+                    lookup=self._lookup,
+                    rounds=self.rounds,
+                    stats=self.figures,
+                    invalidate=self._bump_now,
+                    enabled=lambda: self.enabled,
+                )
 
     def __repr__(self) -> str:
         return f"Cache(enabled={self.enabled}, store={type(self.store).__name__})"
@@ -119,8 +143,13 @@ class Cache:
         self._connected = True
         self._invalidator.start()
         await self.store.connect()
+        if self.rounds is not None:
+            await self.rounds.start()
+            self._say_uncovered()
         await self._poll_switch()
         self._polling = asyncio.create_task(self._keep_polling())
+        if self.audit is not None:
+            self.audit.start()
 
     async def close(self) -> None:
         """Drain unconfirmed invalidations for a bounded time, then disconnect."""
@@ -130,7 +159,11 @@ class Cache:
         if self._polling is not None:
             self._polling.cancel()
             await asyncio.gather(self._polling, return_exceptions=True)
+        if self.audit is not None:
+            await self.audit.close()
         await self._invalidator.close()
+        if self.rounds is not None:
+            await self.rounds.close()
         await self.store.close()
 
     # -- the kill switch -----------------------------------------------------------------------------------------------
@@ -156,8 +189,9 @@ class Cache:
     async def invalidate_tenant_cache(self, tenant_id: str, module: str) -> bool:
         """Invalidate everything that a tenant's module has cached, everywhere. One write, whatever the number of keys.
 
-        Returns whether the store confirmed it; if not, it is retried and this process bypasses the tenant meanwhile.
-        Raises ``ValueError`` for a tenant id or a module that cannot be.
+        Returns whether the store confirmed it. If not: with an outbox, nothing that it invalidates is served any more, by any
+        process; without one, it is retried and this process bypasses the tenant meanwhile. Raises ``ValueError`` for a tenant
+        id or a module that cannot be.
         """
         return await self._bump_now({keys.check_tenant(tenant_id): [module_tag(keys.check_module(module))]})
 
@@ -181,9 +215,18 @@ class Cache:
     def changed(self, tables: Mapping[str, set[str]]) -> None:
         """Say that a committed transaction changed these tables of these tenants. Called by the database hooks, any thread."""
         self._bump({tenant: {table_tag(name) for name in names} for tenant, names in tables.items()})
-        for tenant, names in tables.items():
-            for module in set().union(*(self._readers.get(name, ()) for name in names)):
-                self.figures.of(tenant, module).invalidations += 1
+        self._count_changes(tables)
+
+    def committed(self, rows: Rows | None) -> None:
+        """Say that a transaction was committed which left these rows (tenant, tag, id) in the outbox, or unknown ones (None).
+
+        Called by the database hooks, any thread.
+        """
+        self._await(self._invalidator.committed(rows))
+        tables: dict[str, set[str]] = {}
+        for tenant, tag, _ in rows or ():
+            tables.setdefault(tenant, set()).add(tag.removeprefix(table_tag("")))
+        self._count_changes(tables)
 
     def bump_modules(self, tenant: str, modules: Sequence[str]) -> None:
         """Begin to invalidate modules of a tenant on behalf of the current request, whose answer waits for it."""
@@ -217,12 +260,12 @@ class Cache:
             same = outer.scope is not None and outer.scope.tenant == tenant
             outer.reads.tables.update(tables)
             outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
-        if self.store is None or not self.enabled:
+        if self.store is None or not self.enabled or isinstance(outer, Rerun):
             return await make()
         target = self._lookup.target(
             policy, tenant=tenant, route=f"value:{module}", fingerprint=b"", parameters=as_parameters(key)
         )
-        look = await self._lookup.value(target, tenant=tenant)
+        look = await self._lookup.value(target, policy, tenant=tenant)
         figures = self.figures.of(tenant, module)
         if isinstance(look, Bypass):
             figures.bypasses[look.reason] += 1
@@ -293,7 +336,10 @@ class Cache:
             "stale_served": self.figures.stale_served,
             "errors": self.figures.errors,
             "unconfirmed_invalidations": self.figures.unconfirmed_invalidations,
+            "acknowledgements_delayed": self.figures.acknowledgements_delayed,
             "pending_tenants": len(self.pending_tenants),
+            "fence": None if self.rounds is None else self.rounds.to_dict(),
+            "audit": None if self.audit is None else self.audit.to_dict(tenant),
         }
 
     # -- for the parts of the library ----------------------------------------------------------------------------------
@@ -311,6 +357,7 @@ class Cache:
         for check in self._checks:
             check(self.tables, by_tenant=True)
             check(self.resolver.tables, by_tenant=False)
+        self._say_uncovered()
 
     def add_check(self, check: TableCheck) -> None:
         """Have declared tables checked at start-up, by who knows the database."""
@@ -338,13 +385,15 @@ class Cache:
         return True
 
     def _bump(self, tags: Mapping[str, set[str]]) -> None:
-        if self.store is None:
-            return
-        sent = self._invalidator.bump(tags)
+        if self.store is not None:
+            self._await(self._invalidator.bump(tags))
+
+    def _await(self, sent: Awaitable[Outcome] | None) -> None:
+        """Have the answer of the current request wait for this; None: nothing could be sent."""
         record = current.get()
         if record is not None:
             if sent is None:
-                record.confirmed = False
+                record.note(Outcome.PENDING)
             else:
                 record.bumps.append(sent)
 
@@ -352,7 +401,21 @@ class Cache:
         if self.store is None:
             return True
         sent = self._invalidator.bump(tags)
-        return sent is not None and await asyncio.shield(sent)
+        return sent is not None and await asyncio.shield(sent) is Outcome.CONFIRMED
+
+    def _count_changes(self, tables: Mapping[str, Collection[str]]) -> None:
+        for tenant, names in tables.items():
+            for module in set().union(*(self._readers.get(name, ()) for name in names)):
+                self.figures.of(tenant, module).invalidations += 1
+
+    def _say_uncovered(self) -> None:
+        """Say which tables of cached reads leave no rows in the outbox: what reads them is not cached."""
+        if self.rounds is None or not self.rounds.completed:
+            return
+        missing = sorted({*self.tables, *self.resolver.tables} - self.rounds.tables)
+        message = f"not cached: reads of {', '.join(missing)}, whose triggers are missing or disabled (respcache.writes.triggers)"
+        if missing and self.first_time(message):
+            log.warning("%s", message)
 
     async def _switch(self, *, off: bool) -> bool:
         if self.store is None:

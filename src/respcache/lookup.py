@@ -1,7 +1,8 @@
 """One look into the cache: identity, key, and the one round trip that fetches entry and generation together.
 
 The order is the guarantee: credentials are verified, the scope is known and the route's role rule has said yes before a
-key exists. A scope or an entry is used only after it was judged in a view that was read after the request began.
+key exists. A scope or an entry is used only after it was judged in a view that was read after the request began, and while
+the fence holds that was held before that view was asked for (``core/fence.py``).
 """
 
 import logging
@@ -20,8 +21,9 @@ from respcache.fill.leases import Target
 from respcache.identities import Identities, Known
 from respcache.ops.stats import Stats
 from respcache.routing import Route
-from respcache.stores.base import Store
+from respcache.stores.base import Reading, Store
 from respcache.writes.invalidator import Invalidator
+from respcache.writes.rounds import Rounds
 
 log = logging.getLogger("respcache")
 
@@ -47,7 +49,17 @@ class Look:
     entry: Entry | None
     outdated: bool
     tenant: str
-    scope: Scope | None = None
+    known: Known | None = None
+    home: str = ""
+
+    @property
+    def scope(self) -> Scope | None:
+        """Who asked, where that was a request."""
+        return None if self.known is None else self.known.scope
+
+
+class _Fenced(Exception):
+    """No fence vouches for what the store says now."""
 
 
 class Lookup:
@@ -60,6 +72,7 @@ class Lookup:
         digester: keys.Digester,
         identities: Identities,
         invalidator: Invalidator,
+        rounds: Rounds | None,
         stats: Stats,
         ttl_ms: int,
     ) -> None:
@@ -67,6 +80,7 @@ class Lookup:
         self._digester = digester
         self._identities = identities
         self._invalidator = invalidator
+        self._rounds = rounds
         self._stats = stats
         self._generation_ttl_ms = ttl_ms
 
@@ -78,6 +92,8 @@ class Lookup:
             return await self._request(route, policy, self._identities.resolver.claim(head), parameters)
         except Denied:
             return Bypass("denied")
+        except _Fenced:
+            return Bypass("fence")
         except StoreError as error:
             self._stats.errors += 1
             log.debug("[Cache] Store failed: %s", error)
@@ -86,19 +102,49 @@ class Lookup:
             log.warning("the resolver failed; the application answers without the cache", exc_info=True)
             return Bypass("identity")
 
-    async def value(self, target: Target, *, tenant: str) -> Look | Bypass:
+    async def value(self, target: Target, policy: Policy, *, tenant: str) -> Look | Bypass:
         """Look for a value of a tenant. One round trip when the tenant's generation exists."""
+        if not self._covered(policy):
+            return Bypass("no-trigger", tenant)
         try:
             for _ in range(MAX_ATTEMPTS):
                 if self._invalidator.vetoed(tenant):
                     return Bypass("pending-invalidation", tenant)
-                reading = await self._store.read(target.entry_key, [(target.generation_key, target.tags)])
+                reading = await self._read(target.entry_key, [(target.generation_key, target.tags)])
                 if await self._made(tenant, reading.generations[0]):
                     return self._judge(target, reading.entry, reading.generations[0], tenant, None)
+        except _Fenced:
+            return Bypass("fence", tenant)
         except StoreError:
             self._stats.errors += 1
             return Bypass("store", tenant)
         return Bypass("unstable", tenant)
+
+    async def review(self, look: Look, policy: Policy) -> tuple[Generation, Generation] | None:
+        """Read the generations of a hit anew, its tenant's and its scope's. None unless it would be served in this view too.
+
+        One round trip.
+        """
+        known, entry, target, tags = look.known, look.entry, look.target, self._identities.tags
+        assert known is not None
+        assert entry is not None
+        if not self._covered(policy) or self._invalidator.vetoed(look.tenant) or self._invalidator.vetoed(look.home):
+            return None
+        try:
+            reading = await self._read(None, [(target.generation_key, target.tags), (keys.generation_key(look.home), tags)])
+        except (StoreError, _Fenced):
+            return None
+        view, home = reading.generations
+        valid = view.judge(entry.certificate, target.tags) is Verdict.VALID and self._identities.judge(known, home)
+        return (view, home) if valid else None
+
+    def target_for(self, route: Route, policy: Policy, *, scope: Scope, parameters: Sequence[tuple[str, str, str]]) -> Target:
+        """Name everything that the answer to a request of this caller is stored under, now. The scope must name a tenant."""
+        assert scope.tenant is not None
+        also = [] if policy.varies_by is None else [("varies", "", policy.varies_by(scope))]
+        return self.target(
+            policy, tenant=scope.tenant, route=route.template, fingerprint=scope.fingerprint, parameters=[*parameters, *also]
+        )
 
     def target(
         self, policy: Policy, *, tenant: str, route: str, fingerprint: bytes, parameters: Sequence[tuple[str, str, str]]
@@ -120,10 +166,12 @@ class Lookup:
         self, route: Route, policy: Policy, claim: Claim, parameters: Sequence[tuple[str, str, str]]
     ) -> Look | Bypass:
         identities, home_key = self._identities, keys.generation_key(claim.home)
+        if not self._covered(policy):
+            return Bypass("no-trigger")
         known = identities.recall(claim)
         for _ in range(MAX_ATTEMPTS):
             if known is None:
-                home = (await self._store.read(None, [(home_key, identities.tags)])).generations[0]
+                home = (await self._read(None, [(home_key, identities.tags)])).generations[0]
                 known = await self._identify(claim, home)
                 continue
             scope = known.scope
@@ -133,21 +181,36 @@ class Lookup:
                 return Bypass("denied", scope.tenant)
             if self._invalidator.vetoed(scope.tenant) or self._invalidator.vetoed(claim.home):
                 return Bypass("pending-invalidation", scope.tenant)
-            also = [] if policy.varies_by is None else [("varies", "", policy.varies_by(scope))]
-            target = self.target(
-                policy, tenant=scope.tenant, route=route.template, fingerprint=scope.fingerprint, parameters=[*parameters, *also]
-            )
+            target = self.target_for(route, policy, scope=scope, parameters=parameters)
             if claim.home == scope.tenant:
-                reading = await self._store.read(target.entry_key, [(home_key, (*target.tags, *identities.tags))])
+                reading = await self._read(target.entry_key, [(home_key, (*target.tags, *identities.tags))])
             else:
                 wanted = [(target.generation_key, target.tags), (home_key, identities.tags)]
-                reading = await self._store.read(target.entry_key, wanted)
+                reading = await self._read(target.entry_key, wanted)
             view, home = reading.generations[0], reading.generations[-1]
             if not identities.judge(known, home):
                 known = await self._identify(claim, home)
             elif await self._made(scope.tenant, view):
-                return self._judge(target, reading.entry, view, scope.tenant, scope)
+                return self._judge(target, reading.entry, view, scope.tenant, known, claim.home)
         return Bypass("unstable")
+
+    def _covered(self, policy: Policy) -> bool:
+        """Whether no write to what the answer depends on, or what decides who may see it, can be missed."""
+        rounds = self._rounds
+        return rounds is None or (rounds.covers(policy.tables) and rounds.covers(self._identities.resolver.tables))
+
+    async def _read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
+        """Read from the store. Raises ``_Fenced`` unless the fence held before vouches for what came back."""
+        rounds = self._rounds
+        if rounds is None:
+            return await self._store.read(entry, wanted)
+        fence = rounds.fence  # before the request is sent: one granted later knows of writes that the reply does not
+        if not fence.allows(fence.server, rounds.clock()):
+            raise _Fenced
+        reading = await self._store.read(entry, wanted)
+        if not fence.allows(reading.generations[0].server, rounds.clock()):
+            raise _Fenced
+        return reading
 
     async def _identify(self, claim: Claim, home: Generation) -> Known | None:
         """Read the scope under a capture from this view of its home; None when that generation had to be made first."""
@@ -171,14 +234,16 @@ class Lookup:
         nonce = secrets.token_hex(8).encode("ascii")
         await self._store.open(keys.generation_key(tenant), nonce=nonce, ttl_ms=self._generation_ttl_ms)
 
-    def _judge(self, target: Target, data: bytes | None, view: Generation, tenant: str, scope: Scope | None) -> Look:
+    def _judge(
+        self, target: Target, data: bytes | None, view: Generation, tenant: str, known: Known | None, home: str = ""
+    ) -> Look:
         certificate = view.certificate()
         assert certificate is not None
         entry = None if data is None else entries.decode(data)
         valid = (
             entry is not None and entry.digest == target.digest and view.judge(entry.certificate, target.tags) is Verdict.VALID
         )
-        return Look(target, view, certificate, entry if valid else None, data is not None and not valid, tenant, scope)
+        return Look(target, view, certificate, entry if valid else None, data is not None and not valid, tenant, known, home)
 
 
 def as_parameters(values: Mapping[str, object]) -> tuple[tuple[str, str, str], ...]:

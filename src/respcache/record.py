@@ -10,9 +10,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from respcache.core.fence import Outcome
 from respcache.core.identity import Scope
 
 _ticks = itertools.count(1)
+_BY_SEVERITY = tuple(Outcome)
 
 
 def tick() -> int:
@@ -39,8 +41,8 @@ class Record:
     wrote: bool = False
     open: set[Any] = field(default_factory=set)
     sessions: list[Any] = field(default_factory=list)
-    bumps: list[Awaitable[bool]] = field(default_factory=list)
-    confirmed: bool = True
+    bumps: list[Awaitable[Outcome]] = field(default_factory=list)
+    outcome: Outcome = Outcome.CONFIRMED
 
     def nested(self) -> "Record":
         """Begin a fill within this request: its own reads, the same transactions and bumps."""
@@ -57,10 +59,14 @@ class Record:
             self.reads.old_snapshot |= inner.reads.old_snapshot
 
     async def settle(self) -> None:
-        """Wait until the store has answered every bump of this request so far, or given up on it; remember which."""
+        """Wait until every write of this request so far may be acknowledged; remember what became of its invalidation."""
         while self.bumps:
-            if not await self.bumps.pop(0):
-                self.confirmed = False
+            self.note(await self.bumps.pop(0))
+
+    def note(self, outcome: Outcome) -> None:
+        """Remember the worst of what became of this request's invalidations."""
+        if _BY_SEVERITY.index(outcome) > _BY_SEVERITY.index(self.outcome):
+            self.outcome = outcome
 
 
 current: ContextVar[Record | None] = ContextVar("respcache_record", default=None)

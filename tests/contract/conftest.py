@@ -63,25 +63,25 @@ class MemorySubject:
         self.store = MemoryStore(clock=lambda: self.now)
 
     def keys(self) -> set[str]:
-        return {key for key, (_, expires) in self.store._values.items() if expires > self.now}
+        return {key for key, (_, expires) in self.store.server.values.items() if expires > self.now}
 
     def ttl_ms(self, key: str) -> float:
-        return (self.store._values[key][1] - self.now) * 1000
+        return (self.store.server.values[key][1] - self.now) * 1000
 
     def lose(self, key: str) -> None:
         self.store.delete(key)
 
     def lose_field(self, key: str, field: str) -> None:
-        self.store._values[key][0].pop(field)
+        self.store.server.values[key][0].pop(field)
 
     def spoil(self, key: str, field: str) -> None:
-        self.store._values[key][0][field] = b"x"
+        self.store.server.values[key][0][field] = b"x"
 
     def lose_all(self) -> None:
-        self.store._values.clear()
+        self.store.server.values.clear()
 
     async def expire(self, key: str) -> None:
-        self.now = self.store._values[key][1]
+        self.now = self.store.server.values[key][1]
 
     async def restart(self, *, keep_data: bool) -> None:
         self.store.restart(keep_data=keep_data)

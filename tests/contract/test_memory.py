@@ -25,4 +25,4 @@ async def test_the_least_recently_used_key_goes_first_also_when_it_is_a_generati
     assert reading.entry is None
     assert reading.generations[0].judge(certificate, [FLOOR]) is Verdict.NO_GENERATION
     assert [(await store.read(name, [])).entry for name in ("one", "three", "four")] == [b"x"] * 3
-    assert store.evicted == 2
+    assert store.server.evicted == 2

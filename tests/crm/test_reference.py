@@ -18,6 +18,7 @@ from respcache import Cache
 from respcache.core import errors, keys
 from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
+from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
 
 from .conftest import MODULES, Crm
@@ -28,7 +29,7 @@ PAGE = (ROOT / "docs" / "reference.md").read_text()
 DIGEST = bytes(range(16))
 OPTIONS = {
     "Cache": Cache, "RedisStore": respcache.RedisStore, "MemoryStore": respcache.MemoryStore, "cache_list": respcache.cache_list,
-    "watch": watch, "get_or_set": Cache.get_or_set,
+    "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set,
 }  # fmt: skip
 OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORECASE)
 
@@ -79,7 +80,7 @@ def test_keys_are_those_that_the_code_builds() -> None:
     listed.pop("key", None)
     built = {
         keys.entry_key("abc", "leads", "count", DIGEST), keys.lease_key("abc", "leads", "count", DIGEST),
-        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.KILL_SWITCH_KEY,
+        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.KILL_SWITCH_KEY, keys.EPOCH_KEY,
     }  # fmt: skip
     filled = set()
     for pattern in listed:

@@ -707,7 +707,7 @@ async def test_no_store_accident_brings_old_data_back(life: str) -> None:
         if life == "generation evicted":
             store.delete(generation_key("public"))
         elif life == "flushed":
-            store._values.clear()
+            store.server.values.clear()
         else:
             store.restart(keep_data=life == "restarted with old data")
         assert (await http.get("/things")).json()["value"] == 1

@@ -1,4 +1,7 @@
-"""How alembic reaches the database: over asyncpg, the one driver that we have."""
+"""How alembic reaches the database: over asyncpg, the one driver that we have. With ``--sql`` it prints instead.
+
+The address is that of ``crm.migrations.configuration``, or ``DATABASE_URL`` for alembic's own command line.
+"""
 
 import asyncio
 
@@ -6,19 +9,40 @@ from alembic import context
 from sqlalchemy import Connection, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from crm.caching import watched_tables
 from crm.models import Base
+from crm.settings import Settings
+from respcache import ConfigurationError
+from respcache.writes.alembic import include_name
+
+
+def database_url() -> str:
+    """Return the address of the database."""
+    given: str | None = context.config.attributes.get("database_url")
+    if given is not None:
+        return given
+    configured = Settings().database_url
+    if configured is None:
+        raise ConfigurationError("DATABASE_URL is needed")
+    return configured.get_secret_value()
 
 
 def run(connection: Connection) -> None:
     """Run the steps in one transaction."""
-    context.configure(connection=connection, target_metadata=Base.metadata, compare_type=True)
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        compare_type=True,
+        include_name=include_name,
+        respcache_tables=watched_tables(),
+    )
     with context.begin_transaction():
         context.run_migrations()
 
 
 async def connect_and_run() -> None:
-    """Open the database named by ``crm.migrations.configuration``."""
-    engine = create_async_engine(context.config.attributes["database_url"], poolclass=pool.NullPool)
+    """Open the database and run the steps in it."""
+    engine = create_async_engine(database_url(), poolclass=pool.NullPool)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(run)
@@ -27,4 +51,14 @@ async def connect_and_run() -> None:
         await engine.dispose()
 
 
-asyncio.run(connect_and_run())
+def print_statements() -> None:
+    """Print what the steps would run."""
+    context.configure(dialect_name="postgresql", literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+if context.is_offline_mode():
+    print_statements()
+else:
+    asyncio.run(connect_and_run())

@@ -46,12 +46,15 @@ async def health(request: Request) -> Response:
     cache: Cache = request.app.state.cache
     database = await _database_answers(request)
     state = "none" if cache.store is None else "up" if cache.store.available else "down"
-    data = {
-        "database": "up" if database else "down",
-        "cache": state,
-        "cache_enabled": cache.enabled,
-        "invalidations_pending": len(cache.pending_tenants),
-    }
+    data: dict[str, Any] = {"database": "up" if database else "down", "cache": state, "cache_enabled": cache.enabled}
+    if cache.rounds is not None:
+        fence = cache.rounds.to_dict()
+        data |= {
+            "invalidations_pending": fence["pending_rows"],
+            "oldest_pending_s": fence["pending_s"],
+            "fence_alive": fence["alive"],
+            "fence_age_s": fence["age_s"],
+        }
     return respond(data) if database else fail(503, "Database unavailable", data=data)
 
 

@@ -1,7 +1,7 @@
 """The epoch: a life of the whole cache. Its token is part of every generation's ``r``, so a new one invalidates everything.
 
-Its record stands in the store under ``respcache:~inc``. Why there is one, and what will make it, is
-``docs/decisions/0003-no-lost-invalidation.md``; nothing makes one yet, and without one the token is empty.
+Its record stands in the store under ``respcache:~inc``. ``fence.py`` says why there is one, ``writes/rounds.py`` makes it;
+without an outbox there is none and the token is empty.
 """
 
 import re
@@ -19,6 +19,11 @@ class Cursor:
     taken_at: float
     """Seconds since 1970, by the database's clock."""
 
+    @property
+    def xmin(self) -> int:
+        """Every transaction before this one had ended."""
+        return int(self.snapshot.partition(":")[0])
+
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
@@ -28,6 +33,11 @@ class Epoch:
     identity: str
     incarnation: str
     cursor: Cursor
+
+    @property
+    def server(self) -> str:
+        """What a generation of this epoch records as its ``r``."""
+        return f"{self.token}:{self.identity}"
 
     def encode(self) -> str:
         """Return the record that the store keeps: fields separated by blanks, token and identity first."""

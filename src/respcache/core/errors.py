@@ -7,6 +7,7 @@ RespcacheError
 ├── UndeclaredRead         a cached read selected from a table that it does not declare (only with strict_reads)
 ├── AckBarrierOverflow     a response outgrew the buffer while its transaction was still open: commit earlier
 ├── InvalidationPending    ``settled()`` gave up waiting: the write is safe, its invalidation is retried
+├── OutboxError            the database did not do what a round asked: caught inside the library, never reaches a request
 └── StoreError             anything the store did wrong: caught inside the library, never reaches a request
     ├── StoreUnavailable   no usable connection, or the deadline passed
     └── StoreReplyError    the server answered with an error
@@ -39,6 +40,10 @@ class AckBarrierOverflow(RespcacheError):
 
 class InvalidationPending(RespcacheError):
     """Not every invalidation was confirmed in time; they are still being retried."""
+
+
+class OutboxError(RespcacheError):
+    """The outbox could not be read or changed; nothing is served from the cache until it can."""
 
 
 class StoreError(RespcacheError):

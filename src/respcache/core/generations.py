@@ -25,8 +25,7 @@ bump. The reader evaluates the three conditions on a generation that it reads af
     that creation, so after COMMIT.
 
 So entries certify themselves: storing one may be lost, delayed, repeated, reordered, rolled back or evicted, and
-nothing stale can be served. Only the bump must not be lost: docs/decisions/0003 is how that
-will never happen.
+nothing stale can be served. Only the bump must not be lost: ``fence.py`` is why it never is.
 
 Why each part is there:
 
@@ -41,10 +40,9 @@ Why each part is there:
   * a certificate is joined (a caller waits for somebody else's fill) only if it is valid for the joiner's own view of
     the generation, taken after the joiner's request began: condition 3 again.
 
-Without rounds (they are not part of the library yet; databases other than PostgreSQL will never have them) there is no
-fence: when a bump cannot be confirmed, the answer of the write says so, this process bypasses that tenant and retries with
-the floor ``*``; other processes may serve the old state until the retry lands, and if the writing process dies first, until
-the entry's time to live.
+Without an outbox (applications whose data is not in PostgreSQL) there is no fence: when a bump cannot be confirmed, the
+answer of the write says so, this process bypasses that tenant and retries with the floor ``*``; other processes may serve the
+old state until the retry lands, and if the writing process dies first, until the entry's time to live.
 
 Model-checked as core.pml; the mutants NONONCE, NORCHECK, CAPLATE, BUMPFIRST and JOINANY of that model are the rules
 above, each left out once.

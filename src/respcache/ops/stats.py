@@ -52,12 +52,13 @@ class Figures:
 class Stats:
     """Figures per tenant and module. The number of tenants is bounded; the number of modules is the application's."""
 
-    __slots__ = ("_tenants", "errors", "stale_served", "unconfirmed_invalidations")
+    __slots__ = ("_tenants", "acknowledgements_delayed", "errors", "stale_served", "unconfirmed_invalidations")
 
     def __init__(self) -> None:
         self._tenants: dict[str, dict[str, Figures]] = {}
         self.errors = 0
         self.unconfirmed_invalidations = 0
+        self.acknowledgements_delayed = 0
         self.stale_served = 0
 
     def of(self, tenant: str | None, module: str) -> Figures:

@@ -224,7 +224,7 @@ class Connection(asyncio.Protocol):
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
                 raise _refusal(reply)
-        info = {**_fields(replies[2]), **_fields(replies[3])}
+        info = {**fields_of(replies[2]), **fields_of(replies[3])}
         if info.get("loading") != "0":  # a server that loads its data answers INFO, and nothing that we need
             raise Refused("the server is loading its data")
         if info.get("role") != "master" or not info.get("master_replid"):
@@ -237,7 +237,8 @@ def as_text(reply: Any) -> str:
     return reply.decode("utf-8", "replace") if isinstance(reply, bytes) else str(reply)
 
 
-def _fields(info: Any) -> dict[str, str]:
+def fields_of(info: Any) -> dict[str, str]:
+    """Read the reply to INFO: names and values."""
     return dict(line.split(":", 1) for line in as_text(info).splitlines() if ":" in line)
 
 

@@ -1,6 +1,9 @@
 """A store in the memory of one process: for tests, examples and applications of a single process.
 
 The same semantics as a server, time to live and eviction included; the contract tests hold both to it. It owns no tasks.
+
+``MemoryServer`` is what a server does with a command, ``MemoryStore`` a client of it. Several clients may share one server, as
+processes share theirs; the simulator of ``tests/simulation`` puts a network between the two.
 """
 
 import secrets
@@ -18,17 +21,138 @@ from respcache.stores.base import Lease, Reading, ServerInfo
 MAX_KEYS = 10_000
 
 
-class MemoryStore:
-    """Keeps at most ``max_keys`` keys, least recently used out first. ``clock`` returns seconds and never goes back."""
+class MemoryServer:
+    """The keys and the identity of one server life; each method is one atomic command. Never waits, never raises.
+
+    Keeps at most ``max_keys`` keys, least recently used out first. ``clock`` returns seconds and never goes back. ``prefix``
+    is that of the client's epoch, as in the scripts of ``lua/``.
+    """
 
     def __init__(self, *, max_keys: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic) -> None:
+        self.identity = secrets.token_hex(8)
+        self.values: OrderedDict[str, tuple[Any, float]] = OrderedDict()
+        """Of each key: its value and when it ends. Values are never changed in place, so a copy of this is a dump."""
+        self.evicted = 0
         self._clock = clock
         self._max_keys = max_keys
-        self._identity = secrets.token_hex(8)
-        self._values: OrderedDict[str, tuple[Any, float]] = OrderedDict()
+
+    def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]], *, server: str) -> Reading:
+        """See ``Store.read``. ``server`` is what the client's connection knows of us."""
+        found = None if entry is None else self._get(entry)
+        return Reading(found, tuple(self._view(generation, tags, server) for generation, tags in wanted))
+
+    def open(self, generation: str, *, nonce: bytes, ttl_ms: int, prefix: str) -> Generation:
+        """See ``Store.open``."""
+        server = prefix + self.identity
+        fields = self._get(generation)
+        if not _usable(fields, server):
+            fields = {"n": nonce, "r": server.encode(), "s": b"0"}
+        self._set(generation, fields, ttl_ms)
+        return self._view(generation, (), server)
+
+    def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str], prefix: str) -> str:
+        """See ``Store.bump``."""
+        server = prefix + self.identity
+        fields = self._get(generation)
+        if fields is None:
+            return server
+        if not _usable(fields, server):
+            del self.values[generation]
+            return server
+        ring = fields.get("x", b"").decode().split()
+        new = [row for row in rows if row not in ring]
+        if new or not rows:
+            sequence = str(int(fields["s"]) + 1).encode()
+            fields = {**fields, "s": sequence, **dict.fromkeys(tags, sequence)}
+            if new:
+                fields["x"] = " ".join([*ring, *new][-RING_ROWS:]).encode()
+            if len(fields) > MAX_FIELDS:
+                fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
+        self._set(generation, fields, ttl_ms)
+        return server
+
+    def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+        """See ``Store.epoch``."""
+        record = self._get(EPOCH_KEY)
+        held = decode_epoch(record) if isinstance(record, str) else None
+        if proposed is not None and (held is None or held.identity != self.identity or held.token == replacing):
+            self._set(EPOCH_KEY, proposed.encode(), ttl_ms)
+            held = proposed
+        return held, self.identity
+
+    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+        """See ``Store.put``."""
+        self._set(entry, envelope, ttl_ms)
+        fields = self._get(generation)
+        if fields is not None:
+            self._set(generation, fields, generation_ttl_ms)
+
+    def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None) -> Lease:
+        """See ``Store.lease``."""
+        held: Lease | None = self._get(key)
+        if held is not None and held.token != replacing:
+            return held
+        self._set(key, lease, ttl_ms)
+        return lease
+
+    def release(self, key: str, token: str) -> None:
+        """See ``Store.release``."""
+        held: Lease | None = self._get(key)
+        if held is not None and held.token == token:
+            del self.values[key]
+
+    def switch(self, off: bool | None) -> bool:
+        """See ``Store.switch``."""
+        if off:
+            self.values[KILL_SWITCH_KEY] = (b"1", float("inf"))
+        elif off is False:
+            self.values.pop(KILL_SWITCH_KEY, None)
+        return self._get(KILL_SWITCH_KEY) is not None
+
+    def info(self) -> ServerInfo:
+        """See ``Store.info``."""
+        return ServerInfo(f"evicted_keys:{self.evicted}\r\n", f"keys:{len(self.values)}\r\n")
+
+    def restart(self, *, keep_data: bool) -> None:
+        """Become another server life, with the old data or without: what a crash, a failover or a restored dump does."""
+        self.identity = secrets.token_hex(8)
+        if not keep_data:
+            self.values.clear()
+
+    def delete(self, key: str) -> None:
+        """Lose a key, as by eviction."""
+        self.values.pop(key, None)
+
+    def _view(self, generation: str, tags: Sequence[str], server: str) -> Generation:
+        return read_generation(_values(self._get(generation), tags), tags, server=server)
+
+    def _get(self, key: str) -> Any:
+        value, expires = self.values.get(key, (None, 0.0))
+        if value is None:
+            return None
+        if expires <= self._clock():
+            del self.values[key]
+            return None
+        self.values.move_to_end(key)
+        return value
+
+    def _set(self, key: str, value: Any, ttl_ms: int) -> None:
+        self.values[key] = (value, self._clock() + ttl_ms / 1000)
+        self.values.move_to_end(key)
+        while len(self.values) > self._max_keys:
+            self.values.popitem(last=False)
+            self.evicted += 1
+
+
+class MemoryStore:
+    """A client of a server in memory: of its own, with ``max_keys`` and ``clock``, or of the one that is given."""
+
+    def __init__(
+        self, server: MemoryServer | None = None, *, max_keys: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.server = MemoryServer(max_keys=max_keys, clock=clock) if server is None else server
         self._open = True
         self._prefix = ""
-        self.evicted = 0
 
     @property
     def available(self) -> bool:
@@ -41,49 +165,20 @@ class MemoryStore:
 
     async def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
         """See ``Store.read``."""
-        self._check()
-        found = None if entry is None else self._get(entry)
-        return Reading(found, tuple(self._view(generation, tags) for generation, tags in wanted))
+        server = self._reach()
+        return server.read(entry, wanted, server=self._prefix + server.identity)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""
-        self._check()
-        fields = self._get(generation)
-        if not self._usable(fields):
-            fields = {"n": nonce, "r": self._server.encode(), "s": b"0"}
-        self._set(generation, fields, ttl_ms)
-        return self._view(generation, ())
+        return self._reach().open(generation, nonce=nonce, ttl_ms=ttl_ms, prefix=self._prefix)
 
     async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """See ``Store.bump``."""
-        self._check()
-        fields = self._get(generation)
-        if fields is None:
-            return self._server
-        if not self._usable(fields):
-            del self._values[generation]
-            return self._server
-        ring = fields.get("x", b"").decode().split()
-        new = [row for row in rows if row not in ring]
-        if new or not rows:
-            sequence = str(int(fields["s"]) + 1).encode()
-            fields = {**fields, "s": sequence, **dict.fromkeys(tags, sequence)}
-            if new:
-                fields["x"] = " ".join([*ring, *new][-RING_ROWS:]).encode()
-            if len(fields) > MAX_FIELDS:
-                fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
-        self._set(generation, fields, ttl_ms)
-        return self._server
+        return self._reach().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=self._prefix)
 
     async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""
-        self._check()
-        record = self._get(EPOCH_KEY)
-        held = decode_epoch(record) if isinstance(record, str) else None
-        if proposed is not None and (held is None or held.identity != self._identity or held.token == replacing):
-            self._set(EPOCH_KEY, proposed.encode(), ttl_ms)
-            held = proposed
-        return held, self._identity
+        return self._reach().epoch(proposed, replacing=replacing, ttl_ms=ttl_ms)
 
     def adopt(self, token: str) -> None:
         """See ``Store.adopt``."""
@@ -91,87 +186,46 @@ class MemoryStore:
 
     def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
         """See ``Store.put``."""
-        if not self._open:
-            return
-        self._set(entry, envelope, ttl_ms)
-        fields = self._get(generation)
-        if fields is not None:
-            self._set(generation, fields, generation_ttl_ms)
+        if self._open:
+            self.server.put(entry, envelope, ttl_ms=ttl_ms, generation=generation, generation_ttl_ms=generation_ttl_ms)
 
     async def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None) -> Lease:
         """See ``Store.lease``."""
-        self._check()
-        held: Lease | None = self._get(key)
-        if held is not None and held.token != replacing:
-            return held
-        self._set(key, lease, ttl_ms)
-        return lease
+        return self._reach().lease(key, lease, ttl_ms=ttl_ms, replacing=replacing)
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
-        held: Lease | None = self._get(key)
-        if held is not None and held.token == token:
-            del self._values[key]
+        self.server.release(key, token)
 
     async def switch(self, off: bool | None = None) -> bool:
         """See ``Store.switch``."""
-        self._check()
-        if off:
-            self._values[KILL_SWITCH_KEY] = (b"1", float("inf"))
-        elif off is False:
-            self._values.pop(KILL_SWITCH_KEY, None)
-        return self._get(KILL_SWITCH_KEY) is not None
+        return self._reach().switch(off)
 
     async def info(self) -> ServerInfo:
         """See ``Store.info``."""
-        self._check()
-        return ServerInfo(f"evicted_keys:{self.evicted}\r\n", f"keys:{len(self._values)}\r\n")
+        return self._reach().info()
 
     async def close(self) -> None:
         """See ``Store.close``."""
         self._open = False
 
     def restart(self, *, keep_data: bool) -> None:
-        """Become another server life, with the old data or without: what a crash, a failover or a restored dump does."""
-        self._identity = secrets.token_hex(8)
-        if not keep_data:
-            self._values.clear()
+        """Have the server become another life."""
+        self.server.restart(keep_data=keep_data)
 
     def delete(self, key: str) -> None:
-        """Lose a key, as by eviction."""
-        self._values.pop(key, None)
+        """Have the server lose a key, as by eviction."""
+        self.server.delete(key)
 
-    @property
-    def _server(self) -> str:
-        return self._prefix + self._identity
-
-    def _check(self) -> None:
+    def _reach(self) -> MemoryServer:
         if not self._open:
             raise StoreUnavailable("the memory store is closed")
+        return self.server
 
-    def _usable(self, fields: dict[str, bytes] | None) -> bool:
-        """Whether a generation is whole and of this server life."""
-        return read_generation(_values(fields), (), server=self._server).certificate() is not None
 
-    def _view(self, generation: str, tags: Sequence[str]) -> Generation:
-        return read_generation(_values(self._get(generation), tags), tags, server=self._server)
-
-    def _get(self, key: str) -> Any:
-        value, expires = self._values.get(key, (None, 0.0))
-        if value is None:
-            return None
-        if expires <= self._clock():
-            del self._values[key]
-            return None
-        self._values.move_to_end(key)
-        return value
-
-    def _set(self, key: str, value: Any, ttl_ms: int) -> None:
-        self._values[key] = (value, self._clock() + ttl_ms / 1000)
-        self._values.move_to_end(key)
-        while len(self._values) > self._max_keys:
-            self._values.popitem(last=False)
-            self.evicted += 1
+def _usable(fields: dict[str, bytes] | None, server: str) -> bool:
+    """Whether a generation is whole and of this server life."""
+    return read_generation(_values(fields), (), server=server).certificate() is not None
 
 
 def _values(fields: dict[str, bytes] | None, tags: Sequence[str] = ()) -> list[bytes | None]:

@@ -16,7 +16,7 @@ from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreReplyError, StoreUnavailable
 from respcache.core.generations import MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
 from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
-from respcache.resp.connection import FATAL_ERRORS, Command, as_text
+from respcache.resp.connection import FATAL_ERRORS, Command, as_text, fields_of
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
 from respcache.stores.base import Lease, Reading, ServerInfo
@@ -90,10 +90,12 @@ class RedisStore:
         return prefix + as_text(identity)
 
     async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
-        """See ``Store.epoch``: GET, or one script."""
+        """See ``Store.epoch``: INFO and GET, or one script."""
         if proposed is None:
-            replies, identity = await self._link.execute(("GET", EPOCH_KEY))
-            record = _ours(replies[0])
+            replies, learnt = await self._link.execute(("INFO", "replication"), ("GET", EPOCH_KEY))
+            identity = fields_of(_good(replies[0])).get("master_replid", "")
+            self._compare(identity, learnt)
+            record = _ours(replies[1])
             return (None if record is None else decode_epoch(as_text(record))), identity
         (named, record), learnt = await self._run(self._epoch, EPOCH_KEY, proposed.encode(), replacing, ttl_ms)
         self._compare(as_text(named), learnt)

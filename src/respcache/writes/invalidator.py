@@ -1,23 +1,29 @@
-"""Sends the bumps of committed writes, says which are confirmed, and never forgets the others.
+"""Sends the bumps of committed writes, says what became of them, and never forgets the others.
 
-A bump runs in a task of its own: a request that is cancelled after its COMMIT cannot take it along. A tenant whose bump
-was not confirmed is *vetoed*: this process neither serves nor stores anything of that tenant until the floor of its
-generation has been raised, which is tried until it succeeds. Other processes may serve that tenant's old entries until
-then (docs/decisions/0003 is how that will end).
+A bump runs in a task of its own: a request that is cancelled after its COMMIT cannot take it along.
+
+With an outbox (``rounds``), a bump that was not confirmed need not be remembered: its rows are in the database, and nothing
+is served from the cache before a round has found them. The answer of the write waits for that, or until no fence is alive.
+
+Without one, a tenant whose bump was not confirmed is *vetoed*: this process neither serves nor stores anything of that tenant
+until the floor of its generation has been raised, which is tried until it succeeds. Other processes may serve that tenant's
+old entries until then.
 """
 
 import asyncio
 import logging
 import random
 import threading
-from collections.abc import Awaitable, Collection, Mapping
+from collections.abc import Awaitable, Collection, Coroutine, Mapping
 from typing import Any
 
-from respcache.core.errors import InvalidationPending, StoreError
+from respcache.core.errors import InvalidationPending, OutboxError, StoreError
+from respcache.core.fence import Due, Outcome, by_tenant
 from respcache.core.generations import FLOOR, collapse
-from respcache.core.keys import generation_key
+from respcache.core.keys import EVERYBODY, generation_key
 from respcache.ops.stats import Stats
 from respcache.stores.base import Store
+from respcache.writes.rounds import Rounds, Rows
 
 log = logging.getLogger("respcache")
 
@@ -31,12 +37,13 @@ Changes = Mapping[str, Collection[str]]
 class Invalidator:
     """Bumps generations after commits. One per cache, bound to the event loop in which ``start`` was called."""
 
-    def __init__(self, store: Store, *, generation_ttl_ms: int, stats: Stats) -> None:
+    def __init__(self, store: Store, *, generation_ttl_ms: int, stats: Stats, rounds: Rounds | None = None) -> None:
         self._store = store
         self._ttl_ms = generation_ttl_ms
         self._stats = stats
+        self._rounds = rounds
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: set[asyncio.Future[bool]] = set()
+        self._tasks: set[asyncio.Future[Outcome]] = set()
         self._lock = threading.Lock()
         self._in_flight = 0
         self._pending: dict[str, int] = {}  # tenant -> how often it failed; bounded by the tenants that wrote in an outage
@@ -58,31 +65,32 @@ class Invalidator:
         if self._pending:
             self._retry()
 
-    def bump(self, changes: Changes) -> Awaitable[bool] | None:
-        """Begin to bump, from any thread; await the result in the cache's loop: whether the store confirmed all of it.
+    def bump(self, changes: Changes) -> Awaitable[Outcome] | None:
+        """Begin to bump, from any thread; await in the cache's loop what becomes of it. One round trip, all tenants at once.
 
-        One round trip, all tenants at once. To be called after COMMIT returned. None without a running cache: the
-        tenants then stay vetoed until there is one.
+        With an outbox, rows are left there first. None without a running cache: the tenants then stay vetoed until there is
+        one.
         """
         tags = {tenant: collapse(names) for tenant, names in changes.items() if names}
-        loop = self._loop
-        if loop is None or loop.is_closed():
+        if not self._started():
             with self._lock:
                 for tenant in tags:
                     self._pending[tenant] = self._pending.get(tenant, 0) + 1
             return None
-        with self._lock:
-            self._in_flight += 1
-        if _running_loop() is loop:
-            task: asyncio.Future[bool] = asyncio.ensure_future(self._send(tags))
-        else:
-            task = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._send(tags), loop), loop=loop)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._begin(self._send(tags) if self._rounds is None else self._note(self._rounds, tags))
+
+    def committed(self, rows: Rows | None) -> Awaitable[Outcome] | None:
+        """Begin to bump what a transaction left in the outbox; to be called, from any thread, after its COMMIT returned.
+
+        None for ``rows`` means that they are not known (a COMMIT that raised, AUTOCOMMIT): a round has to find them. Without
+        a running cache there is nothing to do: the rows are in the outbox.
+        """
+        rounds = self._rounds
+        assert rounds is not None
+        return self._begin(self._apply(rounds, rows, rounds.clock())) if self._started() else None
 
     async def settled(self, *, timeout_s: float) -> None:
-        """Return when every bump so far is confirmed. Raises ``InvalidationPending`` when that takes longer."""
+        """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when that takes longer."""
         if self._in_flight == 0 and not self._pending:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -98,38 +106,91 @@ class Invalidator:
             if self._loop is not None:
                 await self.settled(timeout_s=timeout_s)
         except InvalidationPending as error:
-            log.error("closing with unconfirmed invalidations (%s): other processes may serve old data until it expires", error)
+            if self._pending:
+                log.error(
+                    "closing with unconfirmed invalidations (%s): other processes may serve old data until it expires", error
+                )
         tasks: list[asyncio.Future[Any]] = [*self._tasks, *([self._retrying] if self._retrying else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._loop = None
 
-    async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> bool:
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+
+    def _started(self) -> bool:
+        return self._loop is not None and not self._loop.is_closed()
+
+    def _begin(self, sending: Coroutine[Any, Any, Outcome]) -> Awaitable[Outcome]:
+        loop = self._loop
+        assert loop is not None
+        with self._lock:
+            self._in_flight += 1
+        counted = self._counted(sending)
+        if _running_loop() is loop:
+            task: asyncio.Future[Outcome] = asyncio.ensure_future(counted)
+        else:
+            task = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(counted, loop), loop=loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _counted(self, sending: Coroutine[Any, Any, Outcome]) -> Outcome:
+        try:
+            return await sending
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+            self._tell_waiters()
+
+    # -- with an outbox ------------------------------------------------------------------------------------------------
+
+    async def _note(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]]) -> Outcome:
+        """Make bumps that no transaction has left rows for as durable as the others, then apply them."""
+        try:
+            rows = await rounds.outbox.note([(tenant, tag) for tenant, names in tags.items() for tag in names])
+        except OutboxError as error:
+            log.warning("an invalidation cannot be kept in the database (%s)", error)
+            return await self._send(tags)
+        return await self._apply(rounds, rows, rounds.clock())
+
+    async def _apply(self, rounds: Rounds, rows: Rows | None, since: float) -> Outcome:
+        """Bump, and tell when the write may be acknowledged. ``since``: a moment after its COMMIT."""
+        if rows is not None and not any(tenant == EVERYBODY for tenant, _, _ in rows):
+            due = by_tenant(rows)
+            servers = await asyncio.gather(*(self._bump_one(tenant, one) for tenant, one in due.items()))
+            fence, now = rounds.fence, rounds.clock()
+            if len(set(servers)) == 1 and servers[0] is not None:
+                rounds.applied(rows, servers[0])
+            if all(server is not None and fence.allows(server, now) for server in servers):
+                return Outcome.CONFIRMED
+            self._stats.unconfirmed_invalidations += servers.count(None)
+        self._stats.acknowledgements_delayed += 1
+        return await rounds.safe(since)
+
+    # -- without one ---------------------------------------------------------------------------------------------------
+
+    async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> Outcome:
         failed = list(tags)
         try:
-            results = await asyncio.gather(*(self._bump_one(tenant, names) for tenant, names in tags.items()))
-            failed = [tenant for tenant, confirmed in zip(tags, results, strict=True) if not confirmed]
+            servers = await asyncio.gather(*(self._bump_one(tenant, Due(names)) for tenant, names in tags.items()))
+            failed = [tenant for tenant, server in zip(tags, servers, strict=True) if server is None]
         finally:
             for tenant in failed:
                 self._pending[tenant] = self._pending.get(tenant, 0) + 1
-            with self._lock:
-                self._in_flight -= 1
             self._stats.unconfirmed_invalidations += len(failed)
             if failed:
                 self._retry()
-            else:
-                self._tell_waiters()
-        return not failed
+        return Outcome.PENDING if failed else Outcome.CONFIRMED
 
-    async def _bump_one(self, tenant: str, tags: tuple[str, ...]) -> bool:
+    async def _bump_one(self, tenant: str, due: Due) -> str | None:
+        """Bump one tenant; returns the server life that confirmed it, or None."""
         try:
-            await self._store.bump(generation_key(tenant), tags=tags, ttl_ms=self._ttl_ms)
+            return await self._store.bump(generation_key(tenant), tags=due.tags, ttl_ms=self._ttl_ms, rows=due.rows)
         except StoreError as error:
-            if tenant not in self._pending:
+            if self._rounds is None and tenant not in self._pending:
                 log.warning("invalidation of tenant %s is not confirmed (%s); bypassing it until it is", tenant, error)
-            return False
-        return True
+            return None
 
     def _retry(self) -> None:
         if self._loop is not None and (self._retrying is None or self._retrying.done()):
@@ -143,7 +204,7 @@ class Invalidator:
             for tenant, failures in tuple(self._pending.items()):
                 if not self._store.available:
                     break
-                if not await self._bump_one(tenant, (FLOOR,)):
+                if await self._bump_one(tenant, Due((FLOOR,))) is None:
                     continue  # one key that the server refuses must not hold up the other tenants
                 delay = RETRY_FIRST_S
                 if self._pending.get(tenant) == failures:  # another write may have failed while this bump was on its way

@@ -4,6 +4,9 @@ Seen are the ORM's unit of work, bulk and Core statements of every session and c
 that changes data is refused unless it says what it changes (``execution_options(respcache_writes=("accounts",),
 respcache_tenant=...)``). Not seen: other engines, COPY through the driver, functions that write when selected, psql.
 
+With an outbox (``Cache(outbox=...)``) the database's triggers see all of that; then the hooks only make it fast. They note
+*that* a transaction may write, so that its answer waits, and ask before COMMIT which rows its statements left in the outbox.
+
 A change is told after the outermost COMMIT has returned, or has raised (its outcome is then unknown). SQLAlchemy's events do
 not offer that moment: the engine's ``commit`` is dispatched before the COMMIT is sent, the session's ``after_commit`` also
 for a savepoint and for a session that joined somebody else's transaction. So the dialect's own ``do_commit`` is wrapped:
@@ -23,6 +26,7 @@ from sqlalchemy.orm import Session, object_mapper
 from respcache.core.errors import ConfigurationError, UndeclaredWrite
 from respcache.core.keys import SHARED
 from respcache.record import Record, current, tick
+from respcache.writes.rounds import Rows
 from respcache.writes.statements import Change, Facts, Schema
 
 if TYPE_CHECKING:
@@ -41,14 +45,20 @@ class Transaction:
     """One database transaction: since when, and what it changed, by tenant."""
 
     began: int = field(default_factory=tick)
+    wrote: bool = False
     changes: dict[str, set[str]] = field(default_factory=dict)
     unresolved: set[str] = field(default_factory=set)
     record: Record | None = None
     session: "weakref.ref[Session] | None" = None
 
     def note(self, tenant: str, tables: Iterable[str]) -> None:
-        """Remember that rows of a tenant change; the answer of the current request has to wait for the end of this."""
+        """Remember that rows of a tenant change."""
         self.changes.setdefault(tenant, set()).update(tables)
+        self.touch()
+
+    def touch(self) -> None:
+        """Remember that something may change; the answer of the current request has to wait for the end of this."""
+        self.wrote = True
         record = current.get()
         if record is not None:
             record.wrote = True
@@ -118,23 +128,47 @@ class Watch:
 
         def ended(connection: Any, *args: Any, **options: Any) -> Any:
             transaction = _info(connection).pop(_KEY, None)
+            rows = None
             try:
-                return original(connection, *args, **options)
+                left = self._own_rows(connection, transaction) if name == "do_commit" else None
+                result = original(connection, *args, **options)
+                rows = left  # only of a COMMIT that has returned: one whose outcome is unknown may still lie ahead
             finally:
                 if transaction is not None:
-                    self._ended(transaction, committed=committed)
+                    self._ended(transaction, rows, committed=committed)
+            return result
 
         setattr(self._engine.dialect, name, ended)
 
-    def _ended(self, transaction: Transaction, *, committed: bool) -> None:
+    def _own_rows(self, connection: Any, transaction: Transaction | None) -> Rows | None:
+        """Ask which rows the transaction has left in the outbox: one round trip, for transactions that may have written.
+
+        The cursor is the driver's own, below all events. What it raises must reach the application: the transaction is then
+        aborted, and a COMMIT would roll it back without a word.
+        """
+        rounds = self._cache.rounds
+        if rounds is None or transaction is None or not transaction.wrote or not rounds.tables:
+            return None
+        cursor = connection.cursor()
+        try:
+            cursor.execute(rounds.outbox.own_rows)
+            return [tuple(row) for row in cursor.fetchall()]
+        finally:
+            cursor.close()
+
+    def _ended(self, transaction: Transaction, rows: Rows | None, *, committed: bool) -> None:
         if committed:
-            self._tell(transaction)
+            self._tell(transaction, rows)
         if transaction.record is not None:
             transaction.record.open.discard(transaction)
 
-    def _tell(self, transaction: Transaction) -> None:
-        if transaction.changes:
-            changes, transaction.changes = transaction.changes, {}
+    def _tell(self, transaction: Transaction, rows: Rows | None) -> None:
+        if not transaction.wrote:
+            return
+        changes, transaction.changes, transaction.wrote = transaction.changes, {}, False
+        if self._cache.rounds is not None:
+            self._cache.committed(rows)
+        elif changes:
             self._cache.changed(changes)
 
     # -- engine events -------------------------------------------------------------------------------------------------
@@ -147,7 +181,10 @@ class Watch:
     ) -> None:
         facts = self._facts_of(sql, context)
         transaction: Transaction = _info(connection).setdefault(_KEY, Transaction())
-        if facts.raw:
+        if self._cache.rounds is not None:
+            if facts.raw or facts.change is not None:
+                transaction.touch()
+        elif facts.raw:
             self._note_declared(transaction, sql, context.execution_options)
         elif facts.change is not None:
             self._note(transaction, facts.change, sql, context)
@@ -168,8 +205,8 @@ class Watch:
     def _tell_in_autocommit(self, connection: Connection) -> None:
         """There a statement is its own transaction: whatever is rolled back later, it stays."""
         transaction: Transaction | None = _info(connection).get(_KEY)
-        if transaction is not None and transaction.changes and _isolation(connection) == "AUTOCOMMIT":
-            self._tell(transaction)
+        if transaction is not None and transaction.wrote and _isolation(connection) == "AUTOCOMMIT":
+            self._tell(transaction, None)
 
     def _facts_of(self, sql: str, context: Any) -> Facts:
         compiled = context.compiled
@@ -242,6 +279,8 @@ class Watch:
 
     def _before_flush(self, session: Session, flush_context: Any, instances: Any) -> None:
         """Load the tenant of what changes while statements may still be sent: an expired object no longer knows it."""
+        if self._cache.rounds is not None:
+            return
         for instance in (*session.dirty, *session.deleted):
             for key, _ in self._tenant_attributes(object_mapper(instance)):
                 getattr(instance, key)

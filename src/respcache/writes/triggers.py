@@ -1,16 +1,14 @@
 """The outbox in PostgreSQL: its table and the triggers that fill it, as SQL. No I/O.
 
-For a migration::
+``writes/alembic.py`` has operations that run it, and has alembic write them. Without alembic::
 
     from respcache.writes import triggers
 
-    def upgrade() -> None:
-        triggers.create_outbox(op.execute)
-        triggers.create_triggers(op.execute, [triggers.Watched("accounts"), triggers.Watched("tenants", tenant_column="id")])
-
-    def downgrade() -> None:
-        triggers.drop_triggers(op.execute, ["accounts", "tenants"])
-        triggers.drop_outbox(op.execute)
+    triggers.create_outbox(execute)
+    triggers.create_triggers(execute, [triggers.Watched("accounts"), triggers.Watched("tenants", tenant_column="id")])
+    ...
+    triggers.drop_triggers(execute, ["accounts", "tenants"])
+    triggers.drop_outbox(execute)
 
 A statement that changes rows leaves one row per tenant, table and transaction, however many rows it changed: old and new
 tenant of an UPDATE, cascades included, and one row for everybody on TRUNCATE. A trigger names only its own table, so what
@@ -18,18 +16,20 @@ depends on a table may change without a migration. The functions run with their 
 needs no right on the outbox. The triggers fire also under ``session_replication_role = replica``, not after
 ``ALTER TABLE ... DISABLE TRIGGER``, and not for rows written straight into a partition of the table.
 
-Nothing reads the outbox or clears it yet (``docs/decisions/0003-no-lost-invalidation.md``).
+``writes/postgres.py`` reads the outbox and clears it; ``core/fence.py`` says what it is for.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from respcache.core.errors import ConfigurationError
 from respcache.core.generations import table_tag
 from respcache.core.keys import EVERYBODY, SHARED
 
 OUTBOX = "respcache_outbox"
+FENCE = "respcache_fence"
 MAX_NAME_BYTES = 63
 """PostgreSQL cuts longer names off."""
 
@@ -51,8 +51,34 @@ class Watched:
     shared: bool = False
 
 
+def watched(
+    metadata: Any,
+    tables: Iterable[str],
+    *,
+    tenant_column: str = "tenant_id",
+    tenant_is: Mapping[str, str] | None = None,
+    shared: Collection[str] = (),
+) -> list[Watched]:
+    """Say of each declared table how it is watched, by the same rules as ``writes.sqlalchemy.watch``.
+
+    ``metadata`` is SQLAlchemy's. A table without the tenant column belongs to no tenant. Raises ``ConfigurationError`` for a
+    table that is not in the metadata.
+    """
+    found = []
+    for name in sorted(set(tables)):
+        if name not in metadata.tables:
+            raise ConfigurationError(f"table {name!r} is declared by cached reads but is not in the metadata: mend its name")
+        column = (tenant_is or {}).get(name, tenant_column)
+        found.append(Watched(name, column if column in metadata.tables[name].c else None, name in shared))
+    return found
+
+
 def create_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Create the outbox: one row per transaction, tenant and tag, with an id of its own."""
+    """Create the outbox (one row per transaction, tenant and tag, with an id of its own) and the one row of the fence.
+
+    Who runs the application needs SELECT and DELETE on the outbox, SELECT and UPDATE on the fence; INSERT on the outbox too
+    where ``Cache.invalidate_*`` or ``invalidate_cache`` are used.
+    """
     execute(f"""
         CREATE TABLE {_name(schema)}.{OUTBOX} (
             xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
@@ -62,18 +88,31 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
             at timestamptz NOT NULL DEFAULT clock_timestamp(),
             PRIMARY KEY (xid, tenant, tag)
         )""")
+    execute(f"""
+        CREATE TABLE {_name(schema)}.{FENCE} (
+            one boolean PRIMARY KEY DEFAULT true CHECK (one),
+            authority text,
+            effective_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            until timestamptz NOT NULL DEFAULT clock_timestamp(),
+            horizon xid8 NOT NULL DEFAULT '0',
+            horizon_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            pruned xid8 NOT NULL DEFAULT '0'
+        )""")
+    execute(f"INSERT INTO {_name(schema)}.{FENCE} DEFAULT VALUES")
 
 
 def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Drop the outbox. Drop the triggers first: they would make every write fail."""
-    execute(f"DROP TABLE {_name(schema)}.{OUTBOX}")
+    """Drop outbox and fence: nothing is cached from then on. Drop the triggers first: they would make every write fail."""
+    execute(f"DROP TABLE {_name(schema)}.{OUTBOX}, {_name(schema)}.{FENCE}")
 
 
 def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
     """Create the triggers of these tables; also to replace them when the tenant column of a table has changed."""
     for watched in tables:
         function = f"{_name(schema)}.{_name(_function_name(watched.table))}"
-        execute(_function(watched, function, f"{_name(schema)}.{OUTBOX}"))
+        execute(f"""
+            CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
+            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $${body(watched, schema=schema)}$$""")
         table = f"{_name(schema)}.{_name(watched.table)}"
         for event in EVENTS:
             execute(f"""
@@ -88,15 +127,9 @@ def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "pub
         execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(_function_name(table))}() CASCADE")
 
 
-_TRANSITIONS = {
-    "insert": "REFERENCING NEW TABLE AS new_rows",
-    "update": "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
-    "delete": "REFERENCING OLD TABLE AS old_rows",
-    "truncate": "",
-}
-
-
-def _function(watched: Watched, function: str, outbox: str) -> str:
+def body(watched: Watched, *, schema: str = "public") -> str:
+    """Return the body of a table's function, by which a changed tenant column shows (``pg_proc.prosrc``)."""
+    outbox = f"{_name(schema)}.{OUTBOX}"
     tag = _text(table_tag(watched.table))
 
     def note(*rows: str) -> str:
@@ -112,8 +145,6 @@ def _function(watched: Watched, function: str, outbox: str) -> str:
         )
 
     return f"""
-        CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
-        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
         BEGIN
             IF TG_OP = 'INSERT' THEN {note("new_rows")}
             ELSIF TG_OP = 'UPDATE' THEN {note("old_rows", "new_rows")}
@@ -121,7 +152,15 @@ def _function(watched: Watched, function: str, outbox: str) -> str:
             ELSE INSERT INTO {outbox} (tenant, tag) VALUES ({_text(EVERYBODY)}, {tag}) ON CONFLICT DO NOTHING;
             END IF;
             RETURN NULL;
-        END $$"""
+        END """
+
+
+_TRANSITIONS = {
+    "insert": "REFERENCING NEW TABLE AS new_rows",
+    "update": "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
+    "delete": "REFERENCING OLD TABLE AS old_rows",
+    "truncate": "",
+}
 
 
 def _function_name(table: str) -> str:

@@ -1,0 +1,356 @@
+"""Rounds: how this process proves, again and again, that it has seen every committed write. ``core/fence.py`` says why.
+
+A round costs one round trip to the store and one to the database when nothing was written; what was written by others
+costs one bump per tenant more. Nothing in a request waits for a round, but a writer whose bump was not confirmed.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from respcache.core.epochs import Cursor, Epoch
+from respcache.core.errors import OutboxError, StoreError, StoreUnavailable
+from respcache.core.fence import DRIFT, MAX_ROWS, PERIOD_S, Due, Fence, Outcome, Page, Step, by_tenant, next_step, outdated
+from respcache.core.keys import generation_key
+from respcache.stores.base import Store
+
+log = logging.getLogger("respcache")
+
+SAVE_CURSOR_S = 30.0
+"""How old the cursor in the epoch's record may become: a process that starts replays what came after it."""
+
+PRUNE_S = 5.0
+LOST_AUTHORITY_S = 30.0
+"""A server that was the authority and is it no more is not claimed again for this long: two servers must not alternate."""
+
+MAX_STEPS = 6
+"""Repetitions of a round that has changed what it is decided by (a new epoch, a claim, ``until``) before it gives up."""
+
+BUMPS_AT_ONCE = 200
+
+Rows = Sequence[tuple[str, str, str]]
+"""Rows of the outbox: (tenant, tag, id)."""
+
+
+class Outbox(Protocol):
+    """What rounds ask of a database. Every call is bounded in time or raises ``OutboxError``."""
+
+    lease_s: float
+    own_rows: str
+
+    async def page(self, after: Cursor | None) -> Page:
+        """Read, in one snapshot, the rows that the cursor has not seen (none for None) and the fence row."""
+        ...
+
+    async def claim(self, identity: str, *, instead_of: str | None) -> None:
+        """Make a server the authority, if that is still the other one."""
+        ...
+
+    async def record(self, identity: str) -> None:
+        """See to it that ``until`` is more than a lease ahead, as long as this server is the authority and effective."""
+        ...
+
+    async def remaining_s(self) -> float:
+        """Tell for how long any fence can still be alive."""
+        ...
+
+    async def note(self, pairs: Iterable[tuple[str, str]]) -> Rows:
+        """Leave rows for (tenant, tag), committed when this returns. Returns them with their ids."""
+        ...
+
+    async def prune(self) -> int:
+        """Delete some rows that nobody needs; return how many."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect."""
+        ...
+
+
+def boottime() -> float:
+    """Return seconds that run on while the machine is suspended, where the system has such a clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Rounds:
+    """The rounds of one process. ``fence`` and ``tables`` are read on the way of every request."""
+
+    def __init__(
+        self,
+        store: Store,
+        outbox: Outbox,
+        *,
+        generation_ttl_ms: int,
+        period_s: float = PERIOD_S,
+        clock: Callable[[], float] = boottime,
+        jitter: Callable[[], float] = random.random,
+        token: Callable[[], str] = lambda: secrets.token_hex(8),
+    ) -> None:
+        self.clock = clock
+        self.outbox = outbox
+        self.fence = Fence()
+        self.tables: frozenset[str] = frozenset()
+        self.completed = 0
+        self.failed = 0
+        self.epochs = 0
+        self.pending_rows = 0
+        self.pending_s = 0.0
+        self.problem = "no round has been completed yet"
+        self._store = store
+        self._ttl_ms = generation_ttl_ms
+        self._period_s = period_s
+        self._jitter = jitter
+        self._token = token
+        self._epoch: Epoch | None = None
+        self._cursor: Cursor | None = None
+        self._vouched = float("-inf")  # m0 of the last round that was completed
+        self._applied: dict[str, None] = {}  # ids of rows that this process has bumped in this epoch and no round has met yet
+        self._lost: tuple[str, float] = ("", float("-inf"))
+        self._pruned_at = float("-inf")
+        self._waiting: dict[asyncio.Future[None], float] = {}  # writers: each for a round that begins after its moment
+        self._hint = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether this process may serve from the cache now."""
+        return self.clock() < self.fence.until
+
+    @property
+    def age_s(self) -> float | None:
+        """Tell how long ago the moment is up to which this process has seen every write; None before the first round."""
+        return self.clock() - self._vouched if self.completed else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures of the stats endpoint: the fence, what waits in the outbox, and what went wrong last."""
+        age_s = self.age_s
+        return {
+            "alive": self.alive,
+            "age_s": None if age_s is None else round(age_s, 3),
+            "lease_s": self.outbox.lease_s,
+            "rounds": self.completed,
+            "rounds_failed": self.failed,
+            "epochs_begun": self.epochs,
+            "pending_rows": self.pending_rows,
+            "pending_s": round(self.pending_s, 3),
+            "problem": self.problem,
+            "tables": sorted(self.tables),
+        }
+
+    def covers(self, tables: Iterable[str]) -> bool:
+        """Whether writes to all of these tables leave rows."""
+        return self.tables.issuperset(tables)
+
+    async def start(self) -> None:
+        """Run the first round, then go on in the background. Never raises because something is away."""
+        await self._once()
+        self._running = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop. The fence is given up at once."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        self.fence = Fence()
+        await self.outbox.close()
+
+    def applied(self, rows: Rows, server: str) -> None:
+        """Note that these rows were bumped on this server life: the next round need not do it again."""
+        if self._epoch is not None and server == self._epoch.server and len(self._applied) < MAX_ROWS:
+            self._applied.update((row, None) for _, _, row in rows)
+
+    async def safe(self, since: float) -> Outcome:
+        """Return when no process can serve what was valid before ``since`` (a moment of ``clock`` after a COMMIT).
+
+        That is when a round that began later has been completed here (it has bumped the rows of that commit), or when no
+        fence that misses them can be alive: after a lease at most, and at once when the store has been away for longer.
+        """
+        caught_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[caught_up] = since
+        self._hint.set()
+        try:
+            async with asyncio.timeout(max(0.0, since + self.outbox.lease_s * DRIFT - self.clock())):
+                remaining_s = await self._remaining_s()
+                await asyncio.wait({caught_up}, timeout=remaining_s * DRIFT)
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.pop(caught_up, None)
+        return Outcome.CONFIRMED if caught_up.done() else Outcome.SAFE
+
+    async def caught_up(self) -> None:
+        """Return when a round has been completed that began after this call: what is committed now has been bumped.
+
+        Hurries no round; without end while there is none.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[future] = self.clock()
+        try:
+            await future
+        finally:
+            self._waiting.pop(future, None)
+
+    async def _remaining_s(self) -> float:
+        try:
+            return max(0.0, await self.outbox.remaining_s())
+        except OutboxError:
+            return self.outbox.lease_s
+
+    async def _run(self) -> None:
+        while True:
+            pause_s = self._period_s * (0.8 + 0.4 * self._jitter())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hint.wait(), pause_s)
+            self._hint.clear()
+            await self._once()
+            await self._housekeeping()
+
+    async def _once(self) -> None:
+        """Run a round, and again when it has changed what it is decided by. Keeps what went wrong in ``problem``."""
+        try:
+            for _ in range(MAX_STEPS):
+                if await self._round():
+                    return
+            raise OutboxError(self.problem)
+        except (StoreError, OutboxError) as error:
+            self.failed += 1
+            if self.problem != str(error) and self.completed:
+                log.info("round not completed: %s", error)
+            self.problem = str(error)
+        except Exception as error:
+            self.failed += 1
+            self.problem = f"{type(error).__name__}: {error}"
+            log.exception("a round failed in an unforeseen way; nothing is served from the cache until one succeeds")
+
+    async def _round(self) -> bool:
+        """Take one step. Returns whether a fence was granted; False: try again at once. Raises when that is of no use."""
+        m0 = self.clock()
+        try:
+            record, identity = await self._store.epoch()
+        except StoreError:
+            await self._look_at_backlog()
+            raise
+        epoch = record if record is not None and record.identity == identity else None
+        if epoch is not None:
+            self._adopt(epoch)
+        page = await self.outbox.page(None if epoch is None else self._cursor)
+        self.tables = page.tables
+        self._note_backlog(page)
+        if epoch is None or self._cursor is None:
+            reason: str | None = "there is none on this server"
+        else:
+            reason = outdated(epoch, self._cursor, page)
+        if reason is not None:
+            if not await self._renew(epoch, identity, page, reason):
+                self.problem = "another process has made an epoch"
+                return False
+        else:
+            await self._bump(by_tenant([row for row in page.rows if row[2] not in self._applied]))
+            self._cursor = page.cursor
+            for _, _, row in page.rows:
+                self._applied.pop(row, None)
+        self.pending_rows, self.pending_s = 0, 0.0
+        return await self._step(page, identity, m0, record)
+
+    async def _step(self, page: Page, identity: str, m0: float, record: Epoch | None) -> bool:
+        step = next_step(page, identity)
+        if step is Step.CLAIM:
+            await self._claim(page, identity)
+            self.problem = "the authority was claimed"
+            return False
+        if step is Step.WAIT:
+            raise OutboxError("this server is the authority, but fences of the former one may be alive")
+        if step is Step.RECORD:
+            await self.outbox.record(identity)
+            self.problem = "until was recorded"
+            return False
+        self._grant(m0)
+        if record is not None and page.cursor.taken_at - record.cursor.taken_at > SAVE_CURSOR_S:
+            await self._save_cursor()
+        return True
+
+    def _grant(self, m0: float) -> None:
+        assert self._epoch is not None
+        server = self._epoch.server
+        until = m0 + self.outbox.lease_s
+        if self.fence.server != server or until > self.fence.until:
+            self.fence = Fence(server, until)
+        self._vouched = max(self._vouched, m0)
+        self.completed += 1
+        self.problem = ""
+        for future, since in self._waiting.items():
+            if m0 >= since and not future.done():
+                future.set_result(None)
+            elif m0 < since:
+                self._hint.set()
+
+    def _adopt(self, epoch: Epoch) -> None:
+        """Live in this epoch from now on, having seen what its cursor has seen."""
+        if self._epoch is None or (self._epoch.token, self._epoch.identity) != (epoch.token, epoch.identity):
+            self._epoch, self._cursor = epoch, epoch.cursor
+            self._applied.clear()
+            self._store.adopt(epoch.token)
+
+    async def _renew(self, old: Epoch | None, identity: str, page: Page, reason: str) -> bool:
+        """Begin a new epoch from this page's snapshot, unless another process was faster."""
+        mine = Epoch(self._token(), identity, page.incarnation, page.cursor)
+        held, named = await self._store.epoch(mine, replacing="" if old is None else old.token, ttl_ms=self._ttl_ms)
+        if held != mine or named != identity:
+            return False
+        log.log(logging.INFO if old is None else logging.WARNING, "a new epoch begins, everything cached is invalid: %s", reason)
+        self.epochs += 1
+        self._adopt(mine)
+        return True
+
+    async def _bump(self, due: Mapping[str, Due]) -> None:
+        """Bump what is due. Raises unless all of it was confirmed by this very server life, in this epoch."""
+        assert self._epoch is not None
+        items = list(due.items())
+        for start in range(0, len(items), BUMPS_AT_ONCE):
+            servers = await asyncio.gather(
+                *(
+                    self._store.bump(generation_key(tenant), tags=one.tags, ttl_ms=self._ttl_ms, rows=one.rows)
+                    for tenant, one in items[start : start + BUMPS_AT_ONCE]
+                )
+            )
+            if set(servers) != {self._epoch.server}:
+                raise StoreUnavailable("the server has changed in the middle of a round")
+
+    async def _claim(self, page: Page, identity: str) -> None:
+        now = self.clock()
+        if self.fence.server.endswith(f":{identity}") and self._lost[0] != identity:
+            self._lost = (identity, now)
+        if self._lost[0] == identity and now - self._lost[1] < LOST_AUTHORITY_S:
+            raise OutboxError("another server has become the authority")
+        self._lost = ("", now)
+        await self.outbox.claim(identity, instead_of=page.authority)
+
+    async def _save_cursor(self) -> None:
+        assert self._epoch is not None
+        assert self._cursor is not None
+        epoch = Epoch(self._epoch.token, self._epoch.identity, self._epoch.incarnation, self._cursor)
+        await self._store.epoch(epoch, replacing=epoch.token, ttl_ms=self._ttl_ms)
+
+    async def _look_at_backlog(self) -> None:
+        """Count what waits while the store is away, for those who look at it."""
+        if self._cursor is not None:
+            self._note_backlog(await self.outbox.page(self._cursor))
+
+    def _note_backlog(self, page: Page) -> None:
+        self.pending_rows, self.pending_s = len(page.rows), page.oldest_s
+
+    async def _housekeeping(self) -> None:
+        now = self.clock()
+        if now - self._pruned_at < PRUNE_S * (0.8 + 0.4 * self._jitter()):
+            return
+        self._pruned_at = now
+        try:
+            await self.outbox.prune()
+        except OutboxError as error:
+            log.info("old rows of the outbox could not be deleted: %s", error)

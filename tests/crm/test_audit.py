@@ -1,0 +1,199 @@
+"""The continuous audit of the running CRM, on a real PostgreSQL and a real Valkey: it finds what is wrong, and nothing else."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+
+from respcache.ops import audit as audits
+from respcache.ops.audit import DEFAULT_SHARE, Audit
+from respcache.writes.triggers import OUTBOX
+
+from .conftest import MODULES, NEW, SINGULAR, Crm
+
+pytestmark = pytest.mark.anyio
+FOUND_WITHIN_S = 60.0
+RENAME = "UPDATE accounts SET name = $2 WHERE tenant_id = $1"
+FORGET = f"DELETE FROM {OUTBOX} WHERE xid = pg_current_xact_id_if_assigned()"
+READERS = ("ann", "abe", "gus", "max", "nora", "suzy")
+
+
+@pytest.fixture
+async def psql(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection that no cache knows of."""
+    connection = await asyncpg.connect(database_url.replace("+asyncpg", ""))
+    yield connection
+    await connection.close()
+
+
+def audit_of(crm: Crm) -> Audit:
+    assert crm.cache.audit is not None
+    return crm.cache.audit
+
+
+@asynccontextmanager
+async def endlessly(*steps: Callable[[], Awaitable[Any]]) -> AsyncIterator[None]:
+    """Repeat each of these while the block runs; what one of them raises ends the test."""
+
+    async def repeat(step: Callable[[], Awaitable[Any]]) -> None:
+        while True:
+            await step()
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(repeat(step)) for step in steps]
+    try:
+        yield
+        for task in tasks:
+            assert not task.done(), task.exception()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def reader(crm: Crm, name: str, paths: Sequence[str]) -> Callable[[], Awaitable[Any]]:
+    """Read as somebody, now this and now that."""
+
+    async def read() -> None:
+        answer = await crm.as_user(name).get(random.choice(paths))
+        assert answer.status_code in (200, 404)
+
+    return read
+
+
+def writer(crm: Crm, name: str, modules: Sequence[str], *, pause_s: float) -> Callable[[], Awaitable[Any]]:
+    """Write as somebody, and leave it at a few rows."""
+
+    async def write() -> None:
+        http, module = crm.as_user(name), random.choice(modules)
+        made = await http.post(f"/api/{module}", json=NEW[module])
+        assert made.status_code == 201
+        await asyncio.sleep(pause_s)
+        row = made.json()["data"][SINGULAR[module]]
+        await http.delete(f"/api/{module}/{row['id']}")
+        await asyncio.sleep(pause_s)
+
+    return write
+
+
+async def found(crm: Crm, *, within_s: float = FOUND_WITHIN_S) -> float:
+    """Wait for a finding; return how long that took."""
+    began = time.monotonic()
+    async with asyncio.timeout(within_s):
+        while not audit_of(crm).findings:
+            await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
+    crm: Crm, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
+) -> None:
+    """No hook, no round and no trigger can see it. At default settings, under load; and the users are helped."""
+    acme = crm.tenants["acme"].id
+    accounts = [crm.account("acme", f"Acorn {number}") for number in range(5)]
+    await crm.save(*accounts)
+    lists = [f"/api/{module}" for module in MODULES]
+    paths = [*lists, *(f"/api/accounts/{account.id}" for account in accounts), "/api/reports/dashboard-bundle"]
+    busy = [
+        *(reader(crm, name, paths) for name in READERS),
+        writer(crm, "abe", ["tasks", "activities"], pause_s=0.1),
+        writer(crm, "gus", MODULES, pause_s=0.1),
+    ]
+    assert audit_of(crm).share == DEFAULT_SHARE
+    async with endlessly(*busy):
+        await asyncio.sleep(2)
+        assert audit_of(crm).stale == 0
+        async with psql.transaction():
+            await psql.execute(RENAME, acme, "Evaded")
+            await psql.execute(FORGET)
+        seconds = await found(crm)
+        record_property("seconds_until_found", round(seconds, 2))
+        finding = audit_of(crm).findings[0]
+        assert (finding.kind, finding.tenant) == ("stale", str(acme))
+        assert finding.certificate["nonce"] == finding.confirmed["nonce"]
+        assert finding.certificate["sequence"] >= finding.confirmed["bumps"].get("T:accounts", 0)
+        assert "the audit found a stale answer" in caplog.text
+        await asyncio.sleep(0.5)
+        for name in ("ann", "abe"):
+            names = (await crm.as_user(name).get("/api/accounts")).text
+            assert "Evaded" in names
+            assert "Acorn" not in names
+    assert crm.cache.stats()["stale_served"] >= 1
+
+
+async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm, record_property: Callable[[str, object], None]) -> None:
+    """The writer's and the rounds' alike, while everybody writes. At default settings."""
+    store, rounds = crm.cache.store, crm.cache.rounds
+    assert store is not None
+    assert rounds is not None
+    await crm.save(*(crm.account("acme", f"Acorn {number}") for number in range(5)))
+
+    async def do_nothing(*_: Any, **__: Any) -> str:
+        return rounds.fence.server
+
+    busy = [
+        *(reader(crm, name, ["/api/accounts", "/api/leads", "/api/tasks"]) for name in READERS),
+        writer(crm, "abe", ["accounts", "tasks"], pause_s=0.05),
+        writer(crm, "gus", ["accounts", "leads"], pause_s=0.05),
+    ]
+    async with endlessly(*busy):
+        await asyncio.sleep(2)
+        assert audit_of(crm).stale == 0
+        store.bump = do_nothing  # type: ignore[method-assign]
+        seconds = await found(crm)
+    record_property("seconds_until_found", round(seconds, 2))
+    assert audit_of(crm).findings[0].kind == "stale"
+
+
+async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(
+    crm: Crm, psql: asyncpg.Connection, record_property: Callable[[str, object], None]
+) -> None:
+    """He is moved to another team past everything, and still shown the rows of his former one."""
+    await crm.save(crm.account("globex", "North's", assigned_to=crm.users["nora"].id))
+    async with endlessly(reader(crm, "nils", ["/api/accounts"])):
+        await asyncio.sleep(1)
+        async with psql.transaction():
+            await psql.execute("UPDATE employees SET team_id = $2 WHERE id = $1", crm.users["nils"].id, crm.teams["south"].id)
+            await psql.execute(FORGET)
+        seconds = await found(crm)
+        finding = audit_of(crm).findings[0]
+        assert (finding.kind, finding.found) == ("leak", "other rows")
+        await asyncio.sleep(0.5)
+        assert "North's" not in (await crm.as_user("nils").get("/api/accounts")).text
+    record_property("seconds_until_found", round(seconds, 2))
+
+
+async def test_there_are_no_false_alarms(crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody reads, writes and is moved between teams; psql writes too. As many audits as there can be, none finds a thing."""
+    monkeypatch.setattr(audits, "LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(audits, "MOST_SHARE_OF_TIME", 0.999)
+    audit = audit_of(crm)
+    audit._interval = audit.countdown = 1
+    await crm.save(*(crm.account(tenant, f"Acorn {number}") for tenant in ("acme", "globex") for number in range(3)))
+
+    async def move() -> None:
+        team = random.choice([crm.teams["north"], crm.teams["south"]])
+        await psql.execute("UPDATE employees SET team_id = $2 WHERE id = $1", crm.users["nils"].id, team.id)
+        await psql.execute(RENAME, crm.tenants[random.choice(["acme", "globex"])].id, f"Renamed {random.random()}")
+        await asyncio.sleep(0.3)
+
+    paths = ["/api/accounts", "/api/leads", "/api/activities", "/api/reports/dashboard-bundle", "/api/opportunities/stats"]
+    busy = [
+        *(reader(crm, name, paths) for name in (*READERS, "nils")),
+        *(writer(crm, name, ["accounts", "leads", "activities"], pause_s=0.05) for name in ("abe", "gus")),
+        move,
+    ]
+    async with endlessly(*busy):
+        await asyncio.sleep(8)
+    figures = audit.to_dict()
+    print(figures)
+    assert figures["audits"] > 100
+    assert figures["equal"] > 50
+    assert figures["inconclusive"].keys() <= {"overtaken"}
+    assert (figures["findings"], figures["stale"], figures["leaks"], figures["nondeterministic"]) == ([], 0, 0, 0)
+    assert figures["excluded_routes"] == []
