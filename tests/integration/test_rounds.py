@@ -231,6 +231,7 @@ async def test_a_writer_bumps_the_rows_that_its_transaction_left(one: Process) -
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_text_that_nobody_understands_needs_no_declaration(one: Process, autocommit: bool) -> None:
     """The database says what it changed; in AUTOCOMMIT, where there is no moment to ask, a round finds out."""
+    one.rounds._adopted_at = float("-inf")  # no other process has lived in an epoch before this one
     sql = "DO $$ BEGIN EXECUTE 'UPDATE things SET name = ''new'''; END $$"
     answer = await one.http.post("/run", params={"sql": sql, "autocommit": autocommit})
     assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
@@ -279,6 +280,13 @@ async def test_another_tenants_write_invalidates_nothing(one: Process, psql: asy
     await psql.execute("UPDATE things SET name = 'new' WHERE tenant_id = 'other'")
     await one.rounds.safe(one.rounds.clock())
     assert "; hit" in await one.said()
+
+
+async def test_a_round_in_a_new_epoch_does_not_vouch_for_the_fences_of_the_former_one(one: Process) -> None:
+    """It bumped nothing that is older than the epoch; another process may still serve in the epoch before."""
+    one.rounds._adopted_at = one.rounds.clock()
+    answer = await one.http.post("/run", params={"sql": RENAME, "autocommit": True})
+    assert answer.headers["x-cache-invalidation"] == "pending; safe"
 
 
 # -- the store is away ---------------------------------------------------------------------------------------------------

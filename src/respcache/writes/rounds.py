@@ -107,6 +107,7 @@ class Rounds:
         self._jitter = jitter
         self._token = token
         self._epoch: Epoch | None = None
+        self._adopted_at = float("-inf")
         self._cursor: Cursor | None = None
         self._vouched = float("-inf")  # m0 of the last round that was completed
         self._applied: dict[str, None] = {}  # ids of rows that this process has bumped in this epoch and no round has met yet
@@ -168,8 +169,9 @@ class Rounds:
     async def safe(self, since: float) -> Outcome:
         """Return when no process can serve what was valid before ``since`` (a moment of ``clock`` after a COMMIT).
 
-        That is when a round that began later has been completed here (it has bumped the rows of that commit), or when no
-        fence that misses them can be alive: after a lease at most, and at once when the store has been away for longer.
+        That is when a round that began later has been completed here in an epoch that is older than a lease (it has bumped
+        the rows of that commit, or every fence that misses them has ended), or when no such fence can be alive: after a lease
+        at most, and at once when the store has been away for longer.
         """
         caught_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[caught_up] = since
@@ -284,16 +286,19 @@ class Rounds:
         self._vouched = max(self._vouched, m0)
         self.completed += 1
         self.problem = ""
+        # rows that are older than the epoch were not bumped: fences of the former epoch, of other processes, must have ended
+        alone = self.clock() >= self._adopted_at + self.outbox.lease_s * DRIFT
         for future, since in self._waiting.items():
-            if m0 >= since and not future.done():
-                future.set_result(None)
-            elif m0 < since:
+            if m0 < since:
                 self._hint.set()
+            elif alone and not future.done():
+                future.set_result(None)
 
     def _adopt(self, epoch: Epoch) -> None:
         """Live in this epoch from now on, having seen what its cursor has seen."""
         if self._epoch is None or (self._epoch.token, self._epoch.identity) != (epoch.token, epoch.identity):
             self._epoch, self._cursor = epoch, epoch.cursor
+            self._adopted_at = self.clock()
             self._applied.clear()
             self._store.adopt(epoch.token)
 
