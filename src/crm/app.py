@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from crm import errors
 from crm.auth import CrmResolver
 from crm.bodies import BodyLimit
+from crm.caching import SHARED_TABLES, TENANT_IS
 from crm.models import Base
 from crm.routes import (
     accounts,
@@ -63,7 +64,7 @@ def watched_cache(
         audit_share=settings.respcache_audit_share,
         strict_reads=strict_reads,
     )
-    return cache, watch(engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",))
+    return cache, watch(engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES)
 
 
 def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:

@@ -12,7 +12,7 @@ from sqlalchemy import update
 
 from crm.models import REFERABLE, Account, Activity, BizDevSource, Contact, Document, Employee, Lead, Opportunity, Task
 
-from .conftest import SINGULAR, Crm, hit
+from .conftest import SINGULAR, Crm, hit, status
 
 pytestmark = pytest.mark.anyio
 Ids = dict[str, Any]
@@ -179,7 +179,7 @@ async def walk(crm: Crm, write: Write) -> tuple[set[str], set[str], set[str]]:
     for read, path in READS.items():
         await http.get(path.format(**ids))
         before[read] = await http.get(path.format(**ids))
-        assert hit(before[read]), read
+        assert hit(before[read]), f"{read}: {status(before[read])}, {crm.cache.stats()['fence']}"
     await write(crm, ids)
     after = {read: await http.get(path.format(**ids)) for read, path in READS.items()}
     crm.cache._switched_off = True

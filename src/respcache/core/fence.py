@@ -114,6 +114,8 @@ class Page:
     effective: bool = False
     recorded: bool = False
     """``until`` is at least a lease ahead."""
+    expiring: bool = False
+    """It will soon not be: less than one and a half leases are left."""
     tables: frozenset[str] = field(default_factory=frozenset)
     """The tables whose writes leave rows."""
 

@@ -82,6 +82,7 @@ class PostgresOutbox:
             authority=row.authority,
             effective=row.effective,
             recorded=row.recorded,
+            expiring=row.expiring,
             tables=frozenset(msgspec.json.decode(row.tables, type=list[str])),
         )
 
@@ -162,6 +163,7 @@ SELECT CAST(pg_current_snapshot() AS text) AS snapshot,
        CAST(fence.pruned AS text) AS pruned, fence.authority,
        fence.effective_at <= clock_timestamp() AS effective,
        fence.until >= clock_timestamp() + make_interval(secs => CAST(:lease AS float8)) AS recorded,
+       fence.until < clock_timestamp() + make_interval(secs => 1.5 * CAST(:lease AS float8)) AS expiring,
        (SELECT CAST(coalesce(json_agg(relname), '[]') AS text)
         FROM (SELECT relname FROM triggers WHERE enabled GROUP BY relname HAVING count(*) = 4) AS whole) AS tables,
        md5(concat_ws(' ', pg_postmaster_start_time(), (SELECT stats_reset FROM pg_stat_bgwriter),

@@ -24,6 +24,9 @@ log = logging.getLogger("respcache")
 SAVE_CURSOR_S = 30.0
 """How old the cursor in the epoch's record may become: a process that starts replays what came after it."""
 
+SOONER = 0.25
+"""A round that failed is repeated after this share of the usual pause."""
+
 PRUNE_S = 5.0
 LOST_AUTHORITY_S = 30.0
 """A server that was the authority and is it no more is not claimed again for this long: two servers must not alternate."""
@@ -189,7 +192,7 @@ class Rounds:
     async def caught_up(self) -> None:
         """Return when a round has been completed that began after this call: what is committed now has been bumped.
 
-        Hurries no round; without end while there is none.
+        Without end while there is none.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[future] = self.clock()
@@ -206,7 +209,7 @@ class Rounds:
 
     async def _run(self) -> None:
         while True:
-            pause_s = self._period_s * (0.8 + 0.4 * self._jitter())
+            pause_s = self._period_s * (0.8 + 0.4 * self._jitter()) * (SOONER if self.problem else 1)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hint.wait(), pause_s)
             self._hint.clear()
@@ -273,6 +276,8 @@ class Rounds:
             self.problem = "until was recorded"
             return False
         self._grant(m0)
+        if page.expiring:  # in good time, so that no later round has to be repeated for it
+            await self.outbox.record(identity)
         if record is not None and page.cursor.taken_at - record.cursor.taken_at > SAVE_CURSOR_S:
             await self._save_cursor()
         return True

@@ -76,8 +76,8 @@ def watched(
 def create_outbox(execute: Execute, *, schema: str = "public") -> None:
     """Create the outbox (one row per transaction, tenant and tag, with an id of its own) and the one row of the fence.
 
-    Who runs the application needs SELECT and DELETE on the outbox, SELECT and UPDATE on the fence; INSERT on the outbox too
-    where ``Cache.invalidate_*`` or ``invalidate_cache`` are used.
+    Who runs the application needs SELECT, UPDATE (to lock) and DELETE on the outbox, SELECT and UPDATE on the fence; INSERT on
+    the outbox too where ``Cache.invalidate_*`` or ``invalidate_cache`` are used.
     """
     execute(f"""
         CREATE TABLE {_name(schema)}.{OUTBOX} (
