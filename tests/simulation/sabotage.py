@@ -1,0 +1,391 @@
+"""The rules of the protocol, each broken once: the simulator must notice, or it is not worth its time.
+
+A sabotage puts something else in the place of a function of the library, or of the simulated world where the rule is one for
+the database, for a connection or for the hooks. A ``Mix`` says what happens, where the case is rare.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import respcache.core.fence
+import respcache.writes.rounds
+from respcache.cache import Cache
+from respcache.core import entry as entries
+from respcache.core.entry import Entry
+from respcache.core.epochs import Cursor, Epoch
+from respcache.core.errors import StoreError
+from respcache.core.fence import Due, Fence, Outcome, Page, Step, by_tenant, next_step
+from respcache.core.generations import FLOOR, Generation, Verdict
+from respcache.core.keys import EVERYBODY
+from respcache.fill.filler import Filler, Lead
+from respcache.fill.flights import Flight, Flights
+from respcache.fill.leases import Leases, Target
+from respcache.lookup import Look, Lookup, _Fenced
+from respcache.record import Record, current
+from respcache.stores.base import Reading
+from respcache.stores.memory import MemoryServer
+from respcache.writes.invalidator import Invalidator
+from respcache.writes.rounds import Rounds, Rows
+from tests.simulation.database import Database, DatabaseGone, FenceRow, Row, SimulatedOutbox, Snapshot
+from tests.simulation.schedule import Commit, Mix, Process, Schedule, replaced
+from tests.simulation.world import Client, Connection, Server
+
+Replacement = tuple[Any, str, Any]
+"""Where, which name, and what is put there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sabotage:
+    """A rule that is broken, and what happens while it is."""
+
+    replacements: Sequence[Replacement]
+    mix: Mix = field(default_factory=Mix)
+
+    @contextmanager
+    def done(self) -> Iterator[None]:
+        """Break the rule for a while."""
+        with ExitStack() as stack:
+            for owner, name, value in self.replacements:
+                stack.enter_context(replaced(owner, name, value))
+            yield
+
+
+def _mix(*faults: str, writers: Mapping[str, int] | None = None, **others: Any) -> Mix:
+    """Choose the faults, as often as they are named."""
+    mix = Mix(**others) if writers is None else Mix(writers=writers, **others)
+    return replace(mix, faults=Counter(faults)) if faults else mix
+
+
+# -- what is captured, and when ----------------------------------------------------------------------------------------
+
+
+async def _make_then_capture(
+    cache: Cache, make: Any, policy: Any, look: Look, lead: Lead, outer: Any, original: Any = Cache._make
+) -> Any:
+    async def made() -> Any:
+        value = await make()
+        assert cache.store is not None
+        try:
+            reading = await cache.store.read(None, [(look.target.generation_key, look.target.tags)])
+        except StoreError:
+            return value
+        lead.certificate = reading.generations[0].certificate() or lead.certificate
+        return value
+
+    return await original(cache, made, policy, look, lead, outer)
+
+
+async def _open_with_the_same_nonce(lookup: Lookup, tenant: str) -> None:
+    await lookup._store.open(f"tenant:{tenant}:~gen", nonce=b"0" * 16, ttl_ms=lookup._generation_ttl_ms)
+
+
+def _compact_without_floor(
+    memory: MemoryServer, generation: str, *, tags: Any, ttl_ms: int, rows: Any, prefix: str, original: Any = MemoryServer.bump
+) -> str:
+    server: str = original(memory, generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix)
+    value, expires = memory.values.get(generation, (None, 0.0))
+    if value is not None and set(value) == {"n", "r", "s", FLOOR}:
+        memory.values[generation] = ({name: value[name] for name in ("n", "r", "s")}, expires)
+    return server
+
+
+def _judge_without_digest(
+    lookup: Lookup, target: Target, data: bytes | None, view: Generation, *rest: Any, original: Any = Lookup._judge
+) -> Look:
+    entry = None if data is None else entries.decode(data)
+    if entry is not None:
+        data = entries.encode(replace(entry, digest=target.digest))
+    found: Look = original(lookup, target, data, view, *rest)
+    return found
+
+
+# -- who is asked ------------------------------------------------------------------------------------------------------
+
+
+def _restart_as_the_same(memory: MemoryServer, *, keep_data: bool) -> None:
+    if not keep_data:
+        memory.values.clear()
+
+
+def _know_from_rounds_only(client: Client, server: Server, original: Any = Client.shake_hands) -> Connection:
+    """Keep the identity that a round has learnt from this server."""
+    connection: Connection = original(client, server)
+    known = client.__dict__.setdefault("known", {})
+    connection.identity = known.setdefault(server.name, connection.identity)
+    return connection
+
+
+async def _learn_in_rounds(
+    client: Client, proposed: Epoch | None = None, *, original: Any = Client.epoch, **others: Any
+) -> tuple[Epoch | None, str]:
+    found: tuple[Epoch | None, str] = await original(client, proposed, **others)
+    if client._connection is not None:
+        client.__dict__.setdefault("known", {})[client._connection.server.name] = found[1]
+        client._connection.identity = found[1]
+    return found
+
+
+# -- joining -----------------------------------------------------------------------------------------------------------
+
+
+def _join_any(flights: Flights[Any], key: Any, *, view: Generation, tags: Sequence[str]) -> Flight[Any] | None:
+    return flights._flying.get(key)
+
+
+async def _enter_any(
+    filler: Filler, target: Target, *, view: Generation, certificate: Any, original: Any = Filler.enter
+) -> Entry | Lead | None:
+    flight = filler._flights._flying.get(target.entry_key)
+    found: Entry | Lead | None
+    found = await flight.wait() if flight is not None else await original(filler, target, view=view, certificate=certificate)
+    return found
+
+
+async def _wait_for_any_lease(
+    leases: Leases, target: Target, mine: Any, view: Generation, original: Any = Leases._acquire
+) -> Any:
+    return await original(leases, target, mine, _Content(view))
+
+
+async def _find_any(leases: Leases, target: Target, view: Generation) -> Entry | None:
+    data = (await leases._store.read(target.entry_key, ())).entry
+    entry = None if data is None else entries.decode(data)
+    return entry if entry is not None and entry.digest == target.digest else None
+
+
+class _Content:
+    """A view that finds everything valid."""
+
+    def __init__(self, view: Generation) -> None:
+        self._view = view
+
+    def judge(self, certificate: Any, tags: Iterable[str]) -> Verdict:
+        """Be content."""
+        return Verdict.VALID
+
+
+# -- committing and acknowledging --------------------------------------------------------------------------------------
+
+
+async def _tell_before_commit(schedule: Schedule, process: Process, commit: Commit, rows: Rows) -> Outcome | None:
+    record = Record()
+    current.set(record)
+    schedule.tell(process, rows)
+    try:
+        await commit()
+    except DatabaseGone:
+        return None
+    await record.settle()
+    return record.outcome
+
+
+async def _bump_and_do_not_look_at_the_fence(
+    invalidator: Invalidator, rounds: Rounds, rows: Rows | None, since: float, original: Any = Invalidator._apply
+) -> Outcome:
+    if rows is not None and not any(tenant == EVERYBODY for tenant, _, _ in rows):
+        servers = [await invalidator._bump_one(tenant, due) for tenant, due in by_tenant(rows).items()]
+        if None not in servers:
+            return Outcome.CONFIRMED
+    outcome: Outcome = await original(invalidator, rounds, rows, since)
+    return outcome
+
+
+async def _wait_for_nothing(rounds: Rounds, since: float) -> Outcome:
+    return Outcome.SAFE
+
+
+def _catch_up_in_any_epoch(rounds: Rounds, m0: float, original: Any = Rounds._grant) -> None:
+    rounds._adopted_at = float("-inf")
+    original(rounds, m0)
+
+
+def _rows_before_commit(schedule: Schedule, rows: Rows) -> Rows | None:
+    return rows
+
+
+def _id_of_transaction(database: Database, xid: int) -> str:
+    return f"{xid:016x}"
+
+
+# -- the fence ---------------------------------------------------------------------------------------------------------
+
+
+def _grant_from_the_end(rounds: Rounds, m0: float, original: Any = Rounds._grant) -> None:
+    original(rounds, rounds.clock())
+
+
+async def _read_then_look_at_the_fence(lookup: Lookup, entry: str | None, wanted: Any) -> Reading:
+    rounds = lookup._rounds
+    assert rounds is not None
+    reading = await lookup._store.read(entry, wanted)
+    if not rounds.fence.allows(reading.generations[0].server, rounds.clock()):
+        raise _Fenced
+    return reading
+
+
+async def _read_without_fence(lookup: Lookup, entry: str | None, wanted: Any) -> Reading:
+    return await lookup._store.read(entry, wanted)
+
+
+def _allow_any_server(fence: Fence, server: str, now: float) -> bool:
+    return now < fence.until
+
+
+def _never_record(page: Page, identity: str) -> Step:
+    step = next_step(page, identity)
+    return Step.GRANT if step is Step.RECORD else step
+
+
+def _heed_no_authority(page: Page, identity: str) -> Step:
+    return Step.GRANT
+
+
+def _do_not_wait_for_the_former(page: Page, identity: str) -> Step:
+    return next_step(replace(page, effective=True), identity)
+
+
+def _effective_at_once(outbox: SimulatedOutbox, fence: FenceRow) -> float:
+    return outbox.database.now
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def _after_the_last_id(database: Database, after: Cursor) -> list[Row]:
+    last = Snapshot.parse(after.snapshot).xmax
+    return [row for row in database.outbox if row.xid >= last]
+
+
+async def _store_the_epoch_first(
+    rounds: Rounds, old: Epoch | None, identity: str, page: Page, reason: str, original: Any = Rounds._renew
+) -> bool:
+    renewed: bool = await original(rounds, old, identity, page, reason)
+    if renewed:
+        rounds._cursor = (await rounds.outbox.page(None)).cursor
+    return renewed
+
+
+def _keep_the_cursor(rounds: Rounds, epoch: Epoch, original: Any = Rounds._adopt) -> None:
+    cursor = rounds._cursor
+    original(rounds, epoch)
+    rounds._cursor = cursor or rounds._cursor
+
+
+def _keep_what_was_applied(rounds: Rounds, epoch: Epoch, original: Any = Rounds._adopt) -> None:
+    applied = dict(rounds._applied)
+    original(rounds, epoch)
+    rounds._applied.update(applied)
+
+
+async def _go_on_when_a_bump_fails(rounds: Rounds, due: Mapping[str, Due], original: Any = Rounds._bump) -> None:
+    for tenant, one in due.items():
+        try:
+            await original(rounds, {tenant: one})
+        except StoreError:
+            continue
+
+
+def _ignore(**ignored: Any) -> Any:
+    """Judge epochs as if something on the page were not there."""
+
+    def outdated(epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated) -> str | None:
+        changes = {name: value(epoch) if callable(value) else value for name, value in ignored.items()}
+        found: str | None = original(epoch, cursor, replace(page, **changes))
+        return found
+
+    return outdated
+
+
+def _ignore_everybody(epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated) -> str | None:
+    found: str | None = original(epoch, cursor, replace(page, rows=[row for row in page.rows if row[0] != EVERYBODY]))
+    return found
+
+
+ROUNDS = respcache.writes.rounds
+OUTSIDERS = {"outsider": 3, "dies": 2, "acknowledged": 1}
+SPLIT = ("promotion", "another address", "another address", "cut from the store")
+
+BACK_AND_FORTH = _mix(
+    "promotion",
+    "another address",
+    "another address",
+    "another address after a write",
+    processes=(1,),
+    leases=(8, 14),
+    most_faults=10,
+    small_limits=1.0,
+    retention=(0.4,),
+)
+"""One process that comes back to a server on which nobody has bumped meanwhile."""
+
+SABOTAGES: Mapping[str, Sabotage] = {
+    "capture after the read": Sabotage([(Cache, "_make", _make_then_capture)]),
+    "the same nonce for every generation": Sabotage([(Lookup, "_open", _open_with_the_same_nonce)], _mix("evict", "flush")),
+    "compaction without raising the floor": Sabotage([(MemoryServer, "bump", _compact_without_floor)], _mix(small_limits=1.0)),
+    "the digest is not compared": Sabotage([(Lookup, "_judge", _judge_without_digest)], _mix("copy an entry")),
+    "no identity of the server": Sabotage([(MemoryServer, "restart", _restart_as_the_same)], _mix("restart with old data")),
+    "identity learnt in rounds, not per connection": Sabotage(
+        [
+            (Client, "shake_hands", _know_from_rounds_only),
+            (Client, "epoch", _learn_in_rounds),
+            (Client, "_compare", lambda client, identity, connection: None),
+        ],
+        _mix("restart with old data"),
+    ),
+    "join any flight in the process": Sabotage([(Flights, "join", _join_any), (Filler, "enter", _enter_any)]),
+    "wait for any lease of another process": Sabotage(
+        [(Leases, "_acquire", _wait_for_any_lease), (Leases, "_filled", _find_any)]
+    ),
+    "bump before COMMIT": Sabotage([(Schedule, "commit_and_tell", _tell_before_commit)]),
+    "acknowledge without looking at the fence": Sabotage(
+        [(Invalidator, "_apply", _bump_and_do_not_look_at_the_fence)], _mix(*SPLIT)
+    ),
+    "acknowledge without waiting": Sabotage([(Rounds, "safe", _wait_for_nothing)]),
+    "acknowledge by a round in a new epoch": Sabotage([(Rounds, "_grant", _catch_up_in_any_epoch)]),
+    "ids of rows are given away when COMMIT raised": Sabotage(
+        [(Schedule, "rows_of_unknown_outcome", _rows_before_commit)], _mix(writers={"unknown": 2, "acknowledged": 1})
+    ),
+    "rows are told apart by their transaction": Sabotage([(Database, "new_id", _id_of_transaction)]),
+    "the fence counts from the end of the round": Sabotage(
+        [(Rounds, "_grant", _grant_from_the_end)], _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10)
+    ),
+    "the fence is looked at after the answer": Sabotage(
+        [(Lookup, "_read", _read_then_look_at_the_fence)],
+        _mix(
+            *("database out of reach", "cut from the database", "slow store", "slow pages"),
+            processes=(1, 2),
+            writers=OUTSIDERS,
+            trouble=(0.1, 0.3),
+            most_faults=10,
+        ),
+    ),
+    "no fence": Sabotage([(Lookup, "_read", _read_without_fence)]),
+    "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
+    "until is never recorded": Sabotage(
+        [(ROUNDS, "next_step", _never_record)], _mix("cut from the store", "slow pages", "cut from the database")
+    ),
+    "a new authority is effective at once": Sabotage([(SimulatedOutbox, "effective_at", _effective_at_once)], _mix(*SPLIT)),
+    "a new authority does not wait": Sabotage([(ROUNDS, "next_step", _do_not_wait_for_the_former)], _mix(*SPLIT)),
+    "no authority": Sabotage([(ROUNDS, "next_step", _heed_no_authority)], _mix(*SPLIT)),
+    "cursor of ids": Sabotage([(Database, "unseen", _after_the_last_id)], _mix(writers=OUTSIDERS)),
+    "the epoch is stored before its snapshot": Sabotage(
+        [(Rounds, "_renew", _store_the_epoch_first)],
+        _mix("freeze who makes an epoch", processes=(2,), writers=OUTSIDERS),
+    ),
+    "the cursor outlives the epoch": Sabotage([(Rounds, "_adopt", _keep_the_cursor)], BACK_AND_FORTH),
+    "what was applied outlives the epoch": Sabotage(
+        [(Rounds, "_adopt", _keep_what_was_applied)],
+        replace(BACK_AND_FORTH, retention=(300.0,), writers={"acknowledged": 1}, calm=(3.0, 10.0, 30.0)),
+    ),
+    "a round goes on when a bump failed": Sabotage(
+        [(Rounds, "_bump", _go_on_when_a_bump_fails)], _mix("cut from the store", "slow store", trouble=(0.02, 0.05))
+    ),
+    "another life of the database is not noticed": Sabotage(
+        [(ROUNDS, "outdated", _ignore(incarnation=lambda epoch: epoch.incarnation))], _mix("database restart")
+    ),
+    "pruned rows are not missed": Sabotage([(ROUNDS, "outdated", _ignore(pruned=0))], BACK_AND_FORTH),
+    "TRUNCATE is bumped like a write": Sabotage([(ROUNDS, "outdated", _ignore_everybody)]),
+}
