@@ -521,6 +521,22 @@ async def test_rows_are_deleted_once_everybody_may_have_read_them(
         assert await psql.fetchval(count) == 0
 
 
+async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+    """Its outbox is another one, whatever is in it, and its rows are from another time."""
+    before = one.rounds.epochs
+    statements: list[str] = [f"DROP TABLE {triggers.OUTBOX}, {triggers.FENCE}, things"]
+    statements += ["CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"]
+    statements += [f"INSERT INTO things VALUES (1, '{TENANT}', 'restored')"]
+    triggers.create_outbox(statements.append)
+    triggers.create_triggers(statements.append, [triggers.Watched("things")])
+    async with psql.transaction():
+        for statement in statements:
+            await psql.execute(statement)
+    await until(lambda: asyncio.sleep(0, one.rounds.epochs > before))
+    await one.warm()
+    assert await one.names() == ["restored"]
+
+
 # -- triggers --------------------------------------------------------------------------------------------------------------
 
 

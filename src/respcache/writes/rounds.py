@@ -334,7 +334,7 @@ class Rounds:
 
     async def _claim(self, page: Page, identity: str) -> None:
         now = self.clock()
-        if self.fence.server.endswith(f":{identity}") and self._lost[0] != identity:
+        if page.authority is not None and self.fence.server.endswith(f":{identity}") and self._lost[0] != identity:
             self._lost = (identity, now)
         if self._lost[0] == identity and now - self._lost[1] < LOST_AUTHORITY_S:
             raise OutboxError("another server has become the authority")
