@@ -12,14 +12,13 @@ import pytest
 
 from respcache.ops import audit as audits
 from respcache.ops.audit import DEFAULT_SHARE, Audit
-from respcache.writes.triggers import OUTBOX
 
 from .conftest import MODULES, NEW, SINGULAR, Crm
 
 pytestmark = pytest.mark.anyio
 FOUND_WITHIN_S = 60.0
 RENAME = "UPDATE accounts SET name = $2 WHERE tenant_id = $1"
-FORGET = f"DELETE FROM {OUTBOX} WHERE xid = pg_current_xact_id_if_assigned()"
+FORGET = "DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()"
 READERS = ("ann", "abe", "gus", "max", "nora", "suzy")
 
 
@@ -56,24 +55,27 @@ async def endlessly(*steps: Callable[[], Awaitable[Any]]) -> AsyncIterator[None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def reader(crm: Crm, name: str, paths: Sequence[str]) -> Callable[[], Awaitable[Any]]:
+def reader(crm: Crm, name: str, paths: Sequence[str], *, pause_s: float = 0.0) -> Callable[[], Awaitable[Any]]:
     """Read as somebody, now this and now that."""
 
     async def read() -> None:
         answer = await crm.as_user(name).get(random.choice(paths))
         assert answer.status_code in (200, 404)
+        await asyncio.sleep(pause_s)
 
     return read
 
 
-def writer(crm: Crm, name: str, modules: Sequence[str], *, pause_s: float) -> Callable[[], Awaitable[Any]]:
-    """Write as somebody, and leave it at a few rows."""
+def writer(crm: Crm, name: str, modules: Sequence[str], *, pause_s: float, keep: bool = False) -> Callable[[], Awaitable[Any]]:
+    """Write as somebody: make rows, and delete them again unless they are to be kept."""
 
     async def write() -> None:
         http, module = crm.as_user(name), random.choice(modules)
         made = await http.post(f"/api/{module}", json=NEW[module])
         assert made.status_code == 201
         await asyncio.sleep(pause_s)
+        if keep:
+            return
         row = made.json()["data"][SINGULAR[module]]
         await http.delete(f"/api/{module}/{row['id']}")
         await asyncio.sleep(pause_s)
@@ -81,17 +83,17 @@ def writer(crm: Crm, name: str, modules: Sequence[str], *, pause_s: float) -> Ca
     return write
 
 
-async def found(crm: Crm, *, within_s: float = FOUND_WITHIN_S) -> float:
+async def found(crm: Crm) -> float:
     """Wait for a finding; return how long that took."""
-    began = time.monotonic()
-    async with asyncio.timeout(within_s):
-        while not audit_of(crm).findings:
-            await asyncio.sleep(0.02)
+    audit, began = audit_of(crm), time.monotonic()
+    while not audit.findings and time.monotonic() < began + FOUND_WITHIN_S:
+        await asyncio.sleep(0.02)
+    assert audit.findings, (audit.to_dict(), crm.cache.stats())
     return time.monotonic() - began
 
 
 async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
-    crm: Crm, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
+    crm: Crm, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No hook, no round and no trigger can see it. At default settings, under load; and the users are helped."""
     acme = crm.tenants["acme"].id
@@ -112,7 +114,7 @@ async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
             await psql.execute(RENAME, acme, "Evaded")
             await psql.execute(FORGET)
         seconds = await found(crm)
-        record_property("seconds_until_found", round(seconds, 2))
+        print(f"found after {seconds:.1f} s")
         finding = audit_of(crm).findings[0]
         assert (finding.kind, finding.tenant) == ("stale", str(acme))
         assert finding.certificate["nonce"] == finding.confirmed["nonce"]
@@ -126,7 +128,7 @@ async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
     assert crm.cache.stats()["stale_served"] >= 1
 
 
-async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm, record_property: Callable[[str, object], None]) -> None:
+async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm) -> None:
     """The writer's and the rounds' alike, while everybody writes. At default settings."""
     store, rounds = crm.cache.store, crm.cache.rounds
     assert store is not None
@@ -138,21 +140,19 @@ async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm, record_proper
 
     busy = [
         *(reader(crm, name, ["/api/accounts", "/api/leads", "/api/tasks"]) for name in READERS),
-        writer(crm, "abe", ["accounts", "tasks"], pause_s=0.05),
-        writer(crm, "gus", ["accounts", "leads"], pause_s=0.05),
+        writer(crm, "abe", ["accounts", "tasks"], pause_s=0.05, keep=True),
+        writer(crm, "gus", ["accounts", "leads"], pause_s=0.05, keep=True),
     ]
     async with endlessly(*busy):
         await asyncio.sleep(2)
         assert audit_of(crm).stale == 0
         store.bump = do_nothing  # type: ignore[method-assign]
         seconds = await found(crm)
-    record_property("seconds_until_found", round(seconds, 2))
+    print(f"found after {seconds:.1f} s")
     assert audit_of(crm).findings[0].kind == "stale"
 
 
-async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(
-    crm: Crm, psql: asyncpg.Connection, record_property: Callable[[str, object], None]
-) -> None:
+async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(crm: Crm, psql: asyncpg.Connection) -> None:
     """He is moved to another team past everything, and still shown the rows of his former one."""
     await crm.save(crm.account("globex", "North's", assigned_to=crm.users["nora"].id))
     async with endlessly(reader(crm, "nils", ["/api/accounts"])):
@@ -165,7 +165,7 @@ async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(
         assert (finding.kind, finding.found) == ("leak", "other rows")
         await asyncio.sleep(0.5)
         assert "North's" not in (await crm.as_user("nils").get("/api/accounts")).text
-    record_property("seconds_until_found", round(seconds, 2))
+    print(f"found after {seconds:.1f} s")
 
 
 async def test_there_are_no_false_alarms(crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,16 +184,15 @@ async def test_there_are_no_false_alarms(crm: Crm, psql: asyncpg.Connection, mon
 
     paths = ["/api/accounts", "/api/leads", "/api/activities", "/api/reports/dashboard-bundle", "/api/opportunities/stats"]
     busy = [
-        *(reader(crm, name, paths) for name in (*READERS, "nils")),
+        *(reader(crm, name, paths, pause_s=0.05) for name in (*READERS, "nils")),
         *(writer(crm, name, ["accounts", "leads", "activities"], pause_s=0.05) for name in ("abe", "gus")),
         move,
     ]
-    async with endlessly(*busy):
-        await asyncio.sleep(8)
+    async with endlessly(*busy), asyncio.timeout(100):
+        while audit.audits < 100:
+            await asyncio.sleep(0.1)
     figures = audit.to_dict()
-    print(figures)
-    assert figures["audits"] > 100
-    assert figures["equal"] > 50
-    assert figures["inconclusive"].keys() <= {"overtaken"}
+    assert figures["equal"] > 20
+    assert figures["inconclusive"].keys() == {"overtaken"}
     assert (figures["findings"], figures["stale"], figures["leaks"], figures["nondeterministic"]) == ([], 0, 0, 0)
     assert figures["excluded_routes"] == []

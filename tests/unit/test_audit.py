@@ -641,13 +641,13 @@ async def test_where_hits_are_few_one_a_second_is_audited(world: World) -> None:
 
 
 async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(world: World, data: Data) -> None:
-    """A handler that takes a second is not run again for nineteen; a sampled hit in between starts nothing."""
+    """A handler that takes a second is not run again for nine; a sampled hit in between starts nothing."""
     data.before = lambda _: setattr(world, "now", world.now + 1)
     world.audit.countdown = 1
     await world.get()
     await world.done()
     assert world.timers[-1].seconds == pytest.approx(1 / MOST_SHARE_OF_TIME - 1)
-    world.now += 18
+    world.now += 8
     world.audit.countdown = 1
     await world.get()
     assert (world.audit._task, world.audit.audits) == (None, 1)
