@@ -315,7 +315,8 @@ BACK_AND_FORTH = _mix(
     "another address after a write",
     processes=(1,),
     leases=(8, 14),
-    most_faults=10,
+    least_faults=7,
+    most_faults=12,
     small_limits=1.0,
     retention=(0.4,),
 )
@@ -378,7 +379,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "the cursor outlives the epoch": Sabotage([(Rounds, "_adopt", _keep_the_cursor)], BACK_AND_FORTH),
     "what was applied outlives the epoch": Sabotage(
         [(Rounds, "_adopt", _keep_what_was_applied)],
-        replace(BACK_AND_FORTH, retention=(300.0,), writers={"acknowledged": 1}, calm=(3.0, 10.0, 30.0)),
+        replace(BACK_AND_FORTH, retention=(300.0,), writers={"acknowledged": 1}, calm=(10.0,)),
     ),
     "a round goes on when a bump failed": Sabotage(
         [(Rounds, "_bump", _go_on_when_a_bump_fails)], _mix("cut from the store", "slow store", trouble=(0.02, 0.05))

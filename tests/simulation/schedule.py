@@ -81,6 +81,7 @@ class Mix:
             "by hand": 1,
         }
     )
+    least_faults: int = 0
     most_faults: int = 7
     processes: Sequence[int] = (1, 2, 2, 3)
     leases: tuple[float, float] = (3, 8)
@@ -173,7 +174,7 @@ class Schedule:
         """Let it all happen."""
         for _ in range(self.rng.choice(self.mix.processes)):
             self._start_process()
-        for _ in range(self.rng.randint(0, self.mix.most_faults)):
+        for _ in range(self.rng.randint(self.mix.least_faults, self.mix.most_faults)):
             self.world.after(self.rng.uniform(0.1, 0.8) * self.length_s, self._strike)
         for _ in range(self.rng.randint(1, 3)):
             self._spawn(self.outsider, self._keep_writing())
