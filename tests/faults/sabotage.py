@@ -1,0 +1,98 @@
+"""Rules of the protocol taken out, one at a time, to see that the suite notices. Only ever in processes of the suite.
+
+``python -m tests.faults.sabotage NAME ...`` is ``python -m crm ...`` without the rule.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from crm.commands import main
+from respcache.core.fence import Fence, Outcome
+from respcache.core.generations import Generation, Verdict
+from respcache.resp.connection import Connection
+from respcache.stores.redis import RedisStore
+from respcache.writes.rounds import Rounds
+
+SOME_SERVER = "0" * 40
+
+
+def commit(name: str) -> None:
+    """Take out the rule of this name in this process."""
+    SABOTAGES[name]()
+
+
+def _no_fence() -> None:
+    """Serve for ever what the store holds."""
+    Fence.allows = lambda self, server, now: True  # type: ignore[method-assign]
+
+
+def _ack_always() -> None:
+    """Acknowledge a write whose bump was not confirmed at once."""
+
+    async def safe(self: Rounds, since: float) -> Outcome:
+        return Outcome.SAFE
+
+    Rounds.safe = safe  # type: ignore[method-assign]
+
+
+def _no_identity() -> None:
+    """Take every server life for the same one."""
+    shake_hands, prepare, epoch = Connection._shake_hands, RedisStore.__init__, RedisStore.epoch
+
+    async def shake_anonymous_hands(self: Connection, *args: Any) -> None:
+        await shake_hands(self, *args)
+        self.identity = SOME_SERVER
+
+    def prepare_anonymous(self: RedisStore, *args: Any, **options: Any) -> None:
+        prepare(self, *args, **options)
+        for script in (self._open, self._bump, self._epoch):
+            script.text = script.text.replace(
+                "string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')", f"'{SOME_SERVER}'"
+            )
+            assert SOME_SERVER in script.text
+            script.digest = hashlib.sha1(script.text.encode(), usedforsecurity=False).hexdigest()
+
+    async def anonymous_epoch(self: RedisStore, *args: Any, **options: Any) -> Any:
+        record, _ = await epoch(self, *args, **options)
+        return record, SOME_SERVER
+
+    Connection._shake_hands = shake_anonymous_hands  # type: ignore[method-assign]
+    RedisStore.__init__ = prepare_anonymous  # type: ignore[method-assign]
+    RedisStore.epoch = anonymous_epoch  # type: ignore[method-assign]
+    RedisStore._compare = lambda self, identity, server: None  # type: ignore[method-assign]
+
+
+def _no_replay() -> None:
+    """Let rounds pass over what they find in the outbox."""
+
+    async def bump(self: Rounds, due: Any) -> None:
+        return None
+
+    Rounds._bump = bump  # type: ignore[method-assign]
+
+
+def _no_certificate() -> None:
+    """Take every stored answer for a valid one."""
+    judge = Generation.judge
+
+    def judge_kindly(self: Generation, *args: Any) -> Verdict:
+        judge(self, *args)
+        return Verdict.VALID
+
+    Generation.judge = judge_kindly  # type: ignore[method-assign]
+
+
+SABOTAGES: dict[str, Callable[[], None]] = {
+    "no-fence": _no_fence,
+    "ack-always": _ack_always,
+    "no-identity": _no_identity,
+    "no-replay": _no_replay,
+    "no-certificate": _no_certificate,
+}
+
+
+if __name__ == "__main__":
+    commit(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))

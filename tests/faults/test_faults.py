@@ -1,0 +1,47 @@
+"""The fault suite in short: seeded, with every kind of part broken once. ``make faults`` runs it for as long as you like."""
+
+from pathlib import Path
+
+import pytest
+
+from respcache.testing.proofs import Kind
+
+from .faults import FAULTS
+from .run import add, play, summary
+from .stage import Plan
+
+pytestmark = pytest.mark.anyio
+SECONDS = 10.0
+SHORT = (
+    "store-restarted-old", "flushall", "generations-deleted", "clients-killed", "killed-after-commit", "killed-in-round",
+    "store-link-cut", "store-link-black-hole", "database-link-cut", "postgres-stopped-at-once",
+)  # fmt: skip
+
+
+async def test_no_promise_is_broken_while_everything_else_is(tmp_path: Path) -> None:
+    """No stale read, no lost invalidation, no request failed that the database could have served; and the cache did serve."""
+    result = await play(tmp_path, seed="7", seconds=SECONDS, kinds=SHORT, hasty=True)
+    print(f"\n{result.report}\n{dict(result.faults)}")
+    assert result.report.violations == {}, result.report.excerpt()
+    assert result.report.lost_invalidations == 0
+    assert result.failed == []
+    assert result.report.how["hit"] > 200
+    assert result.report.how["bypass"] > 0
+    assert result.report.writes > 50
+    assert sum(count > 0 for count in result.faults.values()) >= 5
+    state: dict[str, object] = {}
+    add(state, result)
+    assert f"{result.report.reads:,} reads" in summary(state)
+
+
+async def test_a_missing_rule_is_noticed(tmp_path: Path) -> None:
+    """Rounds that pass over the outbox lose what psql writes: reads are then staler than the lease allows."""
+    result = await play(tmp_path, seed="7", seconds=6.0, kinds=(), plan=Plan(writers=0, sabotage="no-replay"))
+    print(f"\n{result.report}")
+    assert Kind.BOUND in result.report.violations
+    assert result.report.lost_invalidations > 0
+
+
+def test_every_fault_says_what_happens() -> None:
+    """The table of the summary is made of docstrings."""
+    assert all(fault.what for fault in FAULTS.values())
