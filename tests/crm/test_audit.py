@@ -168,6 +168,21 @@ async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(crm: Crm, 
     print(f"found after {seconds:.1f} s")
 
 
+async def test_after_a_round_what_was_committed_before_is_bumped(crm: Crm, psql: asyncpg.Connection) -> None:
+    """That is what a suspicion waits for."""
+    assert crm.cache.rounds is not None
+    await crm.save(crm.account("acme", "Acorn"))
+    abe = crm.as_user("abe")
+    for _ in range(2):
+        answer = await abe.get("/api/accounts")
+    assert "; hit" in answer.headers["cache-status"]
+    await psql.execute(RENAME, crm.tenants["acme"].id, "Oak")
+    await crm.cache.rounds.caught_up()
+    answer = await abe.get("/api/accounts")
+    assert "Oak" in answer.text
+    assert "fwd=stale" in answer.headers["cache-status"]
+
+
 async def test_there_are_no_false_alarms(crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody reads, writes and is moved between teams; psql writes too. As many audits as there can be, none finds a thing."""
     monkeypatch.setattr(audits, "LEAST_PAUSE_S", 0.0)

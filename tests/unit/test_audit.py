@@ -19,6 +19,8 @@ from respcache import (
     Denied,
     Head,
     MemoryStore,
+    Policy,
+    Route,
     Scope,
     SingleTenant,
     cache_list,
@@ -28,6 +30,7 @@ from respcache.core.fence import DRIFT, LEASE_S
 from respcache.core.generations import module_tag
 from respcache.ops.audit import EVERY_S, LEAST_PAUSE_S, LOG_EVERY_S, MAX_FINDINGS, MOST_SHARE_OF_TIME, Audit
 from respcache.record import current, current_scope
+from respcache.writes.rounds import Rounds
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
@@ -100,10 +103,15 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def running(app: Any, **options: Any) -> AsyncIterator[World]:
+async def running(app: Any, *, routes: Any = None, **options: Any) -> AsyncIterator[World]:
     cache = Cache(MemoryStore(), **{"secret": SECRET, "resolver": SingleTenant("public"), **options})
-    wrapped = cache.wrap(app)
-    transport = httpx2.ASGITransport(app=wrapped, raise_app_exceptions=False)
+    wrapped = cache.wrap(app, routes)
+
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        """Serve with the state of a lifespan."""
+        await wrapped({**scope, "state": {"pool": 1}}, receive, send)
+
+    transport = httpx2.ASGITransport(app=server, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
         world = World(cache, http)
         if cache.audit is not None:
@@ -295,9 +303,16 @@ async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondetermini
     assert (world.audit.inconclusive, world.audit.nondeterministic) == ({"overtaken": 1}, 0)
 
 
-@pytest.mark.parametrize("accident", ["switched off", "store away", "other server", "vetoed"])
+class NoOutbox:
+    """The outbox of rounds that never ran."""
+
+    lease_s = LEASE_S
+    own_rows = ""
+
+
+@pytest.mark.parametrize("accident", ["switched off", "store away", "other server", "vetoed", "no fence", "no trigger"])
 async def test_nothing_is_found_where_nothing_would_be_served(world: World, data: Data, accident: str) -> None:
-    """The kill switch, an outage, a server life that ended, an invalidation that is known to be pending."""
+    """The kill switch, an outage, a server life that ended, an invalidation known to be pending, no fence, no triggers."""
     store = world.cache.store
     assert isinstance(store, MemoryStore)
     data.version = 1
@@ -309,6 +324,11 @@ async def test_nothing_is_found_where_nothing_would_be_served(world: World, data
         await store.close()
     elif accident == "other server":
         store.restart(keep_data=True)
+    elif accident == "no fence":
+        world.cache._lookup._rounds = Rounds(store, NoOutbox(), generation_ttl_ms=1000)
+        world.cache._lookup._covered = lambda policy: True  # type: ignore[method-assign]
+    elif accident == "no trigger":
+        world.cache._lookup._covered = lambda policy: False  # type: ignore[method-assign]
     else:
         world.cache._invalidator._pending["public"] = 1
     await world.confirmed()
@@ -448,7 +468,8 @@ class People:
     tables: tuple[str, ...] = ()
     stands_for: frozenset[Any] = frozenset()
 
-    def __init__(self) -> None:
+    def __init__(self, home: str = "acme") -> None:
+        self.home = home
         self.people = {"ann": ("acme", b"north", "admin")}
         self.ended: set[str] = set()
 
@@ -456,7 +477,7 @@ class People:
         name = head.header("x-user") or ""
         if name in self.ended:
             raise Denied(name)
-        return Claim(name, "acme")
+        return Claim(name, self.home)
 
     async def scope(self, claim: Claim) -> Scope:
         if claim.key not in self.people:
@@ -528,6 +549,19 @@ async def test_a_change_of_scope_whose_bump_is_under_way_is_no_leak() -> None:
         assert (world.audit.inconclusive, world.audit.leaks) == ({"overtaken": 1}, 0)
 
 
+async def test_a_scope_is_judged_where_it_was_read_from() -> None:
+    """The caller's home is another generation than that of the rows."""
+    people = People(home="hq")
+    async with running(rows_of_callers(), resolver=people) as world:
+        await world.get(**{"x-user": "ann"})
+        await world.audited_hit(**{"x-user": "ann"})
+        people.people["ann"] = ("acme", b"south", "admin")
+        await until(lambda: world.timers[-1].seconds == WAIT_S)
+        await world.cache.invalidate_all_tenant("hq")
+        await world.confirmed()
+        assert (world.audit.inconclusive, world.audit.leaks) == ({"overtaken": 1}, 0)
+
+
 async def test_a_scope_that_returned_is_no_leak() -> None:
     """What was served may be served."""
     people = People()
@@ -570,6 +604,57 @@ async def test_the_request_is_made_anew_as_it_came_and_can_be_told_apart() -> No
         await world.done()
     request = ("GET", "a", "b", "c", "q=a", b"")
     assert seen == [request, False, request, True]
+
+
+async def test_the_client_of_an_audit_stays_and_each_run_has_a_state_of_its_own(data: Data) -> None:
+    """Who listens for a disconnection hears none; what a run leaves in its state, the next does not find."""
+    heard: list[bool] = []
+    states: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if "respcache.audit" in scope.get("extensions", {}):
+            await receive()
+            listening = asyncio.ensure_future(receive())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            heard.append(listening.done())
+            listening.cancel()
+        states.append(dict(scope["state"]))
+        scope["state"]["mine"] = 1
+        body = str(await data.read()).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        await send({"type": "http.response.body", "body": body})
+
+    async with running(app, routes=[Route.of("/things", Policy("things", "list", 60))]) as world:
+        await world.get()
+        data.version = 1
+        await world.audited_hit()
+        await world.confirmed()
+        assert world.audit.stale == 1
+    assert (heard, states) == ([False] * 4, [{"pool": 1}] * 5)
+
+
+async def test_an_execution_in_an_older_snapshot_is_not_compared() -> None:
+    """Its reads may be older than what was served."""
+    calls = 0
+    app = FastAPI()
+
+    @app.get("/things")
+    @cache_list("things")
+    async def list_things() -> int:
+        nonlocal calls
+        calls += 1
+        record = current.get()
+        assert record is not None
+        assert record.reads is not None
+        record.reads.old_snapshot = calls == 2
+        return calls
+
+    async with running(app) as world:
+        await world.get()
+        await world.audited_hit()
+        await world.done()
+        assert world.audit.inconclusive == {"old snapshot": 1}
 
 
 # -- handlers that write ---------------------------------------------------------------------------------------------------
@@ -727,3 +812,11 @@ async def test_closing_ends_an_audit_under_way(data: Data) -> None:
         world.audit._rest_until = 0
         world.audit.begin(hits[0])  # of a request that was under way
         assert world.audit._task is None
+
+
+async def test_closing_between_audits_leaves_no_timer(world: World) -> None:
+    """The one that makes the next hit of the second an audited one."""
+    await world.audited_hit()
+    await world.done()
+    await world.cache.close()
+    assert all(timer.cancelled for timer in world.timers)
