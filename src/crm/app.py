@@ -2,10 +2,13 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import orjson
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from sqlalchemy import event
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from crm import errors
@@ -83,6 +86,7 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         pool_timeout=10,
         json_deserializer=orjson.loads,  # PostgreSQL writes 1e300 out in digits: to orjson it is a float again, not an integer
     )
+    event.listen(engine.sync_engine, "checkout", _refuse_if_closed)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     # what only reads needs no BEGIN and ROLLBACK: each statement sees the newest state anyway
     reading = engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -112,3 +116,9 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     ):  # fmt: skip
         app.include_router(routes.router)
     return cache.wrap(app)
+
+
+def _refuse_if_closed(connection: Any, record: Any, proxy: Any) -> None:
+    """Have the pool replace a connection that has ended while it was idle. The driver knows that without a round trip."""
+    if connection.driver_connection.is_closed():
+        raise DisconnectionError

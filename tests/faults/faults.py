@@ -103,7 +103,8 @@ async def store_restarted_empty(scene: Scene) -> bool:
 async def store_restarted_old(scene: Scene) -> bool:
     """kill -9 of Valkey; it comes back with the data of some seconds ago."""
     master = scene.stage.master
-    await scene.stage.ask_store("SAVE")
+    if not await _asked(scene, ("SAVE",)):
+        return False
     await scene.hold(0.5, 3.0)
     await asyncio.to_thread(master.kill)
     try:
@@ -118,11 +119,11 @@ async def replica_promoted(scene: Scene) -> bool:
     """A replica that lags behind is promoted; at first only some processes go there, and the old master lives on."""
     stage = scene.stage
     async with asyncio.timeout(REPLICATE_S):
-        while (await stage.ask_store("INFO", "replication", server=stage.replica))["master_link_status"] != "up":
+        while (await stage.insist("INFO", "replication", server=stage.replica))["master_link_status"] != "up":
             await asyncio.sleep(0.1)
     stage.replication.set(State.DELAYED, delay_s=scene.random.uniform(0.2, 1.0))
     await scene.hold(0.3, 1.0)
-    await stage.ask_store("REPLICAOF", "NO", "ONE", server=stage.replica)
+    await stage.insist("REPLICAOF", "NO", "ONE", server=stage.replica)
     stage.master, stage.replica = stage.replica, stage.master
     try:
         names = list(stage.seats)

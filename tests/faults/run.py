@@ -279,19 +279,25 @@ def _run_all(options: argparse.Namespace, state: dict[str, Any], console: Consol
 
 
 def _run(options: argparse.Namespace, seed: str, console: Console) -> Result | None:
-    """Run once and show what was found; None when it could not run."""
+    """Run once and show what was found; None when it could not run. The folder is kept when there is something to look at."""
     folder = Path(tempfile.mkdtemp(prefix="respcache-faults-", dir=options.folder))
     kinds = tuple(options.only or FAULTS)
     plan = Plan(sabotage=options.sabotage)
+    keep = options.keep
     try:
         with _told(console, seed, options.seconds) as tell:
             result = asyncio.run(play(folder, seed=seed, seconds=options.seconds, kinds=kinds, plan=plan, tell=tell))
-    except (ServerFailed, OSError, TimeoutError) as error:
+        keep |= not result.ok
+        _show(console, result, folder)
+    except Exception as error:  # of our own machinery: a series of runs goes on with the next seed
+        keep = True
+        if not isinstance(error, ServerFailed):
+            console.print_exception()
         console.print(f"the suite could not run ({folder}): {type(error).__name__}: {error}", markup=False)
         return None
-    _show(console, result, folder)
-    if result.ok and not options.keep:
-        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
     return result
 
 

@@ -41,7 +41,8 @@ LASTING_PORTS = range(20_000, 32_000)
 
 START_S = 60.0
 END_S = 90.0
-ASK_S = 2.0
+ASK_S = 10.0
+INSIST_S = 30.0
 RECOVERY_S = 0.25
 """After the database is back: what a pool of connections that have died may take to find out."""
 
@@ -282,11 +283,14 @@ class Stage:
 
     def unexcused(self) -> list[Problem]:
         """Return the problems for which there was no reason: the database could be reached all the time."""
-        return [
-            problem
-            for problem in self.problems
-            if not any(begin <= problem.end and problem.start <= end for begin, end in self.seats[problem.process].away)
-        ]
+        found = []
+        for problem in self.problems:
+            away = self.seats[problem.process].away
+            if not any(begin <= problem.end and problem.start <= end for begin, end in away):
+                since = min((problem.start - end + RECOVERY_S for _, end in away if end < problem.start), default=None)
+                when = "" if since is None else f" ({since:.2f} s after the database was back)"
+                found.append(Problem(problem.process, problem.start, problem.end, problem.what + when))
+        return found
 
     async def connect(self) -> Any:
         """Connect to the database directly."""
@@ -298,11 +302,18 @@ class Stage:
         async with client:
             return await client.execute_command(*words)
 
+    async def insist(self, *words: Any, server: EmbeddedValkey | None = None) -> Any:
+        """Send one command to the master (or another server) until it succeeds: other faults may be in the way."""
+        async with asyncio.timeout(INSIST_S):
+            while True:
+                with contextlib.suppress(redis.RedisError, OSError):
+                    return await self.ask_store(*words, server=server)
+                await asyncio.sleep(0.1)
+
     async def replicate(self) -> None:
         """Let the replica follow the master, through its link."""
         self.replication.move(self.master.port)
-        await self.ask_store("CONFIG", "SET", "masterauth", self.master.password, server=self.replica)
-        await self.ask_store("REPLICAOF", "127.0.0.1", self.replication.port, server=self.replica)
+        await self.insist("REPLICAOF", "127.0.0.1", self.replication.port, server=self.replica)
 
     async def hits_again(self, *, most_s: float) -> float | None:
         """Wait until the cache serves again; return how long that took, None when it did not."""

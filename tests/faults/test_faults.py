@@ -1,12 +1,19 @@
 """The fault suite in short: seeded, with every kind of part broken once. ``make faults`` runs it for as long as you like."""
 
+import asyncio
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from crm.app import create_app
+from crm.embedded import EmbeddedPostgres
+from crm.settings import Settings
 from respcache.testing.proofs import Kind
 
+from ..conftest import END_OTHERS, administer
 from .faults import FAULTS
+from .registers import SECRET
 from .run import add, play, summary
 from .stage import Plan
 
@@ -40,6 +47,19 @@ async def test_a_missing_rule_is_noticed(tmp_path: Path) -> None:
     print(f"\n{result.report}")
     assert Kind.BOUND in result.report.violations
     assert result.report.lost_invalidations > 0
+
+
+async def test_connections_that_died_in_the_pool_fail_no_request(database_url: str, postgres_server: EmbeddedPostgres) -> None:
+    """The database is back before anybody has noticed that it was away: the first request after that is served."""
+    app = create_app(Settings(database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET))
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://faults") as http:
+        await asyncio.gather(*(http.get("/api/system/health") for _ in range(5)))
+        await asyncio.to_thread(administer, postgres_server, END_OTHERS, database="migrated")
+        for _ in range(10):
+            await asyncio.sleep(0)  # the loop reads that the sockets were closed
+        assert (await http.get("/api/system/health")).status_code == 200
+    await app.app.state.reading.dispose()
 
 
 def test_every_fault_says_what_happens() -> None:
