@@ -17,6 +17,7 @@ import asyncpg
 import redis
 
 from respcache.core.fence import LEASE_S
+from respcache.testing.history import now
 
 from .outsiders import AWAY, Outsiders
 from .proxy import Link, State
@@ -326,10 +327,12 @@ async def process_frozen_beyond_lease(scene: Scene) -> bool:
     name = scene.random.choice(stage.plan.names)
     process = stage.server if name == stage.plan.names[-1] else stage.workers[name]
     process.signal(signal.SIGSTOP)
+    asleep = now()
     try:
         await scene.hold_beyond_lease()
     finally:
         process.signal(signal.SIGCONT)
+        stage.seats[name].frozen.append((asleep, now()))
     return True
 
 

@@ -79,6 +79,15 @@ class Seat:
     database_link: Link
     away: list[tuple[float, float]] = field(default_factory=list)
     """When the database (or the whole process, for those who ask it over HTTP) could not be reached."""
+    frozen: list[tuple[float, float]] = field(default_factory=list)
+    """When the process itself was stopped."""
+
+    def excuses(self) -> list[tuple[float, float]]:
+        """Return when requests may fail: a process that slept through the end of an outage finds out when it wakes up."""
+        return [
+            (begin, max([end, *(woken + RECOVERY_S for asleep, woken in self.frozen if asleep <= end and begin <= woken)]))
+            for begin, end in self.away
+        ]
 
 
 class Worker:
@@ -285,7 +294,7 @@ class Stage:
         """Return the problems for which there was no reason: the database could be reached all the time."""
         found = []
         for problem in self.problems:
-            away = self.seats[problem.process].away
+            away = self.seats[problem.process].excuses()
             if not any(begin <= problem.end and problem.start <= end for begin, end in away):
                 since = min((problem.start - end + RECOVERY_S for _, end in away if end < problem.start), default=None)
                 when = "" if since is None else f" ({since:.2f} s after the database was back)"
