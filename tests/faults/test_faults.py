@@ -5,14 +5,18 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm.app import create_app
 from crm.embedded import EmbeddedPostgres
 from crm.settings import Settings
 from respcache.testing.proofs import Kind
+from respcache.writes.postgres import PostgresOutbox
 
 from ..conftest import END_OTHERS, administer
 from .faults import FAULTS
+from .proxy import Links, State
 from .registers import SECRET
 from .run import add, play, summary
 from .stage import Plan
@@ -60,6 +64,31 @@ async def test_connections_that_died_in_the_pool_fail_no_request(database_url: s
             await asyncio.sleep(0)  # the loop reads that the sockets were closed
         assert (await http.get("/api/system/health")).status_code == 200
     await app.app.state.reading.dispose()
+
+
+async def test_rounds_that_connect_first_leave_the_engine_usable(database_url: str, postgres_server: EmbeddedPostgres) -> None:
+    """They have a copy of its pool; over a slow link, requests arrive before the first connection is set up."""
+    with Links() as links:
+        link = links.add(postgres_server.port)
+        link.set(State.DELAYED, delay_s=0.02)
+        engine = create_async_engine(database_url.replace(f":{postgres_server.port}/", f":{link.port}/"))
+        outbox = PostgresOutbox(engine, deadline_s=30.0)
+        reading = engine.execution_options(isolation_level="AUTOCOMMIT")
+
+        async def read() -> int:
+            async with reading.connect() as connection:
+                return int(await connection.scalar(text("SELECT 1")))
+
+        async with asyncio.TaskGroup() as group:
+            page = group.create_task(outbox.page(None))
+            reads = []
+            for _ in range(12):
+                reads.append(group.create_task(read()))
+                await asyncio.sleep(0.02)  # so that some come at each step of setting up
+        assert page.result().cursor.snapshot
+        assert [one.result() for one in reads] == [1] * 12
+        await outbox.close()
+        await engine.dispose()
 
 
 def test_every_fault_says_what_happens() -> None:

@@ -132,16 +132,28 @@ class PostgresOutbox:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
         """Take a connection for one call: bounded in time, its failures as ``OutboxError``."""
-        if self._engine is None:
-            pool = self._shared.sync_engine.pool.recreate()
-            self._engine = create_async_engine(self._shared.url, pool=pool, isolation_level="AUTOCOMMIT")
         try:
-            async with asyncio.timeout(self._deadline_s), self._engine.connect() as connection:
-                yield connection
+            async with asyncio.timeout(self._deadline_s):
+                engine = self._engine or await self._make_engine()
+                async with engine.connect() as connection:
+                    yield connection
         except TimeoutError:
             raise OutboxError(f"the database did not answer within {self._deadline_s} s") from None
         except (SQLAlchemyError, OSError) as error:
             raise OutboxError(str(getattr(error, "orig", None) or error).partition("\n")[0]) from error
+
+    async def _make_engine(self) -> AsyncEngine:
+        """Make an engine whose pool has the settings and listeners of the shared one, which is connected first.
+
+        The first connection of an engine sets up its dialect. A copy of the pool that connects before would do that in its
+        place, and what the application connects meanwhile would not wait for it and fail.
+        """
+        async with self._shared.connect():
+            pass
+        if self._engine is None:  # another call may have been faster
+            pool = self._shared.sync_engine.pool.recreate()
+            self._engine = create_async_engine(self._shared.url, pool=pool, isolation_level="AUTOCOMMIT")
+        return self._engine
 
 
 _PAGE = """
