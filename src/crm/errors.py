@@ -29,6 +29,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """What every route may answer besides success."""
 
+AWAY = ("08", "57P", "53300")
+"""SQLSTATEs of a server that starts, stops, or has no connection left: connection exceptions, operator interventions."""
+
 
 class ApiError(Exception):
     """An answer that is an error: status, message, and what else helps the caller."""
@@ -111,11 +114,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DBAPIError)
     async def database_refused(request: Request, error: DBAPIError) -> Response:
+        state = str(getattr(error.orig, "sqlstate", None) or "")
+        if error.connection_invalidated or state.startswith(AWAY):
+            return await database_away(request, error.orig or error)
         log.error("the database refused a statement of %s %s", request.method, request.url.path, exc_info=error)
-        return fail(
-            503 if error.connection_invalidated else 500,
-            "Database unavailable" if error.connection_invalidated else "Internal error",
-        )
+        return fail(500, "Internal error")
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

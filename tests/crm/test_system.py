@@ -2,7 +2,10 @@
 
 import asyncio
 import re
+import signal
+from pathlib import Path
 
+import asyncpg
 import httpx2
 import pytest
 from alembic import command
@@ -11,6 +14,7 @@ from pydantic import SecretStr
 from crm.app import create_app
 from crm.demo import PASSWORD as DEMO_PASSWORD
 from crm.demo import seed_if_empty
+from crm.embedded import EmbeddedPostgres
 from crm.errors import ApiError
 from crm.migrations import configuration
 from crm.routes.auth import LoginLimit
@@ -166,6 +170,31 @@ async def test_without_the_database_the_answer_is_503(crm: Crm) -> None:
 
 def _refuse(*args: object, **options: object) -> None:
     raise ConnectionRefusedError("no database")
+
+
+async def _connect_again_and_again(url: str) -> None:
+    while True:
+        await (await asyncpg.connect(url)).close()
+
+
+async def test_while_the_database_shuts_down_the_answer_is_503(tmp_path: Path) -> None:
+    """A server that answers, but only that it lets nobody in (57P03), is away as well: no error of ours, no traceback."""
+    server = EmbeddedPostgres(tmp_path / "postgres", password=PASSWORD, durable=False).start()
+    try:
+        plain_url = server.url("postgres").replace("+asyncpg", "")
+        session = await asyncpg.connect(plain_url)  # a smart shutdown waits for it
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(asyncpg.CannotConnectNowError):
+            await asyncio.wait_for(_connect_again_and_again(plain_url), 30)
+        settings = Settings(database_url=server.url("postgres"), redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET)
+        transport = httpx2.ASGITransport(create_app(settings), raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://crm") as http:
+            answer = await http.post("/api/auth/login", json={"email": "ann@x.example", "password": PASSWORD})
+        await session.close()
+    finally:
+        server.remove()
+    assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Database unavailable"})
 
 
 async def test_the_documentation_describes_every_route(crm: Crm) -> None:

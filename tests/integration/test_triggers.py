@@ -147,7 +147,7 @@ async def test_who_may_only_write_to_a_table_needs_no_right_on_the_outbox(databa
 
 
 async def test_the_triggers_fire_also_for_a_replication_role(database: asyncpg.Connection) -> None:
-    """Logical replication and restores write under it, and ordinary triggers would stay silent."""
+    """Restores and tools that load data write under it, and ordinary triggers would stay silent."""
     await database.execute("SET session_replication_role = replica")
     await database.execute("UPDATE accounts SET name = 'y' WHERE id = 2")
     await database.execute("RESET session_replication_role")

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import random
 import threading
-from collections.abc import Awaitable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from respcache.core.errors import InvalidationPending, OutboxError, StoreError
@@ -77,7 +77,10 @@ class Invalidator:
                 for tenant in tags:
                     self._pending[tenant] = self._pending.get(tenant, 0) + 1
             return None
-        return self._begin(self._send(tags) if self._rounds is None else self._note(self._rounds, tags))
+        if self._rounds is None:
+            return self._begin(lambda: self._send(tags))
+        rounds = self._rounds
+        return self._begin(lambda: self._note(rounds, tags))
 
     def committed(self, rows: Rows | None) -> Awaitable[Outcome] | None:
         """Begin to bump what a transaction left in the outbox; to be called, from any thread, after its COMMIT returned.
@@ -87,7 +90,8 @@ class Invalidator:
         """
         rounds = self._rounds
         assert rounds is not None
-        return self._begin(self._apply(rounds, rows, rounds.clock())) if self._started() else None
+        since = rounds.clock()
+        return self._begin(lambda: self._apply(rounds, rows, since)) if self._started() else None
 
     async def settled(self, *, timeout_s: float) -> None:
         """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when that takes longer."""
@@ -121,12 +125,12 @@ class Invalidator:
     def _started(self) -> bool:
         return self._loop is not None and not self._loop.is_closed()
 
-    def _begin(self, sending: Coroutine[Any, Any, Outcome]) -> Awaitable[Outcome]:
+    def _begin(self, send: Callable[[], Awaitable[Outcome]]) -> Awaitable[Outcome]:
         loop = self._loop
         assert loop is not None
         with self._lock:
             self._in_flight += 1
-        counted = self._counted(sending)
+        counted = self._counted(send)
         if _running_loop() is loop:
             task: asyncio.Future[Outcome] = asyncio.ensure_future(counted)
         else:
@@ -135,9 +139,9 @@ class Invalidator:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _counted(self, sending: Coroutine[Any, Any, Outcome]) -> Outcome:
+    async def _counted(self, send: Callable[[], Awaitable[Outcome]]) -> Outcome:
         try:
-            return await sending
+            return await send()
         finally:
             with self._lock:
                 self._in_flight -= 1
