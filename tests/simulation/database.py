@@ -380,8 +380,13 @@ class SimulatedOutbox:
             )
 
         def by_the_clock(page: Page) -> Page:
-            recorded = fence[0].until >= database.now + self.lease_s * DRIFT
-            return replace(page, effective=fence[0].effective_at <= database.now, recorded=recorded)
+            row, now, lease_s = fence[0], database.now, self.lease_s * DRIFT
+            return replace(
+                page,
+                effective=row.effective_at <= now,
+                recorded=row.until >= now + lease_s,
+                expiring=row.until < now + 1.5 * lease_s,
+            )
 
         failed, self._failed = self._failed, True
         found: Page = await self._ask(at_snapshot, by_the_clock)
