@@ -282,11 +282,46 @@ def test_the_command_prints_the_report_and_fails_on_violations(tmp_path: Path, r
     for path, event in zip(paths, [ONE, read(returned, 1.5, 1.6, how="hit")], strict=True):
         with Recorder(path) as recorder:
             recorder.append(event)
-    command = [sys.executable, "-m", "respcache.testing.checker", *map(str, paths), "--bound", "2.5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_checker(*map(str, paths), "--bound", "2.5")
     assert (done.returncode, done.stderr) == (status, "")
     assert done.stdout.startswith("1 reads (hit 1), 1 writes, 0 of unknown outcome, 0 torn lines\nviolations: ")
     assert ("I1: x: a read returned 0" in done.stdout) is bool(status)
+
+
+def run_checker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "respcache.testing.checker", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("events", [[], [ONE, TWO]], ids=["empty", "only writes"])
+def test_a_history_without_reads_is_no_proof(tmp_path: Path, events: list[Event]) -> None:
+    """Nothing violated anything because nothing was read: the report is not ok, the command's status is neither 0 nor 1."""
+    path = tmp_path / "events"
+    with Recorder(path) as recorder:
+        for event in events:
+            recorder.append(event)
+    assert not check(events, bound_s=BOUND_S).ok
+    done = run_checker(str(path), "--bound", "2.5")
+    assert (done.returncode, done.stderr) == (2, "nothing to check: no reads were recorded\n")
+
+
+def test_what_is_no_history_is_not_taken_for_a_violation(tmp_path: Path) -> None:
+    """Status 2, and what is wrong in one line."""
+    path = tmp_path / "events"
+    path.write_text('\n["x"]\n')
+    for file, said in ((path, "events:2: no event"), (tmp_path / "absent", "No such file")):
+        done = run_checker(str(file), "--bound", "2.5")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert said in done.stderr
+
+
+def test_a_read_that_violates_several_properties_is_one_read() -> None:
+    """It counts for each of its kinds, and once altogether; registers do not matter either."""
+    both = Read(9.0, 9.1, {"x": 0, "y": 0}, "r", "q", "another")
+    report = check([ONE, write(1, 1.0, 1.1, 1.2, register="y"), both, read(0, 9.2, 9.3), read(1, 9.4, 9.5)], bound_s=BOUND_S)
+    assert report.violations == {Kind.FRESHNESS: 2, Kind.BOUND: 2, Kind.ISOLATION: 1}
+    assert report.violating_reads == 2
+    assert "violations: I1: 2 reads, I3: 2 reads, I5: 1 reads (2 distinct reads)\n" in str(report)
 
 
 MOMENTS = st.integers(0, 12).map(float)
@@ -350,9 +385,10 @@ def due(read: Read, register: str, events: Sequence[Event], *, bound_s: float) -
     return least
 
 
-def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int], int, float]:
-    """Return violations, lost invalidations and worst staleness by the definitions alone: every read against every event."""
+def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int], int, int, float]:
+    """Judge by the definitions alone, every read against every event: what ``facts`` are."""
     writes, counts, lost, worst = resolved(events), dict.fromkeys(Kind, 0), set[tuple[str, int]](), 0.0
+    violating = 0
     for read in events:
         if not isinstance(read, Read):
             continue
@@ -369,11 +405,13 @@ def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int]
                         lost.add((register, write.version))
         for kind in found:
             counts[kind] += 1
-    return {kind: count for kind, count in counts.items() if count}, len(lost), worst
+        violating += bool(found)
+    return {kind: count for kind, count in counts.items() if count}, violating, len(lost), worst
 
 
-def facts(report: Report) -> tuple[dict[Kind, int], int, float]:
-    return report.violations, report.lost_invalidations, report.worst_staleness_s
+def facts(report: Report) -> tuple[dict[Kind, int], int, int, float]:
+    """Violations, violating reads, lost invalidations, worst staleness."""
+    return report.violations, report.violating_reads, report.lost_invalidations, report.worst_staleness_s
 
 
 @settings(max_examples=400)

@@ -44,7 +44,8 @@ class Report:
     """What a check found. ``str()`` is a summary of a few lines.
 
     ``writes`` counts distinct versions of registers, ``attempts`` writes whose version nobody knows. ``violations`` counts reads,
-    for each kind once however many registers a read had wrong; kinds without any are absent. ``lost_invalidations`` counts the
+    for each kind once however many registers a read had wrong; kinds without any are absent. ``violating_reads`` counts each of
+    these reads once, whatever it violated, so it is at most ``reads``. ``lost_invalidations`` counts the
     distinct versions that some read did not return although they were committed ``bound_s`` before it began: the writes that
     the cache has not heard of, for any reason. ``worst_staleness_s`` is the longest that a returned version had been superseded
     (a later one committed, acknowledged or not) when the read began, violation or not.
@@ -55,6 +56,7 @@ class Report:
     attempts: int
     how: dict[str, int]
     violations: dict[Kind, int]
+    violating_reads: int
     lost_invalidations: int
     worst_staleness_s: float
     torn: int
@@ -62,8 +64,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no read violated anything."""
-        return not self.violations
+        """Whether something was read, and no read violated anything: a history without reads proves nothing."""
+        return self.reads > 0 and not self.violations
 
     def excerpt(self, kind: Kind | None = None) -> str:
         """Put the shortest proof of a violation into words: fewest operations, then the shortest time. Empty when there is none.
@@ -76,6 +78,7 @@ class Report:
     def __str__(self) -> str:
         how = ", ".join(f"{word or '-'} {count}" for word, count in sorted(self.how.items()))
         found = ", ".join(f"{kind}: {count} reads" for kind, count in self.violations.items()) or "none"
+        found += f" ({self.violating_reads} distinct reads)" if len(self.violations) > 1 else ""
         lines = [
             f"{self.reads} reads ({how}), {self.writes} writes, {self.attempts} of unknown outcome, {self.torn} torn lines",
             f"violations: {found}",
@@ -105,6 +108,7 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
         attempts=book.attempts,
         how=dict(judge.how),
         violations={kind: judge.counts[kind] for kind in Kind if judge.counts[kind]},
+        violating_reads=judge.accused,
         lost_invalidations=sum(judge.lost(register) for register in judge.missed),
         worst_staleness_s=judge.worst_staleness_s,
         torn=history.torn if isinstance(history, History) else 0,
@@ -248,8 +252,8 @@ class _Judge:
         self._registers, self._sessions, self._bound_s = book.registers, book.sessions, bound_s
         self._unwritten = _Register()
         self._unwritten.settle()
-        self._accused: dict[Kind, Read] = {}
-        self.reads = 0
+        self._last_accused: dict[Kind | None, Read] = {}  # None: of any kind
+        self.reads = self.accused = 0
         self.how: Counter[str] = Counter()
         self.counts: Counter[Kind] = Counter()
         self.best: dict[Kind, Violation] = {}
@@ -325,8 +329,11 @@ class _Judge:
             self._accuse(Violation(Kind.SESSION, read, 2, read.end - since, register, due, since))
 
     def _accuse(self, found: Violation) -> None:
-        if self._accused.get(found.kind) is not found.read:
-            self._accused[found.kind] = found.read
+        if self._last_accused.get(None) is not found.read:
+            self._last_accused[None] = found.read
+            self.accused += 1
+        if self._last_accused.get(found.kind) is not found.read:
+            self._last_accused[found.kind] = found.read
             self.counts[found.kind] += 1
         best = self.best.get(found.kind)
         if best is None or _size(found) < _size(best):
@@ -356,14 +363,24 @@ def _last_until(times: "array[float]") -> "array[int]":
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m respcache.testing.checker", description="Check recorded histories.")
+    parser = argparse.ArgumentParser(
+        prog="python -m respcache.testing.checker",
+        description="Check recorded histories. Exit status: 0, 1 for violations, 2 when there is nothing to check or no history.",
+    )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument(
         "--bound", type=float, required=True, metavar="S", help="seconds that an unacknowledged write may stay unseen"
     )
     options = parser.parse_args()
-    report = check(load(options.files), bound_s=options.bound)
+    try:
+        report = check(load(options.files), bound_s=options.bound)
+    except (OSError, ValueError) as error:  # no such file, a line that is no event: that is no verdict on any cache
+        print(error, file=sys.stderr)
+        return 2
     print(report)
+    if not report.reads:
+        print("nothing to check: no reads were recorded", file=sys.stderr)
+        return 2
     return 0 if report.ok else 1
 
 
