@@ -5,21 +5,26 @@
     python -m tests.faults.run --state docs/faults.json --summary docs/faults.md
 
 The seed decides which faults happen in which order, how long they last and whom they meet, and what each client asks; not how
-the operating system schedules it all. Progress goes to standard error; the last line of standard output is one JSON object.
-Exit status: 0, 1 when a promise was broken, 2 when the suite could not run.
+the operating system schedules it all. Progress goes to standard error; the last line of standard output is one JSON object:
+the totals, of the state when there is one, and the last seed.
+
+Exit status, by the totals: 1 when a promise was broken in any run, also one that had to be given up, or the cache did not serve
+again; otherwise 2 when the suite could not run, and 0.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,17 +34,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from crm.embedded import ServerFailed
-from respcache.core.fence import DRIFT, LEASE_S
-from respcache.testing.checker import Report, check
-from respcache.testing.history import Recorder, load, now
+from respcache.core.fence import LEASE_S
+from respcache.testing.history import Recorder, now
 
 from .faults import FAULTS, Fault, Scene
 from .outsiders import Outsiders
+from .results import Result, add, judge, kept, line, ran, summary
 from .sabotage import SABOTAGES
-from .stage import Plan, Problem, Stage, stage
-
-BOUND_S = LEASE_S * DRIFT + 0.1
-"""How long a write that nobody acknowledged may stay unseen: the lease, and the slack between a COMMIT and who notes it."""
+from .stage import HISTORY, Plan, Stage, stage
 
 RECOVER_S = 3 * LEASE_S + 2.0
 SAY_EVERY_S = 5.0
@@ -47,46 +49,14 @@ MAX_SHOWN = 10
 MAX_ABORTED = 3
 """Runs one after the other that could not run, before a series of runs is given up."""
 
+PROGRAM = "python -m tests.faults.run"
+
 PAUSES: dict[str, tuple[float, float]] = {
     "store": (4.0, 7.0), "keys": (4.0, 8.0), "processes": (8.0, 12.0), "links": (4.0, 8.0), "database": (9.0, 15.0),
 }  # fmt: skip
 """Seconds between faults of a lane. The lane of the store also waits until the cache serves again: otherwise it never would."""
 
-
-@dataclass
-class Result:
-    """What a run found."""
-
-    seed: str
-    seconds: float
-    report: Report
-    faults: Counter[str]
-    failed: list[Problem]
-    recovery_s: dict[str, list[float]] = field(default_factory=dict)
-    excused: int = 0
-    alarms: set[str] = field(default_factory=set)
-
-    @property
-    def stale_reads(self) -> int:
-        """Count the reads that broke a promise, whichever."""
-        return sum(self.report.violations.values())
-
-    @property
-    def ok(self) -> bool:
-        """Whether every promise was kept."""
-        return not (self.stale_reads or self.report.lost_invalidations or self.failed or self.alarms)
-
-    def line(self) -> dict[str, Any]:
-        """Return what the last line says."""
-        return {
-            "reads": self.report.reads,
-            "writes": self.report.writes,
-            "faults": self.faults.total(),
-            "stale_reads": self.stale_reads,
-            "lost_invalidations": self.report.lost_invalidations,
-            "failed_requests": len(self.failed),
-            "seed": self.seed,
-        }
+Tell = Callable[[Stage, Counter[str], float], None]
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
@@ -100,47 +70,60 @@ async def play(
     kinds: Sequence[str] = tuple(FAULTS),
     plan: Plan | None = None,
     hasty: bool = False,
-    tell: Callable[[Stage, Counter[str], float], None] | None = None,
+    tell: Tell | None = None,
 ) -> Result:
-    """Run for some seconds with faults of these kinds, then check. Raises ``ServerFailed`` when it cannot run.
+    """Run for some seconds with faults of these kinds, then check, also when the run had to be given up (``Result.aborted``).
 
     ``hasty`` leaves less time between faults, for runs that are short.
     """
-    faults: Counter[str] = Counter()
-    recovery_s: dict[str, list[float]] = {}
-    async with stage(folder, plan or Plan(), seed=seed) as made:
-        with Recorder(made.history) as recorder:
-            outsiders = Outsiders(made, recorder, Random(f"{seed}/outsiders"))
-            behind = [asyncio.create_task(work()) for work in (outsiders.observe, outsiders.write, outsiders.trade)]
-            await asyncio.gather(*(worker.start() for worker in made.workers.values()))
+    found = Result(seed)
+    courses = [_Course(lane, kinds, seed, 0.3 if hasty else 1.0) for lane in PAUSES]
+    try:
+        async with stage(folder, plan or Plan(), seed=seed) as made:
+            await _perform(made, found, courses, seconds=seconds, tell=tell)
+    except Exception as error:  # of our own machinery; what the cache did until then counts all the same
+        found.aborted = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    found.report = await asyncio.to_thread(judge, folder / HISTORY)
+    return found
+
+
+async def _perform(made: Stage, found: Result, courses: "Sequence[_Course]", *, seconds: float, tell: Tell | None) -> None:
+    """Let clients and faults happen on a stage, and note what there is to find but the history. Raises when it cannot go on."""
+    found.alarms = made.alarms
+    with Recorder(made.history) as recorder:
+        outsiders = Outsiders(made, recorder, Random(f"{found.seed}/outsiders"))
+        behind = [asyncio.create_task(work()) for work in (outsiders.observe, outsiders.write, outsiders.trade)]
+        lanes: list[asyncio.Task[None]] = []
+        started = now()
+
+        def over() -> bool:
+            return now() - started >= seconds or bool(made.broken) or any(task.done() for task in behind)
+
+        try:
+            await made.start_processes()
             started = now()
-
-            def over() -> bool:
-                return now() - started >= seconds or bool(made.broken) or any(task.done() for task in behind)
-
-            courses = [_Course(lane, kinds, seed, 0.3 if hasty else 1.0) for lane in PAUSES]
-            lanes = [asyncio.create_task(_lane(made, outsiders, course, over, faults, recovery_s)) for course in courses]
-            try:
-                while not over():
-                    await asyncio.sleep(0.2)
-                    if tell is not None:
-                        tell(made, faults, now() - started)
-                await asyncio.gather(*lanes)
-                if not made.broken and await made.hits_again(most_s=RECOVER_S) is None:
-                    made.broken.append(f"nothing was served from the cache within {RECOVER_S} s after the last fault")
-                await asyncio.gather(*(worker.end() for worker in made.workers.values()))
-            finally:
-                for task in (*lanes, *behind):
-                    task.cancel()
-                ended = await asyncio.gather(*lanes, *behind, return_exceptions=True)
-            made.broken += [repr(error) for error in ended if isinstance(error, Exception)]
-        if made.broken:
-            raise ServerFailed("\n".join(made.broken))
-        took_s = now() - started
-        failed = made.unexcused()
-        excused = len(made.problems) - len(failed)
-    report = await asyncio.to_thread(check, load([made.history]), bound_s=BOUND_S)
-    return Result(seed, took_s, report, faults, failed, recovery_s, excused, made.alarms)
+            lanes += [
+                asyncio.create_task(_lane(made, outsiders, course, over, found.faults, found.recovery_s)) for course in courses
+            ]
+            while not over():
+                await asyncio.sleep(0.2)
+                if tell is not None:
+                    tell(made, found.faults, now() - started)
+            await asyncio.gather(*lanes)
+            if not made.broken and await made.hits_again(most_s=RECOVER_S) is None:
+                found.unrecovered = f"nothing was served from the cache within {RECOVER_S} s after the last fault"
+            await asyncio.gather(*(worker.end() for worker in made.workers.values()))
+        finally:
+            found.seconds = now() - started
+            for task in (*lanes, *behind):
+                task.cancel()
+            ended = await asyncio.gather(*lanes, *behind, return_exceptions=True)
+            made.alarms |= made.server_alarms()
+        made.broken += [repr(error) for error in ended if isinstance(error, Exception)]
+    if made.broken:
+        raise ServerFailed("\n".join(made.broken))
+    found.failed = made.unexcused()
+    found.excused = len(made.problems) - len(found.failed)
 
 
 @dataclass(frozen=True)
@@ -188,116 +171,82 @@ async def _until(moment: float, over: Callable[[], bool]) -> None:
         await asyncio.sleep(0.05)
 
 
-# -- many runs ---------------------------------------------------------------------------------------------------------
-
-
-def add(state: dict[str, Any], result: Result) -> None:
-    """Add a run to the totals."""
-    line = result.line()
-    for name in ("reads", "writes", "stale_reads", "lost_invalidations", "failed_requests"):
-        state[name] = state.get(name, 0) + line[name]
-    state["seconds"] = round(state.get("seconds", 0) + result.seconds, 1)
-    state["worst_staleness_s"] = round(max(state.get("worst_staleness_s", 0), result.report.worst_staleness_s), 3)
-    state["how"] = dict(Counter(state.get("how", {})) + Counter(result.report.how))
-    state["faults"] = dict(Counter(state.get("faults", {})) + result.faults)
-    state.setdefault("seeds", []).append(result.seed)
-
-
-def summary(state: dict[str, Any]) -> str:
-    """Put the totals into Markdown."""
-    reads, how = state["reads"], state["how"]
-    served = how.get("hit", 0) + how.get("shared", 0)
-    lines = [
-        "# Reads under faults",
-        "",
-        f"{reads:,} reads and {state['writes']:,} writes in {len(state['seeds'])} runs ({state['seconds'] / 3600:.1f} hours), "
-        f"{sum(state['faults'].values()):,} faults:",
-        "",
-        "| what | count |",
-        "|---|---|",
-        f"| stale, foreign or invented reads | {state['stale_reads']} |",
-        f"| lost invalidations | {state['lost_invalidations']} |",
-        f"| requests that failed although the database could be reached | {state['failed_requests']} |",
-        f"| reads served from the cache | {served:,} ({served / max(1, reads):.0%}) |",
-        f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} s (allowed: {BOUND_S:.2f} s) |",
-        "",
-        "Made by `python -m tests.faults.run --total-reads N --state FILE`; a run is repeated with its seed. "
-        f"Seeds {state['seeds'][0]} to {state['seeds'][-1]}.",
-        "",
-        "| fault | what happens | times |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {fault.kind} | {fault.what} | {state['faults'].get(fault.kind, 0):,} |" for fault in FAULTS.values()]
-    return "\n".join([*lines, ""])
-
-
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the suite; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    command = shlex.join([*PROGRAM.split(), *arguments])
     console = Console(stderr=True)
     state: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
     if options.total_reads and not options.state:
         console.print("--total-reads needs --state FILE, to go on where it stopped")
         return 2
+    if options.sabotage and options.state:
+        console.print("--sabotage breaks promises on purpose: that is not for a --state")
+        return 2
     if options.summary:
         if not state:
             console.print("there is no state to sum up: give --state FILE")
             return 2
-        options.summary.write_text(summary(state))
+        options.summary.write_text(summary(state, command=command))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: everything is stopped and removed
     try:
-        return _run_all(options, state, console)
+        return _run_all(options, state, command, console)
     except KeyboardInterrupt:
         console.print("stopped; runs that were completed are in the state")
         return 2
+    except Exception:  # also a history that is none: no verdict, so no status of one
+        console.print_exception()
+        return 2
 
 
-def _run_all(options: argparse.Namespace, state: dict[str, Any], console: Console) -> int:
+def _run_all(options: argparse.Namespace, state: dict[str, Any], command: str, console: Console) -> int:
     """Run once, or with one seed after the other until there are enough reads; print the last line."""
-    seed, line, ok, aborted = int(options.seed), None, True, 0
-    while ok and (line is None or (options.total_reads and state["reads"] < options.total_reads)):
-        while str(seed) in state.get("seeds", []):
+    seed, aborted = int(options.seed), 0
+    while not (options.total_reads and state.get("reads", 0) >= options.total_reads):
+        while ran(state, str(seed)):
             seed += 1
         result = _run(options, str(seed), console)
-        if result is None:
-            aborted += 1
-            if not options.total_reads or aborted == MAX_ABORTED:
-                return 2
-            seed += 1
-            continue
-        ok, line, aborted = result.ok, result.line(), 0
+        add(state, result, command=command)
         if options.state:
-            add(state, result)
             _write(options.state, state)
-            line = {name: state.get(name, value) for name, value in line.items()} | {"faults": sum(state["faults"].values())}
-    print(json.dumps(line))
-    return 0 if ok else 1
+        aborted = aborted + 1 if result.aborted else 0
+        if not options.total_reads or not result.ok or aborted == MAX_ABORTED:
+            break
+    print(json.dumps(line(state) | {"seed": str(seed)}))
+    if not kept(state):
+        return 1
+    return 2 if aborted == (MAX_ABORTED if options.total_reads else 1) else 0
 
 
-def _run(options: argparse.Namespace, seed: str, console: Console) -> Result | None:
-    """Run once and show what was found; None when it could not run. The folder is kept when there is something to look at."""
+def _run(options: argparse.Namespace, seed: str, console: Console) -> Result:
+    """Run once and show what was found. The folder is kept when there is something to look at.
+
+    Raises ``KeyboardInterrupt`` for a run that the user ended, unless a promise was broken until then; its seed is free again.
+    """
     folder = Path(tempfile.mkdtemp(prefix="respcache-faults-", dir=options.folder))
-    kinds = tuple(options.only or FAULTS)
-    plan = Plan(sabotage=options.sabotage)
-    keep = options.keep
+    keep = True
     try:
         with _told(console, seed, options.seconds) as tell:
+            kinds, plan = tuple(options.only or FAULTS), Plan(sabotage=options.sabotage)
             result = asyncio.run(play(folder, seed=seed, seconds=options.seconds, kinds=kinds, plan=plan, tell=tell))
-        keep |= not result.ok
-        _show(console, result, folder)
-    except Exception as error:  # of our own machinery: a series of runs goes on with the next seed
-        keep = True
-        if not isinstance(error, ServerFailed):
-            console.print_exception()
-        console.print(f"the suite could not run ({folder}): {type(error).__name__}: {error}", markup=False)
-        return None
+    except KeyboardInterrupt:
+        result = Result(seed, report=judge(folder / HISTORY), aborted="stopped by the user")
+        if result.ok:
+            keep = options.keep
+            raise
+    else:
+        keep = options.keep or not result.ok or bool(result.aborted)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+    _show(console, result)
+    if keep:
+        console.print(f"the history is kept: {folder / HISTORY}", markup=False)
     return result
 
 
@@ -322,7 +271,7 @@ def _told(console: Console, seed: str, seconds: float) -> Any:
         yield tell
 
 
-def _show(console: Console, result: Result, folder: Path) -> None:
+def _show(console: Console, result: Result) -> None:
     table = Table("fault", "times", "served again after", title=f"seed {result.seed}: {result.seconds:.0f} s")
     for kind in FAULTS:
         took_s = result.recovery_s.get(kind, [])
@@ -338,8 +287,10 @@ def _show(console: Console, result: Result, folder: Path) -> None:
         )
     for alarm in result.alarms:
         console.print(f"the audit found: {alarm}", markup=False, highlight=False)
-    if not result.ok:
-        console.print(f"the history is kept: {folder / 'history'}", markup=False)
+    for failure in result.failures:
+        console.print(failure, markup=False)
+    if result.aborted:
+        console.print(f"aborted, and checked as far as it went: {result.aborted}", markup=False, highlight=False)
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -349,7 +300,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="only this kind of fault; may be repeated")

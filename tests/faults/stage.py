@@ -35,6 +35,8 @@ from .worker import Orders
 
 ROOT = Path(__file__).parents[2]
 DATABASE = "crm"
+HISTORY = "history"
+SAYS_ALARM = "the audit found"
 PASSWORD = "only for faults"
 LASTING_PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections."""
@@ -255,7 +257,7 @@ class Stage:
     @property
     def history(self) -> Path:
         """The file to which everybody adds."""
-        return self.folder / "history"
+        return self.folder / HISTORY
 
     @property
     def settled(self) -> Path:
@@ -279,6 +281,16 @@ class Stage:
         with contextlib.suppress(OSError):
             return (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
         return ""
+
+    def server_alarms(self) -> set[str]:
+        """Return what the audit of the server found: that is only in its log."""
+        with contextlib.suppress(OSError):
+            return {row for row in (self.folder / "server.log").read_text(errors="replace").splitlines() if SAYS_ALARM in row}
+        return set()
+
+    async def start_processes(self) -> None:
+        """Start the server and the workers, all at the same time; returns when all read."""
+        await asyncio.gather(self.server.start(), *(worker.start() for worker in self.workers.values()))
 
     @contextmanager
     def unavailable(self, names: Iterable[str]) -> Iterator[None]:
@@ -345,7 +357,7 @@ class Stage:
 
 @asynccontextmanager
 async def stage(folder: Path, plan: Plan, *, seed: str) -> AsyncIterator[Stage]:
-    """Start everything but the workers; stop all of it, whatever happens."""
+    """Start the servers that others stand on; stop all there is, whatever happens."""
     with Links() as links:
         made = Stage(folder, links, plan, seed=seed)
         try:
@@ -354,7 +366,6 @@ async def stage(folder: Path, plan: Plan, *, seed: str) -> AsyncIterator[Stage]:
             await furnish(connection)
             await connection.close()
             await made.replicate()
-            await made.server.start()
             yield made
         finally:
             for worker in made.workers.values():

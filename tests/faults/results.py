@@ -1,0 +1,175 @@
+"""What a run found, and what all runs found together: the figures that decide the exit status, and the page made of them.
+
+The totals are one JSON object, the *state*; whoever goes on with it adds to it:
+
+* ``reads``, ``writes``, ``stale_reads``, ``lost_invalidations``, ``failed_requests``, ``alarms``, ``seconds``: sums;
+  ``how`` and ``faults``: sums by word; ``worst_staleness_s``: the most;
+* ``seeds``: of the runs that were completed; ``aborted``: of those that were not, with the reason; what was recorded until then
+  was checked and is in the sums, but for failed requests: whatever ended the run may have failed them;
+* ``failed_runs``: seeds of runs in which something else than a single read was wrong, with what it was;
+* ``commands``: command lines as they were typed, with the seeds that they ran.
+
+States written before all of these were kept have no ``alarms``, ``aborted``, ``failed_runs`` and ``commands``: that is nothing of
+each. (Then a run with an alarm ended the series without a trace, and an aborted one was left out.) They can be added to.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from respcache.core.fence import DRIFT, LEASE_S
+from respcache.testing.checker import Report, check
+from respcache.testing.history import load
+
+from .faults import FAULTS
+from .stage import Problem
+
+BOUND_S = LEASE_S * DRIFT + 0.1
+"""How long a write that nobody acknowledged may stay unseen: the lease, and the slack between a COMMIT and who notes it."""
+
+SUMS = ("reads", "writes", "stale_reads", "lost_invalidations", "failed_requests", "alarms")
+PROMISES = ("stale_reads", "lost_invalidations", "failed_requests", "alarms", "failed_runs")
+"""What of the totals must be nothing."""
+
+MAX_REASON = 200
+NO_COMMAND = "not kept"
+
+
+def judge(history: Path) -> Report:
+    """Check what was recorded, which may be nothing at all. Raises ``ValueError`` when it is no history."""
+    return check(load([history] if history.exists() else []), bound_s=BOUND_S)
+
+
+@dataclass
+class Result:
+    """What a run found. ``aborted`` says why it was given up, ``unrecovered`` that the cache did not serve again at its end."""
+
+    seed: str
+    seconds: float = 0.0
+    report: Report = field(default_factory=lambda: check([], bound_s=BOUND_S))
+    faults: Counter[str] = field(default_factory=Counter)
+    failed: list[Problem] = field(default_factory=list)
+    recovery_s: dict[str, list[float]] = field(default_factory=dict)
+    excused: int = 0
+    alarms: set[str] = field(default_factory=set)
+    unrecovered: str = ""
+    aborted: str = ""
+
+    @property
+    def failures(self) -> list[str]:
+        """What was wrong with the run as a whole. One that was given up is not expected to have come far."""
+        if self.aborted:
+            return []
+        found = [self.unrecovered] if self.unrecovered else []
+        if not self.report.reads:
+            return [*found, "nothing was read"]
+        return found if self.report.how.get("hit") else [*found, "nothing was served from the cache"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every promise was kept, as far as it went."""
+        return kept(add({}, self))
+
+
+def add(state: dict[str, Any], result: Result, *, command: str | None = None) -> dict[str, Any]:
+    """Add a run to the totals, and return them."""
+    report = result.report
+    broken = report.violating_reads, report.lost_invalidations, len(result.failed), len(result.alarms)
+    for name, count in zip(SUMS, (report.reads, report.writes, *broken), strict=True):
+        state[name] = state.get(name, 0) + count
+    state["seconds"] = round(state.get("seconds", 0) + result.seconds, 1)
+    state["worst_staleness_s"] = round(max(state.get("worst_staleness_s", 0), report.worst_staleness_s), 3)
+    state["how"] = dict(Counter(state.get("how", {})) + Counter(report.how))
+    state["faults"] = dict(Counter(state.get("faults", {})) + result.faults)
+    seeds, aborted, failed = state.setdefault("seeds", []), state.setdefault("aborted", {}), state.setdefault("failed_runs", {})
+    if result.aborted:
+        aborted[result.seed] = result.aborted.strip().partition("\n")[0][:MAX_REASON]
+    else:
+        seeds.append(result.seed)
+    if result.failures:
+        failed[result.seed] = "; ".join(result.failures)
+    if command is not None:
+        state.setdefault("commands", {}).setdefault(command, []).append(result.seed)
+    return state
+
+
+def ran(state: dict[str, Any], seed: str) -> bool:
+    """Whether a run with this seed is in the totals."""
+    return seed in state.get("seeds", ()) or seed in state.get("aborted", ())
+
+
+def kept(state: dict[str, Any]) -> bool:
+    """Whether every promise was kept in all runs together."""
+    return not any(state.get(name) for name in PROMISES)
+
+
+def line(state: dict[str, Any]) -> dict[str, int]:
+    """Return the totals in numbers."""
+    return {
+        **{name: state.get(name, 0) for name in SUMS},
+        "faults": sum(state.get("faults", {}).values()),
+        **{name: len(state.get(name, ())) for name in ("failed_runs", "aborted")},
+    }
+
+
+def summary(state: dict[str, Any], *, command: str) -> str:
+    """Put the totals into Markdown; ``command`` is the one that does."""
+    figures, how, seeds, aborted = line(state), state["how"], state["seeds"], state.get("aborted", {})
+    reads, served = figures["reads"], how.get("hit", 0) + how.get("shared", 0)
+    lines = [
+        "# Reads under faults",
+        "",
+        f"{reads:,} reads and {figures['writes']:,} writes in {len(seeds) + len(aborted)} runs of together "
+        f"{state['seconds']:,.0f} seconds, {figures['faults']:,} faults:",
+        "",
+        "| what | count |",
+        "|---|---|",
+        f"| stale, foreign or invented reads | {figures['stale_reads']} |",
+        f"| lost invalidations | {figures['lost_invalidations']} |",
+        f"| requests that failed although the database could be reached | {figures['failed_requests']} |",
+        f"| wrong answers found by the cache's own audit | {figures['alarms']} |",
+        "| runs in which nothing was read or served from the cache, or at whose end it did not serve again"
+        f"{_reasons(state, 'failed_runs')} | {figures['failed_runs']} |",
+        f"| runs that were aborted; their histories were checked{_reasons(state, 'aborted')} | {figures['aborted']} |",
+        f"| reads served from the cache | {served:,} ({served / max(1, reads):.0%}) |",
+        f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} s (allowed: {BOUND_S:.2f} s) |",
+        "",
+        f"This page: `{command}`. The figures are the sums of these runs; one is repeated by its command with its `--seed`, "
+        "without `--total-reads` and `--state`:",
+        "",
+        "| command | seeds |",
+        "|---|---|",
+        *(f"| {command} | {_ranges(seeds)} |" for command, seeds in _commands(state)),
+        "",
+        "| fault | what happens | times |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {fault.kind} | {fault.what} | {state['faults'].get(fault.kind, 0):,} |" for fault in FAULTS.values()]
+    return "\n".join([*lines, ""])
+
+
+def _reasons(state: dict[str, Any], name: str) -> str:
+    """Return which runs these were and why, for a cell of a table."""
+    found = "; ".join(f"seed {seed}: {reason}" for seed, reason in state.get(name, {}).items())
+    return f" ({found.replace('|', '/')})" if found else ""
+
+
+def _commands(state: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return the commands and their seeds; first the seeds of whose command nothing is known."""
+    commands = state.get("commands", {})
+    told = {seed for seeds in commands.values() for seed in seeds}
+    untold = [seed for seed in state["seeds"] if seed not in told]
+    known = [(f"`{command}`", seeds) for command, seeds in commands.items()]
+    return [(NO_COMMAND, untold), *known] if untold else known
+
+
+def _ranges(seeds: Iterable[str]) -> str:
+    """Name numbers, those that follow each other by the first and the last."""
+    found = []
+    for _, group in groupby(enumerate(sorted(map(int, seeds))), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in group]
+        found.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}")
+    return ", ".join(found)
