@@ -53,6 +53,7 @@ from .registers import (
 REPORT_S = 0.25
 FINISH_S = 30.0
 AFTER_ERROR_S = 0.05
+WAIT_S = 0.05
 KEPT_S = 2.0
 REST_S = 0.02
 """A reader rests after what the database had to answer: an outage is not to take the processor from those who mend it."""
@@ -268,7 +269,13 @@ class OverHttp:
         return []
 
     async def start(self) -> None:
-        """Nothing is needed."""
+        """Wait until the server listens: it is started at the same time as we are. Whoever started both stops waiting first."""
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                writer.close()
+                return
+            await asyncio.sleep(WAIT_S)
 
     async def stop(self) -> None:
         """Close the connections."""
