@@ -35,7 +35,7 @@ PROMISES = ("stale_reads", "lost_invalidations", "failed_requests", "alarms", "f
 """What of the totals must be nothing."""
 
 MAX_REASON = 200
-NO_COMMAND = "not kept"
+NO_COMMAND = "not kept at that time; nor were alarms, or runs that were aborted: numbers that are missing here"
 
 
 def judge(history: Path) -> Report:

@@ -16,7 +16,7 @@ from respcache.testing.proofs import Kind
 
 from . import run
 from .outsiders import Outsiders
-from .results import Result, add, judge, kept, line, summary
+from .results import NO_COMMAND, Result, add, judge, kept, line, summary
 from .stage import HISTORY, ROOT, SAYS_ALARM, Problem, Stage
 
 HIT = Read(1.3, 1.4, {"x": 1}, "r", "q", "q", None, "hit")
@@ -246,10 +246,10 @@ def test_an_old_state_is_gone_on_with(tmp_path: Path) -> None:
     state = json.loads(json.dumps(OLD_STATE))
     assert kept(state)
     assert line(state)["alarms"] == line(state)["aborted"] == 0
-    assert "\n| not kept | 100 to 101, 103 |\n" in summary(state, command="c")
+    assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n" in summary(state, command="c")
     add(state, result(tmp_path, *RIGHT), command="run --seed 7")
     assert (state["reads"], state["seeds"], state["faults"]) == (6, ["100", "101", "103", "7"], {"flushall": 5})
-    assert "\n| not kept | 100 to 101, 103 |\n| `run --seed 7` | 7 |\n" in summary(state, command="c")
+    assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n| `run --seed 7` | 7 |\n" in summary(state, command="c")
 
 
 def test_the_page_says_which_commands_made_it_and_what_was_aborted(series: Callable[..., Any], tmp_path: Path) -> None:
