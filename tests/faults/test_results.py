@@ -178,11 +178,14 @@ def test_alarms_of_the_server_are_in_its_log(perform: Callable[..., Result]) -> 
 # -- many runs, the command line ---------------------------------------------------------------------------------------
 
 
-def test_a_series_counts_aborted_runs_and_goes_on(series: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """Their reads are in the totals, their seeds and reasons in the state."""
+def test_a_series_counts_aborted_runs_and_goes_on(
+    series: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their reads are in the totals, their seeds and reasons in the state; their histories are kept, others are not."""
     status, path = series(playing(HIT, ONE, aborted="ServerFailed: gone\nlog"), playing(*RIGHT, HIT, HIT))
     state = json.loads(path.read_text())
     assert (status, state["reads"], state["seeds"], state["aborted"]) == (0, 4, ["101"], {"100": "ServerFailed: gone"})
+    assert len(list(tmp_path.glob("respcache-faults-*"))) == 1
     said = json.loads(capsys.readouterr().out)
     assert (said["aborted"], said["seed"]) == (1, "101")
     status, path = series(arguments=("--total-reads", "4"))  # there are enough already
