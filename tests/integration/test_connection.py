@@ -1,14 +1,34 @@
-"""One connection: replies reach those who asked, whatever is cancelled, late, split, cut or garbled. On both event loops."""
+"""One connection: replies reach those who asked, whatever is cancelled, late, split, cut or garbled. On both event loops.
+
+Most tests talk to a real Valkey; where one cannot be made to misbehave, the test plays the server on a real socket.
+"""
 
 import asyncio
+import contextvars
+import fcntl
+import os
+import pty
 import random
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import termios
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import hiredis
 import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from crm.embedded import EmbeddedServer, EmbeddedValkey
 from respcache.core.errors import StoreUnavailable
 from respcache.resp import connection as connection_module
 from respcache.resp.connection import Connection, Refused
@@ -19,6 +39,12 @@ pytestmark = pytest.mark.anyio
 REPLICATION = b"role:master\r\nmaster_replid:aaaabbbbccccdddd\r\n"
 PERSISTENCE = b"loading:0\r\n"
 LONG_S = 5.0
+SLACK_S = 0.4
+"""What a busy machine may add to a deadline."""
+
+hypothetically = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
@@ -72,6 +98,33 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         await asyncio.sleep(0.002)
 
 
+class Seen:
+    """Stands between a connection and its transport or its event loop, and notes calls of one name."""
+
+    def __init__(self, inner: Any, name: str) -> None:
+        self._inner = inner
+        self._name = name
+        self.calls: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._inner, name)
+        return (
+            attribute if name != self._name else lambda *args, **options: self.calls.append(args) or attribute(*args, **options)
+        )
+
+
+def writes_of(connection: Connection) -> list[Any]:
+    """Return a list that notes what the connection writes from now on."""
+    connection._transport = seen = Seen(connection._transport, "write")  # type: ignore[assignment]
+    return seen.calls
+
+
+def timers_of(connection: Connection) -> list[Any]:
+    """Return a list that notes the timers that the connection sets from now on."""
+    connection._loop = seen = Seen(connection._loop, "call_later")  # type: ignore[assignment]
+    return seen.calls
+
+
 Meet = Callable[..., Awaitable[tuple[Peer, Connection]]]
 
 
@@ -122,6 +175,16 @@ async def real(valkey_url: str) -> AsyncIterator[Connection]:
 
 def asking(connection: Connection, *commands: tuple[Any, ...], deadline_s: float = LONG_S) -> "asyncio.Task[list[Any]]":
     return asyncio.create_task(connection.execute(commands, deadline_s=deadline_s))
+
+
+@asynccontextmanager
+async def connected(url: ServerURL) -> AsyncIterator[Connection]:
+    connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+    try:
+        yield connection
+    finally:
+        connection.abort(StoreUnavailable("end of the test"))
+        await connection.wait_closed()
 
 
 # -- handshake -------------------------------------------------------------------------------------------------------------
@@ -250,6 +313,55 @@ async def test_a_storm_of_cancelled_commands_mixes_nothing_up(real: Connection) 
     assert await real.execute([("ECHO", "last")], deadline_s=LONG_S) == [b"last"]
 
 
+@hypothetically
+@given(seed=st.integers(0, 2**32), callers=st.integers(1, 300), cancelled=st.floats(0, 1))
+async def test_in_any_storm_of_cancellations_every_survivor_gets_its_own_value(
+    real: Connection, seed: int, callers: int, cancelled: float
+) -> None:
+    """Futures and tasks, cancelled before their commands leave, while they are under way, and from each other's callbacks."""
+    rng = random.Random(seed)
+    batches = [[f"{seed}.{number}.{part}".encode() for part in range(rng.randint(1, 3))] for number in range(callers)]
+    asked: list[asyncio.Future[list[Any]]] = []
+    for batch in batches:
+        commands = [("ECHO", text) for text in batch]
+        plain = rng.random() < 0.5
+        asked.append(real.request(commands, deadline_s=LONG_S) if plain else asking(real, *commands))
+        if rng.random() < 0.1:
+            await asyncio.sleep(0)
+    for victim in rng.sample(asked, int(cancelled * callers)):
+        when = rng.random()
+        if when < 0.3:
+            victim.cancel()
+        elif when < 0.6:
+            asyncio.get_running_loop().call_later(rng.random() * 0.002, victim.cancel)
+        else:
+            rng.choice(asked).add_done_callback(lambda _, victim=victim: victim.cancel())
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    for batch, result in zip(batches, results, strict=True):
+        assert isinstance(result, asyncio.CancelledError) or result == batch
+    assert sum(isinstance(result, list) for result in results) >= callers - int(cancelled * callers)
+    assert await real.execute([("ECHO", "last")], deadline_s=LONG_S) == [b"last"]
+
+
+async def test_a_future_needs_no_task(real: Connection) -> None:
+    """A plain function sends, and a done-callback takes the replies."""
+    taken: list[Any] = []
+    before = asyncio.all_tasks()
+    real.request([("ECHO", "a"), ("ECHO", "b")], deadline_s=LONG_S).add_done_callback(lambda done: taken.append(done.result()))
+    assert asyncio.all_tasks() == before
+    await until(lambda: bool(taken))
+    assert taken == [[b"a", b"b"]]
+    assert real.request([], deadline_s=LONG_S).result() == []
+
+
+async def test_a_request_that_cannot_be_sent_raises_at_once(real: Connection) -> None:
+    """There is no future to be looked at later."""
+    real.abort(StoreUnavailable("the end"))
+    for send in (real.send, lambda commands: real.request(commands, deadline_s=LONG_S), lambda _: real.soon(lambda: None)):
+        with pytest.raises(StoreUnavailable, match="the end"):
+            send([("ECHO", "a")])
+
+
 async def test_commands_that_cannot_be_written_take_no_place_in_the_queue(real: Connection) -> None:
     """A command that fails to be packed raises, and the next caller still gets its own reply."""
     with pytest.raises(TypeError):
@@ -278,6 +390,131 @@ async def test_an_error_stands_in_its_place_among_the_replies(real: Connection) 
     replies = await real.execute([("ECHO", "a"), ("NOSUCH",), ("ECHO", "c")], deadline_s=LONG_S)
     assert (replies[0], replies[2]) == (b"a", b"c")
     assert isinstance(replies[1], hiredis.ReplyError)
+
+
+# -- one write per tick ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_commands_of_one_tick_leave_in_one_write_in_their_order(real: Connection) -> None:
+    """Those of all callers, waited for or not; the next tick's leave in the next."""
+    writes = writes_of(real)
+    waiting = []
+    for number in range(50):
+        real.send([("RPUSH", "list", f"{number}a")])
+        waiting.append(real.request([("RPUSH", "list", f"{number}b")], deadline_s=LONG_S))
+    assert writes == []
+    assert await asyncio.gather(*waiting) == [[2 * number + 2] for number in range(50)]
+    assert len(writes) == 1
+    (items,) = await real.execute([("LRANGE", "list", 0, -1)], deadline_s=LONG_S)
+    assert items == [f"{number}{letter}".encode() for number in range(50) for letter in "ab"]
+    assert len(writes) == 2
+
+
+async def test_a_server_reads_the_commands_of_a_tick_at_once(real: Connection) -> None:
+    """As the server counts: one read for a hundred callers."""
+
+    async def reads() -> int:
+        (info,) = await real.execute([("INFO", "stats")], deadline_s=LONG_S)
+        return int(connection_module.fields_of(info)["total_reads_processed"])
+
+    before = await reads()
+    await asyncio.gather(*(asking(real, ("ECHO", number)) for number in range(100)))
+    assert await reads() - before == 2  # and the one that asks
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})])  # uvloop drops what it has not written yet
+async def test_what_was_sent_in_the_tick_of_the_end_still_leaves(meet: Meet) -> None:
+    """A lease that is given back by a process that stops, for example."""
+    peer, connection = await meet()
+    connection.send([("DEL", "lease")])
+    connection.abort(StoreUnavailable("stopping"))
+    await peer.heard_commands(1)
+
+
+async def test_a_callback_runs_before_the_bytes_leave_and_what_it_sends_leaves_with_them(real: Connection) -> None:
+    """It can group the requests of a tick; it runs once."""
+    writes, wanted, answers = writes_of(real), [], []
+
+    def ask_for_all() -> None:
+        assert writes == []
+        real.request([("MGET", *wanted)], deadline_s=LONG_S).add_done_callback(lambda done: answers.append(done.result()))
+
+    first = real.request([("MSET", "a", 1, "b", 2)], deadline_s=LONG_S)
+    real.soon(ask_for_all)
+    wanted += ["a", "b"]  # asked for later in the tick
+    await first
+    await until(lambda: bool(answers))
+    assert answers == [[[b"1", b"2"]]]
+    assert len(writes) == 1
+
+
+async def test_a_callback_without_commands_is_called_in_this_tick_too(real: Connection) -> None:
+    """It schedules the flush when nobody else has, and writes nothing."""
+    writes, calls = writes_of(real), []
+    real.soon(lambda: calls.append(len(calls)))
+    assert calls == []
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (calls, writes) == ([0], [])
+
+
+async def test_a_callback_that_asks_to_be_called_again_waits_for_the_next_tick(real: Connection) -> None:
+    """It cannot keep the loop in one flush for ever, and what it sends each time leaves."""
+    calls: list[int] = []
+
+    def again() -> None:
+        calls.append(len(calls))
+        real.send([("INCR", "calls")])
+        real.soon(again)
+
+    real.soon(again)
+    await until(lambda: len(calls) >= 5)
+    (count,) = await real.execute([("GET", "calls")], deadline_s=LONG_S)
+    assert int(count) >= 5
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), IndexError("mine"), asyncio.CancelledError("mine")])
+async def test_a_callback_that_fails_is_logged_and_costs_the_others_nothing(
+    real: Connection, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    """Their commands leave, and the callbacks after it are called; so it is in the next tick."""
+
+    def fail() -> None:
+        raise error
+
+    for _ in range(2):
+        waiting, calls = real.request([("ECHO", "a")], deadline_s=LONG_S), []
+        real.soon(fail)
+        real.soon(lambda calls=calls: calls.append(None))
+        assert await waiting == [b"a"]
+        assert calls == [None]
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error, error]
+
+
+async def test_when_the_connection_ends_first_callbacks_still_run_and_learn_of_it(meet: Meet) -> None:
+    """What they send raises, theirs to handle."""
+    _, connection = await meet()
+    raised: list[StoreUnavailable] = []
+
+    def ask() -> None:
+        try:
+            connection.request([("GET", "k")], deadline_s=LONG_S)
+        except StoreUnavailable as error:
+            raised.append(error)
+
+    connection.soon(ask)
+    connection.abort(StoreUnavailable("the end"))
+    await until(lambda: bool(raised))
+    assert str(raised[0]) == "the end"
+
+
+async def test_callbacks_and_timers_run_in_nobodys_context(real: Connection) -> None:
+    """They serve many callers; what one of them has set, its tenant for example, must not be seen by what serves another."""
+    tenant, seen = contextvars.ContextVar("tenant", default="nobody"), []
+    tenant.set("acme")
+    real.soon(lambda: seen.append(tenant.get()))
+    await real.execute([("ECHO", "a")], deadline_s=LONG_S)
+    assert seen == ["nobody"]
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------------
@@ -321,6 +558,61 @@ async def test_all_replies_may_come_in_one_packet(meet: Meet) -> None:
     await peer.heard_commands(len(STREAM))
     peer.say(PUSH.join(STREAM))
     await check_stream(waiting)
+
+
+async def test_replies_may_be_cut_at_any_byte(meet: Meet) -> None:
+    """Two packets, for every place in which they can be cut."""
+    peer, connection = await meet()
+    stream = PUSH.join(STREAM)
+    for place in range(1, len(stream)):
+        waiting = [asking(connection, ("CMD", number)) for number in range(len(STREAM))]
+        await peer.heard_commands(len(STREAM))
+        await say_in_parts(peer, connection, [stream[:place], stream[place:]])
+        await check_stream(waiting)
+        peer.heard.clear()
+
+
+@hypothetically
+@given(copies=st.integers(1, 4), places=st.lists(st.floats(0, 1), max_size=8))
+async def test_replies_may_be_split_and_merged_in_any_way(meet: Meet, copies: int, places: list[float]) -> None:
+    """Packets begin and end where they like."""
+    peer, connection = await meet()
+    waiting = [asking(connection, ("CMD", number)) for number in range(copies * len(STREAM))]
+    await peer.heard_commands(len(waiting))
+    stream = PUSH.join(STREAM * copies)
+    cuts = [0, *sorted(int(place * len(stream)) for place in places), len(stream)]
+    await say_in_parts(peer, connection, [stream[a:b] for a, b in pairwise(cuts)])
+    for first in range(0, len(waiting), len(STREAM)):
+        await check_stream(waiting[first : first + len(STREAM)])
+
+
+async def say_in_parts(peer: Peer, connection: Connection, parts: list[bytes]) -> None:
+    """Say each part when the one before has been received: they are packets of their own."""
+    for part in parts:
+        if part:
+            received = connection._received
+            peer.say(part)
+            while connection._received == received:
+                await asyncio.sleep(0)
+
+
+async def test_wherever_a_server_hangs_up_whole_replies_are_delivered_and_the_others_fail(listen: Any) -> None:
+    """For every byte of the stream: nobody gets half a reply, and nobody that of another."""
+    replies = [bulk(b"one"), b"*2\r\n:1\r\n" + bulk(b"two"), b"-ERR three\r\n", b"_\r\n"]
+    stream, ends = b"".join(replies), [sum(map(len, replies[:number])) for number in range(1, 5)]
+    peer, url = await listen(greeting())
+    for place in range(len(stream)):
+        async with connected(url) as connection:
+            peer.heard.clear()
+            waiting = [asking(connection, ("CMD", number)) for number in range(4)]
+            await peer.heard_commands(4)
+            peer.say(stream[:place])
+            peer.connections[-1].close()
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+        whole = sum(end <= place for end in ends)
+        good = [[b"one"], [[1, b"two"]], "ERR three", [None]][:whole]
+        assert [str(result[0]) if number == 2 else result for number, result in enumerate(results[:whole])] == good
+        assert all(isinstance(result, StoreUnavailable) for result in results[whole:])
 
 
 async def test_a_connection_that_ends_in_mid_reply_fails_everybody_at_once(meet: Meet) -> None:
@@ -411,6 +703,127 @@ async def test_timers_that_run_before_sockets_are_read_condemn_nobody() -> None:
         server.close()
 
 
+async def test_a_tick_that_is_kept_busy_does_not_use_up_the_deadline(listen: Any) -> None:
+    """The deadline begins when the command leaves: a server that answers in less has all of it."""
+    peer, url = await listen(greeting())
+    async with connected(url) as connection:
+        waiting = connection.request([("GET", "k")], deadline_s=0.1)
+        time.sleep(0.2)  # noqa: ASYNC251 - the stimulus: the rest of the tick takes longer than the deadline
+        await peer.heard_commands(1)
+        await asyncio.sleep(0.03)
+        peer.say(bulk(b"v"))
+        assert await waiting == [b"v"]
+        assert connection.timeouts == 0
+
+
+async def failed_after(waiting: "asyncio.Future[list[Any]]") -> float:
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="no reply within"):
+        await asyncio.wait_for(waiting, LONG_S)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("order", [(LONG_S, 0.06), (0.06, LONG_S), (0.06, LONG_S, 0.03, 0.12)])
+async def test_each_deadline_is_kept_whatever_the_others_are(meet: Meet, order: tuple[float, ...]) -> None:
+    """A short one behind a long one, and the other way round; the patient get their replies."""
+    peer, connection = await meet()
+    waiting = [connection.request([("GET", deadline_s)], deadline_s=deadline_s) for deadline_s in order]
+    await peer.heard_commands(len(order))
+    peer.say(PUSH)  # not silent
+    short = [(deadline_s, future) for deadline_s, future in zip(order, waiting, strict=True) if deadline_s < LONG_S]
+    took = await asyncio.gather(*(failed_after(future) for _, future in short))
+    for (deadline_s, _), after_s in zip(short, took, strict=True):
+        assert deadline_s * 0.8 < after_s < deadline_s * (1 + connection_module.LATENESS) + SLACK_S
+    peer.say(b"".join(bulk(str(deadline_s).encode()) for deadline_s in order))
+    assert await waiting[order.index(LONG_S)] == [str(LONG_S).encode()]
+    assert connection.timeouts == len(short)
+
+
+@hypothetically
+@given(
+    plan=st.lists(st.tuples(st.sampled_from([0.02, 0.05, LONG_S]), st.booleans()), min_size=1, max_size=12), share=st.floats(0, 1)
+)
+async def test_some_run_out_of_time_while_others_go_on(listen: Any, plan: list[tuple[float, bool]], share: float) -> None:
+    """Any mixture of deadlines, in one tick or several: who is answered in time has the answer, and no one that of another."""
+    peer, url = await listen(greeting())
+    async with connected(url) as connection:
+        waiting, replies, answered = [], [bulk(b"%d" % number) for number in range(len(plan))], int(share * len(plan))
+        for number, (deadline_s, pause) in enumerate(plan):
+            waiting.append(connection.request([("GET", number)], deadline_s=deadline_s if number >= answered else LONG_S))
+            if pause:
+                await asyncio.sleep(0)
+        await peer.heard_commands(len(plan))
+        peer.say(PUSH + b"".join(replies[:answered]))
+        short = [
+            future for (deadline_s, _), future in zip(plan[answered:], waiting[answered:], strict=True) if deadline_s < LONG_S
+        ]
+        if len(short) < connection_module.MAX_LATE_IN_A_ROW:
+            for future in short:
+                await failed_after(future)
+            peer.say(b"".join(replies[answered:]))
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+    for number, (future, result) in enumerate(zip(waiting, results, strict=True)):
+        if len(short) < connection_module.MAX_LATE_IN_A_ROW or number < answered:
+            assert isinstance(result, StoreUnavailable) if future in short else result == [b"%d" % number]
+
+
+async def test_deadlines_cost_one_timer_an_interval_and_none_when_idle(real: Connection) -> None:
+    """However many commands there are."""
+    timers, started, commands = timers_of(real), time.monotonic(), 0
+    while time.monotonic() - started < 0.5:
+        await asyncio.gather(*(asking(real, ("ECHO", number), deadline_s=0.1) for number in range(10)))
+        commands += 10
+    intervals = (time.monotonic() - started) / 0.1
+    assert commands > 10 * intervals
+    assert 1 <= len(timers) <= intervals + 2
+    await until(lambda: real._alarm is None)
+    set_so_far = len(timers)
+    await asyncio.sleep(0.15)
+    assert len(timers) == set_so_far
+
+
+async def test_deadlines_that_pass_one_after_another_are_looked_at_together(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue of thousands is not looked through once for each of them."""
+    monkeypatch.setattr(connection_module, "MAX_LATE_IN_A_ROW", 1000)
+    peer, connection = await meet()
+    timers, waiting = timers_of(connection), []
+    for number in range(60):
+        waiting.append(connection.request([("GET", number)], deadline_s=0.1))
+        await asyncio.sleep(0.001)
+        peer.say(PUSH)
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(result, StoreUnavailable) for result in results)
+    assert connection.timeouts == 60
+    assert len(timers) < 45  # a hundred and twenty otherwise
+
+
+async def test_a_write_that_fails_leaves_nobody_waiting_for_ever(meet: Meet) -> None:
+    """An event loop's transport may raise, uvloop's does when it has been closed: the deadline still holds."""
+    _, connection = await meet()
+    loop, failures = asyncio.get_running_loop(), []
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: failures.append(context["exception"]))
+    connection._transport = seen = Seen(connection._transport, "write")  # type: ignore[assignment]
+    seen.calls = None  # noting fails
+    try:
+        with pytest.raises(StoreUnavailable):
+            await asyncio.wait_for(connection.execute([("GET", "k")], deadline_s=0.03), LONG_S)
+    finally:
+        loop.set_exception_handler(handler)
+    assert [type(failure) for failure in failures] == [AttributeError]
+
+
+async def test_a_connection_that_ended_leaves_no_timer(meet: Meet) -> None:
+    """It would keep the connection alive for no purpose."""
+    _, connection = await meet()
+    waiting = asking(connection, ("GET", "k"))
+    await until(lambda: connection._alarm is not None)
+    connection.abort(StoreUnavailable("the end"))
+    assert connection._alarm is not None
+    assert connection._alarm.cancelled()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
 async def test_a_server_that_answers_always_too_late_is_dropped(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is never silent, but each caller would pay the deadline."""
     monkeypatch.setattr(connection_module, "MAX_LATE_IN_A_ROW", 3)
@@ -458,6 +871,23 @@ async def test_callers_beyond_the_bound_of_waiting_commands_are_refused_at_once(
     connection.send([("GET", number) for number in range(5)])
 
 
+async def test_the_bounds_hold_within_a_tick(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has not been written yet counts, commands and bytes; when it has left there is room again."""
+    monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 1000)
+    peer, connection = await meet()
+    for _ in range(2):
+        connection.send([("SET", "k", b"x" * 600)])
+        connection.send([("SET", "k", b"x" * 600)])
+        with pytest.raises(StoreUnavailable, match="too many"):
+            connection.request([("GET", "k")], deadline_s=LONG_S)
+        await until(lambda: connection._transport is not None and not connection._next.packed)
+    await peer.heard_commands(4)
+    monkeypatch.setattr(connection_module, "MAX_WAITING", 5)
+    connection.send([("GET", "k")])
+    with pytest.raises(StoreUnavailable, match="too many"):
+        connection.send([("GET", "k")])
+
+
 async def test_a_server_that_does_not_read_cannot_fill_our_memory(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the bound of unsent bytes callers are refused at once."""
     monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 1_000_000)
@@ -498,3 +928,386 @@ async def test_other_errors_are_just_replies(meet: Meet, reply: bytes) -> None:
         peer.say(reply)
         assert isinstance((await waiting)[0], hiredis.ReplyError)
     assert (lost, connection.errors) == ([], 2)
+
+
+async def test_a_full_server_refuses_writes_and_goes_on_answering(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """OOM of a real Valkey: the writers get it, in their places, and the readers beside them what they asked for."""
+    server = make_valkey(maxmemory="1mb", maxmemory_policy="noeviction")
+    async with connected(ServerURL.parse(server.url)) as connection:
+        await connection.execute([("SET", "fill", b"x" * 2_000_000)], deadline_s=LONG_S)
+        waiting = [asking(connection, ("ECHO", n), ("SET", "k", b"x" * 10_000), ("ECHO", n)) for n in range(20)]
+        for number, (before, error, after) in enumerate(await asyncio.gather(*waiting)):
+            assert (before, str(error)[:3], after) == (b"%d" % number, "OOM", b"%d" % number)
+
+
+# -- push messages ---------------------------------------------------------------------------------------------------------
+
+CONFIRMED = b">3\r\n$9\r\nsubscribe\r\n$4\r\nnews\r\n:1\r\n"
+NOPERM = b"-NOPERM no\r\n"
+PONG = b"+PONG\r\n"
+
+
+def message(payload: bytes, channel: bytes = b"news") -> bytes:
+    return b">3\r\n" + bulk(b"message") + bulk(channel) + bulk(payload)
+
+
+def publish(url: str, *messages: str, channel: str = "news") -> None:
+    with redis.Redis.from_url(url) as client:
+        for text in messages:
+            client.publish(channel, text)
+
+
+async def test_messages_are_heard_between_the_replies_of_others(real: Connection, valkey_url: str) -> None:
+    """A real server: those of the channel, in their order, each once, and no reply is shifted."""
+    heard: list[bytes] = []
+    asked = real.subscribe("news", heard.append, deadline_s=LONG_S)
+    assert not real.listening
+    assert await asked == [b"PONG"]
+    assert real.listening
+    texts = [f"message {number}" for number in range(200)]
+    publishing = asyncio.get_running_loop().run_in_executor(None, lambda: publish(valkey_url, *texts))
+    while not publishing.done():
+        results = await asyncio.gather(*(asking(real, ("ECHO", number)) for number in range(20)))
+        assert results == [[b"%d" % number] for number in range(20)]
+    publish(valkey_url, "not ours", channel="other")
+    await until(lambda: len(heard) >= 200)
+    assert heard == [text.encode() for text in texts]
+
+
+@hypothetically
+@given(refused=st.booleans(), unable=st.booleans(), stream=st.lists(st.booleans(), max_size=20), place=st.floats(0, 1))
+async def test_a_subscription_never_shifts_replies(
+    listen: Any, refused: bool, unable: bool, stream: list[bool], place: float
+) -> None:
+    """Confirmed or refused, PING allowed or not, messages anywhere: everybody has his own, and messages come before what
+    was said after them."""
+    peer, url = await listen(greeting())
+    async with connected(url) as connection:
+        order: list[str] = []
+        replies, first = stream.count(True), int(place * stream.count(True))
+        waiting = []
+        for number in range(replies + 1):
+            if number == first:
+                asked = connection.subscribe("news", lambda text: order.append(text.decode()), deadline_s=LONG_S)
+            if number < replies:
+                waiting.append(connection.request([("GET", number)], deadline_s=LONG_S))
+                waiting[-1].add_done_callback(lambda done: order.append(done.result()[0].decode()))
+        await peer.heard_commands(replies + 2)
+        said, number = [], 0
+        answer = (NOPERM if refused else CONFIRMED) + (NOPERM if unable else PONG)
+        for position, is_reply in enumerate(stream):
+            if is_reply and number == first:
+                said.append(answer)
+            said.append(bulk(b"%d" % number) if is_reply else message(b"m%d" % position))
+            number += is_reply
+        peer.say(b"".join(said if number > first else [*said, answer]))
+        assert await asyncio.gather(*waiting) == [[b"%d" % number] for number in range(replies)]
+        assert len(await asked) == 1 + refused
+        assert connection.listening is not refused
+        assert connection._unanswered == 0
+    positions = {text: place for place, text in enumerate(order)}
+    number = 0
+    for position, is_reply in enumerate(stream):
+        if not is_reply:
+            assert all(positions[f"m{position}"] < positions[str(later)] for later in range(number, replies))
+        number += is_reply
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), IndexError("mine"), asyncio.CancelledError("mine")])
+async def test_a_listener_that_fails_is_logged_and_costs_nobody_a_reply(
+    meet: Meet, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    """The replies behind the message are still delivered, and the next message is heard."""
+    peer, connection = await meet()
+    heard: list[bytes] = []
+
+    def hear(text: bytes) -> None:
+        heard.append(text)
+        raise error
+
+    asked, waiting = connection.subscribe("news", hear, deadline_s=LONG_S), asking(connection, ("GET", "k"))
+    await peer.heard_commands(3)
+    peer.say(CONFIRMED + message(b"a") + PONG + message(b"b") + bulk(b"v"))
+    assert await waiting == [b"v"]
+    assert await asked == [b"PONG"]
+    assert heard == [b"a", b"b"]
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error, error]
+
+
+async def test_nothing_is_heard_after_the_end(meet: Meet) -> None:
+    """Not even what came in the same packet as the message that made the listener end it."""
+    peer, connection = await meet()
+    heard: list[bytes] = []
+
+    def hear(text: bytes) -> None:
+        heard.append(text)
+        connection.abort(StoreUnavailable("enough"))
+
+    asked = connection.subscribe("news", hear, deadline_s=LONG_S)
+    await peer.heard_commands(2)
+    peer.say(CONFIRMED + PONG + message(b"a") + message(b"b"))
+    await connection.wait_closed()
+    assert (await asked, heard) == ([b"PONG"], [b"a"])
+
+
+@pytest.mark.parametrize(
+    "said", [CONFIRMED, bulk(b"v") + PONG + CONFIRMED, bulk(b"v") + CONFIRMED * 2, bulk(b"v") + NOPERM + CONFIRMED]
+)
+async def test_a_confirmation_out_of_place_ends_the_connection(meet: Meet, said: bytes) -> None:
+    """Early, late, twice, or after a refusal: after it, no reply could be trusted to be the right one."""
+    lost: list[StoreUnavailable] = []
+    peer, connection = await meet(lost)
+    waiting = [asking(connection, ("GET", "k"))]
+    await asyncio.sleep(0)
+    waiting += [connection.subscribe("news", lambda _: None, deadline_s=LONG_S), asking(connection, ("GET", "l"))]
+    await peer.heard_commands(4)
+    peer.say(said)
+    await until(lambda: bool(lost))
+    assert "not understood" in str(lost[0])
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(results[-1], StoreUnavailable)
+
+
+async def test_a_late_confirmation_is_still_taken_in_its_place(meet: Meet) -> None:
+    """Whoever asked has given up; the batch has not."""
+    peer, connection = await meet()
+    asked = connection.subscribe("news", lambda _: None, deadline_s=0.03)
+    await peer.heard_commands(2)
+    peer.say(PUSH)
+    await failed_after(asked)
+    waiting = asking(connection, ("GET", "k"))
+    await peer.heard_commands(3)
+    peer.say(CONFIRMED + PONG + bulk(b"v"))
+    assert await waiting == [b"v"]
+    assert connection.listening
+
+
+# -- ways to a server ------------------------------------------------------------------------------------------------------
+
+
+def allow(server: EmbeddedValkey, *rules: str) -> ServerURL:
+    """Make a user, and return how to log in as that."""
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "ann", "reset", "on", ">p@:w", *rules)
+    return ServerURL.parse(f"redis://ann:p%40%3Aw@127.0.0.1:{server.port}/0")
+
+
+@pytest.fixture(scope="module")
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """A Valkey whose users a test may change, with a Unix socket too."""
+    # a path of a Unix socket has at most 107 bytes
+    server = EmbeddedValkey(tmp_path_factory.mktemp("v"), settings={"unixsocket": "valkey.sock", "unixsocketperm": "700"})
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+async def test_a_user_needs_no_more_than_the_handshake_and_what_it_asks(strict_server: EmbeddedValkey) -> None:
+    """An ACL user logs in with its own password; what it may not do is an error in its place."""
+    url = allow(strict_server, "~tenant:*", "+select", "+info", "+get", "+acl|whoami")
+    async with connected(url) as connection:
+        commands = [("ACL", "WHOAMI"), ("GET", "other"), ("FLUSHALL",), ("GET", "tenant:a")]
+        who, foreign, forbidden, own = await connection.execute(commands, deadline_s=LONG_S)
+    assert (who, own) == (b"ann", None)
+    assert str(foreign).startswith("NOPERM")
+    assert str(forbidden).startswith("NOPERM")
+
+
+async def test_a_user_who_may_not_do_the_handshake_is_refused_with_the_reason(strict_server: EmbeddedValkey) -> None:
+    """The message names the command."""
+    url = allow(strict_server, "~*", "+@all", "-info")
+    with pytest.raises(Refused, match=r"NOPERM .*'info") as error:
+        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+    assert "p@:w" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "listens", "count"),
+    [
+        (("+@all", "&news"), True, 1),
+        (("+@all", "&other"), False, 2),
+        (("+@all", "&*", "-subscribe"), False, 2),
+        (("+@all", "&news", "-ping"), True, 1),
+        (("+@all", "-ping"), False, 2),
+    ],
+)
+async def test_what_a_real_server_answers_to_a_subscription_shifts_nothing(
+    strict_server: EmbeddedValkey, rules: tuple[str, ...], listens: bool, count: int
+) -> None:
+    """A refusal is an ordinary error and takes a place, a confirmation is a push and takes none; PING may be refused too."""
+    async with connected(allow(strict_server, "~*", *rules)) as connection:
+        before = asking(connection, ("ECHO", "before"))
+        await asyncio.sleep(0)
+        asked = connection.subscribe("news", lambda _: None, deadline_s=LONG_S)
+        after = [asking(connection, ("ECHO", number)) for number in range(3)]
+        assert await before == [b"before"]
+        assert [await task for task in after] == [[b"%d" % number] for number in range(3)]
+        assert (connection.listening, len(await asked)) == (listens, count)
+
+
+async def test_a_unix_socket_serves_as_well(strict_server: EmbeddedValkey) -> None:
+    """With password and database; without a server behind the path it is unavailable."""
+    path = strict_server.directory / "valkey.sock"
+    url = ServerURL.parse(f"unix://:{strict_server.password}@{path}?db=3")
+    async with connected(url) as connection:
+        replies = await connection.execute([("SET", "k", "v"), ("CLIENT", "INFO")], deadline_s=LONG_S)
+    assert replies[0] == b"OK"
+    assert " db=3 " in connection_module.as_text(replies[1])
+    assert " flags=U " in connection_module.as_text(replies[1])
+    for missing in ("no.sock", "x" * 200):
+        with pytest.raises(StoreUnavailable):
+            await Connection.open(ServerURL.parse(f"unix://{path.parent}/{missing}"), deadline_s=LONG_S, lost=lambda _, __: None)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two self-signed certificates, of a server on 127.0.0.1 and of a client, and an encrypted key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed: no certificates for the test")
+    folder = tmp_path_factory.mktemp("certificates")
+    for name, extension in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "subjectAltName=DNS:client")):
+        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=respcache-test"
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-addext", extension]
+        subprocess.run([*command.split(), *files], cwd=folder, check=True, capture_output=True)
+    encrypt = "openssl pkey -in client.key -aes256 -passout pass:secret -out encrypted.key"
+    subprocess.run(encrypt.split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+class TLSRedis(EmbeddedServer):
+    """A Redis that speaks TLS itself, and wants a client's certificate."""
+
+    name = "redis"
+
+    def start(self, certificates: Path) -> "TLSRedis":
+        options = ["--port", "0", "--tls-port", str(self.port), "--save", "", "--requirepass", "secret"]
+        options += ["--tls-cert-file", str(certificates / "server.pem"), "--tls-key-file", str(certificates / "server.key")]
+        options += ["--tls-ca-cert-file", str(certificates / "client.pem")]
+        with self.log_path.open("ab") as log:
+            self._spawn(["redis-server", *options], log=log)
+        self._await(self._accepts)
+        return self
+
+    def _accepts(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@pytest.fixture
+async def tls_proxy(strict_server: EmbeddedValkey, certificates: Path) -> AsyncIterator[str]:
+    """A proxy that ends TLS in front of a real Valkey, as the wheel's is built without; it wants a client's certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates / "client.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    writers: list[asyncio.StreamWriter] = []
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", strict_server.port)
+        writers.extend((writer, inner_writer))
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    yield f"rediss://:{strict_server.password}@127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    server.close()
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def tls_redis(certificates: Path, tmp_path: Path) -> Iterator[str]:
+    """A Redis with TLS, where one is installed."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: TLS is tried through a proxy only")
+    server = TLSRedis(tmp_path, port=None)
+    try:
+        server.start(certificates)
+        yield f"rediss://:secret@127.0.0.1:{server.port}/0"
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["tls_proxy", "tls_redis"])
+def tls_url(request: pytest.FixtureRequest) -> str:
+    """Where TLS is spoken. Whoever connects must show the client's certificate."""
+    url: str = request.getfixturevalue(request.param)
+    return url
+
+
+def trusting(url: str, certificates: Path, more: str = "") -> ServerURL:
+    client = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/client.key"
+    return ServerURL.parse(f"{url}?ssl_ca_certs={certificates}/server.pem&{client}{more}")
+
+
+async def test_over_tls_replies_come_as_they_do_without(tls_url: str, certificates: Path) -> None:
+    """Small and large ones, from many callers; the certificate and the name are verified, and the client's shown."""
+    async with connected(trusting(tls_url, certificates)) as connection:
+        writes, texts = writes_of(connection), [b"%d" % n * random.Random(n).randint(1, 50_000) for n in range(30)]
+        waiting = [asking(connection, ("ECHO", text)) for text in texts]
+        assert await asyncio.gather(*waiting) == [[text] for text in texts]
+        assert len(writes) == 1
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_refused(tls_url: str, certificates: Path) -> None:
+    """By default: only ``ssl_cert_reqs=none`` takes any."""
+    with pytest.raises(Refused, match="self-signed certificate"):
+        await Connection.open(ServerURL.parse(tls_url), deadline_s=LONG_S, lost=lambda _, __: None)
+    client = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/client.key"
+    async with connected(ServerURL.parse(f"{tls_url}?ssl_cert_reqs=none&{client}")) as connection:
+        assert await connection.execute([("ECHO", "a")], deadline_s=LONG_S) == [b"a"]
+
+
+async def test_a_certificate_for_another_name_is_refused(tls_url: str, certificates: Path) -> None:
+    """The server is trusted, and is not the one that the URL names."""
+    url = trusting(tls_url.replace("127.0.0.1", "localhost"), certificates)
+    with pytest.raises(Refused, match="not valid for 'localhost'"):
+        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+
+
+async def test_a_client_without_its_certificate_is_not_let_in(tls_url: str, certificates: Path) -> None:
+    """The server ends the connection; that is no reply, and no hang."""
+    url = ServerURL.parse(f"{tls_url}?ssl_ca_certs={certificates}/server.pem")
+    with pytest.raises(StoreUnavailable):
+        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+
+
+async def test_tls_to_a_server_without_it_and_the_other_way_round_is_unavailable(
+    tls_url: str, strict_server: EmbeddedValkey
+) -> None:
+    """Neither hangs past its deadline."""
+    plain = ServerURL.parse(strict_server.url.replace("redis://", "rediss://") + "?ssl_cert_reqs=none")
+    for url in (plain, ServerURL.parse(tls_url.replace("rediss://", "redis://"))):
+        with pytest.raises(StoreUnavailable):
+            await Connection.open(url, deadline_s=0.5, lost=lambda _, __: None)
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(certificates: Path) -> None:
+    """OpenSSL would ask on the terminal of the server process, and wait."""
+    url = f"rediss://h?ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/encrypted.key"
+    program = f"import sys; from respcache.resp.url import ServerURL; ServerURL.parse({url!r})"
+    ours, terminal = pty.openpty()
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # else it has no terminal to ask on
+            timeout=20,
+        )
+    finally:
+        os.close(ours)
+        os.close(terminal)
+    assert b"ConfigurationError" in ended.stderr
+    assert b"cannot be read (ssl_certfile=" in ended.stderr

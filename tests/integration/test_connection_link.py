@@ -309,3 +309,220 @@ async def test_a_cancelled_caller_stays_cancelled(link_to: MakeLink, make_valkey
     with pytest.raises(asyncio.CancelledError):
         await waiting
     await until(lambda: not link.up)
+
+
+# -- futures and callbacks -------------------------------------------------------------------------------------------------
+
+
+async def test_a_plain_function_asks_and_learns_whose_replies_will_come(link_to: MakeLink, valkey_url: str) -> None:
+    """Futures of one tick, some of them from a callback of that tick; no task takes part."""
+    link = link_to(valkey_url)
+    await connect(link)
+    tasks, taken = asyncio.all_tasks(), []
+    _, identity = await link.execute(("ECHO", "x"))
+
+    def ask(text: str) -> None:
+        future, promised = link.request(("ECHO", text))
+        assert promised == identity
+        future.add_done_callback(lambda done: taken.append(done.result()))
+
+    ask("a")
+    link.soon(lambda: ask("b"))
+    assert asyncio.all_tasks() == tasks
+    await until(lambda: len(taken) == 2)
+    assert taken == [[b"a"], [b"b"]]
+
+
+async def test_while_down_requests_and_callbacks_are_refused_at_once(link_to: MakeLink, valkey_url: str) -> None:
+    """They raise, before anybody could wait."""
+    link = link_to(valkey_url)
+    for ask in (lambda: link.request(("ECHO", "x")), lambda: link.soon(lambda: None)):
+        with pytest.raises(StoreUnavailable, match="not connected"):
+            ask()
+
+
+async def test_callbacks_of_a_link_that_went_down_still_run_and_learn_of_it(link_to: MakeLink, valkey_url: str) -> None:
+    """In the same tick."""
+    link = link_to(valkey_url)
+    await connect(link)
+    raised: list[StoreUnavailable] = []
+
+    def ask() -> None:
+        try:
+            link.request(("ECHO", "x"))
+        except StoreUnavailable as error:
+            raised.append(error)
+
+    _, identity = await link.execute(("ECHO", "x"))
+    link.soon(ask)
+    link.relearn(identity)
+    await until(lambda: bool(raised))
+    assert "identity" in str(raised[0])
+
+
+# -- push messages ---------------------------------------------------------------------------------------------------------
+
+
+class Ear:
+    """Listens, and notes what it hears."""
+
+    def __init__(self, link: Link, channel: str = "news") -> None:
+        self.notes: list[bytes | str] = []
+        self.link = link
+        link.listen(channel, self.notes.append, self.lost)
+
+    def lost(self) -> None:
+        self.notes.append("lost")
+        assert not self.link.listening
+
+
+def publish(url: str, *texts: str) -> int:
+    with redis.Redis.from_url(url) as client:
+        return [client.publish("news", text) for text in texts][-1]
+
+
+@pytest.mark.parametrize("first", ["listen", "connect"])
+async def test_messages_are_heard_from_the_confirmation_on(link_to: MakeLink, valkey_url: str, first: str) -> None:
+    """Whether somebody listens before the link connects or after; one listener a link."""
+    link = link_to(valkey_url)
+    if first == "connect":
+        await connect(link)
+    ear = Ear(link)
+    assert not link.listening
+    await connect(link)
+    await until(lambda: link.listening)
+    assert publish(valkey_url, "a", "b") == 1
+    assert await ask(link) == b"x"
+    assert ear.notes == [b"a", b"b"]  # published before we asked: heard before the answer
+    with pytest.raises(ValueError, match="listens already"):
+        Ear(link)
+    await link.close()
+    await link.close()
+    assert ear.notes == [b"a", b"b", "lost"]
+    assert not link.listening
+
+
+async def test_a_new_connection_listens_again_and_each_loss_is_told_once(link_to: MakeLink, make_valkey: Any) -> None:
+    """A crash, a new identity, a server that ends the connection: ``lost``, then listening again, all without anybody's help."""
+    server: EmbeddedValkey = make_valkey()
+    link = link_to(server.url, jitter=lambda: 0.1)
+    ear = Ear(link)
+    await connect(link)
+    await until(lambda: link.listening)
+    publish(server.url, "1")
+    await until(lambda: ear.notes == [b"1"])
+    server.kill()
+    await until(lambda: not link.up)
+    assert (ear.notes, link.listening) == ([b"1", "lost"], False)
+    server.start()
+    await until(lambda: link.listening)
+    link.relearn((await link.execute(("ECHO", "x")))[1])
+    assert ear.notes == [b"1", "lost", "lost"]
+    await until(lambda: link.listening)
+    with redis.Redis.from_url(server.url) as client:
+        client.client_kill_filter(_type="pubsub")
+    await until(lambda: ear.notes == [b"1", "lost", "lost", "lost"])
+    await until(lambda: link.listening)
+    publish(server.url, "2")
+    await until(lambda: ear.notes[-1] == b"2")
+    assert len(ear.notes) == 5
+
+
+async def test_a_loss_is_told_before_those_who_wait_for_replies_hear_of_it(link_to: MakeLink, valkey_url: str) -> None:
+    """Whoever goes on after the failure sees already that messages may be missing."""
+    link = link_to(valkey_url)
+    ear = Ear(link)
+    await connect(link)
+    await until(lambda: link.listening)
+    future, identity = link.request(("ECHO", "x"))
+    future.add_done_callback(lambda done: ear.notes.append(type(done.exception()).__name__))
+    link.relearn(identity)
+    await until(lambda: len(ear.notes) == 2)
+    assert ear.notes == ["lost", "StoreUnavailable"]
+
+
+async def test_a_listener_that_fails_on_a_loss_does_not_keep_the_link_down(
+    link_to: MakeLink, valkey_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, and the link reconnects."""
+
+    def fail() -> None:
+        raise ValueError("mine")
+
+    link = link_to(valkey_url)
+    link.listen("news", lambda _: None, fail)
+    await connect(link)
+    await until(lambda: link.listening)
+    link.relearn((await link.execute(("ECHO", "x")))[1])
+    await until(lambda: link.listening)
+    await link.close()
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["mine", "mine"]
+
+
+async def test_a_refused_channel_is_logged_once_and_asked_for_again(
+    link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the permission the link serves commands and does not listen; with it, it does from the next connection on."""
+    server: EmbeddedValkey = make_valkey()
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "+@all", "resetchannels")
+        link = link_to(f"redis://ann:pw@127.0.0.1:{server.port}/0", jitter=lambda: 0.1)
+        ear = Ear(link)
+        await connect(link)
+        for number in range(3):
+            await until(lambda: link.up)
+            for _ in range(3):
+                assert await ask(link) == b"x"
+            assert not link.listening
+            if number == 2:
+                client.execute_command("ACL", "SETUSER", "ann", "&news")
+            link.relearn((await link.execute(("ECHO", "x")))[1])
+        await until(lambda: link.listening)
+    assert ear.notes == []
+    warnings = [line for level, line in lines(caplog) if "channel" in line]
+    assert len(warnings) == 1
+    assert "refuses the channel 'news': NOPERM" in warnings[0]
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("ACL", "SETUSER", "ann", "resetchannels")  # the server ends the connection then
+    await until(lambda: "lost" in ear.notes)
+    await until(lambda: len([line for _, line in lines(caplog) if "channel" in line]) == 2)
+    assert await ask(link) == b"x"
+
+
+async def test_a_link_too_busy_to_subscribe_begins_anew(
+    link_to: MakeLink, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would otherwise never listen; the next connection subscribes before anything else."""
+    from respcache.resp import connection as connection_module
+
+    link = link_to(valkey_url)
+    await connect(link)
+    monkeypatch.setattr(connection_module, "MAX_WAITING", 5)
+    waiting, _ = link.request(*[("ECHO", "x")] * 5)
+    ear = Ear(link)
+    with pytest.raises(StoreUnavailable, match="too many"):
+        await waiting
+    await until(lambda: link.listening)
+    publish(valkey_url, "a")
+    await until(lambda: ear.notes == [b"a"])
+
+
+async def test_replies_beyond_the_servers_limit_for_subscribers_cost_a_connection_and_no_more(
+    link_to: MakeLink, make_valkey: Any
+) -> None:
+    """A listening connection falls under ``client-output-buffer-limit pubsub``: whoever has a reply has the right one."""
+    server: EmbeddedValkey = make_valkey(client_output_buffer_limit="pubsub 8mb 0 0")
+    link = link_to(server.url, deadline_s=5.0, jitter=lambda: 0.1)
+    ear = Ear(link)
+    await connect(link)
+    await until(lambda: link.listening)
+    await link.execute(("SET", "k", b"x" * 1_000_000))
+    asking = [asyncio.create_task(link.execute(("GET", "k"))) for _ in range(30)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251 - nobody reads: the server has to keep what it answers
+    results = await asyncio.gather(*asking, return_exceptions=True)
+    assert any(isinstance(result, StoreUnavailable) for result in results)
+    assert all(isinstance(result, StoreUnavailable) or result[0] == [b"x" * 1_000_000] for result in results)
+    await until(lambda: link.listening)
+    assert ear.notes == ["lost"]

@@ -1,5 +1,6 @@
 """Addresses of servers: what is read from a URL, what is refused, and that no password shows."""
 
+import ssl
 from urllib.parse import quote
 
 import pytest
@@ -67,16 +68,93 @@ def test_anything_else_is_a_configuration_error_that_shows_no_password(url: str)
     assert error.value.__suppress_context__ or error.value.__context__ is None
 
 
-@pytest.mark.parametrize("scheme", ["rediss", "unix"])
-def test_tls_and_unix_sockets_are_refused_by_name(scheme: str) -> None:
-    """They are not silently spoken to in plain TCP."""
-    with pytest.raises(ConfigurationError, match="not supported yet") as error:
-        ServerURL.parse(f"{scheme}://:{SECRET}@h/0")
+@pytest.mark.parametrize(
+    ("url", "names"),
+    [
+        (f"redis://h/0?password={SECRET}", "password"),
+        ("redis://h?ssl_ca_certs=x", "ssl_ca_certs"),
+        ("redis://h?db=3", "db"),
+        ("rediss://h?ssl_verify=no&socket_timeout=3&ssl_cert_reqs=none", "socket_timeout, ssl_verify"),
+        ("rediss://h?db=3", "db"),
+        (f"unix:///s?db=1&password={SECRET}", "password"),
+    ],
+)
+def test_unknown_query_parameters_are_refused_by_name(url: str, names: str) -> None:
+    """An option that is not understood is never silently left out, and its value not shown."""
+    with pytest.raises(ConfigurationError, match=rf"unknown query parameters: {names} \(") as error:
+        ServerURL.parse(url)
     assert SECRET not in str(error.value)
 
 
-def test_neither_repr_nor_str_shows_the_password() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"rediss://:a?{SECRET}=1@h:6379/0",
+        f"rediss://ann:1234?{SECRET}=1@h:6379/0",  # a host named ann, with a port, as it seems
+        f"redis://ann:1234#{SECRET}@h",
+        f"unix://:a?{SECRET}@/s",
+        f"redis://:a?{SECRET}=1",
+    ],
+)
+def test_half_a_password_is_not_taken_for_the_name_of_a_parameter(url: str) -> None:
+    """What stands behind an unencoded '?' is not repeated."""
+    with pytest.raises(ConfigurationError, match=r"must have the form|cannot be read") as error:
+        ServerURL.parse(url)
+    assert SECRET not in str(error.value)
+
+
+def test_a_unix_socket_has_a_path_and_a_database() -> None:
+    """User and password stand where they stand in the other forms; the path is percent-decoded."""
+    url = ServerURL.parse("unix://ann:pw@/run/my%20cache.sock?db=3")
+    assert (url.path, url.database, url.user, url.password) == ("/run/my cache.sock", 3, "ann", "pw")
+    assert (ServerURL.parse("unix:///s").database, str(url)) == (0, "unix:/run/my cache.sock?db=3")
+
+
+@pytest.mark.parametrize("url", ["unix://", "unix:///", "unix://host/s", "unix:///s?db=x", "unix:///s?db=-1", "unix:///a%00b"])
+def test_a_unix_socket_without_a_usable_path_or_database_is_refused(url: str) -> None:
+    """The message shows the form."""
+    with pytest.raises(ConfigurationError, match=r"must have the form unix://\[user\]"):
+        ServerURL.parse(url)
+
+
+def test_tls_verifies_certificate_and_name_unless_told_otherwise() -> None:
+    """``ssl_cert_reqs=none`` gives up both; ``redis://`` has no TLS."""
+    strict, same = ServerURL.parse("rediss://h:1/2").tls, ServerURL.parse("rediss://h?ssl_cert_reqs=required").tls
+    blind = ServerURL.parse("rediss://h?ssl_cert_reqs=none").tls
+    assert strict is not None
+    assert same is not None
+    assert blind is not None
+    assert (strict.verify_mode, strict.check_hostname) == (same.verify_mode, same.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert (blind.verify_mode, blind.check_hostname) == (ssl.CERT_NONE, False)
+    assert ServerURL.parse("redis://h").tls is None
+    assert str(ServerURL.parse("rediss://h:1/2")) == "h:1/2 over TLS"
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("ssl_cert_reqs=optional", "must be 'none' or 'required'"),
+        ("ssl_cert_reqs=", "one value"),
+        ("ssl_cert_reqs=required&ssl_cert_reqs=none", "one value"),
+        ("ssl_keyfile=k", "without ssl_certfile"),
+        ("ssl_ca_certs=/no/such.pem", r"cannot be read \(ssl_ca_certs=/no/such.pem\): .*No such file"),
+        ("ssl_ca_certs=a%00b", "cannot be read"),
+        (f"ssl_certfile={__file__}", "cannot be read"),
+    ],
+)
+def test_tls_that_cannot_be_set_up_is_refused_at_once(query: str, message: str) -> None:
+    """At start-up, not at the first connection: the files are read when the URL is."""
+    with pytest.raises(ConfigurationError, match=message) as error:
+        ServerURL.parse(f"rediss://:{SECRET}@h?{query}")
+    assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("redis://ann:{}@h:1/0", "h:1/0"), ("rediss://ann:{}@h:1/0", "h:1/0 over TLS"), ("unix://:{}@/s", "unix:/s?db=0")],
+)
+def test_neither_repr_nor_str_shows_the_password(address: str, shown: str) -> None:
     """Both end up in logs."""
-    url = ServerURL.parse(f"redis://ann:{SECRET}@h:1/0")
+    url = ServerURL.parse(address.format(SECRET))
     assert SECRET not in repr(url)
-    assert str(url) == "h:1/0"
+    assert str(url) == shown

@@ -4,20 +4,31 @@ Commands of all callers go out in one stream; replies come back in the same orde
 is all the bookkeeping there is. A caller that is cancelled or runs out of time leaves its place in the queue: its replies
 are still consumed by it and can never become somebody else's (redis-py lost that once, CVE-2023-28859).
 
+The commands of one event-loop tick leave in one write. Their deadlines begin with that write, not before: a tick that is
+kept busy does not use up the server's time. One timer looks after all deadlines.
+
 The identity of the server (``master_replid``) is asked in the handshake and belongs to this socket's life: every reply that
-comes over it was given by that server life. Protocol: RESP3, parsed by hiredis.
+comes over it was given by that server life. Protocol: RESP3, parsed by hiredis; its push messages (published ones, and the
+confirmation of SUBSCRIBE) stand between the replies and take no place among them.
 """
 
 import asyncio
+import logging
+import ssl
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
+from math import inf
 from typing import Any, cast
 
 import hiredis
 
 from respcache.core.errors import StoreUnavailable
 from respcache.resp.url import ServerURL
+
+log = logging.getLogger("respcache.resp")
 
 Command = tuple[str | bytes | int, ...]
 
@@ -31,6 +42,10 @@ GRACE_S = 0.005
 """A deadline that has passed is looked at again after this: replies may lie unread in the socket because the event loop was
 busy (uvloop runs timers before it reads)."""
 
+LATENESS = 1 / 16
+"""Deadlines are looked at one after another no sooner than this share of the shortest one (at most ``GRACE_S``, at least a
+millisecond, which is how uvloop counts): a busy connection notices a deadline later by that, and ends it ``GRACE_S`` later."""
+
 MAX_LATE_IN_A_ROW = 10
 """A server that answers, but always too late, is as good as hung: its callers would all pay the deadline."""
 
@@ -41,19 +56,55 @@ _MORE = object()  # RESP3 has a reply that reads as False, hiredis' own sign for
 
 
 class Refused(StoreUnavailable):
-    """The server is there and does not take us: a wrong password, a replica, its data still loading."""
+    """The server is there and does not take us: a wrong password, a replica, its data still loading, a false certificate."""
+
+
+class Write:
+    """What leaves in one write: the commands of one event-loop tick. ``at`` is infinite until they have left."""
+
+    __slots__ = ("at", "packed", "received", "shortest_s", "size_bytes")
+
+    def __init__(self) -> None:
+        self.at = inf
+        self.packed: list[bytes] = []
+        self.received = 0
+        self.shortest_s = inf
+        self.size_bytes = 0
 
 
 class Batch:
     """The commands that one caller sent together. ``future`` is None when nobody waits."""
 
-    __slots__ = ("expected", "future", "replies", "timer")
+    __slots__ = ("deadline_s", "expected", "future", "grace_until", "replies", "write")
 
-    def __init__(self, expected: int, future: "asyncio.Future[list[Any]] | None") -> None:
+    def __init__(
+        self, expected: int, write: Write, future: "asyncio.Future[list[Any]] | None" = None, deadline_s: float = inf
+    ) -> None:
         self.expected = expected
+        self.write = write
         self.future = future
+        self.deadline_s = deadline_s
         self.replies: list[Any] = []
-        self.timer: asyncio.TimerHandle | None = None
+        self.grace_until = 0.0
+
+    def awaited(self) -> bool:
+        """Whether somebody waits for the replies."""
+        return self.future is not None and not self.future.done()
+
+    def due(self) -> float:
+        """Return when to look at it: at its deadline, then once more."""
+        return self.grace_until or self.write.at + self.deadline_s
+
+
+class Subscription:
+    """A channel, who hears its messages, and the batch that asked for it."""
+
+    __slots__ = ("batch", "channel", "heard")
+
+    def __init__(self, channel: bytes, heard: Callable[[bytes], None], batch: Batch) -> None:
+        self.channel = channel
+        self.heard = heard
+        self.batch = batch
 
 
 class Connection(asyncio.Protocol):
@@ -61,15 +112,23 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, lost: Callable[["Connection", StoreUnavailable], None]) -> None:
         self.identity = ""
+        self.listening = False
         self.errors = 0
         self.timeouts = 0
         self.commands = 0
         self._lost = lost
         self._loop = asyncio.get_running_loop()
+        self._context = Context()  # flushes and timers serve many callers: the context of none of them
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._waiting: deque[Batch] = deque()
         self._unanswered = 0
+        self._next = Write()
+        self._callbacks: list[Callable[[], None]] = []
+        self._flushing = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = inf
         self._late_in_a_row = 0
+        self._subscription: Subscription | None = None
         self._transport: asyncio.Transport | None = None
         self._received = 0
         self._ended: StoreUnavailable | None = None
@@ -83,11 +142,13 @@ class Connection(asyncio.Protocol):
         connection: Connection | None = None
         try:
             async with asyncio.timeout(deadline_s):
-                _, connection = await asyncio.get_running_loop().create_connection(lambda: cls(lost), url.host, url.port)
+                connection = await _connect(url, lambda: cls(lost))
                 await connection._shake_hands(url, deadline_s)
                 return connection
         except TimeoutError:
             cause = StoreUnavailable(f"no answer within {deadline_s} s")
+        except ssl.SSLCertVerificationError as error:
+            cause = Refused(error.verify_message)
         except (OSError, UnicodeError) as error:  # a host name that IDNA cannot encode is a UnicodeError
             cause = StoreUnavailable(getattr(error, "strerror", None) or str(error))
         except StoreUnavailable as error:
@@ -107,23 +168,49 @@ class Connection(asyncio.Protocol):
 
         Raises ``StoreUnavailable`` when the connection ends or the deadline passes first.
         """
-        if not commands:
-            return []
+        return await self.request(commands, deadline_s=deadline_s)
+
+    def request(self, commands: Sequence[Command], *, deadline_s: float) -> "asyncio.Future[list[Any]]":
+        """Send commands as ``execute`` does, and return the future of their replies. The deadline begins when they leave.
+
+        Raises ``StoreUnavailable`` at once when they cannot be sent. The future may be cancelled.
+        """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
-        batch = self._write(commands, future)
-        batch.timer = self._loop.call_later(deadline_s, self._late, batch, self._received, deadline_s)
-        try:
-            return await future
-        finally:
-            batch.timer.cancel()
+        if commands:
+            self._write(commands, future, deadline_s)
+        else:
+            future.set_result([])
+        return future
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send commands whose replies nobody waits for; errors among them are counted. Raises ``StoreUnavailable``."""
         if commands:
-            self._write(commands, None)
+            self._write(commands, None, inf)
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call back once, just before this tick's commands leave: what it sends leaves with them.
+
+        It is called also when the connection ends first. What it raises is logged. Raises ``StoreUnavailable`` after the end.
+        """
+        if self._ended is not None:
+            raise _again(self._ended)
+        self._callbacks.append(callback)
+        self._flush_soon()
+
+    def subscribe(self, channel: str, heard: Callable[[bytes], None], *, deadline_s: float) -> "asyncio.Future[list[Any]]":
+        """Ask for the messages of a channel, once in a connection's life; ``listening`` is true from the confirmation on.
+
+        ``heard`` is called before any reply that came after the message is delivered. What it raises is logged. The future
+        brings the server's error when it refuses. Raises ``StoreUnavailable`` as ``request`` does.
+        """
+        # The confirmation is a push; only a refusal is a reply. PING's reply tells that the one or the other has come.
+        future = self.request([("SUBSCRIBE", channel), ("PING",)], deadline_s=deadline_s)
+        self._subscription = Subscription(channel.encode(), heard, self._waiting[-1])
+        return future
 
     def abort(self, cause: StoreUnavailable) -> None:
-        """End the connection now; everybody who waits gets ``StoreUnavailable``."""
+        """End the connection now; everybody who waits gets ``StoreUnavailable``. What was sent before may still arrive."""
+        self._write_out()
         self._end(cause)
         if self._transport is not None:
             self._transport.abort()
@@ -132,20 +219,50 @@ class Connection(asyncio.Protocol):
         """Return when the socket is closed."""
         await asyncio.shield(self._closed)
 
-    def _write(self, commands: Sequence[Command], future: "asyncio.Future[list[Any]] | None") -> Batch:
-        transport = self._transport
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    def _write(self, commands: Sequence[Command], future: "asyncio.Future[list[Any]] | None", deadline_s: float) -> None:
+        transport, write = self._transport, self._next
         if self._ended is not None or transport is None:
             raise _again(self._ended or StoreUnavailable("not connected"))
-        if self._unanswered + len(commands) > MAX_WAITING or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        unsent_bytes = write.size_bytes + transport.get_write_buffer_size()
+        if self._unanswered + len(commands) > MAX_WAITING or unsent_bytes > MAX_UNSENT_BYTES:
             raise StoreUnavailable("too many commands are waiting")
         # this may raise: before the batch takes its place, never after
         packed = b"".join(map(hiredis.pack_command, commands))  # type: ignore[arg-type]
-        batch = Batch(len(commands), future)
-        self._waiting.append(batch)
+        self._waiting.append(Batch(len(commands), write, future, deadline_s))
         self._unanswered += len(commands)
         self.commands += len(commands)
-        transport.write(packed)
-        return batch
+        write.packed.append(packed)
+        write.size_bytes += len(packed)
+        write.shortest_s = min(write.shortest_s, deadline_s)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush, context=self._context)
+
+    def _flush(self) -> None:
+        callbacks, self._callbacks = self._callbacks, []
+        try:
+            for callback in callbacks:
+                call_safely(callback)
+        finally:
+            self._flushing = False
+            self._write_out()
+            if self._callbacks:  # asked for by callbacks: for the next tick, or they could keep this one for ever
+                self._flush_soon()
+
+    def _write_out(self) -> None:
+        write, transport = self._next, self._transport
+        if not write.packed or transport is None:
+            return
+        self._next = Write()
+        packed, write.packed = write.packed, []
+        write.at, write.received = time.monotonic(), self._received  # loop.time() of uvloop is that of the tick's beginning
+        self._set_alarm(write.at + write.shortest_s)
+        transport.write(b"".join(packed))
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------------------------
 
@@ -170,10 +287,11 @@ class Connection(asyncio.Protocol):
         if not self._closed.done():
             self._closed.set_result(None)
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- in ------------------------------------------------------------------------------------------------------------
 
     def _take(self, reply: Any) -> None:
         if isinstance(reply, hiredis.PushNotification):
+            self._hear(reply)
             return
         batch = self._waiting[0]
         batch.replies.append(reply)
@@ -188,26 +306,71 @@ class Connection(asyncio.Protocol):
                 self._late_in_a_row = 0
                 batch.future.set_result(batch.replies)
 
-    def _late(self, batch: Batch, received: int, deadline_s: float, *, again: bool = False) -> None:
+    def _hear(self, push: "list[Any]") -> None:
+        subscription = self._subscription
+        if subscription is None or self._ended is not None or len(push) != 3 or push[1] != subscription.channel:
+            return
+        if push[0] == b"message":
+            call_safely(subscription.heard, push[2])
+        elif push[0] == b"subscribe":
+            self._confirm(subscription.batch)
+
+    def _confirm(self, batch: Batch) -> None:
+        """Take the confirmation as what SUBSCRIBE was waiting for: one reply fewer is to come."""
+        if self._waiting[0] is not batch or batch.replies or batch.expected == 1:
+            raise hiredis.ProtocolError("a confirmation that nobody waited for")
+        batch.expected -= 1
+        self._unanswered -= 1
+        self.listening = True
+
+    # -- deadlines -----------------------------------------------------------------------------------------------------
+
+    def _set_alarm(self, at: float) -> None:
+        """See to it that ``_look`` runs at this moment, or before."""
+        if at >= self._alarm_at:
+            return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = at
+        self._alarm = self._loop.call_later(max(at - time.monotonic(), 0.001), self._look, context=self._context)
+
+    def _look(self) -> None:
+        """Find those whose deadline has passed, and set the alarm for the next of those that wait on; none, if none does."""
+        self._alarm, self._alarm_at = None, inf
+        now = time.monotonic()
+        for batch in [batch for batch in self._waiting if batch.due() <= now]:
+            self._late(batch, now)
+        waiting = [batch for batch in self._waiting if batch.awaited()]
+        if waiting:
+            pause_s = min(LATENESS * min(batch.deadline_s for batch in waiting), GRACE_S)
+            self._set_alarm(max(min(batch.due() for batch in waiting), now + pause_s))
+
+    def _late(self, batch: Batch, now: float) -> None:
         """A deadline has passed: give the loop one more turn to read, then fail the caller, and the link if it is silent."""
         future = batch.future
         if future is None or future.done():
             return
-        if not again:
-            batch.timer = self._loop.call_later(GRACE_S, lambda: self._late(batch, received, deadline_s, again=True))
+        if not batch.grace_until:
+            batch.grace_until = now + GRACE_S
             return
         self.timeouts += 1
         self._late_in_a_row += 1
-        future.set_exception(StoreUnavailable(f"no reply within {deadline_s * 1000:.0f} ms"))
-        if self._received == received:
-            self.abort(StoreUnavailable(f"silent for {deadline_s * 1000:.0f} ms"))
+        late = f"{batch.deadline_s * 1000:.0f} ms"
+        future.set_exception(StoreUnavailable(f"no reply within {late}"))
+        if self._received == batch.write.received:
+            self.abort(StoreUnavailable(f"silent for {late}"))
         elif self._late_in_a_row >= MAX_LATE_IN_A_ROW:
-            self.abort(StoreUnavailable(f"{MAX_LATE_IN_A_ROW} replies in a row later than {deadline_s * 1000:.0f} ms"))
+            self.abort(StoreUnavailable(f"{MAX_LATE_IN_A_ROW} replies in a row later than {late}"))
+
+    # -- inside --------------------------------------------------------------------------------------------------------
 
     def _end(self, cause: StoreUnavailable) -> None:
         if self._ended is not None:
             return
         self._ended = cause
+        self._next = Write()
+        if self._alarm is not None:
+            self._alarm.cancel()
         waiting, self._waiting = self._waiting, deque()
         for batch in waiting:
             if batch.future is not None and not batch.future.done():
@@ -230,6 +393,25 @@ class Connection(asyncio.Protocol):
         if info.get("role") != "master" or not info.get("master_replid"):
             raise Refused(f"the server's role is {info.get('role')}, not master")
         self.identity = info["master_replid"]
+
+
+async def _connect(url: ServerURL, make: Callable[[], Connection]) -> Connection:
+    loop = asyncio.get_running_loop()
+    if url.path:
+        _, connection = await loop.create_unix_connection(make, url.path)
+    else:
+        _, connection = await loop.create_connection(make, url.host, url.port, ssl=url.tls)
+    return connection
+
+
+def call_safely(callback: Callable[..., None], *arguments: Any) -> None:
+    """Call somebody's callback; what it raises is its own affair, not that of the others."""
+    try:
+        callback(*arguments)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:  # a CancelledError too: it is that of a future that the callback looked at
+        log.exception("a callback failed")
 
 
 def as_text(reply: Any) -> str:
