@@ -34,8 +34,12 @@ faults: $(STAMP) ## Break servers and processes under load and check every read:
 model: $(STAMP) ## Check the protocol's models (needs spin and a C compiler)
 	@$(VENV)/bin/python models/run.py $(ARGS)
 
-bench: $(STAMP) ## Measure: BENCH=hits, outage or outbox
-	@$(VENV)/bin/python bench/$(or $(BENCH),hits).py $(ARGS)
+bench: $(VENV)/.installed-bench ## Measure beside every peer: QUICK=1; or BENCH=hits, outage, outbox
+	@$(VENV)/bin/python bench/$(or $(BENCH),run).py $(if $(QUICK),--quick) $(ARGS)
+
+$(VENV)/.installed-bench: $(STAMP)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[crm,dev,bench]' -c constraints.txt
+	@touch $@
 
 lint: $(STAMP) ## Check style and types
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

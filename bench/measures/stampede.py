@@ -1,0 +1,66 @@
+"""A cold key and 200 callers at once, at two processes that share one Valkey: how often the handler runs, who gets no answer."""
+
+import asyncio
+import contextlib
+import itertools
+import statistics
+from typing import Any
+
+import handler
+from lanes import Lane
+from machine import Failed, Processes, Served
+from stand import Client
+
+from measures.hits import Tell
+
+CALLERS = 200
+PROCESSES = 2
+PATIENCE_S = 30.0
+
+_numbers = itertools.count(handler.PAGES * 2000)
+
+
+def measure(on: Processes, lanes: list[Lane], *, rounds: int, tell: Tell) -> dict[str, Any]:
+    """Return fetches (each round), failed requests and how long the slowest caller waited (median), for each way to fill."""
+    result: dict[str, Any] = {}
+    for lane in (lane for lane in lanes if lane.cold):
+        with contextlib.ExitStack() as stack:
+            stack.callback(on.stop_lanes)
+            tell(f"stampede: {lane.name}")
+            served = on.serve_all([(lane, 1)] * PROCESSES)
+            for label, path in lane.cold.items():
+                found = [asyncio.run(_stampede(served, path)) for _ in range(rounds)]
+                result[label] = {
+                    "fetches": [fetches for fetches, _, _ in found],
+                    "failed": sum(failed for _, failed, _ in found),
+                    "slowest_ms": round(statistics.median(slowest for _, _, slowest in found), 0),
+                }
+    return result
+
+
+async def _stampede(served: list[Served], path: str) -> tuple[int, int, float]:
+    """Connect first, then have everybody ask in the same moment."""
+    number = next(_numbers)
+    request, body = handler.request(number, path), handler.body(number)
+    before = [one.fills() for one in served]
+    start = asyncio.Event()
+
+    async def call(port: int) -> float:
+        async with asyncio.timeout(PATIENCE_S), Client(port) as client:
+            connected.release()
+            await start.wait()
+            took_ms, head, answer = await client.send(request)
+        if not head.startswith(b"HTTP/1.1 200") or answer != body:
+            raise Failed(repr(head[:100]))
+        return took_ms
+
+    connected = asyncio.Semaphore(0)
+    tasks = [asyncio.create_task(call(served[number % PROCESSES].port)) for number in range(CALLERS)]
+    for _ in tasks:
+        await connected.acquire()
+    start.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(handler.SLOW_S + 0.1)  # fills that nobody waits for count too
+    fetches = sum(one.fills() - was for one, was in zip(served, before, strict=True))
+    taken = [answer for answer in answers if isinstance(answer, float)]
+    return fetches, CALLERS - len(taken), max(taken, default=0.0)

@@ -1,0 +1,53 @@
+"""One worker and two, at 64 connections: does a second process double what is answered?"""
+
+import contextlib
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from lanes import BARE, BY_NAME, Lane
+from load import Ask, drive
+from machine import Processes, Served, cpu_ns
+
+from measures.hits import Effort, Tell, asks, middle, patiently, warm
+
+CONNECTIONS = 64
+COUNTS = (1, 2)
+LANES: tuple[Lane, ...] = (BARE, BY_NAME["strict"])
+
+
+def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
+    """Return throughput and CPU time per request of each lane with each number of workers, in one interleaved run."""
+    pages, chance = asks(), random.Random(effort.seed)
+    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(on.stop_lanes)
+        served = [(one, count) for one in LANES for count in COUNTS]
+        running = [(one, count) for one, (_, count) in zip(on.serve_all(served), served, strict=True)]
+        for one, count in running:
+            tell(f"workers: warming {one.lane.name}, {count}")
+            warm(one, pages, connections=8 * count)
+        for number in range(effort.rounds):
+            for one, count in chance.sample(running, len(running)):
+                tell(f"workers: round {number + 1} of {effort.rounds}, {one.lane.name}, {count}")
+                figures = found.setdefault((one.lane.name, count), [])
+                patiently(functools.partial(_stretch, one, effort, pages, figures))
+    return {
+        name: {
+            f"w{count}": {
+                "rps": middle([rps for rps, _, _ in found[name, count]], 1),
+                "cpu_us": middle([cpu for _, cpu, _ in found[name, count]], 2),
+                "busier_share": middle([share for _, _, share in found[name, count]], 2),
+            }
+            for count in COUNTS
+        }
+        for name in dict.fromkeys(name for name, _ in found)
+    }
+
+
+def _stretch(one: Served, effort: Effort, pages: Sequence[Ask], figures: list[tuple[float, float, float]]) -> None:
+    before = [cpu_ns([pid]) for pid in one.pids]
+    sample = drive(one.port, pages, connections=CONNECTIONS, seconds=effort.seconds, requests=effort.requests, hit=one.lane.hit)
+    spent = [cpu_ns([pid]) - was for pid, was in zip(one.pids, before, strict=True)]
+    figures.append((sample.rps, sum(spent) / 1000 / sample.requests, max(spent) / sum(spent)))
