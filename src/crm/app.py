@@ -65,6 +65,7 @@ def watched_cache(
         schema_version=SCHEMA_VERSION,
         enabled=settings.respcache_enabled,
         audit_share=settings.respcache_audit_share,
+        near_bytes=settings.respcache_near_bytes,
         strict_reads=strict_reads,
     )
     return cache, watch(engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES)

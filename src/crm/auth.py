@@ -95,6 +95,7 @@ class CrmResolver:
     """Decides identity, tenant and role. A tenant's generation covers what is read of its users, SHARED that of superadmins."""
 
     tables = ("employees", "teams", "tenants")
+    headers = ("authorization", "cookie", "x-tenant-id")
 
     def __init__(self, engine: AsyncEngine, secret: str) -> None:
         self._engine = engine
@@ -111,7 +112,7 @@ class CrmResolver:
         path_tenant = head.path_params.get("tenant_id")
         wanted = tenant_in_body or head.query("tenant_id") or path_tenant or head.header("x-tenant-id") or None
         home = payload.get("tenant_id") or SHARED
-        return Claim((payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()), home)
+        return Claim((payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()), home, expires_at=payload["exp"])
 
     async def scope(self, claim: Claim) -> TenantScope:
         """Read user, tenant and visible employees: one statement, up to three where visibility is hierarchical."""

@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     respcache_key: SecretStr | None = None
     respcache_enabled: bool = True
     respcache_audit_share: float = Field(0.001, ge=0, le=1)
+    respcache_near_bytes: int = Field(64 * 1024 * 1024, ge=0)
     token_hours: float = Field(12, gt=0, le=24 * 365)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

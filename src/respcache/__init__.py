@@ -14,7 +14,7 @@ from respcache.core.errors import (
     UndeclaredWrite,
 )
 from respcache.core.identity import Claim, Head, Resolver, Scope, SingleTenant
-from respcache.core.policy import Parameter, Policy
+from respcache.core.policy import Level, Parameter, Policy
 from respcache.fastapi import cache_count, cache_detail, cache_list, cache_settings, invalidate_cache
 from respcache.record import bind_scope, current_scope
 from respcache.routing import Route
@@ -28,6 +28,7 @@ __all__ = [
     "Denied",
     "Head",
     "InvalidationPending",
+    "Level",
     "MemoryStore",
     "Parameter",
     "Policy",

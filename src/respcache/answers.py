@@ -3,11 +3,10 @@
 These are ASGI ``send`` callables; they own no decisions but those about their messages.
 """
 
-import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from respcache.core.entry import Entry
+from respcache.core.encoding import negotiable, vary
 from respcache.core.errors import AckBarrierOverflow
 from respcache.core.fence import Outcome
 from respcache.core.http_caching import cache_status, for_browsers, refusal
@@ -23,16 +22,11 @@ INVALIDATION = b"x-cache-invalidation"
 ``pending`` where there is no outbox."""
 
 
-async def send_entry(send: Send, entry: Entry, *status: str) -> None:
-    """Send a stored response. No JSON, no copying of the body."""
-    headers = [*entry.headers, cache_status(*status)]
-    await send({"type": "http.response.start", "status": entry.status, "headers": for_browsers(headers, replace=True)})
-    await send({"type": "http.response.body", "body": entry.body, "more_body": False})
-
-
-def remaining_s(entry: Entry) -> int:
-    """Tell for how long an entry still lives, for display: the store's clock decides, not ours."""
-    return max(0, (entry.stored_at_ms + entry.ttl_ms - int(time.time() * 1000)) // 1000)
+async def send_stored(send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *said: str) -> None:
+    """Send a stored response, and what became of the request. No JSON, no copying of the body."""
+    sent = for_browsers([*headers, cache_status(*said)], replace=True)
+    await send({"type": "http.response.start", "status": status, "headers": sent})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def without_body(send: Send) -> Send:
@@ -190,4 +184,6 @@ class Recorder:
         assert self._start is not None
         status = (self._forward, "stored") if reason is None else (self._forward, f"detail={reason}")
         headers: Headers = [*self._start.get("headers", ()), cache_status(*status)]
+        if reason is None and negotiable(headers, length=self._size):
+            headers = [*vary(headers)]  # this answer is plain, but others that are made of it will not be
         await self._send({**self._start, "headers": for_browsers(headers, replace=reason is None)})

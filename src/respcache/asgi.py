@@ -1,8 +1,9 @@
 """The ASGI wrapper: the way of a request, top to bottom. Outermost, so that a hit costs no middleware and no routing.
 
-It never reads a request body. A request of a cached route goes: canonical form, look (identity, key, one round trip), then
-hit, or fill (flight, lease, handler). Everything else passes through, with its answer held until its bumps are settled.
-Whatever the store does, the application answers.
+It never reads a request body. A request whose like was seen before, and whose answer lies in memory, is answered by the plan
+that was made then (``plans.py``): no routing, no parsing, no verification. Else a request of a cached route goes: canonical
+form, look (identity, key, one round trip), then hit, or fill (flight, lease, handler). Everything else passes through, with
+its answer held until its bumps are settled. Whatever the store does, the application answers.
 """
 
 import json
@@ -12,15 +13,18 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from respcache.answers import Headers, HeldAnswer, Marked, Message, Recorder, Send, remaining_s, send_entry, without_body
+from respcache.answers import Headers, HeldAnswer, Marked, Message, Recorder, Send, send_stored, without_body
+from respcache.core.encoding import accepted, negotiable, shared
 from respcache.core.entry import Entry
-from respcache.core.errors import AckBarrierOverflow, ConfigurationError, Denied, UndeclaredRead
+from respcache.core.errors import AckBarrierOverflow, ConfigurationError, Denied, StoreError, UndeclaredRead
 from respcache.core.http_caching import kept
 from respcache.core.identity import Head
 from respcache.core.policy import Invalidation, Policy, canonical
 from respcache.fill.filler import Lead
 from respcache.lookup import Bypass, Look
+from respcache.near.held import Held, Variant
 from respcache.ops.audit import Hit
+from respcache.plans import Aim, Key, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route, Table
 
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+READS = ("GET", "HEAD")
 
 TTL_JITTER = 0.05
 """Entries live up to this share shorter than their policy says, so that those made together do not end together."""
@@ -42,7 +48,8 @@ class Wrapper:
 
     def __init__(self, cache: "Cache", app: App, describe: Callable[[], list[Route]]) -> None:
         self.app = app
-        self._cache = cache
+        self.cache = cache
+        self.memo: Memo | None = None
         self._describe = describe
         self._table: Table | None = None
 
@@ -57,20 +64,56 @@ class Wrapper:
         table = self._table
         if table is None:  # a server without lifespan events
             table = self.prepare()
-            await self._cache.connect()
+            await self.cache.connect()
+        memo, cache = self.memo, self.cache
+        key = plan = None
+        if memo is not None and scope["method"] in READS and cache.enabled:
+            now = cache.clock()
+            key = memo.key(scope)
+            plan = memo.recall(key, now)
+            if plan is not None and plan.aim is not None and await self._hit(plan, plan.aim, now, scope, send):
+                return
         record = Record()
         token = current.set(record)
         try:
-            await self._handle(table.match(scope), scope, receive, send, record)
+            if plan is not None:
+                await self._read(plan, None, scope, receive, send, record)
+            else:
+                await self._handle(table.match(scope), key, scope, receive, send, record)
         finally:
             current.reset(token)
+
+    async def _hit(self, plan: Plan, aim: Aim, now: float, scope: Scope, send: Send) -> bool:
+        """Answer from memory, if what is there can be proven (``lookup.py``). At most one round trip, for a view."""
+        cache = self.cache
+        candidate = cache.candidate(aim, now)
+        if candidate is None:
+            return False
+        held, fence, view = candidate
+        if view is None:
+            try:
+                view = await cache.read_view(aim)
+            except StoreError:
+                if not aim.lasts:
+                    return False
+            now = cache.clock()
+        if view is not None and not cache.proves(aim, held, fence, view, now):
+            return False
+        variant = held.variants.get(plan.coding) or cache.variant(aim, held, plan.coding)
+        if variant is None:
+            return False
+        await self._send_hit(held, variant, aim, now, scope, send)
+        if view is not None and cache.audit is not None and cache.audit.due():
+            self.audit(plan, Look(aim, view, held.entry.certificate, held, outdated=False), scope)
+        return True
 
     def prepare(self) -> Table:
         """Walk the application's routes and make the table. Raises ``ConfigurationError`` for a route cached wrongly."""
         if self._table is None:
             routes = self._describe()
-            self._cache.register(routes)
+            self.cache.register(routes)
             self._table = Table(routes)
+            self.memo = self.cache.memo(routes)
         return self._table
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,63 +126,88 @@ class Wrapper:
                 except ConfigurationError as error:
                     message = {"type": "lifespan.startup.failed", "message": f"respcache: {error}"}
             elif message["type"].startswith("lifespan.shutdown"):
-                await self._cache.close()  # before the server hears of it: it then ends this task
+                await self.cache.close()  # before the server hears of it: it then ends this task
             await send(message)
 
-        await self._cache.connect()
+        await self.cache.connect()
         await self.app(scope, receive, watch)
 
+    async def _send_hit(self, held: Held, variant: Variant, aim: Aim, now: float, scope: Scope, send: Send) -> None:
+        """Send an entry, and count it."""
+        body, figures = variant.body, aim.figures
+        figures.hits += 1
+        figures.bytes_served += len(body)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("[Cache] Hit: %s %s for tenant %s", aim.policy.module, aim.policy.kind, aim.tenant)
+        headers = variant.headers(int(held.expires_at - now))
+        await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})
+
+    def audit(self, plan: Plan, look: Look, scope: Scope) -> None:
+        """Have a hit audited."""
+        audit = self.cache.audit
+        assert audit is not None
+        scope = {**scope, "method": "GET", "query_string": plan.form.query_string}
+        audit.begin(Hit(self.app, scope, Head(scope, plan.path), plan.route, plan.policy, plan.form.parameters, look))
+
     async def _handle(
-        self, found: tuple[Route, Mapping[str, str]] | None, scope: Scope, receive: Receive, send: Send, record: Record
+        self,
+        found: tuple[Route, Mapping[str, str]] | None,
+        key: Key | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: Record,
     ) -> None:
         route = found[0] if found else None
-        if route is None or route.policy is None or scope["method"] not in ("GET", "HEAD"):
+        if route is None or route.policy is None or scope["method"] not in READS:
             before = None
             if route is not None and route.invalidation is not None:
                 before = self._declared_bump(route.invalidation, Head(scope, found[1] if found else None), record)
             await self._hold(scope, receive, HeldAnswer(send, record, before))
             return
         assert found is not None
+        head = Head(scope, found[1])
+        form = canonical(head, found[1], declared=route.parameters, passed=route.passed)
+        coding = accepted(head.joined("accept-encoding"))
+        await self._read(Plan(route, route.policy, found[1], form, coding=coding), key, scope, receive, send, record)
+
+    async def _read(self, plan: Plan, key: Key | None, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        """Answer a request of a cached route the long way. ``key``: what to remember the plan by, if it is a new one."""
+        route, policy, head = plan.route, plan.policy, Head(scope, plan.path)
         if scope["method"] == "HEAD":
             send = without_body(send)
-        await self._read(route, route.policy, found[1], scope, receive, send, record)
-
-    async def _read(
-        self, route: Route, policy: Policy, path: Mapping[str, str], scope: Scope, receive: Receive, send: Send, record: Record
-    ) -> None:
-        head = Head(scope, path)
-        form = canonical(head, path, declared=route.parameters, passed=route.passed)
-        scope = {**scope, "method": "GET", "query_string": form.query_string}
-        look = await self._cache.look(route, policy, head=head, parameters=form.parameters)
+        scope = {**scope, "method": "GET", "query_string": plan.form.query_string}
+        look = await self.cache.look(plan, head)
+        if key is not None and plan.aim is not None and self.memo is not None:
+            self.memo.remember(key, plan)
         if isinstance(look, Bypass):
-            self._cache.figures.of(look.tenant, policy.module).bypasses[look.reason] += 1
+            self.cache.figures.of(look.tenant, policy.module).bypasses[look.reason] += 1
             held = HeldAnswer(send, record)
             await self._hold(scope, receive, held, Marked(held, "fwd=bypass", f"detail={look.reason}"))
             return
-        figures = self._cache.figures.of(look.tenant, policy.module)
-        if look.entry is not None:
-            figures.hits += 1
-            figures.bytes_served += len(look.entry.body)
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug("[Cache] Hit: %s %s for tenant %s", policy.module, policy.kind, look.tenant)
-            await send_entry(send, look.entry, "hit", f"ttl={remaining_s(look.entry)}")
-            audit = self._cache.audit
-            if audit is not None:
-                audit.countdown -= 1
-                if audit.countdown <= 0:
-                    audit.begin(Hit(self.app, scope, head, route, policy, form.parameters, look))
-            return
+        figures = look.aim.figures
+        if look.held is not None:
+            variant = self.cache.variant(look.aim, look.held, plan.coding)
+            if variant is not None:
+                await self._send_hit(look.held, variant, look.aim, self.cache.clock(), scope, send)
+                if self.cache.audit is not None and self.cache.audit.due():
+                    self.audit(plan, look, scope)
+                return
         figures.misses += 1
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[CacheManager] Cache miss: %s", look.target.entry_key)
         record.scope = look.scope
         forward = "fwd=stale" if look.outdated else "fwd=uri-miss"
-        entered = await self._cache.enter(look)
+        entered = await self.cache.enter(look)
+        variant = None
         if isinstance(entered, Entry):
+            variant = Held(entry=entered, expires_at=0.0).make(plan.coding, max_bytes=policy.max_body_bytes)
+        if isinstance(entered, Entry) and variant is not None:
             figures.collapsed += 1
-            figures.bytes_served += len(entered.body)
-            await send_entry(send, entered, forward, "collapsed")
-        elif entered is None:
+            figures.bytes_served += len(variant.body)
+            await send_stored(send, entered.status, variant.stored, variant.body, forward, "collapsed")
+        elif not isinstance(entered, Lead):
             figures.refusals["not-shareable"] += 1
             held = HeldAnswer(send, record)
             await self._hold(scope, receive, held, Marked(held, forward, "detail=not-shareable"))
@@ -161,7 +229,7 @@ class Wrapper:
         """Run the handler, store and share what it answers if that may be, and send it."""
         record.reads = Reads()
         started = time.monotonic()
-        figures = self._cache.figures.of(look.tenant, policy.module)
+        figures = look.aim.figures
 
         def land(refused: str | None, status: int, headers: Headers, body: bytes) -> str | None:
             refused = refused or _late_refusal(record, policy, route, scope, headers, body)
@@ -182,8 +250,8 @@ class Wrapper:
             await self._hold(scope, receive, held, recorder)
         finally:
             lead.land(None)
-            if record.wrote and self._cache.audit is not None:
-                self._cache.audit.exclude(route.template)
+            if record.wrote and self.cache.audit is not None:
+                self.cache.audit.exclude(route.template)
 
     async def _hold(self, scope: Scope, receive: Receive, held: HeldAnswer, send: Send | None = None) -> None:
         """Run the application; its answer passes ``held``, which it leaves when the request's writes are settled."""
@@ -202,13 +270,13 @@ class Wrapper:
         """Make the step that bumps the modules which a handler without a database hook declares."""
 
         async def bump() -> None:
-            resolver = self._cache.resolver
+            resolver = self.cache.resolver
             try:
                 scope = record.scope or await resolver.scope(resolver.claim(head))
             except Denied:
                 return
             if scope.tenant is not None:
-                self._cache.bump_modules(scope.tenant, invalidation.modules)
+                self.cache.bump_modules(scope.tenant, invalidation.modules)
 
         return bump
 
@@ -220,9 +288,9 @@ class Wrapper:
             ", ".join(sorted(record.reads.tables - set(policy.tables))) or "tables that cannot be told from a text() statement"
         )
         message = f"GET {route.template} reads {missing}, which its policy does not declare: its answers are not stored"
-        if self._cache.strict_reads:
+        if self.cache.strict_reads:
             raise UndeclaredRead(message)
-        if self._cache.first_time(message):
+        if self.cache.first_time(message):
             log.warning("%s", message)
 
 
@@ -245,6 +313,7 @@ def _late_refusal(record: Record, policy: Policy, route: Route, scope: Scope, he
 
 
 def _entry(look: Look, lead: Lead, policy: Policy, status: int, headers: Headers, body: bytes, fill_ms: int) -> Entry:
+    may_vary, stored = negotiable(headers, length=len(body)), kept(headers)
     return Entry(
         certificate=lead.certificate,
         digest=look.target.digest,
@@ -252,6 +321,7 @@ def _entry(look: Look, lead: Lead, policy: Policy, status: int, headers: Headers
         ttl_ms=max(1, int(policy.ttl_s * 1000 * (1 - random.uniform(0, TTL_JITTER)))),
         fill_ms=fill_ms,
         status=status,
-        headers=kept(headers),
+        headers=shared(stored) if may_vary else stored,
         body=body,
+        negotiable=may_vary,
     )

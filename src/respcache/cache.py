@@ -15,22 +15,27 @@ from respcache.core.errors import StoreError
 from respcache.core.fence import Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.identity import Head, Resolver
-from respcache.core.policy import DEFAULT_TTL_S, MAX_TTL_S, Policy
+from respcache.core.policy import DEFAULT_BOUND_S, DEFAULT_TTL_S, MAX_TTL_S, Level, Policy
 from respcache.fill.filler import Filler, Lead
 from respcache.identities import Identities
-from respcache.lookup import Bypass, Look, Lookup, as_parameters
+from respcache.lookup import Bypass, Look, Lookup, Near, as_parameters
+from respcache.near.s3fifo import S3Fifo
+from respcache.near.views import Views
 from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
 from respcache.ops.stats import Stats
+from respcache.plans import Aim, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route
 from respcache.stores.base import Store
 from respcache.writes.invalidator import Invalidator
-from respcache.writes.rounds import Outbox, Rounds, Rows
+from respcache.writes.rounds import Outbox, Rounds, Rows, boottime
 
 log = logging.getLogger("respcache")
 
 GENERATION_TTL_MS = int((MAX_TTL_S + 3600) * 1000)
 """Longer than the longest entry and its fill: a generation that ends first only makes its tenant cold."""
+
+DEFAULT_NEAR_BYTES = 64 * 1024 * 1024
 
 SWITCH_POLL_S = 1.0
 """How soon the other processes notice ``disable`` and ``enable``."""
@@ -53,6 +58,7 @@ class Cache:
     makes invalidations impossible to lose; without one, they end with the writing process. ``enabled=False`` serves nothing
     from the cache but still sends invalidations, for the processes that do. ``strict_reads`` turns an undeclared table into an
     error: for tests. ``audit_share`` of all hits are made anew in the background and compared (``respcache.ops.audit``), 0: none.
+    ``near_bytes`` bounds what each process keeps of its entries in memory, 0: nothing.
     """
 
     def __init__(
@@ -66,8 +72,11 @@ class Cache:
         enabled: bool = True,
         strict_reads: bool = False,
         audit_share: float = DEFAULT_SHARE,
+        near_bytes: int = DEFAULT_NEAR_BYTES,
+        clock: Callable[[], float] = boottime,
     ) -> None:
         self.store = store
+        self.clock = clock
         self.resolver = resolver
         self.figures = Stats()
         self.strict_reads = strict_reads
@@ -79,28 +88,39 @@ class Cache:
         self._unsaid: bool | None = None  # a decision of ours about the kill switch that the store does not have yet
         self._decisions = 0
         self._said: set[str] = set()
+        self._memos: list[Memo] = []
         self._checks: list[TableCheck] = []
         self._polling: asyncio.Task[None] | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
         self.rounds: Rounds | None = None
         self.audit: Audit | None = None
+        self._near: Near | None = None
         if audit_share != 0:
             check_share(audit_share)
         if store is not None:
             if outbox is not None:
-                self.rounds = Rounds(store, outbox, generation_ttl_ms=GENERATION_TTL_MS)
+                self.rounds = Rounds(store, outbox, generation_ttl_ms=GENERATION_TTL_MS, clock=clock)
             self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds)
-            self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS)
+            self._near = S3Fifo(near_bytes) if near_bytes > 0 else None
+            self._views = Views(store, clock=clock)
+            store.listen(self._views.expire, self._views.expire_all)
             self._lookup = Lookup(
                 store,
                 digester=digester,
                 identities=Identities(resolver),
                 invalidator=self._invalidator,
                 rounds=self.rounds,
+                near=self._near,
+                views=self._views,
+                clock=clock,
                 stats=self.figures,
                 ttl_ms=GENERATION_TTL_MS,
             )
+            # what the way of a hit calls, without a step in between
+            self.hit, self.candidate, self.proves = self._lookup.hit, self._lookup.candidate, self._lookup.proves
+            self.read_view, self.variant = self._lookup.read_view, self._lookup.variant
+            self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
             if audit_share != 0:
                 self.audit = Audit(
                     share=audit_share,
@@ -212,6 +232,17 @@ class Cache:
         """Tenants that this process bypasses because their last invalidation is not confirmed yet."""
         return () if self.store is None else self._invalidator.pending
 
+    def forget(self) -> None:
+        """Drop what this process remembers: verified credentials and entries in memory. Costs round trips, never an answer.
+
+        For credentials that are revoked by other means than a row of the resolver's tables; without it they are verified
+        again within a minute.
+        """
+        for memo in self._memos:
+            memo.forget()
+        if self._near is not None:
+            self._near.clear()
+
     def changed(self, tables: Mapping[str, set[str]]) -> None:
         """Say that a committed transaction changed these tables of these tenants. Called by the database hooks, any thread."""
         self._bump({tenant: {table_tag(name) for name in names} for tenant, names in tables.items()})
@@ -246,6 +277,8 @@ class Cache:
         tables: Sequence[str] = (),
         kind: str = "detail",
         ttl_s: float | None = None,
+        level: Level | str = Level.STRICT,
+        bound_s: float = DEFAULT_BOUND_S,
     ) -> T:
         """Return the cached value, or make it (once for all callers and processes) and cache it.
 
@@ -253,7 +286,8 @@ class Cache:
         reads; the same rules hold as for responses. Made but not cached: when ``make`` raises (for its caller only), writes,
         or reads an undeclared table, and whenever the store is away.
         """
-        policy = Policy(module, kind, DEFAULT_TTL_S[kind] if ttl_s is None else ttl_s, tuple(tables))
+        ttl_s = DEFAULT_TTL_S[kind] if ttl_s is None else ttl_s
+        policy = Policy(module, kind, ttl_s, tuple(tables), level=Level.of(level, module), bound_s=bound_s)
         tenant = keys.check_tenant(tenant_id)
         outer = current.get()
         if outer is not None and outer.reads is not None:
@@ -265,8 +299,13 @@ class Cache:
         target = self._lookup.target(
             policy, tenant=tenant, route=f"value:{module}", fingerprint=b"", parameters=as_parameters(key)
         )
-        look = await self._lookup.value(target, policy, tenant=tenant)
         figures = self.figures.of(tenant, module)
+        aim = Aim(tenant, target, policy, figures=figures, view_s=policy.view_s(anonymous=True))
+        held = await self._lookup.hit(aim)
+        if held is not None:
+            figures.hits += 1
+            return cast(T, _decode(held.entry.body))
+        look = await self._lookup.value(aim)
         if isinstance(look, Bypass):
             figures.bypasses[look.reason] += 1
             return await make()
@@ -305,10 +344,10 @@ class Cache:
                         body,
                     )
                 )
-                self.figures.of(look.tenant, policy.module).stores += 1
+                look.aim.figures.stores += 1
                 value = _decode(body)
             else:
-                self.figures.of(look.tenant, policy.module).refusals["value"] += 1
+                look.aim.figures.refusals["value"] += 1
             return value
         finally:
             lead.land(None)
@@ -363,15 +402,27 @@ class Cache:
         """Have declared tables checked at start-up, by who knows the database."""
         self._checks.append(check)
 
-    async def look(
-        self, route: Route, policy: Policy, *, head: Head, parameters: Sequence[tuple[str, str, str]]
-    ) -> Look | Bypass:
+    def memo(self, routes: Sequence[Route]) -> Memo | None:
+        """Make the memo of the plans for these routes, if the resolver says which headers it looks at."""
+        headers: Collection[str] | None = getattr(self.resolver, "headers", None)
+        if headers is None or self.store is None:
+            return None
+        names = {name.lower().encode("latin-1") for name in headers}
+        for route in routes:
+            names |= route.key_headers
+            if any(parameter.place == "cookie" for parameter in route.parameters):
+                names.add(b"cookie")
+        memo = Memo(names, clock=self.clock)
+        self._memos.append(memo)
+        return memo
+
+    async def look(self, plan: Plan, head: Head) -> Look | Bypass:
         """Look for the answer to a request, or say why not."""
         if self.store is None:
             return Bypass("no-store")
         if not self.enabled:
             return Bypass("off")
-        return await self._lookup.request(route, policy, head=head, parameters=parameters)
+        return await self._lookup.request(plan, head)
 
     async def enter(self, look: Look) -> Entry | Lead | None:
         """Take part in the fill that follows a miss."""

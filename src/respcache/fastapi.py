@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from respcache.core.errors import ConfigurationError
 from respcache.core.identity import Dependency, Resolver
-from respcache.core.policy import DEFAULT_TTL_S, Invalidation, Parameter, Policy, VariesBy, in_order
+from respcache.core.policy import DEFAULT_BOUND_S, DEFAULT_TTL_S, Invalidation, Level, Parameter, Policy, VariesBy, in_order
 from respcache.routing import Route
 
 E = TypeVar("E", bound=Callable[..., Any])
@@ -30,15 +30,18 @@ def cache_list(
     rule: Dependency | None = None,
     varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
+    level: Level | str = Level.STRICT,
+    bound_s: float = DEFAULT_BOUND_S,
 ) -> Decorator[E]:
     """Cache a GET endpoint that lists rows, for ``ttl`` seconds at most.
 
     ``tables`` are those it reads; a committed write to one of them invalidates it. ``rule`` is the dependency that decides
     by role, which the resolver then decides before the cache is looked into. ``varies_by`` gives, for a caller's scope, what
     else the answer depends on (such as today's date where the tenant is); it becomes part of the key. ``parameters`` are
-    needed only where there is no signature to read them from (Starlette).
+    needed only where there is no signature to read them from (Starlette). ``level`` (``strict``, ``bounded``, ``ttl``) says how
+    fresh hits from memory are, ``bound_s`` how old at most at ``bounded``.
     """
-    return _attach("list", module, ttl, tables, rule, varies_by, parameters)
+    return _attach("list", module, ttl, tables, rule, varies_by, parameters, level, bound_s)
 
 
 def cache_detail(
@@ -49,9 +52,11 @@ def cache_detail(
     rule: Dependency | None = None,
     varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
+    level: Level | str = Level.STRICT,
+    bound_s: float = DEFAULT_BOUND_S,
 ) -> Decorator[E]:
     """Cache a GET endpoint that shows one thing. Like ``cache_list`` otherwise."""
-    return _attach("detail", module, ttl, tables, rule, varies_by, parameters)
+    return _attach("detail", module, ttl, tables, rule, varies_by, parameters, level, bound_s)
 
 
 def cache_count(
@@ -62,9 +67,11 @@ def cache_count(
     rule: Dependency | None = None,
     varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
+    level: Level | str = Level.STRICT,
+    bound_s: float = DEFAULT_BOUND_S,
 ) -> Decorator[E]:
     """Cache a GET endpoint that counts. Like ``cache_list`` otherwise."""
-    return _attach("count", module, ttl, tables, rule, varies_by, parameters)
+    return _attach("count", module, ttl, tables, rule, varies_by, parameters, level, bound_s)
 
 
 def cache_settings(
@@ -75,9 +82,11 @@ def cache_settings(
     rule: Dependency | None = None,
     varies_by: VariesBy | None = None,
     parameters: Sequence[Parameter] | None = None,
+    level: Level | str = Level.STRICT,
+    bound_s: float = DEFAULT_BOUND_S,
 ) -> Decorator[E]:
     """Cache a GET endpoint that shows settings. Like ``cache_list`` otherwise."""
-    return _attach("settings", module, ttl, tables, rule, varies_by, parameters)
+    return _attach("settings", module, ttl, tables, rule, varies_by, parameters, level, bound_s)
 
 
 def invalidate_cache(*modules: str) -> Decorator[E]:
@@ -114,9 +123,13 @@ def _attach(
     rule: Dependency | None,
     varies_by: VariesBy | None,
     parameters: Sequence[Parameter] | None,
+    level: Level | str,
+    bound_s: float,
 ) -> Decorator[E]:
     declared = None if parameters is None else tuple(parameters)
-    policy = Policy(module, kind, ttl, tuple(sorted(set(tables))), rule, declared, varies_by)
+    policy = Policy(
+        module, kind, ttl, tuple(sorted(set(tables))), rule, declared, varies_by, level=Level.of(level, module), bound_s=bound_s
+    )
 
     def attach(endpoint: E) -> E:
         setattr(endpoint, _POLICY, policy)

@@ -1,25 +1,34 @@
 """One look into the cache: identity, key, and the one round trip that fetches entry and generation together.
 
 The order is the guarantee: credentials are verified, the scope is known and the route's role rule has said yes before a
-key exists. A scope or an entry is used only after it was judged in a view that was read after the request began, and while
-the fence holds that was held before that view was asked for (``core/fence.py``).
+key exists. A scope or an entry is used only after it was judged in a view that was read after the request began (or is as old
+as the route's bound allows), and while the fence holds that was held before that view was asked for (``core/fence.py``).
+
+``hit`` is the short way, for what this process holds in memory; whatever it cannot prove goes the long way, ``request``.
 """
 
+import asyncio
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from respcache.core import entry as entries
 from respcache.core import keys
+from respcache.core.encoding import Coding
 from respcache.core.entry import Entry
 from respcache.core.errors import Denied, StoreError
+from respcache.core.fence import Fence
 from respcache.core.generations import Certificate, Generation, Verdict
 from respcache.core.identity import Claim, Head, Scope
 from respcache.core.policy import Policy
 from respcache.fill.leases import Target
 from respcache.identities import Identities, Known
+from respcache.near.held import Held, Variant
+from respcache.near.s3fifo import S3Fifo
+from respcache.near.views import Views
 from respcache.ops.stats import Stats
+from respcache.plans import Aim, Plan
 from respcache.routing import Route
 from respcache.stores.base import Reading, Store
 from respcache.writes.invalidator import Invalidator
@@ -30,6 +39,10 @@ log = logging.getLogger("respcache")
 MAX_ATTEMPTS = 6
 """Round trips that one look may take while generations are being made or the scope keeps changing."""
 
+Near = S3Fifo[str, Held]
+Candidate = tuple[Held, Fence | None, Generation | None]
+"""Held in memory; the fence that must vouch for the view; and the view, or None where one must be read first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bypass:
@@ -39,23 +52,30 @@ class Bypass:
     tenant: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Look:
     """What was found: a valid entry, or none and the capture under which a fill may be stored."""
 
-    target: Target
+    aim: Aim
     view: Generation
     certificate: Certificate
-    entry: Entry | None
+    held: Held | None
     outdated: bool
-    tenant: str
-    known: Known | None = None
-    home: str = ""
+
+    @property
+    def entry(self) -> Entry | None:
+        """The valid entry, if there is one."""
+        return None if self.held is None else self.held.entry
+
+    @property
+    def target(self) -> Target:
+        """What it is stored under."""
+        return self.aim.target
 
     @property
     def scope(self) -> Scope | None:
         """Who asked, where that was a request."""
-        return None if self.known is None else self.known.scope
+        return None if self.aim.known is None else self.aim.known.scope
 
 
 class _Fenced(Exception):
@@ -73,6 +93,9 @@ class Lookup:
         identities: Identities,
         invalidator: Invalidator,
         rounds: Rounds | None,
+        near: Near | None,
+        views: Views,
+        clock: Callable[[], float],
         stats: Stats,
         ttl_ms: int,
     ) -> None:
@@ -81,15 +104,83 @@ class Lookup:
         self._identities = identities
         self._invalidator = invalidator
         self._rounds = rounds
+        self._near = near
+        self._views = views
+        self._clock = clock
         self._stats = stats
         self._generation_ttl_ms = ttl_ms
 
-    async def request(
-        self, route: Route, policy: Policy, *, head: Head, parameters: Sequence[tuple[str, str, str]]
-    ) -> Look | Bypass:
+    async def hit(self, aim: Aim) -> Held | None:
+        """Return what this process's memory answers, if that can be proven, else None. At most one round trip, for a view.
+
+        The wrapper and ``turbo`` take these steps themselves: this is the plain form of them.
+        """
+        candidate = self.candidate(aim, self._clock())
+        if candidate is None:
+            return None
+        held, fence, view = candidate
+        if view is None:
+            try:
+                view = await self.read_view(aim)
+            except StoreError:
+                return held if aim.lasts else None
+        return held if self.proves(aim, held, fence, view, self._clock()) else None
+
+    def candidate(self, aim: Aim, now: float) -> Candidate | None:
+        """Return what this process holds in memory for a request that comes now, and what is needed to prove it."""
+        near, known, varies_by, rounds = self._near, aim.known, aim.policy.varies_by, self._rounds
+        if near is None or not aim.tags or self._invalidator.vetoing:
+            return None
+        held = near.get(aim.target.entry_key)
+        if held is None:
+            return None
+        if now >= held.expires_at:
+            near.discard(aim.target.entry_key)
+            return None
+        if varies_by is not None and (known is None or varies_by(known.scope) != aim.varied):
+            return None
+        fence = None
+        if rounds is not None and not aim.lasts:
+            fence = rounds.fence  # before the view is asked for: one granted later knows of writes that the view does not
+            if now >= fence.until or not (aim.covered_by is rounds.tables or self._cover(aim)):
+                return None
+        view = self._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s) if aim.view_s else None
+        return held, fence, view
+
+    def read_view(self, aim: Aim) -> "asyncio.Future[Generation]":
+        """Read a view that is younger than this call. Raises ``StoreUnavailable``, the future ``StoreError``."""
+        return self._views.read(aim.target.generation_key, aim.tags)
+
+    def proves(self, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float) -> bool:
+        """Whether the fence still vouches for this view, and entry and scope are valid in it.
+
+        They need not be judged again in a view that they were judged in.
+        """
+        if fence is not None and not fence.allows(view.server, now):
+            return False
+        if held.proven is not view:
+            if view.judge(held.entry.certificate, aim.target.tags) is not Verdict.VALID:
+                self._drop(aim.target.entry_key, held)
+                return False
+            held.proven = view
+        if aim.known is not None and aim.proven is not view:
+            if not self._identities.judge(aim.known, view):
+                return False
+            aim.proven = view
+        return True
+
+    def _drop(self, entry_key: str, held: Held) -> None:
+        near = self._near
+        if near is not None and near.get(entry_key) is held:
+            near.discard(entry_key)
+
+    async def request(self, plan: Plan, head: Head) -> Look | Bypass:
         """Look for the answer to a request. One round trip when its scope and its tenant's generation are known."""
         try:
-            return await self._request(route, policy, self._identities.resolver.claim(head), parameters)
+            if plan.claim is None:
+                plan.claim = self._identities.resolver.claim(head)
+                plan.known = self._identities.recall(plan.claim)
+            return await self._request(plan, plan.claim)
         except Denied:
             return Bypass("denied")
         except _Fenced:
@@ -102,17 +193,18 @@ class Lookup:
             log.warning("the resolver failed; the application answers without the cache", exc_info=True)
             return Bypass("identity")
 
-    async def value(self, target: Target, policy: Policy, *, tenant: str) -> Look | Bypass:
+    async def value(self, aim: Aim) -> Look | Bypass:
         """Look for a value of a tenant. One round trip when the tenant's generation exists."""
-        if not self._covered(policy):
+        tenant, target = aim.tenant, aim.target
+        if not self._covered(aim.policy):
             return Bypass("no-trigger", tenant)
         try:
             for _ in range(MAX_ATTEMPTS):
                 if self._invalidator.vetoed(tenant):
                     return Bypass("pending-invalidation", tenant)
-                reading = await self._read(target.entry_key, [(target.generation_key, target.tags)])
+                reading = await self._read(target.entry_key, aim.wanted)
                 if await self._made(tenant, reading.generations[0]):
-                    return self._judge(target, reading.entry, reading.generations[0], tenant, None)
+                    return self._judge(aim, reading)
         except _Fenced:
             return Bypass("fence", tenant)
         except StoreError:
@@ -125,17 +217,17 @@ class Lookup:
 
         One round trip.
         """
-        known, entry, target, tags = look.known, look.entry, look.target, self._identities.tags
-        assert known is not None
+        aim, entry, target, tags = look.aim, look.entry, look.target, self._identities.tags
+        assert aim.known is not None
         assert entry is not None
-        if not self._covered(policy) or self._invalidator.vetoed(look.tenant) or self._invalidator.vetoed(look.home):
+        if not self._covered(policy) or self._invalidator.vetoed(aim.tenant) or self._invalidator.vetoed(aim.home):
             return None
         try:
-            reading = await self._read(None, [(target.generation_key, target.tags), (keys.generation_key(look.home), tags)])
+            reading = await self._read(None, [(target.generation_key, target.tags), (keys.generation_key(aim.home), tags)])
         except (StoreError, _Fenced):
             return None
         view, home = reading.generations
-        valid = view.judge(entry.certificate, target.tags) is Verdict.VALID and self._identities.judge(known, home)
+        valid = view.judge(entry.certificate, target.tags) is Verdict.VALID and self._identities.judge(aim.known, home)
         return (view, home) if valid else None
 
     def target_for(self, route: Route, policy: Policy, *, scope: Scope, parameters: Sequence[tuple[str, str, str]]) -> Target:
@@ -162,17 +254,15 @@ class Lookup:
             pace=route,
         )
 
-    async def _request(
-        self, route: Route, policy: Policy, claim: Claim, parameters: Sequence[tuple[str, str, str]]
-    ) -> Look | Bypass:
-        identities, home_key = self._identities, keys.generation_key(claim.home)
+    async def _request(self, plan: Plan, claim: Claim) -> Look | Bypass:
+        identities, policy = self._identities, plan.policy
         if not self._covered(policy):
             return Bypass("no-trigger")
-        known = identities.recall(claim)
         for _ in range(MAX_ATTEMPTS):
+            known = plan.known
             if known is None:
-                home = (await self._read(None, [(home_key, identities.tags)])).generations[0]
-                known = await self._identify(claim, home)
+                home = (await self._read(None, [(keys.generation_key(claim.home), identities.tags)])).generations[0]
+                plan.known = await self._identify(claim, home)
                 continue
             scope = known.scope
             if scope.tenant is None:
@@ -181,18 +271,52 @@ class Lookup:
                 return Bypass("denied", scope.tenant)
             if self._invalidator.vetoed(scope.tenant) or self._invalidator.vetoed(claim.home):
                 return Bypass("pending-invalidation", scope.tenant)
-            target = self.target_for(route, policy, scope=scope, parameters=parameters)
-            if claim.home == scope.tenant:
-                reading = await self._read(target.entry_key, [(home_key, (*target.tags, *identities.tags))])
-            else:
-                wanted = [(target.generation_key, target.tags), (home_key, identities.tags)]
-                reading = await self._read(target.entry_key, wanted)
+            tried, aim = plan.aim, self._aim(plan, known, claim)
+            target = aim.target
+            if aim is not tried:  # the bytes of the request are new here, its answer need not be
+                held = await self.hit(aim)
+                if held is not None and held.proven is not None:
+                    return Look(aim, held.proven, held.entry.certificate, held, outdated=False)
+            reading = await self._read(target.entry_key, aim.wanted)
             view, home = reading.generations[0], reading.generations[-1]
             if not identities.judge(known, home):
-                known = await self._identify(claim, home)
+                latest = identities.recall(claim)  # others may have read it anew under the same claim
+                plan.known = latest if latest is not known else await self._identify(claim, home)
             elif await self._made(scope.tenant, view):
-                return self._judge(target, reading.entry, view, scope.tenant, known, claim.home)
+                return self._judge(aim, reading)
         return Bypass("unstable")
+
+    def _aim(self, plan: Plan, known: Known, claim: Claim) -> Aim:
+        """Name everything that the answer is stored under and judged by, unless the plan knows it already."""
+        scope, policy, aim = known.scope, plan.policy, plan.aim
+        varied = None if policy.varies_by is None else policy.varies_by(scope)
+        if aim is None or aim.known is not known or aim.varied != varied:
+            assert scope.tenant is not None
+            target = self.target_for(plan.route, policy, scope=scope, parameters=plan.form.parameters)
+            mine, alone = self._identities.tags, claim.home == scope.tenant
+            aim = plan.aim = Aim(
+                scope.tenant,
+                target,
+                policy,
+                figures=self._stats.of(scope.tenant, policy.module),
+                known=known,
+                home=claim.home,
+                wanted=[(target.generation_key, (*target.tags, *mine))]
+                if alone
+                else [(target.generation_key, target.tags), (keys.generation_key(claim.home), mine)],
+                varied=varied,
+                view_s=policy.view_s(anonymous=not self._identities.resolver.tables),
+            )
+        return aim
+
+    def _cover(self, aim: Aim) -> bool:
+        """Whether the tables are covered; if so, that is remembered until the next round has looked."""
+        assert self._rounds is not None
+        tables = self._rounds.tables
+        if not self._covered(aim.policy):
+            return False
+        aim.covered_by = tables
+        return True
 
     def _covered(self, policy: Policy) -> bool:
         """Whether no write to what the answer depends on, or what decides who may see it, can be missed."""
@@ -205,7 +329,7 @@ class Lookup:
         if rounds is None:
             return await self._store.read(entry, wanted)
         fence = rounds.fence  # before the request is sent: one granted later knows of writes that the reply does not
-        if not fence.allows(fence.server, rounds.clock()):
+        if rounds.clock() >= fence.until:
             raise _Fenced
         reading = await self._store.read(entry, wanted)
         if not fence.allows(reading.generations[0].server, rounds.clock()):
@@ -234,16 +358,43 @@ class Lookup:
         nonce = secrets.token_hex(8).encode("ascii")
         await self._store.open(keys.generation_key(tenant), nonce=nonce, ttl_ms=self._generation_ttl_ms)
 
-    def _judge(
-        self, target: Target, data: bytes | None, view: Generation, tenant: str, known: Known | None, home: str = ""
-    ) -> Look:
+    def _judge(self, aim: Aim, reading: Reading) -> Look:
+        view, target = reading.generations[0], aim.target
         certificate = view.certificate()
         assert certificate is not None
-        entry = None if data is None else entries.decode(data)
-        valid = (
-            entry is not None and entry.digest == target.digest and view.judge(entry.certificate, target.tags) is Verdict.VALID
-        )
-        return Look(target, view, certificate, entry if valid else None, data is not None and not valid, tenant, known, home)
+        entry = None if reading.entry is None else entries.decode(reading.entry)
+        held = None
+        if entry is not None and entry.digest == target.digest and view.judge(entry.certificate, target.tags) is Verdict.VALID:
+            held = self.hold(target, entry, remaining_ms=reading.remaining_ms, proven=view)
+        return Look(aim, view, certificate, held, reading.entry is not None and held is None)
+
+    def hold(self, target: Target, entry: Entry, *, remaining_ms: int, proven: Generation | None = None) -> Held:
+        """Keep an entry in memory, if there is one for that; ``proven``: the view that it is known to be valid in."""
+        near = self._near
+        held = Held(entry, expires_at=self._clock() + remaining_ms / 1000, proven=proven, lasting=near is not None)
+        if near is not None:
+            near.put(target.entry_key, held, size_bytes=held.size_bytes)
+        return held
+
+    def pack(self, target: Target, held: Held, body: bytes) -> None:
+        """Keep the compressed form of what is held, too."""
+        held.pack(body)
+        self._resize(target, held)
+
+    def variant(self, aim: Aim, held: Held, coding: Coding) -> Variant | None:
+        """Make a form of what is held that it does not have yet; None, and it is dropped, where its bytes are damaged."""
+        before = held.size_bytes
+        made = held.make(coding, max_bytes=aim.policy.max_body_bytes)
+        if made is None:
+            self._drop(aim.target.entry_key, held)
+        elif held.size_bytes != before:
+            self._resize(aim.target, held)
+        return made
+
+    def _resize(self, target: Target, held: Held) -> None:
+        near = self._near
+        if near is not None and near.get(target.entry_key) is held:
+            near.resize(target.entry_key, held.size_bytes)
 
 
 def as_parameters(values: Mapping[str, object]) -> tuple[tuple[str, str, str], ...]:

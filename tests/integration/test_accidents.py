@@ -52,6 +52,13 @@ class World:
         assert answer.status_code == 200
         return answer.json(), answer.headers["cache-status"]
 
+    async def entry(self, client: redis.Redis) -> str:
+        """Return the key of the entry, when it is stored and the lease of its fill given back."""
+        await asyncio.sleep(0)  # what is stored is stored when the answer is on its way
+        await self.store.info()
+        (key,) = client.keys("*:values:*")
+        return key.decode()
+
     async def hits_again(self) -> None:
         """Wait until the cache serves again."""
         async with asyncio.timeout(20):
@@ -219,11 +226,12 @@ async def test_the_followers_of_a_dead_process_are_served(valkey_url: str) -> No
     async with running(valkey_url) as [world]:
         await world.get()
         with redis.Redis.from_url(valkey_url) as client:
-            entry = next(key.decode() for key in client.keys("*:values:*"))
+            entry = await world.entry(client)
             view = (await world.store.read(None, [(generation_key(TENANT), ["*"])])).generations[0]
             certificate = view.certificate()
             assert certificate is not None
             client.delete(entry)
+            world.cache.forget()
             lease = entry.replace(":values:", ":~fill:values:")
             await world.store.lease(lease, Lease("dead", certificate), ttl_ms=3_600_000)
             async with asyncio.timeout(60):  # without the cap, it would be an hour
@@ -241,7 +249,7 @@ async def test_a_lease_from_before_a_write_is_not_waited_for(valkey_url: str) ->
     async with running(valkey_url) as [world]:
         await world.get()
         with redis.Redis.from_url(valkey_url) as client:
-            entry = next(key.decode() for key in client.keys("*:values:*"))
+            entry = await world.entry(client)
             view = (await world.store.read(None, [(generation_key(TENANT), ["*"])])).generations[0]
             assert view.nonce is not None
             old = Lease("slow", Certificate(view.nonce, view.sequence))
@@ -258,10 +266,11 @@ async def test_an_entry_under_the_wrong_key_is_not_served(valkey_url: str) -> No
     async with running(valkey_url) as [world]:
         await world.get()
         with redis.Redis.from_url(valkey_url) as client:
-            entry = next(key for key in client.keys("*:values:*"))
+            entry = await world.entry(client)
             stored = client.get(entry)
             assert stored is not None
             client.set(entry, stored[:28] + bytes(16) + stored[44:])
+            world.cache.forget()
         assert "; hit" not in (await world.get())[1]
 
 

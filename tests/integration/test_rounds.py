@@ -22,7 +22,7 @@ from respcache.core.fence import DRIFT, MAX_ROWS
 from respcache.core.keys import EPOCH_KEY, generation_key
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
-from respcache.writes.rounds import Rounds
+from respcache.writes.rounds import Rounds, boottime
 from respcache.writes.sqlalchemy import watch
 
 pytestmark = pytest.mark.anyio
@@ -383,39 +383,64 @@ async def test_without_rounds_nothing_is_served_after_a_lease(
         await process.warm()
 
 
-async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(one: Process) -> None:
+def interpose(one: Process, where: str, then: Callable[[], Awaitable[None]]) -> None:
+    """Have something happen between the answer of the store and whoever asked it, for an entry there or a view for one here."""
+    read, view, tasks = one.store.read, one.store.view, []
+
+    async def slow_read(*given: Any) -> Any:
+        reading = await read(*given)
+        await then()
+        return reading
+
+    def slow_view(generation: str, tags: Any, done: Callable[[Any], None]) -> None:
+        async def late(result: Any) -> None:
+            await then()
+            done(result)
+
+        view(generation, tags, lambda result: tasks.append(asyncio.create_task(late(result))))
+
+    if where == "store":
+        one.cache.forget()
+        one.store.read = slow_read  # type: ignore[method-assign]
+    else:
+        one.store.view = slow_view  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("where", ["store", "memory"])
+async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(one: Process, where: str) -> None:
     """What counts is the fence held before, at the moment of the reply."""
     one.rounds.fence = type(one.rounds.fence)(one.rounds.fence.server, one.rounds.clock() + 3600)
     await one.stop_rounds()
-    read = one.store.read
     late = 0.0
-    one.rounds.clock = lambda: time.monotonic() + late  # type: ignore[method-assign]
+    one.rounds.clock = one.cache.clock = one.cache._lookup._clock = lambda: boottime() + late
 
-    async def slow_read(*given: Any) -> Any:
+    async def end() -> None:
         nonlocal late
-        reading = await read(*given)
         late = 1e9
-        return reading
 
-    one.store.read = slow_read  # type: ignore[method-assign]
+    interpose(one, where, end)
     assert await one.said() == "respcache; fwd=bypass; detail=fence"
 
 
-async def test_a_fence_granted_while_the_store_is_asked_does_not_count(one: Process) -> None:
+@pytest.mark.parametrize("where", ["store", "memory"])
+async def test_a_fence_granted_while_the_store_is_asked_does_not_count(one: Process, where: str) -> None:
     """It knows of writes that the reply does not."""
     await one.stop_rounds()
-    read, granted = one.store.read, one.rounds.fence
+    granted = one.rounds.fence
     one.rounds.fence = type(granted)(granted.server, one.rounds.clock() + 0.2)
 
-    async def read_across_the_end(*given: Any) -> Any:
-        reading = await read(*given)
+    async def grant() -> None:
         while one.rounds.alive:
             await asyncio.sleep(0.01)
         one.rounds.fence = type(granted)(granted.server, one.rounds.clock() + 3600)
-        return reading
 
-    one.store.read = read_across_the_end  # type: ignore[method-assign]
-    assert await one.said() == "respcache; fwd=bypass; detail=fence"
+    interpose(one, where, grant)
+    if where == "store":
+        assert await one.said() == "respcache; fwd=bypass; detail=fence"
+    else:
+        (plan,) = (slot.value for slot in one.app.memo._plans._slots.values())
+        assert await one.cache.hit(plan.aim) is None
+        assert await one.cache.hit(plan.aim) is not None
 
 
 async def test_only_the_authority_is_served(

@@ -2,6 +2,8 @@
 
 * I1, freshness: a read that begins after a write was acknowledged returns it, or something later.
 * I3, bound: a read that begins at t returns everything that was committed a lease before t, whoever acknowledged it.
+* at level ``bounded``: both, for what was acknowledged or committed the bound earlier than that; and everything that the
+  same process has acknowledged.
 * no invention: what is returned was committed before the read ended, in that register. What the database has lost counts as
   what survived of the register at that moment, and is not returned any more a lease later.
 * I5, isolation: an answer is for the very tenant and query that were asked for.
@@ -37,6 +39,7 @@ class Demand:
     began: float
     acknowledged: Mapping[Register, int]
     overdue: Mapping[Register, int]
+    slack_s: float = 0.0
 
 
 class Oracle:
@@ -47,7 +50,7 @@ class Oracle:
         self.violations: list[Violation] = []
         self._stamps: dict[Register, list[int]] = {}
         self._times: dict[Register, list[float]] = {}
-        self._acknowledged: dict[Register, int] = {}
+        self._acknowledged: dict[Register, list[tuple[float, str, int]]] = {}  # when, by whom, position
         self._positions: dict[Register, dict[int, int]] = {}
         self._lost: dict[int, float] = {}
         self._losses: list[tuple[float, dict[Register, int]]] = []
@@ -58,7 +61,7 @@ class Oracle:
         stamp = self.new_stamp()
         self._stamps[register], self._times[register] = [stamp], [float("-inf")]
         self._positions[register] = {stamp: 0}
-        self._acknowledged[register] = 0
+        self._acknowledged[register] = [(float("-inf"), "", 0)]
         return stamp
 
     def new_stamp(self) -> int:
@@ -72,10 +75,10 @@ class Oracle:
         self._stamps[register].append(stamp)
         self._times[register].append(_now())
 
-    def acknowledge(self, register: Register, stamp: int) -> None:
-        """Note that a write was acknowledged."""
+    def acknowledge(self, register: Register, stamp: int, *, by: str) -> None:
+        """Note that a process has acknowledged a write."""
         if stamp not in self._lost:
-            self._acknowledged[register] = max(self._acknowledged[register], self._positions[register][stamp])
+            self._acknowledged[register].append((_now(), by, self._positions[register][stamp]))
 
     def present(self, register: Register) -> int:
         """Return what stands in the register."""
@@ -89,17 +92,23 @@ class Oracle:
             self._lost[stamp] = _now()
         for register in self._stamps:
             survived = len(self._stamps[register]) - 1
-            self._acknowledged[register] = min(self._acknowledged[register], survived)
+            self._acknowledged[register] = [
+                (when, by, min(position, survived)) for when, by, position in self._acknowledged[register]
+            ]
             for stamp, position in self._positions[register].items():
                 if position > survived:
                     self._positions[register][stamp] = survived
         self._losses.append((_now(), {register: len(stamps) - 1 for register, stamps in self._stamps.items()}))
 
-    def demand(self, registers: Sequence[Register]) -> Demand:
-        """Say what a read that begins now must return at least."""
+    def demand(self, registers: Sequence[Register], *, by: str = "", slack_s: float = 0.0) -> Demand:
+        """Say what a read that begins now in this process must return at least; others' writes may be missed for the slack."""
         now = _now()
-        overdue = {one: bisect_right(self._times[one], now - self.bound_s) - 1 for one in registers}
-        return Demand(now, {one: self._acknowledged[one] for one in registers}, overdue)
+        overdue = {one: bisect_right(self._times[one], now - self.bound_s - slack_s) - 1 for one in registers}
+        acknowledged = {
+            one: max(position for when, who, position in self._acknowledged[one] if when <= now - slack_s or who == by)
+            for one in registers
+        }
+        return Demand(now, acknowledged, overdue, slack_s)
 
     def judge(self, demand: Demand, found: Mapping[Register, int]) -> Violation | None:
         """Judge what a read that ends now returned."""
@@ -109,7 +118,7 @@ class Oracle:
             if position is None:
                 return self._accuse("invention", f"{register} = {stamp} was never committed", register)
             lost_at = self._lost.get(stamp)
-            if lost_at is not None and demand.began > lost_at + self.bound_s:
+            if lost_at is not None and demand.began > lost_at + self.bound_s + demand.slack_s:
                 return self._accuse("I3", f"{register} = {stamp} was lost by the database at {lost_at:.4f}", register)
             survived = [positions[register] for time, positions in self._losses if time >= demand.began]
             if position < (least := min([demand.acknowledged[register], *survived])):

@@ -23,7 +23,10 @@ from respcache.core.keys import EVERYBODY
 from respcache.fill.filler import Filler, Lead
 from respcache.fill.flights import Flight, Flights
 from respcache.fill.leases import Leases, Target
-from respcache.lookup import Look, Lookup, _Fenced
+from respcache.lookup import Candidate, Look, Lookup, _Fenced
+from respcache.near.held import Held
+from respcache.near.views import Views, _Group
+from respcache.plans import Aim
 from respcache.record import Record, current
 from respcache.stores.base import Reading
 from respcache.stores.memory import MemoryServer
@@ -92,13 +95,11 @@ def _compact_without_floor(
     return server
 
 
-def _judge_without_digest(
-    lookup: Lookup, target: Target, data: bytes | None, view: Generation, *rest: Any, original: Any = Lookup._judge
-) -> Look:
-    entry = None if data is None else entries.decode(data)
+def _judge_without_digest(lookup: Lookup, aim: Aim, reading: Reading, original: Any = Lookup._judge) -> Look:
+    entry = None if reading.entry is None else entries.decode(reading.entry)
     if entry is not None:
-        data = entries.encode(replace(entry, digest=target.digest))
-    found: Look = original(lookup, target, data, view, *rest)
+        reading = replace(reading, entry=entries.encode(replace(entry, digest=aim.target.digest)))
+    found: Look = original(lookup, aim, reading)
     return found
 
 
@@ -210,6 +211,40 @@ def _id_of_transaction(database: Database, xid: int) -> str:
     return f"{xid:016x}"
 
 
+# -- what lies in memory -----------------------------------------------------------------------------------------------
+
+
+def _leave_with_the_door_open(group: _Group) -> None:
+    """Let those who come while the reading is under way have its answer."""
+    waiting = group._waiting
+    group._sent_at, group._dirty = group._views._clock(), False
+
+    def land(result: Generation | StoreError) -> None:
+        group._waiting = []
+        group._land(waiting, result)
+
+    try:
+        group._views._store.view(group._generation, group._names, land)
+    except StoreError as error:
+        land(error)
+
+
+def _hear_nothing(views: Views, generation: str) -> None:
+    """Leave the view as it is."""
+
+
+def _drop_the_view_only(group: _Group) -> None:
+    group.view, group.asked_at = None, float("-inf")
+
+
+def _look_at_no_bound(views: Views, generation: str, tags: Any, *, since: float, original: Any = Views.recent) -> Any:
+    return original(views, generation, tags, since=0.0)
+
+
+def _prove_by_the_fence_alone(lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float) -> bool:
+    return fence is None or fence.allows(view.server, now)
+
+
 # -- the fence ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +259,23 @@ async def _read_then_look_at_the_fence(lookup: Lookup, entry: str | None, wanted
     if not rounds.fence.allows(reading.generations[0].server, rounds.clock()):
         raise _Fenced
     return reading
+
+
+def _prove_by_the_present_fence(
+    lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float, original: Any = Lookup.proves
+) -> bool:
+    assert lookup._rounds is not None
+    return bool(original(lookup, aim, held, lookup._rounds.fence, view, now))
+
+
+def _candidate_without_fence(lookup: Lookup, aim: Aim, now: float, original: Any = Lookup.candidate) -> Candidate | None:
+    found: Candidate | None
+    rounds, lookup._rounds = lookup._rounds, None
+    try:
+        found = original(lookup, aim, now)
+    finally:
+        lookup._rounds = rounds
+    return found
 
 
 async def _read_without_fence(lookup: Lookup, entry: str | None, wanted: Any) -> Reading:
@@ -312,6 +364,8 @@ ROUNDS = respcache.writes.rounds
 OUTSIDERS = {"outsider": 3, "dies": 2, "acknowledged": 1}
 SPLIT = ("promotion", "another address", "another address", "cut from the store")
 
+IN_MEMORY = _mix(near_bytes=(1 << 20,), bounded=0.0, calm=(0.3,))
+BOUNDED = _mix(near_bytes=(1 << 20,), bounded=1.0, calm=(0.3,), trouble=(0.0, 0.1))
 BACK_AND_FORTH = _mix(
     "promotion",
     "another address",
@@ -358,10 +412,15 @@ SABOTAGES: Mapping[str, Sabotage] = {
         [(Rounds, "_grant", _grant_from_the_end)], _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10)
     ),
     "the fence is looked at after the answer": Sabotage(
-        [(Lookup, "_read", _read_then_look_at_the_fence)],
+        [(Lookup, "_read", _read_then_look_at_the_fence), (Lookup, "proves", _prove_by_the_present_fence)],
         _mix("database out of reach", "slow store", processes=(1,), writers=OUTSIDERS, trouble=(0.1,), most_faults=12),
     ),
-    "no fence": Sabotage([(Lookup, "_read", _read_without_fence)]),
+    "a request joins a reading that has left": Sabotage([(_Group, "_leave", _leave_with_the_door_open)], IN_MEMORY),
+    "what lies in memory is not judged": Sabotage([(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY),
+    "the bound of a view is not looked at": Sabotage([(Views, "recent", _look_at_no_bound)], BOUNDED),
+    "a view outlives the bumps of its own process": Sabotage([(Views, "expire", _hear_nothing)], BOUNDED),
+    "a reading under way outlives them": Sabotage([(_Group, "expire", _drop_the_view_only)], BOUNDED),
+    "no fence": Sabotage([(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]),
     "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
     "until is never recorded": Sabotage(
         [(ROUNDS, "next_step", _never_record), (SimulatedOutbox, "record", _record_nothing)],

@@ -22,8 +22,9 @@ import respcache.stores.memory
 import respcache.writes.rounds
 import tests.simulation.database
 from respcache.cache import Cache
-from respcache.core.fence import Outcome
+from respcache.core.fence import DRIFT, Outcome
 from respcache.core.identity import SingleTenant
+from respcache.core.policy import Level
 from respcache.record import Record, current
 from respcache.writes.rounds import Rounds, Rows
 from tests.simulation.database import NAME as DATABASE
@@ -93,6 +94,10 @@ class Mix:
     small_limits: float = 0.5
     """The share of schedules in which the bounds of the library are so small that they are reached."""
     trouble: Sequence[float] = (0.0, 0.0, 0.003, 0.02)
+    near_bytes: Sequence[int] = (0, 5000, 1 << 20)
+    """What a process may keep in memory: nothing, a few values, all."""
+    bounded: float = 0.25
+    """The share of reads that are of level ``bounded``."""
 
 
 @dataclass(slots=True)
@@ -128,13 +133,12 @@ class Process:
         rounds = partial(
             Rounds,
             period_s=schedule.period_s,
-            clock=self.host.clock,
             jitter=rng.random,
             token=lambda: f"{rng.getrandbits(64):016x}",
         )
         self.ready = False
         with replaced(respcache.cache, "Rounds", rounds):
-            self.cache = Cache(self.client, secret=SECRET, resolver=SingleTenant("t1"), outbox=self.outbox)
+            self.cache = Cache(self.client, secret=SECRET, resolver=SingleTenant("t1"), outbox=self.outbox, clock=self.host.clock)
 
     @property
     def rounds(self) -> Rounds:
@@ -152,6 +156,7 @@ class Schedule:
         self.lease_s = rng.choice([0.5, 1.0, 2.0])
         self.period_s = self.lease_s * rng.choice([0.1, 0.2, 0.3])
         self.retention_s = self.lease_s * rng.choice(mix.retention)
+        self.bound_s = self.lease_s * rng.choice([0.1, 0.5, 1.5])
         self.length_s = self.lease_s * rng.uniform(*mix.leases)
         self.world = World(loop, rng)
         self.world.trouble = rng.choice(mix.trouble)
@@ -221,7 +226,10 @@ class Schedule:
     async def _read(self, process: Process, tenant: str, query: str) -> None:
         tables = QUERIES[query]
         registers = [(tenant, table) for table in tables]
-        demand = self.oracle.demand(registers)
+        level, slack_s = Level.STRICT, 0.0
+        if self.rng.random() < self.mix.bounded:
+            level, slack_s = Level.BOUNDED, self.bound_s * DRIFT
+        demand = self.oracle.demand(registers, by=process.host.name, slack_s=slack_s)
         how = "is served"
 
         async def make() -> dict[str, Any]:
@@ -236,11 +244,14 @@ class Schedule:
 
         self.world.counts["reads"] += 1
         try:
-            value = await process.cache.get_or_set(tenant, MODULE, {"query": query}, make, tables=tables)
+            value = await process.cache.get_or_set(
+                tenant, MODULE, {"query": query}, make, tables=tables, level=level, bound_s=self.bound_s
+            )
         except DatabaseGone:
             self.world.counts["reads failed"] += 1
             return
-        self.world.note(process.host.name, how, tenant, query, value["values"], f"began {demand.began:.4f}")
+        self.world.counts[f"{level} {how}"] += 1
+        self.world.note(process.host.name, how, tenant, query, value["values"], f"began {demand.began:.4f}", level)
         if (value["tenant"], value["query"]) != (tenant, query):
             self._violated(self.oracle.accuse_isolation((tenant, query), value))
             return
@@ -316,7 +327,7 @@ class Schedule:
         self.world.counts[f"acknowledged: {outcome}"] += 1
         self.world.note(process.host.name, "ACKNOWLEDGES", known, outcome)
         for register, stamp in known.items():
-            self.oracle.acknowledge(register, stamp)
+            self.oracle.acknowledge(register, stamp, by=process.host.name)
         if self.moves_next:
             self.moves_next = not self._move(process)
         self._probe(transaction)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from respcache.core.epochs import Epoch
-from respcache.core.errors import StoreUnavailable
+from respcache.core.errors import StoreError, StoreUnavailable
 from respcache.core.generations import Generation
 from respcache.stores.base import Lease, Reading, ServerInfo
 from respcache.stores.memory import MemoryServer
@@ -95,6 +95,7 @@ class Server:
         self.up = True
         self.clients: list[Client] = []
         self.memory = MemoryServer(clock=world.loop.time)
+        self.memory.listeners.append(self._tell)
 
     def dump(self) -> dict[str, Any]:
         """Return the data as it is now."""
@@ -110,6 +111,11 @@ class Server:
         """Be gone for good."""
         self.up = False
         self._disconnect()
+
+    def _tell(self, generation: str) -> None:
+        """Tell everybody who is connected that a generation was bumped."""
+        for client in self.clients:
+            client.told(generation)
 
     def _come_up(self, dump: dict[str, Any]) -> None:
         self.memory.restart(keep_data=False)
@@ -149,6 +155,8 @@ class Client:
         self._prefix = ""
         self._connection: Connection | None = None
         self._dialling: asyncio.Task[None] | None = None
+        self._heard: Callable[[str], None] = lambda generation: None
+        self._lost: Callable[[], None] = lambda: None
         home.clients.append(self)
 
     @property
@@ -181,6 +189,7 @@ class Client:
     def _drop(self, connection: Connection) -> None:
         if self._connection is connection and not self.world.over:
             self._connection = None
+            self._lost()
             self._dialling = self.host.spawn(self._dial(None))
 
     async def _dial(self, first: "asyncio.Future[None] | None") -> None:
@@ -211,6 +220,36 @@ class Client:
         known = self._prefix + connection.identity
         return await self._ask(connection, "", lambda memory: memory.read(entry, wanted, server=known))
 
+    def soon(self, callback: Callable[[], None]) -> None:
+        """See ``Store.soon``."""
+        self._connected()
+        self.world.loop.call_soon(callback)
+
+    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+        """See ``Store.view``."""
+
+        async def ask() -> None:
+            try:
+                done((await self.read(None, [(generation, tags)])).generations[0])
+            except StoreError as error:
+                done(error)
+
+        self._connected()
+        self.host.spawn(ask())
+
+    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
+        """See ``Store.listen``."""
+        self._heard, self._lost = heard, lost
+
+    def told(self, generation: str) -> None:
+        """Have a message of the server on its way to us."""
+        connection = self._connection
+        if connection is not None and connection.alive:
+            self.world.send((self.host.name, self.home.name), lambda: self._hear(generation))
+
+    def _hear(self, generation: str) -> None:
+        self.world.loop.happen(0, self._heard, generation, host=self.host)
+
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""
         prefix, connection = self._prefix, self._connected()
@@ -223,6 +262,7 @@ class Client:
     async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """See ``Store.bump``."""
         prefix, connection = self._prefix, self._connected()
+        self._heard(generation)
         server = await self._ask(
             connection,
             "bump",
@@ -232,6 +272,7 @@ class Client:
             rows,
         )
         self._compare(server.removeprefix(prefix), connection)
+        self._heard(generation)
         return server
 
     async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:

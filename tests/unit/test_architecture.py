@@ -12,7 +12,8 @@ import respcache
 
 SOURCE = Path(respcache.__file__).parent
 ALLOWED_IN_CORE = {
-    "collections", "dataclasses", "enum", "hashlib", "re", "respcache", "struct", "typing", "urllib", "__future__",
+    "backports", "collections", "compression", "dataclasses", "enum", "functools", "hashlib", "re", "respcache", "struct", "sys",
+    "typing", "urllib", "zlib", "__future__",
 }  # fmt: skip
 
 

@@ -1,25 +1,30 @@
 """The bytes of a stored response. Built and read here and only here.
 
 Layout, big-endian: ``RCE`` and format version (4 bytes), nonce (16), sequence (u64), digest (16), stored at (u64, milliseconds
-of the Unix epoch, for display only), time to live (u32, ms), cost of the fill (u32, ms), status (u16), length of the
-headers (u32); then the headers (each: u16 length + name, u16 length + value) and, to the end, the body.
+of the Unix epoch, for display only), time to live (u32, ms), cost of the fill (u32, ms), status (u16), flags (u8), length of
+the headers (u32); then the headers (each: u16 length + name, u16 length + value) and, to the end, the body. Flags: 1, the body
+is compressed with zstd; 2, it may be sent in other codings than the handler's.
 """
 
 import struct
 from dataclasses import dataclass
 
+from respcache.core.encoding import Coding, Headers
 from respcache.core.generations import Certificate
 
-Headers = tuple[tuple[bytes, bytes], ...]
-
-MAGIC = b"RCE\x01"
-_HEAD = struct.Struct(">4s16sQ16sQIIHI")
+MAGIC = b"RCE\x02"
+_HEAD = struct.Struct(">4s16sQ16sQIIHBI")
+_COMPRESSED = 1
+_NEGOTIABLE = 2
 _LENGTH = struct.Struct(">H")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would double what each hit from the store costs here
 class Entry:
-    """A stored response with the certificate that says how long it is true and the digest that says whose it is."""
+    """A stored response with the certificate that says how long it is true and the digest that says whose it is.
+
+    Never changed.
+    """
 
     certificate: Certificate
     digest: bytes
@@ -28,7 +33,11 @@ class Entry:
     fill_ms: int
     status: int
     headers: Headers
+    """Those of the handler's answer, or where it is ``negotiable`` those that all its forms share (``encoding.shared``)."""
     body: bytes
+    coding: Coding = Coding.identity
+    """Of the body: ``identity`` or ``zstd``."""
+    negotiable: bool = False
 
 
 def encode(entry: Entry) -> bytes:
@@ -43,6 +52,7 @@ def encode(entry: Entry) -> bytes:
         entry.ttl_ms,
         min(entry.fill_ms, 0xFFFFFFFF),
         entry.status,
+        _COMPRESSED * (entry.coding is Coding.zstd) | _NEGOTIABLE * entry.negotiable,
         len(headers),
     )
     return head + headers + entry.body
@@ -52,14 +62,16 @@ def decode(data: bytes) -> Entry | None:
     """Read stored bytes back, or return None for anything that is not an entry of this format version."""
     if len(data) < _HEAD.size:
         return None
-    magic, nonce, sequence, digest, stored_at, ttl, fill, status, length = _HEAD.unpack_from(data)
+    magic, nonce, sequence, digest, stored_at, ttl, fill, status, flags, length = _HEAD.unpack_from(data)
     if magic != MAGIC or len(data) < _HEAD.size + length:
         return None
     end = _HEAD.size + length
     headers = _read_headers(data, _HEAD.size, end)
     if headers is None:
         return None
-    return Entry(Certificate(nonce, sequence), digest, stored_at, ttl, fill, status, headers, data[end:])
+    coding = Coding.zstd if flags & _COMPRESSED else Coding.identity
+    body, negotiable = data[end:], bool(flags & _NEGOTIABLE)
+    return Entry(Certificate(nonce, sequence), digest, stored_at, ttl, fill, status, headers, body, coding, negotiable)
 
 
 def _pair(name: bytes, value: bytes) -> bytes:

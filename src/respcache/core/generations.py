@@ -107,9 +107,9 @@ class Certificate:
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a hit from the store makes one
 class Generation:
-    """One view of a tenant's generation: what a single reply told, and over which server's connection it came.
+    """One view of a tenant's generation: what a single reply told, and over which server's connection it came. Never changed.
 
     ``bumps`` holds the fields that were asked for and have a value; an absent one was never bumped in this life.
     """

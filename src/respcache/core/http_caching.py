@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
-from respcache.core.entry import Headers
+from respcache.core.encoding import Headers
 
 CACHE_NAME = b"respcache"
 BROWSER_CACHE_CONTROL = b"private, no-cache"
@@ -59,6 +59,11 @@ def kept(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 def cache_status(*parts: str) -> tuple[bytes, bytes]:
     """Build the ``Cache-Status`` header (RFC 9211, section 2) from its parameters, such as ``hit`` or ``fwd=uri-miss``."""
     return b"cache-status", b"; ".join([CACHE_NAME, *(part.encode("ascii") for part in parts)])
+
+
+def of_a_hit(headers: Headers, *, ttl_s: int) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer from the cache; ``headers`` are stored ones, so no ``Cache-Control`` is among them."""
+    return [*headers, (b"cache-status", b"%s; hit; ttl=%d" % (CACHE_NAME, ttl_s)), (b"cache-control", BROWSER_CACHE_CONTROL)]
 
 
 def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> list[tuple[bytes, bytes]]:

@@ -19,11 +19,13 @@ class Claim:
     """What a request says of its caller, verified but not yet looked up.
 
     ``key`` holds everything that ``Resolver.scope`` depends on besides the database. ``home`` is the tenant (or
-    ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for this claim.
+    ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for this claim. ``expires_at`` is when the
+    credentials end by themselves (seconds of the Unix epoch), None: never.
     """
 
     key: Hashable
     home: str
+    expires_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,12 @@ class Head:
         values = self.headers(name)
         return values[0] if values else None
 
+    def joined(self, name: str) -> bytes | None:
+        """Return the values of all headers of that name, joined by commas, or None (RFC 9110, section 5.3)."""
+        wanted = name.encode("latin-1")
+        values = [value for key, value in self.scope["headers"] if key == wanted]
+        return b", ".join(values) if values else None
+
     def cookies(self, name: str) -> list[str]:
         """Return the raw values of all cookies of that name, in order. RFC 6265, section 5.4."""
         pairs = (part.strip().partition("=") for line in self.headers("cookie") for part in line.split(";"))
@@ -76,7 +84,12 @@ class Head:
 
 
 class Resolver(Protocol):
-    """Decides identity, tenant and the role rule of a route; the same code serves the wrapper and the handlers."""
+    """Decides identity, tenant and the role rule of a route; the same code serves the wrapper and the handlers.
+
+    A resolver whose ``claim`` looks at nothing but the path, the query string and some headers should name these in an
+    attribute ``headers`` (a collection of lower-case names, ``cookie`` among them if it looks at cookies). Requests that agree
+    in all of that are then recognised by their bytes, and their credentials verified again only now and then.
+    """
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -110,6 +123,7 @@ class SingleTenant:
 
     tables: tuple[str, ...] = ()
     stands_for: frozenset[Dependency] = frozenset()
+    headers: tuple[str, ...] = ("authorization",)
 
     def __init__(self, tenant: str) -> None:
         self._claim = Claim("everybody", tenant)

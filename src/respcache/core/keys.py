@@ -29,6 +29,9 @@ EVERYBODY = "~all"
 
 KILL_SWITCH_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"
+BUMPS_CHANNEL = "respcache:~bumps"
+"""Where every bump is published: the key of the generation. Not a key."""
+
 KINDS = ("list", "detail", "count", "settings")
 DIGEST_BYTES = 16
 MIN_SECRET_BYTES = 16

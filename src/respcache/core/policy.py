@@ -7,6 +7,7 @@ form, so nothing that the key does not hold can decide what the handler answers.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -18,6 +19,29 @@ from respcache.core.identity import Dependency, Head
 DEFAULT_TTL_S = {"list": 180.0, "detail": 300.0, "count": 600.0, "settings": 1800.0}
 MAX_TTL_S = 24 * 3600.0
 MAX_BODY_BYTES = 1024 * 1024
+
+DEFAULT_BOUND_S = 1.0
+MAX_BOUND_S = 60.0
+FOREVER = float("inf")
+
+
+class Level(StrEnum):
+    """How fresh a hit from memory has to be. Misses, and hits from the store, are strict at every level."""
+
+    STRICT = "strict"
+    """No write that was acknowledged before the request began is missing. One small round trip, shared by a tenant's requests."""
+    BOUNDED = "bounded"
+    """Writes that were acknowledged more than ``bound_s`` ago are never missing; others rarely. Mostly no round trip."""
+    TTL = "ttl"
+    """Valid until an invalidation is heard of, at most for the time to live. Who may see it is as fresh as at ``bounded``."""
+
+    @classmethod
+    def of(cls, name: str, module: str) -> "Level":
+        """Read a level by its name. Raises ``ConfigurationError``."""
+        if name not in tuple(cls):
+            raise ConfigurationError(f"level {name!r} of module {module!r} must be one of {', '.join(cls)}")
+        return cls(name)
+
 
 VariesBy = Callable[[Any], str]
 """What else an answer depends on, besides its parameters and what the caller may see: a function of the caller's ``Scope``."""
@@ -45,9 +69,15 @@ class Policy:
     parameters: tuple[Parameter, ...] | None = None
     varies_by: VariesBy | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    level: Level = Level.STRICT
+    bound_s: float = DEFAULT_BOUND_S
 
     def __post_init__(self) -> None:
         keys.check_module(self.module)
+        if not 0 < self.bound_s <= MAX_BOUND_S:
+            raise ConfigurationError(
+                f"bound_s {self.bound_s!r} of module {self.module!r} must be above 0 and at most {MAX_BOUND_S:.0f} seconds"
+            )
         if self.kind not in keys.KINDS:
             raise ConfigurationError(f"kind {self.kind!r} of module {self.module!r} must be one of {', '.join(keys.KINDS)}")
         if not 0 < self.ttl_s <= MAX_TTL_S:
@@ -59,6 +89,15 @@ class Policy:
     def tags(self) -> tuple[str, ...]:
         """What an entry of this policy depends on."""
         return (FLOOR, module_tag(self.module), *map(table_tag, self.tables))
+
+    def view_s(self, *, anonymous: bool) -> float:
+        """How old a view may be by which a hit from memory is judged; 0: it must be younger than the request.
+
+        ``anonymous``: everybody sees the same, so nothing but the answer itself can be out of date.
+        """
+        if self.level is Level.STRICT:
+            return 0.0
+        return FOREVER if self.level is Level.TTL and anonymous else self.bound_s
 
 
 @dataclass(frozen=True, slots=True)

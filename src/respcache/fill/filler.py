@@ -7,13 +7,30 @@ handler without sharing; that way a failing handler runs side by side for all ca
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
 
+from respcache.core import encoding
 from respcache.core import entry as entries
+from respcache.core.encoding import Coding
 from respcache.core.entry import Entry
 from respcache.core.generations import Certificate, Generation, Verdict
 from respcache.fill.flights import Flight, Flights
 from respcache.fill.leases import Leases, Target
+from respcache.near.held import Held
 from respcache.stores.base import Store
+
+
+class Memory(Protocol):
+    """Where this process keeps entries."""
+
+    def hold(self, target: Target, entry: Entry, /, *, remaining_ms: int) -> Held:
+        """Keep an entry."""
+        ...
+
+    def pack(self, target: Target, held: Held, body: bytes, /) -> None:
+        """Keep its compressed form, too."""
+        ...
 
 
 class Lead:
@@ -36,8 +53,9 @@ class Lead:
 class Filler:
     """Decides who fills."""
 
-    def __init__(self, store: Store, *, generation_ttl_ms: int) -> None:
+    def __init__(self, store: Store, *, generation_ttl_ms: int, memory: Memory) -> None:
         self._store = store
+        self._memory = memory
         self._generation_ttl_ms = generation_ttl_ms
         self._flights: Flights[Entry] = Flights()
         self._leases = Leases(store)
@@ -67,16 +85,29 @@ class Filler:
         started = asyncio.get_running_loop().time()
 
         def finish(entry: Entry | None) -> None:
-            self._leases.learn(target.pace, asyncio.get_running_loop().time() - started)
-            if entry is not None:
-                self._store.put(
-                    target.entry_key,
-                    entries.encode(entry),
-                    ttl_ms=entry.ttl_ms,
-                    generation=target.generation_key,
-                    generation_ttl_ms=self._generation_ttl_ms,
-                )
-            self._leases.release(target, token)
+            loop = asyncio.get_running_loop()
+            self._leases.learn(target.pace, loop.time() - started)
             flight.land(entry)
+            if entry is None:
+                self._leases.release(target, token)
+            else:
+                held = self._memory.hold(target, entry, remaining_ms=entry.ttl_ms)
+                loop.call_soon(self._put, target, held, token)  # when the answer is on its way
 
         return finish
+
+    def _put(self, target: Target, held: Held, token: str) -> None:
+        """Compress and store an entry, then give the lease back."""
+        entry = held.entry
+        packed = encoding.compress(entry.body) if entry.negotiable else None
+        if packed is not None:
+            self._memory.pack(target, held, packed)
+            entry = replace(entry, body=packed, coding=Coding.zstd)
+        self._store.put(
+            target.entry_key,
+            entries.encode(entry),
+            ttl_ms=entry.ttl_ms,
+            generation=target.generation_key,
+            generation_ttl_ms=self._generation_ttl_ms,
+        )
+        self._leases.release(target, token)

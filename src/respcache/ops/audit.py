@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from respcache.core.encoding import Coding, shared
 from respcache.core.entry import Entry
 from respcache.core.errors import ConfigurationError, Denied
 from respcache.core.fence import DRIFT, LEASE_S
@@ -132,7 +133,7 @@ class Inconclusive(Exception):
 
 
 class Audit:
-    """The audits of one process. ``countdown`` is decremented by every hit; the one that makes it 0 calls ``begin``."""
+    """The audits of one process. Every hit asks whether one is ``due``; the one that hears yes calls ``begin``."""
 
     def __init__(
         self,
@@ -196,6 +197,11 @@ class Audit:
     def exclude(self, template: str) -> None:
         """Never audit this route: its handler writes."""
         self._excluded.add(template)
+
+    def due(self) -> bool:
+        """Count a hit; whether it is the one to be audited."""
+        self.countdown -= 1
+        return self.countdown <= 0
 
     def begin(self, hit: Hit) -> None:
         """Audit a hit in the background, unless it is not the time. Does no waiting."""
@@ -265,7 +271,11 @@ class Audit:
             await self._suspect_leak(hit)
             return
         self._check_target(hit, scope)
-        held = self._digest(hit.entry.status, hit.entry.headers, hit.entry.body)
+        assert hit.look.held is not None
+        served = hit.look.held.make(Coding.identity, max_bytes=hit.policy.max_body_bytes)
+        if served is None:
+            raise Inconclusive("damaged")
+        held = self._digest(hit.entry.status, hit.entry.headers, served.body)
         if await self._execute(hit, scope) == held:
             self.equal += 1
         else:
@@ -286,7 +296,7 @@ class Audit:
             return
         self.stale += 1
         self._note(hit, "stale", hit.entry.certificate, view, held, found[0])
-        await self._invalidate({hit.look.tenant: [tag for tag in hit.policy.tags if tag != FLOOR]})
+        await self._invalidate({hit.look.aim.tenant: [tag for tag in hit.policy.tags if tag != FLOOR]})
 
     async def _suspect_leak(self, hit: Hit) -> None:
         await self._still_served(hit)
@@ -295,11 +305,11 @@ class Audit:
         found = await self._scope_of(hit)
         if not isinstance(found, str):
             raise Inconclusive("overtaken")
-        known = hit.look.known
+        known = hit.look.aim.known
         assert known is not None
         self.leaks += 1
         self._note(hit, "leak", known.certificate, home, "served", found)
-        await self._invalidate({hit.look.home: [FLOOR]})
+        await self._invalidate({hit.look.aim.home: [FLOOR]})
 
     async def _scope_of(self, hit: Hit) -> Scope | str:
         """Resolve the caller anew, past the memo; where he may not see what was served, say why."""
@@ -367,7 +377,8 @@ class Audit:
             raise Inconclusive("old snapshot")
         if not answer.complete or answer.status >= 500 or answer.status in PASSING_STATUS:
             raise Inconclusive("failed")
-        return self._digest(answer.status, kept(answer.headers), answer.body)
+        headers = kept(answer.headers)
+        return self._digest(answer.status, shared(headers) if hit.entry.negotiable else headers, answer.body)
 
     # -- findings ------------------------------------------------------------------------------------------------------
 
@@ -378,7 +389,7 @@ class Audit:
         finding = Finding(
             at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             kind=kind,
-            tenant=look.tenant,
+            tenant=look.aim.tenant,
             module=hit.policy.module,
             route=hit.route.template,
             key=look.target.entry_key,

@@ -1,24 +1,27 @@
-"""What the cache asks of a store: nine operations in the words of the protocol, whatever server is behind them.
+"""What the cache asks of a store, in the words of the protocol, whatever server is behind it.
 
 A store never blocks a request for long: every awaited operation ends within the store's deadline (tens of
 milliseconds) or raises ``StoreUnavailable``. While the store is known to be away they raise at once.
 ``contract`` tests in ``tests/contract`` run on every store.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from respcache.core.epochs import Epoch
+from respcache.core.errors import StoreError
 from respcache.core.generations import Certificate, Generation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reading:
-    """The answer to ``read``: the stored bytes, if any, and one view per generation asked for, in that order."""
+    """The answer to ``read``: the stored bytes, if any, one view per generation asked for, in that order, and for how long the
+    entry will go on living (ms; 0 where there is none)."""
 
     entry: bytes | None
     generations: tuple[Generation, ...]
+    remaining_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,21 @@ class Store(Protocol):
     async def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
         """Fetch an entry (or none, with ``None``) and, for each ``(generation key, tags)``, a view with these tags.
         One round trip of plain commands. All parts come over one connection, whose identity is the views' ``server``."""
+        ...
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call back in this turn of the event loop, just before what was asked for in it leaves. Raises ``StoreUnavailable``."""
+        ...
+
+    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+        """Fetch a view and hand it, or what went wrong, to ``done``, without a task. The same object as the last time where
+        nothing has changed. One round trip. Raises ``StoreUnavailable`` where that is known at once."""
+        ...
+
+    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
+        """Have ``heard`` called with the key of every generation that is bumped: by this store when ``bump`` begins and when it
+        returns, by others soon after; ``lost`` when some may have been missed. No promise: messages of others may be late or
+        lost. One listener."""
         ...
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:

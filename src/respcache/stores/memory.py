@@ -6,6 +6,7 @@ The same semantics as a server, time to live and eviction included; the contract
 processes share theirs; the simulator of ``tests/simulation`` puts a network between the two.
 """
 
+import asyncio
 import secrets
 import time
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from respcache.core.epochs import Epoch, decode_epoch
-from respcache.core.errors import StoreUnavailable
+from respcache.core.errors import StoreError, StoreUnavailable
 from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Generation, read_generation
 from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.stores.base import Lease, Reading, ServerInfo
@@ -32,6 +33,8 @@ class MemoryServer:
         self.identity = secrets.token_hex(8)
         self.values: OrderedDict[str, tuple[Any, float]] = OrderedDict()
         """Of each key: its value and when it ends. Values are never changed in place, so a copy of this is a dump."""
+        self.listeners: list[Callable[[str], None]] = []
+        """Called with the key of every generation that was bumped."""
         self.evicted = 0
         self._clock = clock
         self._max_keys = max_keys
@@ -39,7 +42,12 @@ class MemoryServer:
     def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]], *, server: str) -> Reading:
         """See ``Store.read``. ``server`` is what the client's connection knows of us."""
         found = None if entry is None else self._get(entry)
-        return Reading(found, tuple(self._view(generation, tags, server) for generation, tags in wanted))
+        remaining_ms = 0 if entry is None or found is None else int((self.values[entry][1] - self._clock()) * 1000)
+        return Reading(found, tuple(self.view(generation, tags, server=server) for generation, tags in wanted), remaining_ms)
+
+    def view(self, generation: str, tags: Sequence[str], *, server: str) -> Generation:
+        """See ``Store.view``."""
+        return read_generation(_values(self._get(generation), tags), tags, server=server)
 
     def open(self, generation: str, *, nonce: bytes, ttl_ms: int, prefix: str) -> Generation:
         """See ``Store.open``."""
@@ -48,7 +56,7 @@ class MemoryServer:
         if not _usable(fields, server):
             fields = {"n": nonce, "r": server.encode(), "s": b"0"}
         self._set(generation, fields, ttl_ms)
-        return self._view(generation, (), server)
+        return self.view(generation, (), server=server)
 
     def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str], prefix: str) -> str:
         """See ``Store.bump``."""
@@ -58,6 +66,7 @@ class MemoryServer:
             return server
         if not _usable(fields, server):
             del self.values[generation]
+            self._tell(generation)
             return server
         ring = fields.get("x", b"").decode().split()
         new = [row for row in rows if row not in ring]
@@ -69,6 +78,7 @@ class MemoryServer:
             if len(fields) > MAX_FIELDS:
                 fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
         self._set(generation, fields, ttl_ms)
+        self._tell(generation)
         return server
 
     def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
@@ -123,8 +133,9 @@ class MemoryServer:
         """Lose a key, as by eviction."""
         self.values.pop(key, None)
 
-    def _view(self, generation: str, tags: Sequence[str], server: str) -> Generation:
-        return read_generation(_values(self._get(generation), tags), tags, server=server)
+    def _tell(self, generation: str) -> None:
+        for heard in self.listeners:
+            heard(generation)
 
     def _get(self, key: str) -> Any:
         value, expires = self.values.get(key, (None, 0.0))
@@ -153,6 +164,7 @@ class MemoryStore:
         self.server = MemoryServer(max_keys=max_keys, clock=clock) if server is None else server
         self._open = True
         self._prefix = ""
+        self._seen: dict[str, Generation] = {}
 
     @property
     def available(self) -> bool:
@@ -167,6 +179,23 @@ class MemoryStore:
         """See ``Store.read``."""
         server = self._reach()
         return server.read(entry, wanted, server=self._prefix + server.identity)
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """See ``Store.soon``."""
+        self._reach()
+        asyncio.get_running_loop().call_soon(callback)
+
+    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+        """See ``Store.view``."""
+        server = self._reach()
+        found, seen = server.view(generation, tags, server=self._prefix + server.identity), self._seen.get(generation)
+        if found != seen:
+            seen = self._seen[generation] = found
+        asyncio.get_running_loop().call_soon(done, seen)
+
+    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
+        """See ``Store.listen``: nothing is ever missed."""
+        self.server.listeners.append(heard)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""

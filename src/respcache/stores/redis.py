@@ -5,21 +5,25 @@ for its identity themselves: a server whose first replica attaches changes it in
 connection is then dropped to learn it anew.
 """
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
 import hiredis
 
 from respcache.core.epochs import Epoch, decode_epoch
-from respcache.core.errors import StoreReplyError, StoreUnavailable
+from respcache.core.errors import StoreError, StoreReplyError, StoreUnavailable
 from respcache.core.generations import MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
-from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
+from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, KILL_SWITCH_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text, fields_of
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
 from respcache.stores.base import Lease, Reading, ServerInfo
+
+MAX_SEEN = 10_000
+"""Generations whose last view is kept, to recognise it."""
 
 
 class Script:
@@ -40,6 +44,8 @@ class RedisStore:
         self._open, self._bump, self._epoch = map(Script, ("open", "bump", "epoch"))
         self._lease, self._release = map(Script, ("lease", "release"))
         self._prefix = ""
+        self._seen: dict[str, tuple[Sequence[str], list[Any], str, Generation]] = {}  # of each generation: the last view
+        self._heard: Callable[[str], None] = lambda generation: None
 
     def __repr__(self) -> str:
         return f"RedisStore({self._link!r})"
@@ -62,18 +68,50 @@ class RedisStore:
         await self._link.close()
 
     async def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
-        """See ``Store.read``: GET and one HMGET per generation."""
-        commands: list[Command] = [] if entry is None else [("GET", entry)]
+        """See ``Store.read``: GET, PTTL, and one HMGET per generation."""
+        commands: list[Command] = [] if entry is None else [("GET", entry), ("PTTL", entry)]
         commands += [("HMGET", generation, "n", "r", "s", *tags) for generation, tags in wanted]
         prefix = self._prefix
-        replies, identity = await self._link.execute(*commands)
+        future, identity = self._link.request(*commands)
+        replies = await future
         server = prefix + identity
-        found = None if entry is None else _ours(replies.pop(0))
+        found, remaining_ms = None, 0
+        if entry is not None:
+            found, remaining_ms = _ours(replies[0]), max(0, _good(replies[1]))
+            del replies[:2]
         views = (
             read_generation(_ours(reply) or (None,) * (3 + len(tags)), tags, server=server)
             for reply, (_, tags) in zip(replies, wanted, strict=True)
         )
-        return Reading(found, tuple(views))
+        return Reading(found, tuple(views), remaining_ms)
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """See ``Store.soon``."""
+        self._link.soon(callback)
+
+    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+        """See ``Store.view``: HMGET. No generation is made of a reply that says what the last one said."""
+        prefix = self._prefix
+        future, identity = self._link.request(("HMGET", generation, "n", "r", "s", *tags))
+
+        def land(replied: "asyncio.Future[list[Any]]") -> None:
+            try:
+                reply = _ours(replied.result()[0]) or [None] * (3 + len(tags))
+            except StoreError as error:
+                done(error)
+                return
+            server, seen = prefix + identity, self._seen.get(generation)
+            if seen is None or seen[1] != reply or seen[0] != tags or seen[2] != server:
+                seen = tags, reply, server, read_generation(reply, tags, server=server)
+                self._remember(generation, seen)
+            done(seen[3])
+
+        future.add_done_callback(land)
+
+    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
+        """See ``Store.listen``: a channel on which ``BUMP`` publishes. Without the permission for it, only ours are heard."""
+        self._heard = heard
+        self._link.listen(BUMPS_CHANNEL, lambda payload: heard(payload.decode("utf-8", "replace")), lost)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""
@@ -85,7 +123,11 @@ class RedisStore:
     async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
         """See ``Store.bump``."""
         prefix = self._prefix
-        identity, learnt = await self._run(self._bump, generation, prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), *rows, *tags)
+        self._heard(generation)  # what is read from now on is read after it; and again when it had to be sent twice
+        identity, learnt = await self._run(
+            self._bump, generation, prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), BUMPS_CHANNEL, *rows, *tags
+        )
+        self._heard(generation)
         self._compare(as_text(identity), learnt)
         return prefix + as_text(identity)
 
@@ -142,6 +184,11 @@ class RedisStore:
         if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
             (reply,), server = await self._link.execute(("EVAL", script.text, 1, key, *arguments))
         return _good(reply), server
+
+    def _remember(self, generation: str, seen: tuple[Sequence[str], list[Any], str, Generation]) -> None:
+        if len(self._seen) >= MAX_SEEN:
+            self._seen.clear()
+        self._seen[generation] = seen
 
     def _compare(self, identity: str, server: str) -> None:
         if identity != server:

@@ -55,6 +55,11 @@ class Invalidator:
         """The vetoed tenants: their last invalidation is not confirmed yet."""
         return tuple(self._pending)
 
+    @property
+    def vetoing(self) -> bool:
+        """Whether any tenant is vetoed."""
+        return bool(self._pending)
+
     def vetoed(self, tenant: str) -> bool:
         """Whether this process must leave the cache alone for the tenant."""
         return tenant in self._pending

@@ -11,6 +11,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from respcache.core.epochs import Cursor, Epoch
@@ -75,9 +76,8 @@ class Outbox(Protocol):
         ...
 
 
-def boottime() -> float:
-    """Return seconds that run on while the machine is suspended, where the system has such a clock."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+boottime: Callable[[], float] = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+"""Seconds that run on while the machine is suspended, where the system has such a clock."""
 
 
 class Rounds:

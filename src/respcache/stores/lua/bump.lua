@@ -1,5 +1,5 @@
 -- KEYS: generation. ARGV: epoch prefix, ttl in ms, highest number of fields, how many rows the ring holds, number of row ids,
--- row ids, tags. Returns the identity of this server life.
+-- channel, row ids, tags. Returns the identity of this server life. Whatever was changed is published, if that is permitted.
 -- No generation: nothing depends on it. One of another server life or epoch, one that lost a part of its head (its sequence
 -- would begin again under the same nonce), or a foreign value: it is deleted. Row ids that were all applied before: nothing is
 -- left to do. Otherwise the sequence advances and stands on every tag. Too many fields are forgotten by raising the floor to
@@ -8,17 +8,18 @@ local id = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)'
 local head = redis.pcall('HMGET', KEYS[1], 'r', 'n', 's', 'x')
 if head.err or head[1] ~= ARGV[1] .. id or not head[2] or not string.match(head[3] or '', '^%d+$') then
   redis.call('DEL', KEYS[1])
+  redis.pcall('PUBLISH', ARGV[6], KEYS[1])
   return id
 end
 local rows, ring, new = tonumber(ARGV[5]), head[4] or '', ''
-for i = 6, 5 + rows do
+for i = 7, 6 + rows do
   if not string.find(ring, ARGV[i], 1, true) then
     new = new .. ' ' .. ARGV[i]
   end
 end
 if rows == 0 or new ~= '' then
   local sequence = redis.call('HINCRBY', KEYS[1], 's', 1)
-  for i = 6 + rows, #ARGV do
+  for i = 7 + rows, #ARGV do
     redis.call('HSET', KEYS[1], ARGV[i], sequence)
   end
   if new ~= '' then
@@ -28,6 +29,7 @@ if rows == 0 or new ~= '' then
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[1], 'n', head[2], 'r', head[1], 's', sequence, '*', sequence)
   end
+  redis.pcall('PUBLISH', ARGV[6], KEYS[1])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return id

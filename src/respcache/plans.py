@@ -1,0 +1,130 @@
+"""What a request comes to, worked out once and remembered by the very bytes it came as.
+
+A *plan* holds the route, the canonical form, the verified claim, the scope, and the keys that follow from them. Requests that
+agree in path, query string and every header that any of these may depend on have the same plan, so a hit neither routes nor
+parses nor verifies a token again. What is remembered proves nothing: a scope is judged in the view of every request (or of the
+bound, at level ``bounded``), like the entry itself; a token's end is looked at every time; and after ``MAX_AGE_S`` everything is
+worked out anew, for what a resolver knows by other means than its tables (a list of revoked tokens in memory).
+
+Only for resolvers that say which headers they look at (``Resolver.headers``).
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from respcache.core.encoding import Coding
+from respcache.core.generations import Generation
+from respcache.core.identity import Claim
+from respcache.core.policy import FOREVER, Canonical, Policy
+from respcache.fill.leases import Target
+from respcache.identities import Known
+from respcache.near.s3fifo import S3Fifo
+from respcache.near.views import Tags
+from respcache.ops.stats import Figures
+from respcache.routing import Route
+
+MAX_AGE_S = 60.0
+MEMO_BYTES = 16 * 1024 * 1024
+PLAN_BYTES = 2048
+"""What a plan takes besides the bytes it is remembered by, roughly."""
+
+ALWAYS = frozenset({b"accept-encoding"})
+
+Key = tuple[Any, ...]
+
+
+class Aim:
+    """Where a request leads for a scope: what an answer is stored under, and judged by.
+
+    ``home`` is the tenant whose generation covers the scope; ``wanted`` is every generation that counts, with its tags, and
+    ``tags`` are those of the one, if it is one alone. Never changed: a request takes it once and keeps it, whatever others make
+    of the plan meanwhile. Only what was found out of it moves on: ``proven``, the last view in which the scope was judged to be
+    valid, and ``covered_by``, the set of watched tables by which it was found covered.
+    """
+
+    __slots__ = (
+        "covered_by", "figures", "home", "known", "lasts", "policy", "proven", "tags", "target", "tenant", "varied", "view_s",
+        "wanted",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        tenant: str,
+        target: Target,
+        policy: Policy,
+        *,
+        figures: Figures,
+        known: Known | None = None,
+        home: str = "",
+        wanted: Sequence[tuple[str, Sequence[str]]] = (),
+        varied: str | None = None,
+        view_s: float = 0.0,
+    ) -> None:
+        self.tenant = tenant
+        self.target = target
+        self.policy = policy
+        self.figures = figures
+        self.known = known
+        self.home = home
+        self.wanted = wanted or [(target.generation_key, target.tags)]
+        self.tags: Tags = frozenset(self.wanted[0][1]) if len(self.wanted) == 1 else frozenset()
+        self.varied = varied
+        self.view_s = view_s
+        self.lasts = view_s == FOREVER  # what is held may be used all its time to live, whatever can be learnt meanwhile
+        self.proven: Generation | None = None
+        self.covered_by: object = None
+
+
+class Plan:
+    """One kind of request. ``claim``, ``known`` and ``aim`` are None until they are found out."""
+
+    __slots__ = ("aim", "claim", "coding", "expires_at", "form", "known", "path", "policy", "route")
+
+    def __init__(self, route: Route, policy: Policy, path: Mapping[str, str], form: Canonical, *, coding: Coding) -> None:
+        self.route = route
+        self.coding = coding
+        self.policy = policy
+        self.path = path
+        self.form = form
+        self.claim: Claim | None = None
+        self.expires_at = float("-inf")
+        self.known: Known | None = None
+        self.aim: Aim | None = None
+
+
+class Memo:
+    """The plans of one process, bounded in bytes."""
+
+    def __init__(self, headers: Iterable[bytes], *, clock: Callable[[], float]) -> None:
+        self.wanted = frozenset(headers) | ALWAYS
+        self._clock = clock
+        self._plans: S3Fifo[Key, Plan] = S3Fifo(MEMO_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def key(self, scope: Mapping[str, Any]) -> Key:
+        """Return everything of a request that its plan depends on."""
+        wanted = self.wanted
+        seen = [(name, value) for name, value in scope["headers"] if name in wanted]
+        return (scope["path"], scope["query_string"], scope.get("root_path"), *seen)
+
+    def recall(self, key: Key, now: float) -> Plan | None:
+        """Return the plan of such requests, if there is one that has not ended."""
+        plan = self._plans.get(key)
+        return None if plan is None or now >= plan.expires_at else plan  # one that has ended keeps its place for the next
+
+    def remember(self, key: Key, plan: Plan) -> None:
+        """Keep a plan whose claim was verified now."""
+        assert plan.claim is not None
+        lasts_s = MAX_AGE_S
+        if plan.claim.expires_at is not None:
+            lasts_s = min(lasts_s, plan.claim.expires_at - time.time())
+        plan.expires_at = self._clock() + lasts_s
+        size_bytes = PLAN_BYTES + sum(map(len, (*key[:2], *(value for _, value in key[3:]))))
+        self._plans.put(key, plan, size_bytes=size_bytes)
+
+    def forget(self) -> None:
+        """Drop all plans."""
+        self._plans.clear()

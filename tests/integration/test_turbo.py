@@ -1,0 +1,291 @@
+"""Hits below ASGI: the same answers as above it, in their order, and everything else untouched. Real uvicorn, real Valkey."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from starlette.middleware.gzip import GZipMiddleware
+
+from crm.embedded import EmbeddedValkey, free_port
+from respcache import Cache, Claim, ConfigurationError, Denied, Head, RedisStore, Scope, cache_list, turbo
+from respcache.asgi import Wrapper
+
+pytestmark = pytest.mark.anyio
+SECRET = b"k" * 32
+ROWS = json.dumps([{"id": number, "name": "a row"} for number in range(300)]).encode()
+
+
+class Callers:
+    """Ann and Bob, by header."""
+
+    tables: tuple[str, ...] = ()
+    stands_for = frozenset[Any]()
+    headers = ("x-user",)
+
+    def claim(self, head: Head) -> Claim:
+        """Know them by name."""
+        name = head.header("x-user")
+        if name not in ("ann", "bob"):
+            raise Denied("nobody")
+        return Claim(name, "t")
+
+    async def scope(self, claim: Claim) -> Scope:
+        """Each sees their own."""
+        return Scope("t", str(claim.key).encode())
+
+    def permits(self, scope: Scope, rule: Any) -> bool:
+        """No rules."""
+        return rule is None
+
+
+class Server:
+    """A server of our application, with or without turbo, and what reached the ASGI application."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.calls: list[str] = []
+        self.version = 0
+        self.cache = Cache(RedisStore(url), secret=SECRET, resolver=Callers(), audit_share=0)
+        app = FastAPI()
+
+        @app.get("/rows")
+        @cache_list("rows", tables=["rows"])
+        async def rows(request: Request, page: int = 0) -> Response:
+            body = b"%d %d %s" % (self.version, page, ROWS)
+            return Response(body, media_type="application/json", headers={"x-total-count": "7"})
+
+        @app.api_route("/echo", methods=["GET", "POST", "PUT"])
+        async def echo(request: Request) -> Response:
+            return Response(await request.body())
+
+        self.wrapped = self.cache.wrap(app)
+        counted = self.wrapped
+
+        class Counting(Wrapper):
+            async def __call__(wrapper, scope: Any, receive: Any, send: Any) -> None:
+                if scope["type"] == "http":
+                    self.calls.append(f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}")
+                await super().__call__(scope, receive, send)
+
+        counted.__class__ = Counting
+        self.port = free_port()
+        http = turbo.protocol(self.wrapped) if options.pop("turbo", True) else "httptools"
+        config = uvicorn.Config(
+            self.wrapped, port=self.port, http=http, loop="none", lifespan="on", access_log=False, log_config=None, **options
+        )
+        self.uvicorn = uvicorn.Server(config)
+
+    async def wait(self) -> None:
+        """Return when it answers."""
+        while not self.uvicorn.started:
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serving(url: str, **options: Any) -> AsyncIterator[Server]:
+    server = Server(url, **options)
+    running = asyncio.create_task(server.uvicorn.serve())
+    try:
+        await asyncio.wait_for(server.wait(), 20)
+        yield server
+    finally:
+        server.uvicorn.should_exit = True
+        await running
+
+
+class Wire:
+    """A connection that sends bytes as they are and reads answers."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def __aenter__(self) -> "Wire":
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.writer.close()
+
+    def send(self, *requests: bytes) -> None:
+        """Send, all in one packet."""
+        self.writer.write(b"".join(requests))
+
+    async def answer(self, *, head_only: bool = False) -> tuple[int, dict[str, str], bytes]:
+        """Read one answer."""
+        head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 20)).decode()
+        lines = head.split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+        length = 0 if head_only else int(headers["content-length"])
+        return int(lines[0].split()[1]), headers, await self.reader.readexactly(length)
+
+    async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Send a request and read its answer."""
+        self.send(request)
+        return await self.answer()
+
+
+def get(path: str = "/rows", user: str = "ann", method: str = "GET", **headers: str) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", f"X-User: {user}", *(f"{n}: {v}" for n, v in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+async def warm(wire: Wire, *requests: bytes) -> None:
+    """Have the requests filled, recognised by the wrapper, and held."""
+    for request in requests:
+        for _ in range(3):
+            await wire.ask(request)
+            await asyncio.sleep(0.01)
+
+
+def stable(headers: dict[str, str]) -> dict[str, str]:
+    return {name: value.partition("ttl=")[0] for name, value in headers.items() if name != "date"}
+
+
+async def test_a_hit_is_what_asgi_would_have_sent_without_reaching_it(valkey_url: str) -> None:
+    """Status, headers in every coding, body; and the application is not called."""
+    async with serving(valkey_url) as fast, serving(valkey_url, turbo=False) as plain:
+        for coding in ("", "gzip", "zstd"):
+            request = get("/rows?page=1", **{"Accept-Encoding": coding})
+            async with Wire(fast.port) as one, Wire(plain.port) as other:
+                await warm(one, request)
+                await warm(other, request)
+                fast.calls.clear()
+                status, headers, body = await one.ask(request)
+                assert fast.calls == []
+                expected = await other.ask(request)
+            assert (status, stable(headers), body) == (expected[0], stable(expected[1]), expected[2])
+            assert headers["cache-status"].startswith("respcache; hit; ttl=")
+            assert {"date", "server", "vary", "x-total-count", "cache-control"} <= set(headers)
+        assert fast.cache.stats()["hits"] >= 3
+
+
+async def test_what_was_written_is_seen_by_the_next_request(valkey_url: str) -> None:
+    """Strict, whoever invalidates; and everybody gets their own."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get(), get(user="bob"))
+        other = Cache(RedisStore(valkey_url), secret=SECRET, resolver=Callers())
+        await other.connect()
+        server.version = 1
+        assert await other.invalidate_tenant_cache("t", "rows")
+        for user in ("ann", "bob"):
+            server.calls.clear()
+            _, headers, body = await wire.ask(get(user=user))
+            assert body.startswith(b"1 0 ")
+            assert "stored" in headers["cache-status"]
+            assert len(server.calls) == 1
+        assert "hit" not in (await wire.ask(get(user="nobody")))[1]["cache-status"]
+        await other.close()
+
+
+async def test_pipelined_answers_keep_their_order(valkey_url: str) -> None:
+    """Hits, misses and other requests in one packet."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get("/rows?page=1"), get("/rows?page=2"))
+        echo = get("/echo", method="POST", **{"Content-Length": "5"}) + b"hello"
+        pages = [1, 2, 3, 1, None, 2, 4, None, 1]
+        wire.send(*(echo if page is None else get(f"/rows?page={page}") for page in pages))
+        answers = [await wire.answer() for _ in pages]
+        assert [body.split(b" ")[1].decode() if body != b"hello" else None for _, _, body in answers] == [
+            None if page is None else str(page) for page in pages
+        ]
+        assert (await wire.ask(get("/rows?page=1")))[2].startswith(b"0 1 ")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        get(method="HEAD"),
+        get(**{"Content-Length": "3"}) + b"abc",
+        get(**{"Transfer-Encoding": "chunked"}) + b"0\r\n\r\n",
+        get(**{"Connection": "close"}),
+        get().replace(b"HTTP/1.1", b"HTTP/1.0"),
+        get(**{"Connection": "upgrade", "Upgrade": "h2c"}),
+    ],
+    ids=["head", "body", "chunked", "close", "1.0", "upgrade"],
+)
+async def test_what_is_no_plain_get_takes_the_usual_way(valkey_url: str, request_: bytes) -> None:
+    """And is answered, from the cache too."""
+    async with serving(valkey_url) as server:
+        async with Wire(server.port) as wire:
+            await warm(wire, get())
+        server.calls.clear()
+        async with Wire(server.port) as wire:
+            wire.send(request_)
+            status, headers, _ = await wire.answer(head_only=request_.startswith(b"HEAD"))
+        assert (status, len(server.calls)) == (200, 1)
+        assert "hit" in headers["cache-status"]
+
+
+async def test_a_store_that_stops_answering_fails_no_request(make_valkey: Callable[[], EmbeddedValkey]) -> None:
+    """Those who wait for a view go to the application, with the connection in order afterwards."""
+    valkey = make_valkey()
+    async with serving(valkey.url) as server, Wire(server.port) as wire:
+        await warm(wire, get("/rows?page=1"), get("/rows?page=2"))
+        valkey.freeze()
+        try:
+            wire.send(get("/rows?page=1"), get("/rows?page=2"), get("/echo"))
+            answers = [await wire.answer() for _ in range(3)]
+            assert [status for status, _, _ in answers] == [200, 200, 200]
+            assert [body.split(b" ")[1] for _, _, body in answers[:2]] == [b"1", b"2"]
+            assert all("hit" not in headers["cache-status"] for _, headers, _ in answers[:2])
+            async with Wire(server.port) as gone:
+                gone.send(get("/rows?page=1"))
+        finally:
+            valkey.thaw()
+        async with asyncio.timeout(20):
+            while "hit" not in (await wire.ask(get("/rows?page=1")))[1]["cache-status"]:
+                await asyncio.sleep(0.02)
+
+
+async def test_a_client_that_leaves_while_a_view_is_read_harms_nobody(valkey_url: str) -> None:
+    """Its answer goes nowhere; others on other connections get theirs."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get())
+        for _ in range(50):
+            async with Wire(server.port) as leaving:
+                leaving.send(get(), get(), get())
+                await asyncio.sleep(0)
+        assert (await wire.ask(get()))[0] == 200
+        assert not server.uvicorn.server_state.tasks
+
+
+async def test_the_kill_switch_stops_it_too(valkey_url: str) -> None:
+    """At once."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get())
+        await server.cache.disable()
+        assert "detail=off" in (await wire.ask(get()))[1]["cache-status"]
+        await server.cache.enable()
+        assert "hit" in (await wire.ask(get()))[1]["cache-status"]
+
+
+def test_it_does_not_start_with_a_middleware_that_nobody_declared() -> None:
+    """Around the wrapper or in the application, by name in full or in short."""
+    app = FastAPI()
+    cache = Cache(None, secret=SECRET, resolver=Callers())
+    turbo.protocol(cache.wrap(app))
+    app.add_middleware(GZipMiddleware)
+    wrapped = cache.wrap(app)
+    with pytest.raises(ConfigurationError, match=r"starlette\.middleware\.gzip\.GZipMiddleware"):
+        turbo.protocol(wrapped)
+    turbo.protocol(wrapped, skips=["GZipMiddleware"])
+    outside = GZipMiddleware(cache.wrap(FastAPI()))
+    with pytest.raises(ConfigurationError, match="GZipMiddleware"):
+        turbo.protocol(outside)
+    turbo.protocol(outside, skips=["starlette.middleware.gzip.GZipMiddleware"])
+    with pytest.raises(ConfigurationError, match="not wrapped"):
+        turbo.protocol(FastAPI())
+
+
+def test_it_does_not_start_where_nothing_could_be_recognised() -> None:
+    """A resolver that does not say which headers it reads."""
+
+    class Silent(Callers):
+        headers = None  # type: ignore[assignment]
+
+    with pytest.raises(ConfigurationError, match="headers"):
+        turbo.protocol(Cache(None, secret=SECRET, resolver=Silent()).wrap(FastAPI()))
