@@ -55,17 +55,11 @@ from enum import StrEnum
 FLOOR = "*"
 """The tag that every entry of a tenant depends on."""
 
-HEAD_FIELDS = ("n", "r", "s")
-"""Fields of the hash that are not tags; they come first in every request for a view."""
-
 MAX_TAGS_PER_BUMP = 64
 """A bump of more tags than this becomes a bump of the floor."""
 
 MAX_FIELDS = 2000
 """Fields of a generation beyond which a bump forgets the tags by raising the floor."""
-
-NONCE_BYTES = 16
-"""A nonce is 64 random bits as 16 lower-case hexadecimal digits in ASCII."""
 
 RING_ROWS = 32
 """Ids of outbox rows that a generation remembers as applied, so that N processes that see a row bump it once."""
