@@ -1,5 +1,6 @@
 """The outbox and its triggers on a real PostgreSQL: what each kind of write leaves behind, and that both can be removed."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 
 import asyncpg
@@ -202,3 +203,62 @@ async def test_any_name_of_a_table_leaves_its_own_tag(database: asyncpg.Connecti
     await run(database, lambda execute: triggers.drop_triggers(execute, names))
     await database.execute(f"INSERT INTO {triggers._name(one)} VALUES ('a')")
     assert await left(database) == []
+
+
+async def test_a_row_from_a_dump_under_the_number_of_a_transaction_gets_an_id_of_its_own(database: asyncpg.Connection) -> None:
+    """Once: the second statement meets its own row. So does one after a savepoint at most once more."""
+    xid = int(await database.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")) + 1
+    await database.execute(f"INSERT INTO {OUTBOX} (xid, tenant, tag, id) VALUES ('{xid}', 'a', 'T:accounts', 'foreign')")
+    async with database.transaction():
+        ids = []
+        for _ in range(3):
+            await database.execute("UPDATE accounts SET name = 'y' WHERE id = 2")
+            ids.append(await database.fetchval(f"SELECT id FROM {OUTBOX} WHERE xid = pg_current_xact_id()"))
+    assert await database.fetchval(f"SELECT xid::text FROM {OUTBOX}") == str(xid)
+    assert ids[0] != "foreign"
+    assert ids == [ids[0]] * 3
+
+
+async def test_the_setting_says_what_the_transaction_has_left(database: asyncpg.Connection) -> None:
+    """As it is in the table at COMMIT: with savepoints rolled back, and nothing of the transaction before."""
+    ask = f"SELECT current_setting('{triggers.setting()}', true)"
+    for _ in range(2):
+        async with database.transaction():
+            await database.execute("UPDATE accounts SET name = 'y'")
+            savepoint = database.transaction()
+            await savepoint.start()
+            await database.execute("DELETE FROM notes")
+            await savepoint.rollback()
+            await database.execute("UPDATE accounts SET name = 'z'")
+            async with database.transaction():
+                await database.execute("INSERT INTO flags VALUES ('dark') ON CONFLICT DO NOTHING")
+            told = [tuple(row) for row in json.loads(f"[{await database.fetchval(ask)}]")]
+            rows = await database.fetch(f"SELECT tenant, tag, id FROM {OUTBOX} WHERE xid = pg_current_xact_id()")
+            assert sorted(told) == sorted(tuple(row) for row in rows)
+            assert {(tenant, tag) for tenant, tag, _ in told} >= {("a", "T:accounts"), ("b", "T:accounts")}
+        assert not await database.fetchval(ask)
+        await database.execute("DELETE FROM flags")
+
+
+async def test_columns_may_be_called_like_the_variables_of_the_function(database: asyncpg.Connection) -> None:
+    """In the function, a name is a column first."""
+    await database.execute("CREATE TABLE odd (respcache_new text, respcache_all text, tenant text, tag text)")
+    await run(database, lambda execute: triggers.create_triggers(execute, [Watched("odd", tenant_column="respcache_new")]))
+    await database.execute("INSERT INTO odd VALUES ('a', 'b', 'c', 'd')")
+    assert await left(database) == [("a", "T:odd")]
+
+
+async def test_a_renamed_table_is_unwatched_by_its_present_name(database: asyncpg.Connection) -> None:
+    """Its triggers run the function of the former name; that of another table of this name stays."""
+    await database.execute("ALTER TABLE accounts RENAME TO accounts_old; CREATE TABLE accounts (tenant_id text)")
+    await run(database, lambda execute: triggers.create_triggers(execute, [Watched("accounts")]))
+    await run(database, lambda execute: triggers.drop_triggers(execute, ["accounts_old"]))
+    await database.execute("UPDATE accounts_old SET name = 'y'; INSERT INTO accounts VALUES ('a')")
+    assert await left(database) == [("a", "T:accounts")]
+
+
+async def test_an_older_server_is_refused_by_name(bare: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``CREATE OR REPLACE TRIGGER`` would be a syntax error there."""
+    monkeypatch.setattr(triggers, "MIN_SERVER_VERSION", 990_000)
+    with pytest.raises(asyncpg.RaiseError, match=r"respcache needs PostgreSQL 99 or newer, this is \d+"):
+        await run(bare, install)

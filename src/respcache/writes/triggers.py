@@ -16,10 +16,17 @@ depends on a table may change without a migration. The functions run with their 
 needs no right on the outbox. The triggers fire also under ``session_replication_role = replica``, not after
 ``ALTER TABLE ... DISABLE TRIGGER``, and not for rows written straight into a partition of the table.
 
+What a transaction has left so far stands also in a setting of its own (``setting``), which ends with it and goes back with a
+savepoint. So whoever commits can ask for it in whatever role, without a right, and also when there is no outbox any more.
+
+A row that is met under the number of the running transaction is its own, unless it came with the dump of another database
+(``pg_dump`` carries the outbox): its version was then written by another transaction, and it gets an id that nobody knows.
+
 ``writes/postgres.py`` reads the outbox and clears it; ``core/fence.py`` says what it is for.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +37,19 @@ from respcache.core.keys import EVERYBODY, SHARED
 
 OUTBOX = "respcache_outbox"
 FENCE = "respcache_fence"
+FUNCTION = "respcache_note_"
+"""How the function of a table is called, and then the table's name, or its MD5 if that would be too long."""
+
 MAX_NAME_BYTES = 63
 """PostgreSQL cuts longer names off."""
+
+MIN_SERVER_VERSION = 140_000
+"""``CREATE OR REPLACE TRIGGER`` came with PostgreSQL 14."""
+
+MAX_SETTING = 100_000
+"""Characters of the setting; more than that is ``TOO_MANY``. Some 1,300 rows."""
+
+TOO_MANY = "*"
 
 EVENTS = ("insert", "update", "delete", "truncate")
 
@@ -77,8 +95,15 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
     """Create the outbox (one row per transaction, tenant and tag, with an id of its own) and the one row of the fence.
 
     Who runs the application needs SELECT, UPDATE (to lock) and DELETE on the outbox, SELECT and UPDATE on the fence; INSERT on
-    the outbox too where ``Cache.invalidate_*`` or ``invalidate_cache`` are used.
+    the outbox too where ``Cache.invalidate_*`` or ``invalidate_cache`` are used. An older server than PostgreSQL 14 refuses.
     """
+    execute(f"""
+        DO $$BEGIN
+            IF current_setting('server_version_num')::integer < {MIN_SERVER_VERSION} THEN
+                RAISE EXCEPTION USING MESSAGE = 'respcache needs PostgreSQL {MIN_SERVER_VERSION // 10_000} or newer, this is '
+                    || current_setting('server_version');
+            END IF;
+        END$$""")
     execute(f"""
         CREATE TABLE {_name(schema)}.{OUTBOX} (
             xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
@@ -124,12 +149,13 @@ def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str 
 def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "public") -> None:
     """Drop the triggers of these tables: what reads them is not cached from then on."""
     for table in tables:
+        for event in EVENTS:  # a table that was renamed runs the function of its former name
+            execute(f"DROP TRIGGER IF EXISTS respcache_{event} ON {_name(schema)}.{_name(table)}")
         execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(_function_name(table))}() CASCADE")
 
 
 def body(watched: Watched, *, schema: str = "public") -> str:
     """Return the body of a table's function, by which a changed tenant column shows (``pg_proc.prosrc``)."""
-    outbox = f"{_name(schema)}.{OUTBOX}"
     tag = _text(table_tag(watched.table))
 
     def note(*rows: str) -> str:
@@ -139,20 +165,38 @@ def body(watched: Watched, *, schema: str = "public") -> str:
             column = _name(watched.tenant_column)
             tenants = [f"SELECT coalesce({column}::text, {_text(SHARED)}) AS tenant FROM {name}" for name in rows]
             tenants += [f"SELECT {_text(SHARED)} FROM {name}" for name in rows if watched.shared]
-        return (
-            f"INSERT INTO {outbox} (tenant, tag) "
-            f"SELECT tenant, {tag} FROM ({' UNION '.join(tenants)}) AS changed ON CONFLICT DO NOTHING;"
-        )
+        return f"{insert} SELECT DISTINCT changed.tenant, {tag} FROM ({' UNION ALL '.join(tenants)}) AS changed {rest}"
 
+    insert = f"WITH noted AS (INSERT INTO {_name(schema)}.{OUTBOX} AS outbox (tenant, tag)"
+    rest = """ON CONFLICT (xid, tenant, tag) DO UPDATE SET id = EXCLUDED.id, at = EXCLUDED.at
+                    WHERE outbox.xmin <> EXCLUDED.xid::xid
+                    RETURNING outbox.tenant, outbox.tag, outbox.id)
+                SELECT string_agg(json_build_array(noted.tenant, noted.tag, noted.id)::text, ',')
+                    INTO respcache_new FROM noted;"""
+    name = _text(setting(schema))
     return f"""
+        #variable_conflict use_column
+        DECLARE
+            respcache_new text;
+            respcache_all text := coalesce(current_setting({name}, true), '');
         BEGIN
             IF TG_OP = 'INSERT' THEN {note("new_rows")}
             ELSIF TG_OP = 'UPDATE' THEN {note("old_rows", "new_rows")}
             ELSIF TG_OP = 'DELETE' THEN {note("old_rows")}
-            ELSE INSERT INTO {outbox} (tenant, tag) VALUES ({_text(EVERYBODY)}, {tag}) ON CONFLICT DO NOTHING;
+            ELSE {insert} VALUES ({_text(EVERYBODY)}, {tag}) {rest}
+            END IF;
+            IF respcache_new IS NOT NULL AND respcache_all <> '{TOO_MANY}' THEN
+                PERFORM set_config({name}, CASE
+                    WHEN length(respcache_all) + length(respcache_new) > {MAX_SETTING} THEN '{TOO_MANY}'
+                    ELSE concat_ws(',', nullif(respcache_all, ''), respcache_new) END, true);
             END IF;
             RETURN NULL;
         END """
+
+
+def setting(schema: str = "public") -> str:
+    """Name the setting that holds what the running transaction has left: JSON arrays [tenant, tag, id], between them commas."""
+    return f"respcache.rows_{re.sub(r'[^A-Za-z0-9_]', '_', schema)}"
 
 
 _TRANSITIONS = {
@@ -165,10 +209,10 @@ _TRANSITIONS = {
 
 def _function_name(table: str) -> str:
     """Name the function of a table; one that PostgreSQL would cut off might become that of another table."""
-    name = f"respcache_note_{table}"
+    name = FUNCTION + table
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name
-    return f"respcache_note_{hashlib.blake2b(table.encode(), digest_size=16).hexdigest()}"
+    return FUNCTION + hashlib.md5(table.encode(), usedforsecurity=False).hexdigest()
 
 
 def _name(identifier: str) -> str:
