@@ -22,7 +22,12 @@ class Cursor:
     @property
     def xmin(self) -> int:
         """Every transaction before this one had ended."""
-        return int(self.snapshot.partition(":")[0])
+        return int(self.snapshot.split(":")[0])
+
+    @property
+    def xmax(self) -> int:
+        """No transaction from this one on had ended."""
+        return int(self.snapshot.split(":")[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ RespcacheError
 ├── AckBarrierOverflow     a response outgrew the buffer while its transaction was still open: commit earlier
 ├── InvalidationPending    ``settled()`` gave up waiting: the write is safe, its invalidation is retried
 ├── OutboxError            the database did not do what a round asked: caught inside the library, never reaches a request
+│   └── OutboxMissing      it has no outbox (any more)
 └── StoreError             anything the store did wrong: caught inside the library, never reaches a request
     ├── StoreUnavailable   no usable connection, or the deadline passed
     └── StoreReplyError    the server answered with an error
@@ -44,6 +45,10 @@ class InvalidationPending(RespcacheError):
 
 class OutboxError(RespcacheError):
     """The outbox could not be read or changed; nothing is served from the cache until it can."""
+
+
+class OutboxMissing(OutboxError):
+    """There is no outbox in the database: before the migration that creates it, or after the one that drops it."""
 
 
 class StoreError(RespcacheError):

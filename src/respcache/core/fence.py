@@ -66,6 +66,9 @@ DRIFT = 1.01
 MAX_ROWS = 20_000
 """Rows of the outbox that a round replays; when there are more, a new epoch takes their place."""
 
+MAX_TENANTS = 2_000
+"""Tenants that a round bumps, or a writer; when there are more, a new epoch takes their place: one write instead of so many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fence:
@@ -110,6 +113,8 @@ class Page:
     """How old the oldest of these rows is."""
     pruned: int = 0
     """Rows of transactions before this one may have been deleted."""
+    foreign: bool = False
+    """Numbers stand there that no transaction of this database has had yet: they came with the dump of another one."""
     authority: str | None = None
     effective: bool = False
     recorded: bool = False
@@ -118,6 +123,17 @@ class Page:
     """It will soon not be: less than one and a half leases are left."""
     tables: frozenset[str] = field(default_factory=frozenset)
     """The tables whose writes leave rows."""
+    unsound: frozenset[str] = field(default_factory=frozenset)
+    """The tables that have triggers of ours which do not, or not for every write."""
+    functions: frozenset[str] = field(default_factory=frozenset)
+    """Names of functions that may write when they are selected."""
+    deferred: bool = False
+    """Triggers of the application may write at COMMIT, after the moment at which a transaction is asked what it has left."""
+
+    @property
+    def pruned_ahead(self) -> bool:
+        """Whether ``pruned`` itself is one of the foreign numbers: by it, every cursor has missed something, for ever."""
+        return self.pruned > self.cursor.xmax
 
 
 class Step(StrEnum):
@@ -142,6 +158,11 @@ def by_tenant(rows: Sequence[tuple[str, str, str]]) -> Mapping[str, Due]:
     }
 
 
+def too_many(rows: Sequence[tuple[str, str, str]]) -> bool:
+    """Whether these rows (tenant, tag, id) concern more tenants than are bumped one by one."""
+    return len({tenant for tenant, _, _ in rows}) > MAX_TENANTS
+
+
 def outdated(epoch: Epoch, cursor: Cursor, page: Page) -> str | None:
     """Say why the epoch must be made anew, given the page that was read from ``cursor`` on; None when it holds."""
     if page.incarnation != epoch.incarnation:
@@ -150,7 +171,7 @@ def outdated(epoch: Epoch, cursor: Cursor, page: Page) -> str | None:
         return "rows that were not read have been pruned"
     if page.cursor.xmin < cursor.xmin:
         return "the database has gone back in time"
-    if len(page.rows) > MAX_ROWS:
+    if len(page.rows) > MAX_ROWS or (len(page.rows) > MAX_TENANTS and too_many(page.rows)):
         return "more has changed than can be replayed"
     if any(tenant == EVERYBODY for tenant, _, _ in page.rows):
         return "a table was emptied"

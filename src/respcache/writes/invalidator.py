@@ -4,25 +4,28 @@ A bump runs in a task of its own: a request that is cancelled after its COMMIT c
 
 With an outbox (``rounds``), a bump that was not confirmed need not be remembered: its rows are in the database, and nothing
 is served from the cache before a round has found them. The answer of the write waits for that, or until no fence is alive.
+The one exception is an invalidation by hand that could not leave its rows, because the database is away, and was not confirmed
+by the server that the fence names either: nobody else knows of it.
 
-Without one, a tenant whose bump was not confirmed is *vetoed*: this process neither serves nor stores anything of that tenant
-until the floor of its generation has been raised, which is tried until it succeeds. Other processes may serve that tenant's
-old entries until then.
+For that, and without an outbox, a tenant whose bump was not confirmed is *vetoed*: this process neither serves nor stores
+anything of that tenant until the floor of its generation has been raised (with an outbox: until a row demands that), which is
+tried until it succeeds. Other processes may serve that tenant's old entries until then.
 """
 
 import asyncio
 import logging
 import random
 import threading
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from respcache.core.errors import InvalidationPending, OutboxError, StoreError
-from respcache.core.fence import Due, Outcome, by_tenant
+from respcache.core.fence import Due, Outcome, by_tenant, too_many
 from respcache.core.generations import FLOOR, collapse
-from respcache.core.keys import EVERYBODY, generation_key
+from respcache.core.keys import EVERYBODY
 from respcache.ops.stats import Stats
 from respcache.stores.base import Store
+from respcache.writes.bumps import Bumps
 from respcache.writes.rounds import Rounds, Rows
 
 log = logging.getLogger("respcache")
@@ -39,7 +42,7 @@ class Invalidator:
 
     def __init__(self, store: Store, *, generation_ttl_ms: int, stats: Stats, rounds: Rounds | None = None) -> None:
         self._store = store
-        self._ttl_ms = generation_ttl_ms
+        self._bumps = Bumps(store, generation_ttl_ms=generation_ttl_ms) if rounds is None else rounds.bumps
         self._stats = stats
         self._rounds = rounds
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -156,50 +159,83 @@ class Invalidator:
 
     async def _note(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]]) -> Outcome:
         """Make bumps that no transaction has left rows for as durable as the others, then apply them."""
+        since = rounds.clock()
         try:
             rows = await rounds.outbox.note([(tenant, tag) for tenant, names in tags.items() for tag in names])
         except OutboxError as error:
             log.warning("an invalidation cannot be kept in the database (%s)", error)
-            return await self._send(tags)
+            return await self._bump_without_rows(rounds, tags, since)
         return await self._apply(rounds, rows, rounds.clock())
+
+    async def _bump_without_rows(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float) -> Outcome:
+        """Bump what no round will ever find. Only the server that fences name can confirm it."""
+        servers = await self._servers({tenant: Due(names) for tenant, names in tags.items()})
+        if not self._vouched(rounds, servers):
+            await rounds.safe(since)  # meanwhile a round may find out which server it is
+            if not self._vouched(rounds, servers):
+                self._remember(tags)
+                return Outcome.PENDING
+        return Outcome.CONFIRMED
 
     async def _apply(self, rounds: Rounds, rows: Rows | None, since: float) -> Outcome:
         """Bump, and tell when the write may be acknowledged. ``since``: a moment after its COMMIT."""
-        if rows is not None and not any(tenant == EVERYBODY for tenant, _, _ in rows):
-            due = by_tenant(rows)
-            servers = await asyncio.gather(*(self._bump_one(tenant, one) for tenant, one in due.items()))
-            fence, now = rounds.fence, rounds.clock()
-            if len(set(servers)) == 1 and servers[0] is not None:
-                rounds.applied(rows, servers[0])
-            if all(server is not None and fence.allows(server, now) for server in servers):
+        if rows is not None and not too_many(rows) and not any(tenant == EVERYBODY for tenant, _, _ in rows):
+            servers = await self._servers(by_tenant(rows))
+            confirmed = set(servers.values())
+            if len(confirmed) == 1 and (server := confirmed.pop()) is not None:
+                rounds.applied(rows, server)
+            if self._vouched(rounds, servers):
                 return Outcome.CONFIRMED
-            self._stats.unconfirmed_invalidations += servers.count(None)
+            self._stats.unconfirmed_invalidations += list(servers.values()).count(None)
         self._stats.acknowledgements_delayed += 1
         return await rounds.safe(since)
+
+    def _vouched(self, rounds: Rounds, servers: Mapping[str, str | None]) -> bool:
+        """Whether all of these bumps were confirmed by the server that our fence names, while it stands."""
+        fence, now = rounds.fence, rounds.clock()
+        return all(server is not None and fence.allows(server, now) for server in servers.values())
 
     # -- without one ---------------------------------------------------------------------------------------------------
 
     async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> Outcome:
-        failed = list(tags)
+        failed: Iterable[str] = tags
         try:
-            servers = await asyncio.gather(*(self._bump_one(tenant, Due(names)) for tenant, names in tags.items()))
-            failed = [tenant for tenant, server in zip(tags, servers, strict=True) if server is None]
+            servers = await self._servers({tenant: Due(names) for tenant, names in tags.items()})
+            failed = [tenant for tenant, server in servers.items() if server is None]
         finally:
-            for tenant in failed:
-                self._pending[tenant] = self._pending.get(tenant, 0) + 1
-            self._stats.unconfirmed_invalidations += len(failed)
             if failed:
-                self._retry()
+                self._remember(failed)
         return Outcome.PENDING if failed else Outcome.CONFIRMED
 
-    async def _bump_one(self, tenant: str, due: Due) -> str | None:
-        """Bump one tenant; returns the server life that confirmed it, or None."""
+    async def _servers(self, due: Mapping[str, Due]) -> dict[str, str | None]:
+        """Bump; return for each tenant the server life that confirmed it, or None."""
+        found: dict[str, str | None] = {}
+        for tenant, server in (await self._bumps.send(due)).items():
+            if isinstance(server, StoreError):
+                if self._rounds is None and tenant not in self._pending:
+                    log.warning("invalidation of tenant %s is not confirmed (%s); bypassing it until it is", tenant, server)
+                found[tenant] = None
+            else:
+                found[tenant] = server
+        return found
+
+    def _remember(self, tenants: Iterable[str]) -> None:
+        """Veto these tenants, and begin to try again."""
+        for tenant in tenants:
+            self._pending[tenant] = self._pending.get(tenant, 0) + 1
+            self._stats.unconfirmed_invalidations += 1
+        self._retry()
+
+    async def _demand_floor(self, tenant: str) -> bool:
+        """Invalidate all of a tenant, so that it holds for all processes. Returns whether that succeeded."""
+        if self._rounds is None:
+            return (await self._servers({tenant: Due((FLOOR,))}))[tenant] is not None
         try:
-            return await self._store.bump(generation_key(tenant), tags=due.tags, ttl_ms=self._ttl_ms, rows=due.rows)
-        except StoreError as error:
-            if self._rounds is None and tenant not in self._pending:
-                log.warning("invalidation of tenant %s is not confirmed (%s); bypassing it until it is", tenant, error)
-            return None
+            rows = await self._rounds.outbox.note([(tenant, FLOOR)])
+        except OutboxError:
+            return False
+        await self._apply(self._rounds, rows, self._rounds.clock())
+        return True
 
     def _retry(self) -> None:
         if self._loop is not None and (self._retrying is None or self._retrying.done()):
@@ -211,9 +247,9 @@ class Invalidator:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RETRY_MOST_S)
             for tenant, failures in tuple(self._pending.items()):
-                if not self._store.available:
+                if self._rounds is None and not self._store.available:
                     break
-                if await self._bump_one(tenant, Due((FLOOR,))) is None:
+                if not await self._demand_floor(tenant):
                     continue  # one key that the server refuses must not hold up the other tenants
                 delay = RETRY_FIRST_S
                 if self._pending.get(tenant) == failures:  # another write may have failed while this bump was on its way

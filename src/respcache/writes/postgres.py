@@ -6,7 +6,16 @@ Each statement is its own transaction (AUTOCOMMIT), so PgBouncer in transaction 
 
 A *page* is one statement, so one snapshot: ``pg_current_snapshot()`` names exactly what the rows beside it were read from.
 The incarnation names what must not change unnoticed: the server's start, the last reset of its statistics (a crash of the
-server does that, and may lose what was committed asynchronously), the outbox, and every trigger with its function.
+server does that, and may lose what was committed asynchronously), the outbox, every trigger with its function, and every
+watched table with its partitions. Of these it has the version of their rows in ``pg_class``: a rename, a rewrite, an added
+column or a partition that is attached, detached or dropped changes what is read without firing a trigger.
+
+A table counts as watched only if its four triggers fire always, run the function that is named after it, so writes its tag
+(two tables may have exchanged their names), and see every row: not where it inherits or is inherited from, nor where it is a
+partition itself.
+
+A dump may bring outbox and fence into a database that has not given their numbers yet. No statement here takes such a row for
+one that was written, nor deletes by such a number; ``prune`` clears both away.
 """
 
 import asyncio
@@ -21,9 +30,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from respcache.core.epochs import Cursor
-from respcache.core.errors import ConfigurationError, OutboxError
+from respcache.core.errors import ConfigurationError, OutboxError, OutboxMissing
 from respcache.core.fence import DRIFT, LEASE_S, MAX_ROWS, Page
-from respcache.writes.triggers import FENCE, OUTBOX
+from respcache.writes.triggers import FENCE, FUNCTION, MAX_NAME_BYTES, OUTBOX, setting
 
 DEADLINE_S = 1.0
 RETENTION_S = 600.0
@@ -31,6 +40,12 @@ RETENTION_S = 600.0
 
 MAX_DELETED = 5_000
 """Rows that one statement deletes."""
+
+FIRST_OID = 16_384
+"""What has been created since the server was set up has a number from here on."""
+
+UNDEFINED = ("42P01", "3F000")
+"""Codes of the errors that a table or a schema is not there."""
 
 
 class PostgresOutbox:
@@ -56,21 +71,26 @@ class PostgresOutbox:
         self._shared = engine
         self._engine: AsyncEngine | None = None
         outbox, fence = f'"{schema}".{OUTBOX}', f'"{schema}".{FENCE}'
-        self.own_rows = f"SELECT tenant, tag, id FROM {outbox} WHERE xid = pg_current_xact_id_if_assigned()"
-        """What a transaction asks before its COMMIT: the rows that its own statements left."""
-        self._page = text(_PAGE.format(outbox=outbox, fence=fence, schema=schema))
+        self.own_rows = f"SELECT current_setting('{setting(schema)}', true)"
+        """What a transaction asks before its COMMIT: what its own statements left. It needs no right and no outbox."""
+        names = {"outbox": outbox, "fence": fence, "schema": schema, "function": FUNCTION, "name_bytes": MAX_NAME_BYTES}
+        self._page = text(_PAGE.format(**names, first_oid=FIRST_OID))
         self._claim = text(_CLAIM.format(fence=fence))
         self._record = text(_RECORD.format(fence=fence))
         self._remaining = text(f"SELECT extract(epoch FROM until - clock_timestamp())::float8 FROM {fence}")
-        self._note = text(f"INSERT INTO {outbox} (tenant, tag) VALUES (:tenant, :tag) RETURNING tenant, tag, id")
+        self._note = text(_NOTE.format(outbox=outbox))
+        self._backlog = text(_BACKLOG.format(outbox=outbox))
         self._move_horizon = text(_MOVE_HORIZON.format(fence=fence))
         self._delete = text(_DELETE.format(outbox=outbox, fence=fence))
+        self._delete_foreign = text(_DELETE_FOREIGN.format(outbox=outbox))
 
     async def page(self, after: Cursor | None) -> Page:
         """Read what came after the cursor (nothing for None), and everything that a round decides by. One round trip."""
         given = {"after": None if after is None else after.snapshot, "limit": MAX_ROWS + 1, "lease": self.lease_s * DRIFT}
         row = await self._one(self._page, given)
-        if row is None:
+        if row.hidden is not None:
+            raise OutboxError(f"its policies hide rows: ALTER TABLE {row.hidden} DISABLE ROW LEVEL SECURITY")
+        if row.pruned is None:
             raise OutboxError(f"the table {FENCE} has lost its row: INSERT INTO {FENCE} DEFAULT VALUES")
         rows = msgspec.json.decode(row.rows, type=list[tuple[str, str, str]]) if row.rows else []
         return Page(
@@ -79,12 +99,21 @@ class PostgresOutbox:
             rows=rows,
             oldest_s=row.oldest_s or 0.0,
             pruned=int(row.pruned),
+            foreign=row.foreign_rows or row.foreign_numbers,
             authority=row.authority,
             effective=row.effective,
             recorded=row.recorded,
             expiring=row.expiring,
             tables=frozenset(msgspec.json.decode(row.tables, type=list[str])),
+            unsound=frozenset(msgspec.json.decode(row.unsound, type=list[str])),
+            functions=frozenset(msgspec.json.decode(row.functions, type=list[str])),
+            deferred=row.deferred,
         )
+
+    async def backlog(self, after: Cursor) -> tuple[int, float]:
+        """Count what came after the cursor, as far as a round would replay it, and tell how old the oldest of it is."""
+        row = await self._one(self._backlog, {"after": after.snapshot, "limit": MAX_ROWS + 1})
+        return row.waiting, row.oldest_s or 0.0
 
     async def claim(self, identity: str, *, instead_of: str | None) -> None:
         """Make a server the authority, if that is still the other one. It becomes effective when no fence can be alive."""
@@ -110,10 +139,14 @@ class PostgresOutbox:
         return found
 
     async def prune(self) -> int:
-        """Delete some of the rows that everybody has read or need not read any more; return how many. Two round trips."""
+        """Delete some of the rows that everybody has read or need not read any more, or that came with a dump; return how many.
+
+        Three round trips.
+        """
         async with self._connected() as connection:
             await connection.execute(self._move_horizon, {"retention": self._retention_s})
-            return (await connection.execute(self._delete, {"limit": MAX_DELETED})).rowcount
+            deletes = (self._delete, self._delete_foreign)
+            return sum([(await connection.execute(delete, {"limit": MAX_DELETED})).rowcount for delete in deletes])
 
     async def close(self) -> None:
         """Disconnect."""
@@ -140,7 +173,9 @@ class PostgresOutbox:
         except TimeoutError:
             raise OutboxError(f"the database did not answer within {self._deadline_s} s") from None
         except (SQLAlchemyError, OSError) as error:
-            raise OutboxError(str(getattr(error, "orig", None) or error).partition("\n")[0]) from error
+            cause = getattr(error, "orig", None) or error
+            kind = OutboxMissing if getattr(cause, "sqlstate", None) in UNDEFINED else OutboxError
+            raise kind(str(cause).partition("\n")[0]) from error
 
     async def _make_engine(self) -> AsyncEngine:
         """Make an engine whose pool has the settings and listeners of the shared one, which is connected first.
@@ -157,31 +192,58 @@ class PostgresOutbox:
 
 
 _PAGE = """
-WITH due AS MATERIALIZED (
+WITH RECURSIVE due AS MATERIALIZED (
     SELECT tenant, tag, id, at FROM {outbox}
-    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot))
+    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot)) AND xid < pg_snapshot_xmax(pg_current_snapshot())
       AND NOT pg_visible_in_snapshot(xid, CAST(CAST(:after AS text) AS pg_snapshot))
     LIMIT :limit
 ), triggers AS MATERIALIZED (
-    SELECT c.relname, t.tgenabled IN ('O', 'A') AS enabled,
+    SELECT t.tgrelid, c.relname,
+           t.tgenabled = 'A' AND p.pronamespace = c.relnamespace AND p.proname = '{function}' || CASE
+               WHEN octet_length('{function}' || c.relname) <= {name_bytes} THEN c.relname ELSE md5(c.relname) END AS fires,
            concat_ws(',', t.oid, t.xmin, t.tgenabled, p.oid, p.xmin) AS life
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_proc p ON p.oid = t.tgfoid
     WHERE t.tgname LIKE 'respcache\\_%' AND c.relnamespace = CAST('"{schema}"' AS regnamespace)
+), family (member, life) AS (
+    SELECT DISTINCT tgrelid, '' FROM triggers
+    UNION SELECT i.inhrelid, concat_ws(',', i.inhparent, i.xmin) FROM family JOIN pg_inherits i ON i.inhparent = family.member
+), watched AS MATERIALIZED (
+    SELECT relname, bool_and(fires) AND count(*) = 4 AND NOT EXISTS (
+               SELECT FROM pg_inherits i JOIN pg_class child ON child.oid = i.inhrelid
+               WHERE i.inhrelid = tgrelid OR (i.inhparent = tgrelid AND NOT child.relispartition)) AS sound
+    FROM triggers GROUP BY tgrelid, relname
 )
 SELECT CAST(pg_current_snapshot() AS text) AS snapshot,
        CAST(extract(epoch FROM clock_timestamp()) AS float8) AS taken_at,
        (SELECT CAST(json_agg(json_build_array(tenant, tag, id)) AS text) FROM due) AS rows,
        (SELECT CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8) FROM due) AS oldest_s,
-       CAST(fence.pruned AS text) AS pruned, fence.authority,
-       fence.effective_at <= clock_timestamp() AS effective,
+       CASE WHEN row_security_active('{outbox}') THEN '{outbox}' WHEN row_security_active('{fence}') THEN '{fence}' END AS hidden,
+       CAST(fence.pruned AS text) AS pruned, fence.pruned > pg_snapshot_xmax(pg_current_snapshot()) AS foreign_numbers,
+       EXISTS (SELECT FROM {outbox} WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) AS foreign_rows,
+       fence.authority, fence.effective_at <= clock_timestamp() AS effective,
        fence.until >= clock_timestamp() + make_interval(secs => CAST(:lease AS float8)) AS recorded,
        fence.until < clock_timestamp() + make_interval(secs => 1.5 * CAST(:lease AS float8)) AS expiring,
-       (SELECT CAST(coalesce(json_agg(relname), '[]') AS text)
-        FROM (SELECT relname FROM triggers WHERE enabled GROUP BY relname HAVING count(*) = 4) AS whole) AS tables,
+       (SELECT CAST(coalesce(json_agg(relname), '[]') AS text) FROM watched WHERE sound) AS tables,
+       (SELECT CAST(coalesce(json_agg(relname), '[]') AS text) FROM watched WHERE NOT sound) AS unsound,
+       (SELECT CAST(coalesce(json_agg(DISTINCT lower(proname)), '[]') AS text)
+        FROM pg_proc WHERE oid >= {first_oid}
+        AND provolatile = 'v' AND prokind = 'f' AND prorettype <> CAST('trigger' AS regtype)) AS functions,
+       EXISTS (SELECT FROM pg_trigger WHERE tgdeferrable AND NOT tgisinternal AND tgenabled <> 'D') AS deferred,
        md5(concat_ws(' ', pg_postmaster_start_time(), (SELECT stats_reset FROM pg_stat_bgwriter),
                      CAST('{outbox}' AS regclass)::oid, (SELECT oid FROM pg_database WHERE datname = current_database()),
-                     (SELECT string_agg(life, ' ' ORDER BY life) FROM triggers))) AS incarnation
-FROM {fence} AS fence
+                     (SELECT string_agg(life, ' ' ORDER BY life) FROM triggers),
+                     (SELECT string_agg(concat_ws(',', family.life, c.oid, c.xmin), ' ' ORDER BY c.oid, family.life)
+                      FROM family JOIN pg_class c ON c.oid = family.member))) AS incarnation
+FROM (SELECT 1) AS always LEFT JOIN {fence} AS fence ON true
+"""
+"""The version of a row in ``pg_class`` changes with everything that DDL does to the table; VACUUM and ANALYZE leave it."""
+
+_BACKLOG = """
+SELECT count(*) AS waiting, CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8) AS oldest_s FROM (
+    SELECT at FROM {outbox}
+    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot)) AND xid < pg_snapshot_xmax(pg_current_snapshot())
+      AND NOT pg_visible_in_snapshot(xid, CAST(CAST(:after AS text) AS pg_snapshot))
+    LIMIT :limit) AS due
 """
 
 _CLAIM = """
@@ -193,12 +255,33 @@ UPDATE {fence} SET until = greatest(until, clock_timestamp() + make_interval(sec
 WHERE authority = :identity AND effective_at <= clock_timestamp()
 """
 
-_MOVE_HORIZON = """
-UPDATE {fence} SET pruned = horizon, horizon = pg_snapshot_xmin(pg_current_snapshot()), horizon_at = clock_timestamp()
-WHERE horizon_at < clock_timestamp() - make_interval(secs => CAST(:retention AS float8))
+_NOTE = """
+INSERT INTO {outbox} (tenant, tag) VALUES (:tenant, :tag)
+ON CONFLICT (xid, tenant, tag) DO UPDATE SET id = EXCLUDED.id, at = EXCLUDED.at RETURNING tenant, tag, id
 """
+
+_MOVE_HORIZON = """
+UPDATE {fence} SET horizon = pg_snapshot_xmin(pg_current_snapshot()), horizon_at = clock_timestamp(),
+    pruned = CASE WHEN pruned > pg_snapshot_xmax(pg_current_snapshot()) THEN pg_snapshot_xmin(pg_current_snapshot())
+             ELSE greatest(pruned, horizon) END
+WHERE horizon_at < clock_timestamp() - make_interval(secs => CAST(:retention AS float8))
+   OR pruned > pg_snapshot_xmax(pg_current_snapshot())
+"""
+"""A number from the future stands for no row that was deleted here. In its place comes one that is not too low: to every
+cursor from before this moment it says that something may be missing."""
 
 _DELETE = """
 DELETE FROM {outbox} WHERE (xid, tenant, tag) IN (
-    SELECT xid, tenant, tag FROM {outbox} WHERE xid < (SELECT pruned FROM {fence}) LIMIT :limit FOR UPDATE SKIP LOCKED)
+    SELECT xid, tenant, tag FROM {outbox}
+    WHERE xid < (SELECT pruned FROM {fence} WHERE pruned <= pg_snapshot_xmax(pg_current_snapshot()))
+    LIMIT :limit FOR UPDATE SKIP LOCKED)
 """
+
+_DELETE_FOREIGN = """
+WITH foreign_rows AS MATERIALIZED (
+    SELECT xid, tenant, tag, id FROM {outbox} WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()) LIMIT :limit
+), found AS MATERIALIZED (
+    SELECT xid, tenant, tag FROM {outbox} AS one JOIN foreign_rows USING (xid, tenant, tag, id) FOR UPDATE OF one SKIP LOCKED)
+DELETE FROM {outbox} WHERE (xid, tenant, tag) IN (SELECT xid, tenant, tag FROM found)
+"""
+"""A row that a transaction has made its own meanwhile has another id, and stays."""

@@ -10,15 +10,16 @@ import logging
 import random
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from respcache.core.epochs import Cursor, Epoch
-from respcache.core.errors import OutboxError, StoreError, StoreUnavailable
+from respcache.core.errors import OutboxError, OutboxMissing, StoreError, StoreUnavailable
 from respcache.core.fence import DRIFT, MAX_ROWS, PERIOD_S, Due, Fence, Outcome, Page, Step, by_tenant, next_step, outdated
-from respcache.core.keys import generation_key
 from respcache.stores.base import Store
+from respcache.writes.bumps import Bumps
 
 log = logging.getLogger("respcache")
 
@@ -35,7 +36,8 @@ LOST_AUTHORITY_S = 30.0
 MAX_STEPS = 6
 """Repetitions of a round that has changed what it is decided by (a new epoch, a claim, ``until``) before it gives up."""
 
-BUMPS_AT_ONCE = 200
+BACKLOG_S = 2.0
+"""How often the rows that wait are counted while the store is away."""
 
 Rows = Sequence[tuple[str, str, str]]
 """Rows of the outbox: (tenant, tag, id)."""
@@ -46,9 +48,14 @@ class Outbox(Protocol):
 
     lease_s: float
     own_rows: str
+    """SQL that yields one value: what a transaction has left, as JSON arrays [tenant, tag, id] between commas."""
 
     async def page(self, after: Cursor | None) -> Page:
         """Read, in one snapshot, the rows that the cursor has not seen (none for None) and the fence row."""
+        ...
+
+    async def backlog(self, after: Cursor) -> tuple[int, float]:
+        """Count the rows that the cursor has not seen, up to more than a round replays; tell how old the oldest is."""
         ...
 
     async def claim(self, identity: str, *, instead_of: str | None) -> None:
@@ -68,7 +75,7 @@ class Outbox(Protocol):
         ...
 
     async def prune(self) -> int:
-        """Delete some rows that nobody needs; return how many."""
+        """Delete some rows that nobody needs, and what came with the dump of another database; return how many."""
         ...
 
     async def close(self) -> None:
@@ -81,7 +88,10 @@ boottime: Callable[[], float] = partial(time.clock_gettime, getattr(time, "CLOCK
 
 
 class Rounds:
-    """The rounds of one process. ``fence`` and ``tables`` are read on the way of every request."""
+    """The rounds of one process. ``fence`` and ``tables`` are read on the way of every request.
+
+    ``functions`` and ``deferred`` are of the last page too: what may write without a statement that says so.
+    """
 
     def __init__(
         self,
@@ -97,7 +107,10 @@ class Rounds:
         self.clock = clock
         self.outbox = outbox
         self.fence = Fence()
+        self.bumps = Bumps(store, generation_ttl_ms=generation_ttl_ms)
         self.tables: frozenset[str] = frozenset()
+        self.functions: frozenset[str] = frozenset()
+        self.deferred = True  # as long as nobody has looked
         self.completed = 0
         self.failed = 0
         self.epochs = 0
@@ -113,9 +126,14 @@ class Rounds:
         self._adopted_at = float("-inf")
         self._cursor: Cursor | None = None
         self._vouched = float("-inf")  # m0 of the last round that was completed
-        self._applied: dict[str, None] = {}  # ids of rows that this process has bumped in this epoch and no round has met yet
+        self._applied: OrderedDict[str, None] = OrderedDict()  # ids of rows that were bumped here and no round has met yet
         self._lost: tuple[str, float] = ("", float("-inf"))
         self._pruned_at = float("-inf")
+        self._counted_at = float("-inf")
+        self._known_since: float | None = None  # since when this process knows which tables are covered
+        self._missing_since: float | None = None  # since when there has been no outbox
+        self._covered_until: dict[str, float] = {}  # tables that were covered: until when others may think so
+        self._unsound: frozenset[str] = frozenset()
         self._waiting: dict[asyncio.Future[None], float] = {}  # writers: each for a round that begins after its moment
         self._hint = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -144,11 +162,27 @@ class Rounds:
             "pending_s": round(self.pending_s, 3),
             "problem": self.problem,
             "tables": sorted(self.tables),
+            "unsound_tables": sorted(self._unsound),
         }
 
     def covers(self, tables: Iterable[str]) -> bool:
         """Whether writes to all of these tables leave rows."""
         return self.tables.issuperset(tables)
+
+    def believed(self, table: str) -> bool:
+        """Whether some process may still believe that writes to this table leave rows, and serve what was read from it.
+
+        Not before a lease has gone by since this process learnt that they do not: then everybody has, or has no fence.
+        """
+        if table in self.tables or self._known_since is None:
+            return True
+        return self.clock() < self._covered_until.get(table, self._known_since + self._lease_s)
+
+    def believed_any(self) -> bool:
+        """Whether this may be so for any table at all."""
+        if self.tables or self._known_since is None:
+            return True
+        return self.clock() < max((self._known_since + self._lease_s, *self._covered_until.values()))
 
     async def start(self) -> None:
         """Run the first round, then go on in the background. Never raises because something is away."""
@@ -166,8 +200,10 @@ class Rounds:
 
     def applied(self, rows: Rows, server: str) -> None:
         """Note that these rows were bumped on this server life: the next round need not do it again."""
-        if self._epoch is not None and server == self._epoch.server and len(self._applied) < MAX_ROWS:
+        if self._epoch is not None and server == self._epoch.server:
             self._applied.update((row, None) for _, _, row in rows)
+            while len(self._applied) > MAX_ROWS:  # the oldest were met by a round that was faster than this call
+                self._applied.popitem(last=False)
 
     async def safe(self, since: float) -> Outcome:
         """Return when no process can serve what was valid before ``since`` (a moment of ``clock`` after a COMMIT).
@@ -204,8 +240,15 @@ class Rounds:
     async def _remaining_s(self) -> float:
         try:
             return max(0.0, await self.outbox.remaining_s())
+        except OutboxMissing:  # nobody has completed a round since the first that found it missing
+            return self._lease_s if self._missing_since is None else max(0.0, self._missing_since + self._lease_s - self.clock())
         except OutboxError:
             return self.outbox.lease_s
+
+    @property
+    def _lease_s(self) -> float:
+        """How long, by this clock, fences of other hosts may outlive what ended here."""
+        return self.outbox.lease_s * DRIFT
 
     async def _run(self) -> None:
         while True:
@@ -244,9 +287,12 @@ class Rounds:
         epoch = record if record is not None and record.identity == identity else None
         if epoch is not None:
             self._adopt(epoch)
-        page = await self.outbox.page(None if epoch is None else self._cursor)
-        self.tables = page.tables
-        self._note_backlog(page)
+        page = await self._read(None if epoch is None else self._cursor)
+        if page.foreign:
+            await self.outbox.prune()
+            if page.pruned_ahead:
+                self.problem = "numbers of another database were cleared away"
+                return False
         if epoch is None or self._cursor is None:
             reason: str | None = "there is none on this server"
         else:
@@ -262,6 +308,37 @@ class Rounds:
                 self._applied.pop(row, None)
         self.pending_rows, self.pending_s = 0, 0.0
         return await self._step(page, identity, m0, record)
+
+    async def _read(self, after: Cursor | None) -> Page:
+        """Read a page, and keep what it says of tables and functions."""
+        try:
+            page = await self.outbox.page(after)
+        except OutboxMissing:
+            if self._missing_since is None:
+                self._missing_since = self.clock()
+            self._cover(frozenset())
+            raise
+        self._missing_since = None
+        self._cover(page.tables)
+        self.functions, self.deferred = page.functions, page.deferred
+        self.pending_rows, self.pending_s = len(page.rows), page.oldest_s
+        if page.unsound - self._unsound:
+            log.warning(
+                "not cached: reads of %s, whose triggers do not fire always, write the tag of another table, or miss what is"
+                " written to a parent or child; watch_table (respcache.writes.alembic) mends all but the last",
+                ", ".join(sorted(page.unsound)),
+            )
+        self._unsound = page.unsound
+        return page
+
+    def _cover(self, tables: frozenset[str]) -> None:
+        now = self.clock()
+        if self._known_since is None:
+            self._known_since = now
+        until = now + self._lease_s
+        self._covered_until.update((table, until) for table in self.tables - tables)
+        self._covered_until = {table: end for table, end in self._covered_until.items() if end > now}
+        self.tables = tables
 
     async def _step(self, page: Page, identity: str, m0: float, record: Epoch | None) -> bool:
         step = next_step(page, identity)
@@ -321,15 +398,10 @@ class Rounds:
     async def _bump(self, due: Mapping[str, Due]) -> None:
         """Bump what is due. Raises unless all of it was confirmed by this very server life, in this epoch."""
         assert self._epoch is not None
-        items = list(due.items())
-        for start in range(0, len(items), BUMPS_AT_ONCE):
-            servers = await asyncio.gather(
-                *(
-                    self._store.bump(generation_key(tenant), tags=one.tags, ttl_ms=self._ttl_ms, rows=one.rows)
-                    for tenant, one in items[start : start + BUMPS_AT_ONCE]
-                )
-            )
-            if set(servers) != {self._epoch.server}:
+        for found in (await self.bumps.send(due)).values():
+            if isinstance(found, StoreError):
+                raise found
+            if found != self._epoch.server:
                 raise StoreUnavailable("the server has changed in the middle of a round")
 
     async def _claim(self, page: Page, identity: str) -> None:
@@ -348,12 +420,14 @@ class Rounds:
         await self._store.epoch(epoch, replacing=epoch.token, ttl_ms=self._ttl_ms)
 
     async def _look_at_backlog(self) -> None:
-        """Count what waits while the store is away, for those who look at it."""
+        """Count what waits while the store is away, for those who look at it, and learn what has become of the triggers."""
+        now = self.clock()
+        if now - self._counted_at < BACKLOG_S:
+            return
+        self._counted_at = now
+        await self._read(None)
         if self._cursor is not None:
-            self._note_backlog(await self.outbox.page(self._cursor))
-
-    def _note_backlog(self, page: Page) -> None:
-        self.pending_rows, self.pending_s = len(page.rows), page.oldest_s
+            self.pending_rows, self.pending_s = await self.outbox.backlog(self._cursor)
 
     async def _housekeeping(self) -> None:
         now = self.clock()
