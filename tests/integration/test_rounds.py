@@ -4,21 +4,24 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import httpx2
 import pytest
 import redis
 from fastapi import FastAPI
-from sqlalchemy import String, text, update
+from sqlalchemy import String, make_url, select, text, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from crm.embedded import EmbeddedValkey
 from respcache import Cache, RedisStore, SingleTenant, cache_list
-from respcache.core.errors import OutboxError
-from respcache.core.fence import DRIFT, MAX_ROWS
+from respcache.core.errors import OutboxError, StoreUnavailable
+from respcache.core.fence import DRIFT, MAX_ROWS, MAX_TENANTS
 from respcache.core.keys import EPOCH_KEY, generation_key
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
@@ -630,3 +633,613 @@ async def test_a_fence_without_its_row_is_named(psql: asyncpg.Connection, empty_
     with pytest.raises(OutboxError, match=f"INSERT INTO {triggers.FENCE}"):
         await outbox.page(None)
     await outbox.close()
+
+
+# -- what administrators do --------------------------------------------------------------------------------------------------
+
+
+async def present_xid(psql: asyncpg.Connection) -> int:
+    return int(await psql.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+
+
+async def come_to(psql: asyncpg.Connection, xid: int) -> None:
+    """Have transactions end until the next number is this one."""
+    while await present_xid(psql) < xid:
+        await psql.execute("SELECT pg_current_xact_id()")
+
+
+async def test_rows_that_came_with_a_dump_swallow_no_write(one: Process, psql: asyncpg.Connection) -> None:
+    """A transaction gets the number of such a row, whose id the generation knows already: the write counts all the same."""
+    await one.stop_rounds()
+    xid = await present_xid(psql) + 20
+    numbers = f"generate_series({xid}, {xid + 3}) AS number"
+    await psql.execute(
+        f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) SELECT number::text::xid8, '{TENANT}', 'T:things' FROM {numbers}"
+    )
+    rows = await psql.fetch(f"SELECT id FROM {triggers.OUTBOX} WHERE xid >= '{xid}'")
+    await one.store.bump(generation_key(TENANT), tags=["T:x"], ttl_ms=60_000, rows=[row["id"] for row in rows])
+    await one.names()
+    assert "; hit" in await one.said()
+    await come_to(psql, xid)
+    answer = await one.http.post("/rename", params={"to": "new"})
+    assert "x-cache-invalidation" not in answer.headers
+    assert await one.names() == ["new", "new"]
+    assert not {row["id"] for row in rows} & {
+        row["id"] for row in await psql.fetch(f"SELECT id FROM {triggers.OUTBOX} WHERE xid = '{xid}'")
+    }
+
+
+async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(one: Process, psql: asyncpg.Connection) -> None:
+    """They are nobody's writes; the cache stays warm."""
+    xid, before = await present_xid(psql) + 10_000, one.rounds.epochs
+    rows = f"SELECT number::text::xid8, '{TENANT}', 'T:things' FROM generate_series({xid}, {xid + 9}) AS number"
+    await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) {rows}")
+    one.rounds._pruned_at = one.rounds.clock() + 3600  # the round that meets them does not leave them to the housekeeping
+    for _ in range(2):
+        await one.rounds.caught_up()
+    assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid >= '{xid}'") == 0
+    assert one.rounds.epochs == before
+    assert "; hit" in await one.said()
+
+
+async def test_a_row_that_a_transaction_has_made_its_own_is_not_deleted_as_foreign(
+    psql: asyncpg.Connection, empty_database_url: str
+) -> None:
+    """It got the number of a row from a dump after that was found, and commits while it is being deleted."""
+    outbox = PostgresOutbox(create_async_engine(empty_database_url))
+    other = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
+    xid = await present_xid(psql) + 1
+    await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) VALUES ('{xid}', '{TENANT}', 'T:things')")
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute(RENAME)
+    assert int(await other.fetchval("SELECT pg_current_xact_id()::text")) == xid
+    await outbox.prune()
+    await transaction.commit()
+    assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid = '{xid}' AND tenant = '{TENANT}'") == 1
+    await other.close()
+    await outbox.close()
+
+
+@pytest.mark.parametrize("column", ["pruned", "horizon"])
+async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
+    one: Process, psql: asyncpg.Connection, column: str
+) -> None:
+    """It lies in the future: by it every cursor would have missed something, for ever."""
+    one.rounds._pruned_at = one.rounds.clock() + 3600  # the round that meets it does not leave it to the housekeeping
+    before = one.rounds.epochs
+    ahead = await present_xid(psql) + 1_000_000
+    await psql.execute(f"UPDATE {triggers.FENCE} SET {column} = '{ahead}'")
+    if column == "horizon":  # it becomes the other when it is moved
+        await psql.execute(f"UPDATE {triggers.FENCE} SET horizon_at = clock_timestamp() - interval '1 day'")
+        await one.outbox.prune()
+    await until(lambda: _is_past(psql))
+    await one.warm()
+    for _ in range(3):
+        await one.rounds.caught_up()
+    assert one.rounds.epochs <= before + 1
+
+
+async def _is_past(psql: asyncpg.Connection) -> bool:
+    found = f"SELECT greatest(pruned, horizon) <= pg_snapshot_xmax(pg_current_snapshot()) FROM {triggers.FENCE}"
+    return bool(await psql.fetchval(found))
+
+
+async def test_a_horizon_from_the_future_deletes_nothing(psql: asyncpg.Connection, empty_database_url: str) -> None:
+    """And is replaced by one that every cursor from before is told of."""
+    outbox = PostgresOutbox(create_async_engine(empty_database_url))
+    await psql.execute(RENAME)
+    cursor = (await outbox.page(None)).cursor
+    ahead = await present_xid(psql) + 1_000_000
+    await psql.execute(f"UPDATE {triggers.FENCE} SET pruned = '{ahead}', horizon = '{ahead}'")
+    page = await outbox.page(None)
+    assert (page.foreign, page.pruned_ahead) == (True, True)
+    await psql.execute(f"INSERT INTO {triggers.OUTBOX} (tenant, tag) VALUES ('late', 'T:things')")
+    async with outbox._connected() as connection:  # what a process does that has just moved the horizon
+        await connection.execute(outbox._delete, {"limit": 10})
+    assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE tenant = 'late'") == 1
+    await outbox.prune()
+    page = await outbox.page(None)
+    assert (page.foreign, page.pruned_ahead) == (False, False)
+    assert page.pruned > cursor.xmin
+    await outbox.close()
+
+
+@pytest.mark.parametrize("table", [triggers.OUTBOX, triggers.FENCE])
+async def test_row_level_security_on_our_tables_is_named(psql: asyncpg.Connection, empty_database_url: str, table: str) -> None:
+    """A platform that switches it on everywhere would hide every row from an application that does not own them."""
+    await psql.execute("DROP ROLE IF EXISTS respcache_app")
+    await psql.execute("CREATE ROLE respcache_app LOGIN PASSWORD 'only-for-tests'; GRANT USAGE ON SCHEMA public TO respcache_app")
+    url = make_url(empty_database_url).set(username="respcache_app", password="only-for-tests")
+    outbox = PostgresOutbox(create_async_engine(url))
+    try:
+        await psql.execute(f"GRANT SELECT ON {triggers.OUTBOX}, {triggers.FENCE} TO respcache_app")
+        assert (await outbox.page(None)).tables == {"things"}
+        await psql.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+        with pytest.raises(OutboxError, match=rf"ALTER TABLE \S*{table} DISABLE ROW LEVEL SECURITY"):
+            await outbox.page(None)
+    finally:
+        await outbox.close()
+        await psql.execute("DROP OWNED BY respcache_app; DROP ROLE respcache_app")
+
+
+async def test_tables_that_exchange_their_names_are_noticed(one: Process, psql: asyncpg.Connection) -> None:
+    """The new one's triggers write the tag of its former name: what reads it is not cached until it is watched by its own."""
+    statements: list[str] = []
+    triggers.create_triggers(statements.append, [triggers.Watched("things_new")])
+    async with psql.transaction():
+        await psql.execute("CREATE TABLE things_new (LIKE things INCLUDING ALL)")
+        await psql.execute("INSERT INTO things_new SELECT id, tenant_id, 'swapped' FROM things")
+        for statement in statements:
+            await psql.execute(statement)
+        await psql.execute("ALTER TABLE things RENAME TO things_old; ALTER TABLE things_new RENAME TO things")
+    await one.cold("no-trigger")
+    assert (await one.names())[0] == "swapped"
+    statements = []
+    triggers.drop_triggers(statements.append, ["things_old"])
+    triggers.create_triggers(statements.append, [triggers.Watched("things")])
+    for statement in statements:
+        await psql.execute(statement)
+    await one.warm()
+    await psql.execute("UPDATE things SET name = 'later'")
+    await one.rounds.safe(one.rounds.clock())
+    assert (await one.names())[0] == "later"
+
+
+async def test_a_table_that_was_renamed_to_and_fro_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+    """Meanwhile another one may have had its name, and been read."""
+    before = one.rounds.epochs
+    async with psql.transaction():
+        await psql.execute("ALTER TABLE things RENAME TO other; ALTER TABLE other RENAME TO things")
+    await one.rounds.safe(one.rounds.clock())
+    assert one.rounds.epochs == before + 1
+
+
+async def test_ordinary_triggers_are_not_enough(one: Process, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture) -> None:
+    """``ENABLE TRIGGER ALL`` and restores leave such: they are silent under a replication role. The log says how to mend it."""
+    await psql.execute("ALTER TABLE things DISABLE TRIGGER ALL; ALTER TABLE things ENABLE TRIGGER ALL")
+    await one.cold("no-trigger")
+    assert "reads of things" in caplog.text
+    assert "watch_table" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ("DROP TABLE things_b", ["a"]),
+        ("ALTER TABLE things DETACH PARTITION things_b", ["a"]),
+        ("ALTER TABLE things ATTACH PARTITION things_c FOR VALUES FROM (20) TO (30)", ["a", "b", "c"]),
+        ("TRUNCATE things_b", ["a"]),
+        ("ALTER TABLE things ALTER COLUMN name TYPE text USING upper(name)", ["A", "B"]),
+    ],
+)
+async def test_ddl_that_changes_what_is_read_is_a_new_epoch(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str, change: str, rows: list[str]
+) -> None:
+    """No trigger fires for it."""
+    await psql.execute(f"""
+        DROP TABLE things;
+        CREATE TABLE things (id int, tenant_id text NOT NULL, name text NOT NULL) PARTITION BY RANGE (id);
+        CREATE TABLE things_a PARTITION OF things FOR VALUES FROM (0) TO (10);
+        CREATE TABLE things_b PARTITION OF things FOR VALUES FROM (10) TO (20);
+        CREATE TABLE things_c (id int, tenant_id text NOT NULL, name text NOT NULL);
+        INSERT INTO things VALUES (1, '{TENANT}', 'a'), (11, '{TENANT}', 'b');
+        INSERT INTO things_c VALUES (21, '{TENANT}', 'c')""")
+    statements: list[str] = []
+    triggers.create_triggers(statements.append, [triggers.Watched("things")])
+    for statement in statements:
+        await psql.execute(statement)
+    process = Process(empty_database_url, valkey_url)
+    async with running(process):
+        await process.warm()
+        await psql.execute(change)
+        await process.rounds.safe(process.rounds.clock())
+        assert await process.names() == rows
+        await process.warm()
+
+
+async def test_what_changes_nothing_that_is_read_keeps_the_epoch(one: Process, psql: asyncpg.Connection) -> None:
+    """Maintenance, and tables that nobody watches."""
+    before = one.rounds.epochs
+    await psql.execute("VACUUM things")
+    await psql.execute("ANALYZE things")
+    await psql.execute("CREATE TABLE others (id int); ALTER TABLE others ADD COLUMN name text; DROP TABLE others")
+    await one.rounds.safe(one.rounds.clock())
+    assert one.rounds.epochs == before
+
+
+@pytest.mark.parametrize(
+    "kinship",
+    [
+        "CREATE TABLE kin () INHERITS (things)",
+        "CREATE TABLE kin (LIKE things); ALTER TABLE things INHERIT kin",
+        "CREATE TABLE kin (LIKE things) PARTITION BY RANGE (id); ALTER TABLE kin ATTACH PARTITION things DEFAULT",
+    ],
+)
+async def test_a_table_that_is_written_to_by_another_name_is_not_cached(
+    one: Process, psql: asyncpg.Connection, kinship: str
+) -> None:
+    """Statements on a parent or on a child that inherits fire no trigger of this one."""
+    await psql.execute(kinship)
+    await one.cold("no-trigger")
+
+
+async def test_a_transaction_asks_what_it_has_left_in_any_role(one: Process, psql: asyncpg.Connection) -> None:
+    """A role per tenant has no right on the outbox and needs none."""
+    await psql.execute("DROP ROLE IF EXISTS respcache_tenant; CREATE ROLE respcache_tenant")
+    await psql.execute("GRANT USAGE ON SCHEMA public TO respcache_tenant; GRANT SELECT, UPDATE ON things TO respcache_tenant")
+    await one.warm()
+    await one.stop_rounds()
+    try:
+        async with AsyncSession(one.engine) as session, session.begin():
+            await session.execute(text("SET LOCAL ROLE respcache_tenant"))
+            await session.execute(update(Thing).values(name="new"))
+        await one.cache.settled()
+        assert await one.names() == ["new", "new"]
+        assert one.cache.figures.acknowledgements_delayed == 0
+    finally:
+        await psql.execute("DROP OWNED BY respcache_tenant; DROP ROLE respcache_tenant")
+
+
+async def remove(psql: asyncpg.Connection) -> None:
+    statements: list[str] = []
+    triggers.drop_triggers(statements.append, ["things"])
+    triggers.drop_outbox(statements.append)
+    async with psql.transaction():
+        for statement in statements:
+            await psql.execute(statement)
+
+
+async def test_an_outbox_that_is_removed_fails_no_write(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
+) -> None:
+    """Under a running application: before it notices and after; writes wait until no fence can be alive, then not at all."""
+    process = Process(empty_database_url, valkey_url, lease_s=0.6)
+    async with running(process):
+        await process.warm()
+        await remove(psql)
+        for name in ("a", "b", "c"):
+            assert (await process.http.post("/rename", params={"to": name})).status_code == 200
+            assert await process.names() == [name, name]
+        await until(lambda: asyncio.sleep(0, not process.rounds.believed_any()))
+        before = process.cache.figures.acknowledgements_delayed
+        answer = await process.http.post("/rename", params={"to": "new"})
+        assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
+        assert process.cache.figures.acknowledgements_delayed == before
+
+
+async def test_without_an_outbox_nobody_waits_for_long(empty_database_url: str, valkey_url: str) -> None:
+    """Deployed before the migration: nobody can hold a fence, which is certain a lease after the first look."""
+    connection = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
+    await connection.execute("CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)")
+    process = Process(empty_database_url, valkey_url, lease_s=0.6)
+    async with running(process):
+        await until(lambda: asyncio.sleep(0, not process.rounds.believed_any()))
+        process.outbox.lease_s = 3600  # what a wait would now be
+        process.rounds._missing_since = process.rounds.clock() - 4000
+        for autocommit in (False, True):
+            async with asyncio.timeout(10):
+                answer = await process.http.post("/run", params={"sql": RENAME, "autocommit": autocommit})
+            assert answer.status_code == 200
+    await connection.close()
+
+
+async def test_a_write_to_a_table_that_was_just_unwatched_waits_for_the_others(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
+) -> None:
+    """It left nothing, but the other process may still serve what it has read. A table that nobody watched delays nobody."""
+    await psql.execute("CREATE TABLE unwatched (id int); INSERT INTO unwatched VALUES (1)")
+    writer, reader = (Process(empty_database_url, valkey_url, lease_s=1.0) for _ in range(2))
+    async with running(writer, reader):
+        await writer.warm()
+        await reader.warm()
+        await until(lambda: asyncio.sleep(0, not writer.rounds.believed("unwatched")))
+        await writer.http.post("/run", params={"sql": "UPDATE unwatched SET id = 2"})
+        assert writer.cache.figures.acknowledgements_delayed == 0
+        statements: list[str] = []
+        triggers.drop_triggers(statements.append, ["things"])
+        for statement in statements:
+            await psql.execute(statement)
+        await writer.http.post("/rename", params={"to": "new"})
+        assert writer.cache.figures.acknowledgements_delayed == 1
+        assert await reader.names() == ["new", "new"]
+        await until(lambda: asyncio.sleep(0, "things" not in writer.rounds.tables))
+        writer.rounds._covered_until["things"] += 60  # however slowly this test runs
+        await writer.http.post("/rename", params={"to": "newer"})
+        assert writer.cache.figures.acknowledgements_delayed == 2
+
+
+async def test_a_table_of_any_name_counts_as_watched(psql: asyncpg.Connection, empty_database_url: str) -> None:
+    """Quotes in it, or too long for the name of its function."""
+    names = ["things", 'it\'s a "table"', "ü" * 25, "x" * 63]
+    statements: list[str] = []
+    triggers.create_triggers(statements.append, [triggers.Watched(name) for name in names])
+    for name in names[1:]:
+        await psql.execute(f"CREATE TABLE {triggers._name(name)} (tenant_id text)")
+    for statement in statements:
+        await psql.execute(statement)
+    outbox = PostgresOutbox(create_async_engine(empty_database_url))
+    page = await outbox.page(None)
+    assert (page.tables, page.unsound) == (set(names), set())
+    await outbox.close()
+
+
+# -- writes that no statement shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        r"WITH a AS (SELECT E'it\'s') UPDATE things SET name = 'new'",
+        "WITH a AS (SELECT $$it's$$) UPDATE things SET name = 'new'",
+        "SELECT rename('new')",
+        "SELECT id FROM public.\"rename\" ('new') AS id",
+    ],
+)
+async def test_the_answer_of_a_hidden_write_waits_too(one: Process, psql: asyncpg.Connection, sql: str) -> None:
+    """A verb that stands in what we take for a literal, or a function that writes: the transaction is asked."""
+    await psql.execute("""
+        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
+    await until(lambda: asyncio.sleep(0, "rename" in one.rounds.functions))
+    await one.warm()
+    await one.stop_rounds()
+    answer = await one.http.post("/run", params={"sql": sql})
+    assert answer.status_code == 200
+    assert await one.names() == ["new", "new"]
+    assert one.cache.figures.of(TENANT, "things").invalidations == 1
+
+
+async def test_a_read_that_only_looks_like_a_write_stays_a_read(one: Process) -> None:
+    """It is asked, and has left nothing: no answer waits, and it is cached."""
+    await one.stop_rounds()
+    made = 0
+
+    async def make() -> list[str]:
+        nonlocal made
+        made += 1
+        async with AsyncSession(one.engine) as session, session.begin():
+            statement = text("SELECT name || 'UPDATE things SET x' FROM things").execution_options(respcache_reads=("things",))
+            return list(await session.scalars(statement))
+
+    for _ in range(2):
+        await one.cache.get_or_set(TENANT, "things", {"q": 1}, make, tables=["things"])
+    assert made == 1
+    assert one.cache.figures.acknowledgements_delayed == 0
+
+
+async def test_a_statement_may_say_that_it_writes(one: Process, psql: asyncpg.Connection) -> None:
+    """What no look at its text can tell, as a view that calls a function."""
+    await psql.execute("""
+        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$;
+        CREATE VIEW renamed AS SELECT rename('new')""")
+    await one.warm()
+    await one.stop_rounds()
+    async with AsyncSession(one.engine) as session, session.begin():
+        await session.execute(text("SELECT * FROM renamed").execution_options(respcache_writes=("things",)))
+    await one.cache.settled()
+    assert await one.names() == ["new", "new"]
+    assert one.cache.figures.acknowledgements_delayed == 0
+
+
+@pytest.mark.parametrize("failing", ["UPDATE things SET id = 1", "INSERT INTO things VALUES (1, 'public', 'twice')"])
+async def test_a_statement_that_failed_in_a_savepoint_delays_nobody(one: Process, failing: str) -> None:
+    """It is known to have left nothing."""
+    async with AsyncSession(one.engine) as session, session.begin():
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                await session.execute(text(failing))
+    await one.cache.settled()
+    assert one.cache.figures.acknowledgements_delayed == 0
+    assert "; hit" in await one.said()
+
+
+async def test_what_deferred_triggers_write_is_waited_for(one: Process, psql: asyncpg.Connection) -> None:
+    """They write in COMMIT, after the transaction was asked: a round has to find it."""
+    await psql.execute("""
+        CREATE TABLE orders (id int PRIMARY KEY);
+        CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN UPDATE things SET name = 'deferred ' || NEW.id; RETURN NULL; END $$;
+        CREATE CONSTRAINT TRIGGER later AFTER INSERT ON orders
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION later()""")
+    await until(lambda: asyncio.sleep(0, one.rounds.deferred))
+    for number in range(5):
+        await one.warm()
+        assert (await one.http.post("/run", params={"sql": f"INSERT INTO orders VALUES ({number})"})).status_code == 200
+        assert await one.names() == [f"deferred {number}"] * 2
+
+
+@pytest.mark.parametrize("sql", [RENAME, "SELECT rename('new')"])
+async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
+    one: Process, psql: asyncpg.Connection, sql: str
+) -> None:
+    """The setting that tells is bounded."""
+    await psql.execute("""
+        INSERT INTO things SELECT n, 'tenant number ' || n, 'old' FROM generate_series(100, 3000) n;
+        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
+    await until(lambda: asyncio.sleep(0, "rename" in one.rounds.functions))
+    await one.warm()
+    async with one.engine.begin() as connection:
+        await connection.execute(text(sql))
+        assert (await connection.execute(text(one.outbox.own_rows))).scalar_one() == triggers.TOO_MANY
+    await one.cache.settled()
+    assert await one.names() == ["new", "new"]
+    assert one.cache.figures.acknowledgements_delayed == 1
+
+
+@pytest.mark.parametrize("forged", ["", "nonsense", '["a"]', "[1, 2, 3]"])
+async def test_a_setting_that_somebody_else_has_changed_is_not_believed(one: Process, forged: str) -> None:
+    """Then a round has to find out."""
+    async with one.engine.begin() as connection:
+        await connection.execute(text(RENAME))
+        await connection.execute(text(f"SELECT set_config('{triggers.setting()}', :forged, true)"), {"forged": forged})
+    await one.cache.settled()
+    assert await one.names() == ["new", "new"]
+
+
+async def test_a_tenant_that_is_spelt_otherwise_than_in_the_rows_is_not_cached(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No write would ever invalidate it: a trigger says column::text."""
+
+    class Rows(DeclarativeBase):
+        pass
+
+    class Row(Rows):
+        __tablename__ = "rows"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        tenant_id: Mapped[UUID]
+
+    spelt = UUID("a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11")
+    engine = create_async_engine(empty_database_url)
+    async with engine.begin() as connection:
+        await connection.run_sync(Rows.metadata.create_all)
+    app = FastAPI()
+
+    @app.get("/rows")
+    @cache_list("rows", tables=["rows"])
+    async def list_rows() -> list[int]:
+        async with AsyncSession(engine) as session:
+            return list(await session.scalars(select(Row.id)))
+
+    for tenant, stored in ((str(spelt).upper(), False), (str(spelt), True), (spelt.hex, False)):
+        cache = Cache(RedisStore(valkey_url), secret=b"k" * 32, resolver=SingleTenant(tenant))
+        watching = watch(engine, cache, metadata=Rows.metadata)
+        await cache.connect()
+        transport = httpx2.ASGITransport(cache.wrap(app))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            said = [(await client.get("/rows")).headers["cache-status"] for _ in range(2)]
+        assert ("; hit" in said[1]) is stored
+        watching.close()
+        await cache.close()
+    assert "mend Scope.tenant" in caplog.text
+    await engine.dispose()
+
+
+# -- what it costs -------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_backlog_of_an_outage_is_counted_now_and_then(
+    psql: asyncpg.Connection, empty_database_url: str, make_valkey: Callable[..., EmbeddedValkey]
+) -> None:
+    """Not read again and again."""
+    valkey = make_valkey()
+    process = Process(empty_database_url, valkey.url)
+    asked: list[float] = []
+    async with running(process):
+        await process.warm()
+        backlog, page = process.outbox.backlog, process.outbox.page
+
+        async def counted(*given: Any) -> Any:
+            asked.append(process.rounds.clock())
+            return await backlog(*given)
+
+        async def no_rows(after: Any) -> Any:
+            assert after is None, "rows were read"
+            return await page(after)
+
+        valkey.kill()
+        await until(lambda: asyncio.sleep(0, not process.store.available))
+        process.outbox.backlog, process.outbox.page = counted, no_rows  # type: ignore[method-assign]
+        await psql.execute(
+            f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || n, 'T:things' FROM generate_series(1, 100) n"
+        )
+        failed = process.rounds.failed
+        await until(lambda: asyncio.sleep(0, process.rounds.pending_rows == 100))
+        await until(lambda: asyncio.sleep(0, process.rounds.failed > failed + 6))
+        assert all(later - earlier >= 1.9 for earlier, later in pairwise(asked))
+
+
+async def test_ids_of_rows_that_a_round_was_faster_with_do_not_pile_up(one: Process) -> None:
+    """The oldest give way."""
+    server = one.rounds.fence.server
+    await one.stop_rounds()
+    for number in range(3):
+        one.rounds.applied([(TENANT, "T:x", f"{number}-{row}") for row in range(MAX_ROWS // 2)], server)
+    assert len(one.rounds._applied) == MAX_ROWS
+    assert "2-0" in one.rounds._applied
+    assert "0-0" not in one.rounds._applied
+
+
+async def test_a_write_for_thousands_of_tenants_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+    """One command to the store instead of one a tenant, for the writer and for every round."""
+    before = one.rounds.epochs
+    await psql.execute(
+        f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM generate_series(1, $1::int) number",
+        MAX_TENANTS + 1,
+    )
+    await one.rounds.safe(one.rounds.clock())
+    assert one.rounds.epochs == before + 1
+
+
+async def test_a_writer_does_not_bump_thousands_of_tenants_one_by_one(one: Process) -> None:
+    """A round makes an epoch of it."""
+    await one.stop_rounds()
+    one.store.bump = None  # type: ignore[method-assign,assignment]
+    one.cache.committed([(f"t{number}", "T:things", str(number)) for number in range(MAX_TENANTS + 1)])
+    await one.cache.settled()
+    assert one.cache.figures.acknowledgements_delayed == 1
+
+
+# -- by hand -------------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_invalidation_by_hand_under_the_number_of_a_row_from_a_dump_leaves_its_own(
+    psql: asyncpg.Connection, empty_database_url: str
+) -> None:
+    """With an id of its own too."""
+    outbox = PostgresOutbox(create_async_engine(empty_database_url))
+    xid = await present_xid(psql) + 1
+    await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag, id) VALUES ('{xid}', 'a', '*', 'foreign')")
+    ((tenant, tag, row),) = await outbox.note([("a", "*")])
+    assert (tenant, tag) == ("a", "*")
+    assert row != "foreign"
+    assert await psql.fetchval(f"SELECT id FROM {triggers.OUTBOX} WHERE xid = '{xid}'") == row
+    await outbox.close()
+
+
+async def test_an_invalidation_by_hand_that_reaches_nobody_is_not_confirmed_and_not_forgotten(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
+) -> None:
+    """Neither database nor store: this process bypasses the tenant, and leaves the row as soon as it can."""
+    first, second = (Process(empty_database_url, valkey_url, lease_s=0.6) for _ in range(2))
+    async with running(first, second):
+        await first.warm()
+        await second.warm()
+        note, bump = first.outbox.note, first.store.bump
+
+        async def away(*given: Any, **options: Any) -> Any:
+            raise OutboxError("away")
+
+        async def gone(*given: Any, **options: Any) -> Any:
+            raise StoreUnavailable("away")
+
+        first.outbox.note, first.store.bump = away, gone  # type: ignore[method-assign]
+        assert await first.cache.invalidate_all_tenant(TENANT) is False
+        assert await first.said() == "respcache; fwd=bypass; detail=pending-invalidation"
+        assert "; hit" in await second.said()
+        first.outbox.note = note  # type: ignore[method-assign]
+        await first.cache.settled()
+        await second.rounds.safe(second.rounds.clock())
+        assert "; hit" not in await second.said()
+        first.store.bump = bump  # type: ignore[method-assign]
+        await first.warm()
+
+
+async def test_an_invalidation_by_hand_without_rows_is_confirmed_by_the_server_of_the_fence_only(
+    one: Process,
+) -> None:
+    """Another one that answers does not count."""
+
+    async def away(*given: Any, **options: Any) -> Any:
+        raise OutboxError("away")
+
+    async def elsewhere(*given: Any, **options: Any) -> str:
+        return "another server"
+
+    bump = one.store.bump
+    one.outbox.note = away  # type: ignore[method-assign]
+    assert await one.cache.invalidate_all_tenant(TENANT) is True
+    assert "; hit" not in await one.said()
+    one.store.bump = elsewhere  # type: ignore[method-assign]
+    assert await one.cache.invalidate_all_tenant(TENANT) is False
+    one.store.bump = bump  # type: ignore[method-assign]

@@ -19,8 +19,8 @@ class Claim:
     """What a request says of its caller, verified but not yet looked up.
 
     ``key`` holds everything that ``Resolver.scope`` depends on besides the database. ``home`` is the tenant (or
-    ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for this claim. ``expires_at`` is when the
-    credentials end by themselves (seconds of the Unix epoch), None: never.
+    ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for this claim, spelt like ``Scope.tenant``.
+    ``expires_at`` is when the credentials end by themselves (seconds of the Unix epoch), None: never.
     """
 
     key: Hashable
@@ -32,8 +32,9 @@ class Claim:
 class Scope:
     """What the caller may see. Subclass it with what the handlers filter by.
 
-    ``tenant`` is the one canonical id of the tenant, or None (then nothing is cached). ``fingerprint`` is equal for two
-    callers iff they see the same rows of that tenant.
+    ``tenant`` is the one canonical id of the tenant, or None (then nothing is cached): letter for letter what PostgreSQL makes
+    of the tenant column with ``::text``, as that is what writes bump. A uuid is in lower case with hyphens, whatever a token or
+    an address says. ``fingerprint`` is equal for two callers iff they see the same rows of that tenant.
     """
 
     tenant: str | None

@@ -4,8 +4,13 @@ Seen are the ORM's unit of work, bulk and Core statements of every session and c
 that changes data is refused unless it says what it changes (``execution_options(respcache_writes=("accounts",),
 respcache_tenant=...)``). Not seen: other engines, COPY through the driver, functions that write when selected, psql.
 
-With an outbox (``Cache(outbox=...)``) the database's triggers see all of that; then the hooks only make it fast. They note
-*that* a transaction may write, so that its answer waits, and ask before COMMIT which rows its statements left in the outbox.
+With an outbox (``Cache(outbox=...)``) the database's triggers see all of that, so no read is older than a lease; the hooks make
+the writer's own answer wait. They note *that* a transaction may write, and ask before COMMIT what its statements have left in
+the outbox. What they take for a write is text with a verb anywhere in it, a call of a volatile function of the database, and
+what says ``execution_options(respcache_writes=...)``. Where there may be more than a transaction can tell before COMMIT, a round
+has to find it: with deferrable constraint triggers, in AUTOCOMMIT, and where a table that others may still take for watched
+left nothing. What passes SQLAlchemy by (COPY through the driver), or calls a writing function through a view or an operator,
+delays no answer: say ``cache.committed(None)`` after its COMMIT.
 
 A change is told after the outermost COMMIT has returned, or has raised (its outcome is then unknown). SQLAlchemy's events do
 not offer that moment: the engine's ``commit`` is dispatched before the COMMIT is sent, the session's ``after_commit`` also
@@ -13,17 +18,20 @@ for a savepoint and for a session that joined somebody else's transaction. So th
 it is called exactly when a COMMIT is sent. Read in SQLAlchemy 2.1: ``engine/base.py`` ``Connection._commit_impl``.
 """
 
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sqlalchemy import Connection, Engine, ExceptionContext, MetaData, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_mapper
 
 from respcache.core.errors import ConfigurationError, UndeclaredWrite
+from respcache.core.generations import table_tag
 from respcache.core.keys import SHARED
 from respcache.record import Record, current, tick
 from respcache.writes.rounds import Rows
@@ -32,9 +40,15 @@ from respcache.writes.statements import Change, Facts, Schema
 if TYPE_CHECKING:
     from respcache.cache import Cache
 
+log = logging.getLogger("respcache")
+
 _KEY = "respcache"
 _FLUSHING = "respcache_flushing"
+_ROWS = msgspec.json.Decoder(list[tuple[str, str, str]])
 _OLD_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+
+UNKNOWN = frozenset({""})
+"""Stands for a table that cannot be told from the statement."""
 
 MAX_FACTS = 4096
 """Texts of statements whose facts are remembered."""
@@ -42,10 +56,16 @@ MAX_FACTS = 4096
 
 @dataclass(slots=True, eq=False)
 class Transaction:
-    """One database transaction: since when, and what it changed, by tenant."""
+    """One database transaction: since when, and what it changed, by tenant.
+
+    With an outbox: ``doubtful`` when it may have written after all, and the tables that it says to have changed.
+    """
 
     began: int = field(default_factory=tick)
     wrote: bool = False
+    doubtful: bool = False
+    targets: set[str] = field(default_factory=set)
+    newest: frozenset[str] = frozenset()
     changes: dict[str, set[str]] = field(default_factory=dict)
     unresolved: set[str] = field(default_factory=set)
     record: Record | None = None
@@ -59,9 +79,21 @@ class Transaction:
     def touch(self) -> None:
         """Remember that something may change; the answer of the current request has to wait for the end of this."""
         self.wrote = True
+        self.doubt()
+        if self.record is not None:
+            self.record.wrote = True
+
+    def expect(self, targets: frozenset[str]) -> None:
+        """Remember which tables change, each of which leaves something in the outbox if it is watched; none: unknown ones."""
+        self.touch()
+        self.newest = (targets or UNKNOWN) - self.targets
+        self.targets |= self.newest
+
+    def doubt(self) -> None:
+        """Remember that something might: to be asked for before COMMIT, for which the answer waits too."""
+        self.doubtful = True
         record = current.get()
         if record is not None:
-            record.wrote = True
             record.open.add(self)
             self.record = record
 
@@ -141,20 +173,29 @@ class Watch:
         setattr(self._engine.dialect, name, ended)
 
     def _own_rows(self, connection: Any, transaction: Transaction | None) -> Rows | None:
-        """Ask which rows the transaction has left in the outbox: one round trip, for transactions that may have written.
+        """Ask what the transaction has left in the outbox: one round trip, for those that may have written.
 
-        The cursor is the driver's own, below all events. What it raises must reach the application: the transaction is then
-        aborted, and a COMMIT would roll it back without a word.
+        None when that is not the whole of it, or cannot be known. The cursor is the driver's own, below all events. What it
+        raises must reach the application: the transaction is then aborted, and a COMMIT would roll it back without a word.
         """
         rounds = self._cache.rounds
-        if rounds is None or transaction is None or not transaction.wrote or not rounds.tables:
+        if rounds is None or transaction is None or not transaction.doubtful:
             return None
         cursor = connection.cursor()
         try:
             cursor.execute(rounds.outbox.own_rows)
-            return [tuple(row) for row in cursor.fetchall()]
+            rows = _left(cursor.fetchone()[0])
         finally:
             cursor.close()
+        if not transaction.wrote and rows != []:  # what was doubtful is certain now
+            transaction.touch()
+        if rows is None or rounds.deferred:
+            return None
+        tags = {tag for _, tag, _ in rows}
+        silent = (table for table in transaction.targets if table_tag(table) not in tags)
+        if any(rounds.believed(table) if table else not rows and rounds.believed_any() for table in silent):
+            return None
+        return rows
 
     def _ended(self, transaction: Transaction, rows: Rows | None, *, committed: bool) -> None:
         if committed:
@@ -166,6 +207,7 @@ class Watch:
         if not transaction.wrote:
             return
         changes, transaction.changes, transaction.wrote = transaction.changes, {}, False
+        transaction.targets.clear()
         if self._cache.rounds is not None:
             self._cache.committed(rows)
         elif changes:
@@ -181,9 +223,13 @@ class Watch:
     ) -> None:
         facts = self._facts_of(sql, context)
         transaction: Transaction = _info(connection).setdefault(_KEY, Transaction())
-        if self._cache.rounds is not None:
-            if facts.raw or facts.change is not None:
-                transaction.touch()
+        rounds = self._cache.rounds
+        if rounds is not None:
+            declared = context.execution_options.get("respcache_writes")
+            if facts.raw or facts.change is not None or declared:
+                transaction.expect(facts.targets | frozenset(declared or ()))
+            elif facts.doubtful or not facts.calls.isdisjoint(rounds.functions):
+                transaction.doubt()
         elif facts.raw:
             self._note_declared(transaction, sql, context.execution_options)
         elif facts.change is not None:
@@ -195,18 +241,28 @@ class Watch:
     def _after_execute(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
+        transaction: Transaction | None = _info(connection).get(_KEY)
+        if transaction is not None and cursor.rowcount == 0 and self._facts_of(sql, context).counted:
+            transaction.targets -= transaction.newest
         self._tell_in_autocommit(connection)
 
     def _failed(self, context: ExceptionContext) -> None:
         """In AUTOCOMMIT a statement that raised may have been carried out: the connection broke before its answer came."""
         if context.connection is not None and context.execution_context is not None:
+            transaction: Transaction | None = _info(context.connection).get(_KEY)
+            if transaction is not None:  # elsewhere it has changed nothing
+                transaction.targets -= transaction.newest
             self._tell_in_autocommit(context.connection)
 
     def _tell_in_autocommit(self, connection: Connection) -> None:
         """There a statement is its own transaction: whatever is rolled back later, it stays."""
         transaction: Transaction | None = _info(connection).get(_KEY)
-        if transaction is not None and transaction.wrote and _isolation(connection) == "AUTOCOMMIT":
-            self._tell(transaction, None)
+        if transaction is None or not transaction.doubtful or _isolation(connection) != "AUTOCOMMIT":
+            return
+        if self._cache.rounds is not None:  # without one, what is only doubtful is nothing
+            transaction.touch()
+        transaction.doubtful = False
+        self._tell(transaction, None)
 
     def _facts_of(self, sql: str, context: Any) -> Facts:
         compiled = context.compiled
@@ -261,10 +317,20 @@ class Watch:
         declared = options.get("respcache_reads")
         reads.tables.update(facts.reads if declared is None else declared)
         reads.undeclared_sql |= facts.undeclared and declared is None
+        tenant = None if record.scope is None else record.scope.tenant
+        if tenant is not None and tenant != SHARED and not reads.undeclared_sql:
+            table = self._schema.misspelt(tenant, facts.reads)
+            if table is not None:
+                reads.undeclared_sql = True
+                self._say_misspelt(tenant, table)
         if transaction.began < reads.captured_at:
             session = transaction.session() if transaction.session is not None else None
             held = session is not None and len(session.identity_map) > 0
             reads.old_snapshot |= held or _isolation(connection) in _OLD_SNAPSHOTS
+
+    def _say_misspelt(self, tenant: str, table: str) -> None:
+        if self._cache.first_time(f"misspelt: {table}"):
+            log.warning("not cached: reads of %s for tenant %r, which its rows spell otherwise; mend Scope.tenant", table, tenant)
 
     # -- session events: whose rows a flush changes ---------------------------------------------------------------------
 
@@ -342,6 +408,14 @@ class Watch:
                 raise ConfigurationError(
                     f"a cached read declares the table {table!r}, whose rows belong to no tenant: not supported"
                 )
+
+
+def _left(setting: str | None) -> Rows | None:
+    """Read what a transaction has left from the value of its setting; None when that is too much, or nothing of ours."""
+    try:
+        return _ROWS.decode(f"[{setting or ''}]")
+    except msgspec.DecodeError:
+        return None
 
 
 def _info(connection: Any) -> dict[Any, Any]:

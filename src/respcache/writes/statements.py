@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import Column, MetaData, Table
+from sqlalchemy import Column, Integer, MetaData, Table, Uuid
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.dml import Delete, Insert, Update
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ColumnElement
@@ -26,6 +27,11 @@ _HARMLESS = re.compile(
 
 _LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.S)
 _VERB = re.compile(r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE|(?<!FOR )(?<!DO )(?<!KEY )UPDATE)\b", re.I)
+_TARGET = re.compile(
+    r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE(?: TABLE)?|(?<!FOR )(?<!DO )(?<!KEY )UPDATE) (?:ONLY )?([\w.\"]+)", re.I
+)
+_COUNTED = re.compile(r"(?:INSERT|DELETE|UPDATE)\b", re.I)
+_CALL = re.compile(r"\b(\w+)\"?\s*\(")
 _FROM = re.compile(r"\b(?:FROM|JOIN)\b", re.I)
 _IN_FROM = re.compile(
     r"[(),]|\b(?:WHERE|GROUP|ORDER|LIMIT|HAVING|UNION|INTERSECT|EXCEPT|OFFSET|FETCH|FOR|WINDOW|RETURNING)\b", re.I
@@ -50,12 +56,21 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a statement reads and changes. ``undeclared`` reads or ``raw`` changes cannot be told from it."""
+    """What a statement reads and changes. ``undeclared`` reads or ``raw`` changes cannot be told from it.
+
+    The others are for who can ask the database what a transaction has left: ``targets`` are the tables that it changes as far
+    as they can be told, ``counted`` says that it changes nothing if it tells that it changed no rows, ``doubtful`` that a verb
+    stands in what we take for a literal (which may be our mistake: escape strings, dollar quotes), and ``calls`` names functions.
+    """
 
     reads: frozenset[str]
     undeclared: bool
     change: Change | None
     raw: bool
+    targets: frozenset[str] = frozenset()
+    counted: bool = False
+    doubtful: bool = False
+    calls: frozenset[str] = frozenset()
 
 
 class Schema:
@@ -75,6 +90,22 @@ class Schema:
         """Name the column that holds the tenant of a row, or None for a table whose rows belong to no tenant."""
         return self._tenant_columns.get(table)
 
+    def misspelt(self, tenant: str, tables: Iterable[str]) -> str | None:
+        """Name one of these tables in which this tenant stands under another spelling, by the type of its column.
+
+        Entries would then depend on a generation that no write to the table bumps.
+        """
+        for table in tables:
+            column = self._tenant_columns.get(table)
+            kind = None if column is None else self.tables[table].c[column].type
+            try:
+                spelt = str(UUID(tenant)) if isinstance(kind, Uuid) else str(int(tenant)) if isinstance(kind, Integer) else tenant
+            except ValueError:
+                return table
+            if spelt != tenant:
+                return table
+        return None
+
     def cascades(self, table: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
         """Name the tables that the database itself changes when rows of this one are deleted (ON DELETE ...)."""
         found: set[str] = set()
@@ -92,7 +123,7 @@ class Schema:
         plain = _plain(sql)
         raw = _HARMLESS.match(plain) is None or _VERB.search(plain) is not None
         reads, unknown = self._reads(plain)
-        return Facts(reads, unknown, None, raw)
+        return self._facts(sql, plain, reads, unknown, None, raw)
 
     def facts_of_compiled(self, compiled: Any, sql: str) -> Facts:
         """Tell what a compiled statement reads and changes."""
@@ -104,8 +135,22 @@ class Schema:
         plain = _plain(sql)
         reads, unknown = self._reads(plain)
         if len(_VERB.findall(plain)) > 1:  # a WITH that changes more than the statement itself does
-            return Facts(reads, unknown, None, True)
-        return Facts(reads, unknown, self._change(final, compiled, plain), False)
+            return self._facts(sql, plain, reads, unknown, None, True)
+        return self._facts(sql, plain, reads, unknown, self._change(final, compiled, plain), False)
+
+    def _facts(self, sql: str, plain: str, reads: frozenset[str], unknown: bool, change: Change | None, raw: bool) -> Facts:
+        writes = raw or change is not None
+        targets = frozenset({change.table} if change is not None else map(_table, _TARGET.findall(plain)))
+        return Facts(
+            reads,
+            unknown,
+            change,
+            raw,
+            targets=targets if writes else frozenset(),
+            counted=writes and len(targets) == 1 and len(_VERB.findall(plain)) == 1 and _COUNTED.match(plain) is not None,
+            doubtful=not writes and _VERB.search(" ".join(sql.split())) is not None,
+            calls=frozenset(name.lower() for name in _CALL.findall(plain)),
+        )
 
     def _reads(self, plain: str) -> tuple[frozenset[str], bool]:
         text = plain.replace('"', "")
@@ -133,6 +178,12 @@ class Schema:
 def _plain(sql: str) -> str:
     """Return SQL without literals and comments, on one line."""
     return " ".join(_LITERALS.sub(" ", sql).split())
+
+
+def _table(name: str) -> str:
+    """Return the name of a table as the database knows it, without its schema."""
+    last = name.rpartition(".")[2]
+    return last.replace('"', "") if '"' in last else last.lower()
 
 
 def _written(compiled: Any, column: str) -> tuple[str, ...]:
