@@ -98,6 +98,8 @@ class Database:
         self.world = world
         self.oracle = oracle
         self.tables = frozenset(table for _, table in registers)
+        self.deferred = False
+        """Whether triggers may write in COMMIT."""
         self.values: dict[Register, int] = {register: oracle.begin(register) for register in registers}
         self.outbox: list[Row] = []
         self.fence = FenceRow(effective_at=YEARS_S, until=YEARS_S, horizon_at=YEARS_S)
@@ -377,6 +379,7 @@ class SimulatedOutbox:
                 pruned=database.fence.pruned,
                 authority=database.fence.authority,
                 tables=database.tables,
+                deferred=database.deferred,
             )
 
         def by_the_clock(page: Page) -> Page:
@@ -394,6 +397,16 @@ class SimulatedOutbox:
         if failed:
             self._recovered()
         return found
+
+    async def backlog(self, after: Cursor) -> tuple[int, float]:
+        """See ``Outbox.backlog``; ``_BACKLOG``."""
+        database = self.database
+
+        def count() -> tuple[int, float]:
+            rows = database.unseen(after)[: MAX_ROWS + 1]
+            return len(rows), max((database.now - row.at for row in rows), default=0.0)
+
+        return await self._ask(count)  # type: ignore[no-any-return]
 
     async def claim(self, identity: str, *, instead_of: str | None) -> None:
         """See ``Outbox.claim``; ``_CLAIM``."""

@@ -93,6 +93,8 @@ class Mix:
     """How much longer writers pause than readers."""
     small_limits: float = 0.5
     """The share of schedules in which the bounds of the library are so small that they are reached."""
+    deferred: float = 0.3
+    """The share of databases with triggers that write in COMMIT."""
     trouble: Sequence[float] = (0.0, 0.0, 0.003, 0.02)
     near_bytes: Sequence[int] = (0, 5000, 1 << 20)
     """What a process may keep in memory: nothing, a few values, all."""
@@ -164,6 +166,7 @@ class Schedule:
         self.tenants = ["t1", "t2"][: rng.choice([1, 2])]
         self.registers: list[Register] = [(tenant, table) for tenant in self.tenants for table in QUERIES["both"]]
         self.database = Database(self.world, self.oracle, self.registers, ids=random.Random(seed))
+        self.database.deferred = random.Random(f"deferred {seed}").random() < mix.deferred
         self.outsider = Host("outsider")
         self.servers = [Server(self.world, "s0")]
         self.processes: list[Process] = []
@@ -310,21 +313,21 @@ class Schedule:
         except DatabaseGone:
             transaction.abandon()
             return
-        known = dict(transaction.writes)
-        others = [register for register in self.registers if register not in known]
-        deferred = self.rng.choice(others) if others and self.rng.random() < 0.05 else None
+        others = [register for register in self.registers if register not in transaction.writes]
+        deferred = self.rng.choice(others) if others and self.rng.random() < 0.3 and self.database.deferred else None
         lands_after_s = self.rng.random() * self.lease_s if style == "unknown" else 0.0
         commit = partial(transaction.commit, deferred=deferred, lands_after_s=lands_after_s)
         if style == "dies":
             await self._die_in(transaction, commit)
             return
         self.world.counts["writes"] += 1
-        outcome = await self.commit_and_tell(process, commit, rows)
+        outcome = await self.commit_and_tell(process, commit, self.whole(process, rows))
         if outcome is None:
             self.world.counts["commits unknown"] += 1
             transaction.abandon()
             return
         self.world.counts[f"acknowledged: {outcome}"] += 1
+        known = dict(transaction.writes)  # what a deferred trigger wrote included
         self.world.note(process.host.name, "ACKNOWLEDGES", known, outcome)
         for register, stamp in known.items():
             self.oracle.acknowledge(register, stamp, by=process.host.name)
@@ -349,6 +352,11 @@ class Schedule:
             return record.outcome
         finally:
             current.reset(token)
+
+    def whole(self, process: Process, rows: Rows) -> Rows | None:
+        """Tell whether these are all rows that the transaction will have left: not where triggers may write in COMMIT."""
+        rounds = process.cache.rounds
+        return None if rounds is not None and rounds.deferred else rows
 
     def tell(self, process: Process, rows: Rows | None) -> None:
         """Tell the cache what was committed."""
@@ -685,6 +693,7 @@ def _limits(rng: random.Random, mix: Mix) -> Iterator[None]:
             (respcache.writes.rounds, "LOST_AUTHORITY_S", choose(30.0, 0.1, 1.0)),
             (respcache.writes.rounds, "SAVE_CURSOR_S", choose(30.0, 0.5)),
             (respcache.writes.rounds, "PRUNE_S", 0.4),
+            (respcache.core.fence, "MAX_TENANTS", choose(2_000, 2_000, 2_000, 1)),
         ):
             stack.enter_context(replaced(module, name, value))
         yield

@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
 
 def test_calm_weather_is_served_from_the_cache() -> None:
     """Without faults nothing is bypassed once the first round is over, and no acknowledgement waits."""
-    calm = Mix(writers={"acknowledged": 3, "outsider": 1}, most_faults=0, small_limits=0.0, trouble=(0.0,))
+    calm = Mix(writers={"acknowledged": 3, "outsider": 1}, most_faults=0, small_limits=0.0, deferred=0.0, trouble=(0.0,))
     counts: Counter[str] = Counter()
     for seed in range(20):
         result = run(seed, calm)
