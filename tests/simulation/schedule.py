@@ -313,8 +313,10 @@ class Schedule:
         except DatabaseGone:
             transaction.abandon()
             return
-        others = [register for register in self.registers if register not in transaction.writes]
-        deferred = self.rng.choice(others) if others and self.rng.random() < 0.3 and self.database.deferred else None
+        known = dict(transaction.writes)
+        others = [register for register in self.registers if register not in known]
+        often = 0.3 if self.database.deferred else 0.05  # what writes in COMMIT, unknown to anybody: for that, no answer waits
+        deferred = self.rng.choice(others) if others and self.rng.random() < often else None
         lands_after_s = self.rng.random() * self.lease_s if style == "unknown" else 0.0
         commit = partial(transaction.commit, deferred=deferred, lands_after_s=lands_after_s)
         if style == "dies":
@@ -327,7 +329,8 @@ class Schedule:
             transaction.abandon()
             return
         self.world.counts[f"acknowledged: {outcome}"] += 1
-        known = dict(transaction.writes)  # what a deferred trigger wrote included
+        if self.database.deferred:
+            known = dict(transaction.writes)
         self.world.note(process.host.name, "ACKNOWLEDGES", known, outcome)
         for register, stamp in known.items():
             self.oracle.acknowledge(register, stamp, by=process.host.name)
