@@ -209,14 +209,15 @@ class Cache:
     async def invalidate_tenant_cache(self, tenant_id: str, module: str) -> bool:
         """Invalidate everything that a tenant's module has cached, everywhere. One write, whatever the number of keys.
 
-        Returns whether the store confirmed it. If not: with an outbox, nothing that it invalidates is served any more, by any
-        process; without one, it is retried and this process bypasses the tenant meanwhile. Raises ``ValueError`` for a tenant
-        id or a module that cannot be.
+        Returns whether it holds everywhere. If not: with an outbox, nothing that it invalidates is served any more by any
+        process, unless the database could not be reached either. Then, and without an outbox, it is retried, this process
+        bypasses the tenant meanwhile, and other processes may serve what they had until the retry succeeds (if this process
+        ends first: until its time to live). Raises ``ValueError`` for a tenant id or a module that cannot be.
         """
         return await self._bump_now({keys.check_tenant(tenant_id): [module_tag(keys.check_module(module))]})
 
     async def invalidate_all_tenant(self, tenant_id: str) -> bool:
-        """Invalidate everything that a tenant has cached, everywhere. One write. Returns whether the store confirmed it."""
+        """Invalidate everything that a tenant has cached, everywhere. One write. Returns as ``invalidate_tenant_cache``."""
         return await self._bump_now({keys.check_tenant(tenant_id): [FLOOR]})
 
     async def settled(self, *, timeout_s: float = 5.0) -> None:
@@ -251,7 +252,8 @@ class Cache:
     def committed(self, rows: Rows | None) -> None:
         """Say that a transaction was committed which left these rows (tenant, tag, id) in the outbox, or unknown ones (None).
 
-        Called by the database hooks, any thread.
+        Called by the database hooks, any thread; with None also by applications, after the COMMIT of what no hook sees (COPY
+        below SQLAlchemy).
         """
         self._await(self._invalidator.committed(rows))
         tables: dict[str, set[str]] = {}
@@ -464,7 +466,10 @@ class Cache:
         if self.rounds is None or not self.rounds.completed:
             return
         missing = sorted({*self.tables, *self.resolver.tables} - self.rounds.tables)
-        message = f"not cached: reads of {', '.join(missing)}, whose triggers are missing or disabled (respcache.writes.triggers)"
+        message = (
+            f"not cached: reads of {', '.join(missing)}, which no sound triggers watch "
+            "(op.watch_table, or triggers.create_triggers, mends it)"
+        )
         if missing and self.first_time(message):
             log.warning("%s", message)
 
