@@ -36,6 +36,7 @@ Receive = Callable[[], Awaitable[Message]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 READS = ("GET", "HEAD")
+ACCEPT = b"accept-encoding"
 
 TTL_JITTER = 0.05
 """Entries live up to this share shorter than their policy says, so that those made together do not end together."""
@@ -94,9 +95,11 @@ class Wrapper:
             try:
                 view = await cache.read_view(aim)
             except StoreError:
-                if not aim.lasts:
+                if not cache.lasts(aim):
                     return False
             now = cache.clock()
+            if not cache.enabled:
+                return False
         if view is not None and not cache.proves(aim, held, fence, view, now):
             return False
         variant = held.variants.get(plan.coding) or cache.variant(aim, held, plan.coding)
@@ -139,7 +142,7 @@ class Wrapper:
         figures.bytes_served += len(body)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[Cache] Hit: %s %s for tenant %s", aim.policy.module, aim.policy.kind, aim.tenant)
-        headers = variant.headers(int(held.expires_at - now))
+        headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
         await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
         await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})
 
@@ -170,11 +173,14 @@ class Wrapper:
         head = Head(scope, found[1])
         form = canonical(head, found[1], declared=route.parameters, passed=route.passed)
         coding = accepted(head.joined("accept-encoding"))
-        await self._read(Plan(route, route.policy, found[1], form, coding=coding), key, scope, receive, send, record)
+        life = 0 if self.memo is None else self.memo.life
+        plan = Plan(route, route.policy, found[1], form, coding=coding, life=life)
+        await self._read(plan, key, scope, receive, send, record)
 
     async def _read(self, plan: Plan, key: Key | None, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         """Answer a request of a cached route the long way. ``key``: what to remember the plan by, if it is a new one."""
-        route, policy, head = plan.route, plan.policy, Head(scope, plan.path)
+        route, policy = plan.route, plan.policy
+        head = Head(scope, plan.path) if self.memo is None else self.memo.narrowed(scope, plan.path)
         if scope["method"] == "HEAD":
             send = without_body(send)
         scope = {**scope, "method": "GET", "query_string": plan.form.query_string}
@@ -226,13 +232,20 @@ class Wrapper:
         send: Send,
         record: Record,
     ) -> None:
-        """Run the handler, store and share what it answers if that may be, and send it."""
+        """Run the handler, store and share what it answers if that may be, and send it.
+
+        The handler does not see which codings the client accepts: what it answers is for all of them.
+        """
+        if ACCEPT not in route.key_headers:
+            scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != ACCEPT]}
         record.reads = Reads()
         started = time.monotonic()
         figures = look.aim.figures
 
         def land(refused: str | None, status: int, headers: Headers, body: bytes) -> str | None:
             refused = refused or _late_refusal(record, policy, route, scope, headers, body)
+            if refused is None and status == 204 and body:
+                refused = "length"
             if refused is not None:
                 figures.refusals[refused] += 1
                 lead.land(None)
@@ -244,8 +257,8 @@ class Wrapper:
             figures.bytes_stored += len(body)
             return None
 
-        held = HeldAnswer(send, record)
-        recorder = Recorder(held, land=land, forward=forward, max_body_bytes=policy.max_body_bytes, key_headers=route.key_headers)
+        held, seen = HeldAnswer(send, record), route.key_headers | {ACCEPT}
+        recorder = Recorder(held, land=land, forward=forward, max_body_bytes=policy.max_body_bytes, key_headers=seen)
         try:
             await self._hold(scope, receive, held, recorder)
         finally:

@@ -11,7 +11,7 @@ import msgspec
 from respcache.asgi import App, Wrapper
 from respcache.core import keys
 from respcache.core.entry import Entry
-from respcache.core.errors import StoreError
+from respcache.core.errors import ConfigurationError, StoreError
 from respcache.core.fence import Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.identity import Head, Resolver
@@ -96,6 +96,7 @@ class Cache:
         self.rounds: Rounds | None = None
         self.audit: Audit | None = None
         self._near: Near | None = None
+        self._identities: Identities | None = None
         if audit_share != 0:
             check_share(audit_share)
         if store is not None:
@@ -105,10 +106,11 @@ class Cache:
             self._near = S3Fifo(near_bytes) if near_bytes > 0 else None
             self._views = Views(store, clock=clock)
             store.listen(self._views.expire, self._views.expire_all)
+            self._identities = Identities(resolver)
             self._lookup = Lookup(
                 store,
                 digester=digester,
-                identities=Identities(resolver),
+                identities=self._identities,
                 invalidator=self._invalidator,
                 rounds=self.rounds,
                 near=self._near,
@@ -119,7 +121,7 @@ class Cache:
             )
             # what the way of a hit calls, without a step in between
             self.hit, self.candidate, self.proves = self._lookup.hit, self._lookup.candidate, self._lookup.proves
-            self.read_view, self.variant = self._lookup.read_view, self._lookup.variant
+            self.read_view, self.variant, self.lasts = self._lookup.read_view, self._lookup.variant, self._lookup.lasts
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
             if audit_share != 0:
                 self.audit = Audit(
@@ -234,13 +236,15 @@ class Cache:
         return () if self.store is None else self._invalidator.pending
 
     def forget(self) -> None:
-        """Drop what this process remembers: verified credentials and entries in memory. Costs round trips, never an answer.
+        """Drop what this process remembers: verified credentials, scopes, entries in memory. Costs round trips, never an answer.
 
         For credentials that are revoked by other means than a row of the resolver's tables; without it they are verified
         again within a minute.
         """
         for memo in self._memos:
             memo.forget()
+        if self._identities is not None:
+            self._identities.forget()
         if self._near is not None:
             self._near.clear()
 
@@ -302,7 +306,9 @@ class Cache:
             policy, tenant=tenant, route=f"value:{module}", fingerprint=b"", parameters=as_parameters(key)
         )
         figures = self.figures.of(tenant, module)
-        aim = Aim(tenant, target, policy, figures=figures, view_s=policy.view_s(anonymous=True))
+        # within a fill the value must be as fresh as what is made of it, whose certificate says so for all its time
+        view_s = policy.view_s(anonymous=True) if outer is None or outer.reads is None else 0.0
+        aim = Aim(tenant, target, policy, figures=figures, view_s=view_s)
         held = await self._lookup.hit(aim)
         if held is not None:
             figures.hits += 1
@@ -409,12 +415,14 @@ class Cache:
         headers: Collection[str] | None = getattr(self.resolver, "headers", None)
         if headers is None or self.store is None:
             return None
-        names = {name.lower().encode("latin-1") for name in headers}
+        if isinstance(headers, str) or not all(isinstance(name, str) for name in headers):
+            raise ConfigurationError(f"{type(self.resolver).__name__}.headers is {headers!r}: make it a tuple of names")
+        others: set[bytes] = set()
         for route in routes:
-            names |= route.key_headers
+            others |= route.key_headers
             if any(parameter.place == "cookie" for parameter in route.parameters):
-                names.add(b"cookie")
-        memo = Memo(names, clock=self.clock)
+                others.add(b"cookie")
+        memo = Memo((name.lower().encode("latin-1") for name in headers), others, clock=self.clock)
         self._memos.append(memo)
         return memo
 

@@ -34,6 +34,10 @@ class Identities:
         self._known: OrderedDict[Hashable, Known] = OrderedDict()
         self._reading: Flights[Known] = Flights()
 
+    def forget(self) -> None:
+        """Drop all scopes; they are read again when they are needed."""
+        self._known.clear()
+
     def recall(self, claim: Claim) -> Known | None:
         """Return what is known of the claim, still to be judged."""
         known = self._known.get(claim.key)

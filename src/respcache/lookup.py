@@ -113,7 +113,7 @@ class Lookup:
     async def hit(self, aim: Aim) -> Held | None:
         """Return what this process's memory answers, if that can be proven, else None. At most one round trip, for a view.
 
-        The wrapper and ``turbo`` take these steps themselves: this is the plain form of them.
+        For values, and for requests whose bytes are new here. The wrapper and ``turbo`` take the same steps by themselves.
         """
         candidate = self.candidate(aim, self._clock())
         if candidate is None:
@@ -123,13 +123,15 @@ class Lookup:
             try:
                 view = await self.read_view(aim)
             except StoreError:
-                return held if aim.lasts else None
+                return held if self.lasts(aim) else None
         return held if self.proves(aim, held, fence, view, self._clock()) else None
 
     def candidate(self, aim: Aim, now: float) -> Candidate | None:
         """Return what this process holds in memory for a request that comes now, and what is needed to prove it."""
-        near, known, varies_by, rounds = self._near, aim.known, aim.policy.varies_by, self._rounds
-        if near is None or not aim.tags or self._invalidator.vetoing:
+        near, varies_by, rounds = self._near, aim.policy.varies_by, self._rounds
+        if near is None or not aim.tags:
+            return None
+        if self._invalidator.vetoing and (self._invalidator.vetoed(aim.tenant) or self._invalidator.vetoed(aim.home)):
             return None
         held = near.get(aim.target.entry_key)
         if held is None:
@@ -137,7 +139,7 @@ class Lookup:
         if now >= held.expires_at:
             near.discard(aim.target.entry_key)
             return None
-        if varies_by is not None and (known is None or varies_by(known.scope) != aim.varied):
+        if varies_by is not None and not self._varies_as_before(aim):
             return None
         fence = None
         if rounds is not None and not aim.lasts:
@@ -146,6 +148,17 @@ class Lookup:
                 return None
         view = self._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s) if aim.view_s else None
         return held, fence, view
+
+    def lasts(self, aim: Aim) -> bool:
+        """Whether what is held may be used although no view is to be had: not when it was heard to be out of date."""
+        return aim.lasts and not self._views.bumped(aim.target.generation_key)
+
+    def _varies_as_before(self, aim: Aim) -> bool:
+        varies_by, known = aim.policy.varies_by, aim.known
+        try:
+            return varies_by is not None and known is not None and varies_by(known.scope) == aim.varied
+        except Exception:  # the long way meets it too, and says so
+            return False
 
     def read_view(self, aim: Aim) -> "asyncio.Future[Generation]":
         """Read a view that is younger than this call. Raises ``StoreUnavailable``, the future ``StoreError``."""
@@ -161,6 +174,7 @@ class Lookup:
         if held.proven is not view:
             if view.judge(held.entry.certificate, aim.target.tags) is not Verdict.VALID:
                 self._drop(aim.target.entry_key, held)
+                self._views.expire(aim.target.generation_key)  # if it was an old one: what is made next must not be judged by it
                 return False
             held.proven = view
         if aim.known is not None and aim.proven is not view:

@@ -15,7 +15,7 @@ from typing import Any
 
 from respcache.core.encoding import Coding
 from respcache.core.generations import Generation
-from respcache.core.identity import Claim
+from respcache.core.identity import Claim, Head
 from respcache.core.policy import FOREVER, Canonical, Policy
 from respcache.fill.leases import Target
 from respcache.identities import Known
@@ -79,11 +79,14 @@ class Aim:
 class Plan:
     """One kind of request. ``claim``, ``known`` and ``aim`` are None until they are found out."""
 
-    __slots__ = ("aim", "claim", "coding", "expires_at", "form", "known", "path", "policy", "route")
+    __slots__ = ("aim", "claim", "coding", "expires_at", "form", "known", "life", "path", "policy", "route")
 
-    def __init__(self, route: Route, policy: Policy, path: Mapping[str, str], form: Canonical, *, coding: Coding) -> None:
+    def __init__(
+        self, route: Route, policy: Policy, path: Mapping[str, str], form: Canonical, *, coding: Coding, life: int = 0
+    ) -> None:
         self.route = route
         self.coding = coding
+        self.life = life
         self.policy = policy
         self.path = path
         self.form = form
@@ -96,8 +99,11 @@ class Plan:
 class Memo:
     """The plans of one process, bounded in bytes."""
 
-    def __init__(self, headers: Iterable[bytes], *, clock: Callable[[], float]) -> None:
-        self.wanted = frozenset(headers) | ALWAYS
+    def __init__(self, claimed: Iterable[bytes], others: Iterable[bytes], *, clock: Callable[[], float]) -> None:
+        self.life = 0
+        """Changes when all plans are forgotten: one that was begun before is of no use after."""
+        self._claimed = frozenset(claimed)
+        self.wanted = self._claimed.union(others, ALWAYS)
         self._clock = clock
         self._plans: S3Fifo[Key, Plan] = S3Fifo(MEMO_BYTES)
 
@@ -110,6 +116,12 @@ class Memo:
         seen = [(name, value) for name, value in scope["headers"] if name in wanted]
         return (scope["path"], scope["query_string"], scope.get("root_path"), *seen)
 
+    def narrowed(self, scope: Mapping[str, Any], path: Mapping[str, str]) -> Head:
+        """Return of a request what a resolver may look at: a header that it did not name is not there, instead of being missed
+        when the request is recognised."""
+        headers = [(name, value) for name, value in scope["headers"] if name in self._claimed]
+        return Head({**scope, "headers": headers}, path)
+
     def recall(self, key: Key, now: float) -> Plan | None:
         """Return the plan of such requests, if there is one that has not ended."""
         plan = self._plans.get(key)
@@ -118,6 +130,8 @@ class Memo:
     def remember(self, key: Key, plan: Plan) -> None:
         """Keep a plan whose claim was verified now."""
         assert plan.claim is not None
+        if plan.life != self.life:
+            return
         lasts_s = MAX_AGE_S
         if plan.claim.expires_at is not None:
             lasts_s = min(lasts_s, plan.claim.expires_at - time.time())
@@ -126,5 +140,6 @@ class Memo:
         self._plans.put(key, plan, size_bytes=size_bytes)
 
     def forget(self) -> None:
-        """Drop all plans."""
+        """Drop all plans, those under way too."""
+        self.life += 1
         self._plans.clear()

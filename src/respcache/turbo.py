@@ -13,6 +13,7 @@ is named in ``skips``: name those that do nothing which a hit needs.
 """
 
 import asyncio
+import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -30,6 +31,9 @@ from respcache.plans import MEMO_BYTES, Aim, Key, Memo, Plan
 
 HARMLESS = frozenset({"uvicorn.middleware.proxy_headers.ProxyHeadersMiddleware"})
 """What uvicorn itself puts around an application: it changes who the client is, at which no plan may look."""
+
+WITH_A_BODY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
+log = logging.getLogger("respcache")
 
 KEY_BYTES = 512
 """What remembering a request takes besides the bytes that it is recognised by, roughly."""
@@ -88,8 +92,12 @@ class _Turbo(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Look at what uvicorn really serves, once (asyncio.Protocol)."""
         if id(self.app) not in self.checked:
-            if _wrapper_of(self.app, self.skips | HARMLESS) is not self.wrapper:
-                raise ConfigurationError("uvicorn serves another application than the one that turbo.protocol was given")
+            try:
+                if _wrapper_of(self.app, self.skips | HARMLESS) is not self.wrapper:
+                    raise ConfigurationError("uvicorn serves another application than the one that turbo.protocol was given")
+            except ConfigurationError:
+                transport.close()
+                raise
             self.checked.add(id(self.app))
         super().connection_made(transport)
 
@@ -101,23 +109,31 @@ class _Turbo(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Answer at once, or wait for a view, or go the usual way (httptools)."""
+        try:
+            answered = self._answer()
+        except Exception:
+            log.exception("a request could not be answered below ASGI")
+            answered = False
+        if not answered:
+            self._go_on()
+
+    def _answer(self) -> bool:
+        """Answer, or begin to wait for a view; whether either could be done."""
         now = self.wrapper.cache.clock()
         plan = self._recognise(now)
         aim = None if plan is None else plan.aim
         candidate = None if aim is None else self.wrapper.cache.candidate(aim, now)
         if plan is None or aim is None or candidate is None:
-            self._go_on()
-            return
+            return False
         view = candidate[2]
         if view is None:
-            self._wait(plan, aim, candidate)
-            return
+            return self._wait(plan, aim, candidate)
         variant = self._form(plan, aim, candidate, view, now)
         if variant is None:
-            self._go_on()
-        else:
-            self.cycle = request = _Request(self.url, self.headers)  # type: ignore[assignment]
-            self._send(request, plan, aim, candidate[0], variant, now)
+            return False
+        self.cycle = request = _Request(self.url, self.headers)  # type: ignore[assignment]
+        self._send(request, plan, aim, candidate[0], variant, now)
+        return True
 
     # -- which requests ------------------------------------------------------------------------------------------------
 
@@ -134,13 +150,15 @@ class _Turbo(HttpToolsProtocol):
         wanted, seen = memo.wanted, []
         for pair in self.headers:
             name = pair[0]
+            if name in WITH_A_BODY:
+                return None
             if name in wanted:
                 seen.append(pair)
-            elif name in (b"content-length", b"transfer-encoding", b"expect"):
-                return None
         key = (self.url, *seen)
         plan = self.recognised.get(key)
-        return self._recall(memo, key, seen, now) if plan is None or now >= plan.expires_at else plan
+        if plan is None or now >= plan.expires_at or plan.life != memo.life:
+            return self._recall(memo, key, seen, now)
+        return plan
 
     def _recall(self, memo: Memo, key: Key, seen: Headers, now: float) -> Plan | None:
         """Ask the wrapper's memo."""
@@ -154,26 +172,32 @@ class _Turbo(HttpToolsProtocol):
 
     # -- waiting for a view --------------------------------------------------------------------------------------------
 
-    def _wait(self, plan: Plan, aim: Aim, candidate: Candidate) -> None:
+    def _wait(self, plan: Plan, aim: Aim, candidate: Candidate) -> bool:
         try:
             reading = self.wrapper.cache.read_view(aim)
         except StoreUnavailable:
-            self._go_on()
-            return
+            return False
+        self._unset_keepalive_if_required()
         self.cycle = request = _Request(self.url, self.headers)  # type: ignore[assignment]
         reading.add_done_callback(lambda done: self._land(request, plan, aim, candidate, done))
+        return True
 
     def _land(self, request: _Request, plan: Plan, aim: Aim, candidate: Candidate, done: "asyncio.Future[Generation]") -> None:
         """The view is there, or is not to be had: answer, or go the usual way after all."""
-        view = None if done.exception() is not None else done.result()
         if request.disconnected:
+            done.exception()  # looked at, so that nobody is told that it was not
             return
-        now = self.wrapper.cache.clock()
-        variant = None if view is None else self._form(plan, aim, candidate, view, now)
-        if variant is None or self.flow.write_paused or not request.keep_alive:
-            self._go_on_late(request)
-        else:
-            self._send(request, plan, aim, candidate[0], variant, now)
+        try:
+            now = self.wrapper.cache.clock()
+            view = None if done.exception() is not None or not self.wrapper.cache.enabled else done.result()
+            variant = None if view is None else self._form(plan, aim, candidate, view, now)
+            if variant is None or self.flow.write_paused or not request.keep_alive:
+                self._go_on_late(request)
+            else:
+                self._send(request, plan, aim, candidate[0], variant, now)
+        except Exception:
+            log.exception("a request could not be answered below ASGI")
+            self.transport.close()
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
@@ -201,6 +225,7 @@ class _Turbo(HttpToolsProtocol):
 
     def _go_on(self) -> None:
         """Let the base class have the request whose head was read just now."""
+        self._unset_keepalive_if_required()  # an answer to the same packet may have armed it
         url, headers, expect = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expect

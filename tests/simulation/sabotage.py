@@ -413,7 +413,15 @@ SABOTAGES: Mapping[str, Sabotage] = {
     ),
     "the fence is looked at after the answer": Sabotage(
         [(Lookup, "_read", _read_then_look_at_the_fence), (Lookup, "proves", _prove_by_the_present_fence)],
-        _mix("database out of reach", "slow store", processes=(1,), writers=OUTSIDERS, trouble=(0.1,), most_faults=12),
+        _mix(
+            *("database out of reach", "slow store"),
+            processes=(1,),
+            writers=OUTSIDERS,
+            trouble=(0.1,),
+            most_faults=12,
+            near_bytes=(0,),
+            bounded=0.0,
+        ),
     ),
     "a request joins a reading that has left": Sabotage([(_Group, "_leave", _leave_with_the_door_open)], IN_MEMORY),
     "what lies in memory is not judged": Sabotage([(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY),

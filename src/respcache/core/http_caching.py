@@ -1,5 +1,6 @@
 """What HTTP says about storing a response and about saying so: RFC 9110, RFC 9111 and RFC 9211."""
 
+import re
 from collections.abc import Collection, Iterable
 
 from respcache.core.encoding import Headers
@@ -7,6 +8,9 @@ from respcache.core.encoding import Headers
 CACHE_NAME = b"respcache"
 BROWSER_CACHE_CONTROL = b"private, no-cache"
 """What browsers are told: they cannot see our invalidations, so they must ask."""
+
+_UNFIT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+"""What must not stand in a header (RFC 9110, section 5.5): a server would refuse it, but only when it is too late for us."""
 
 STORABLE_STATUS = frozenset({200, 203, 204})
 KEPT_HEADERS = frozenset(
@@ -37,6 +41,8 @@ def refusal(
         return "status"
     length: int | None = 0 if status == 204 else None
     for name, value in headers:
+        if _UNFIT.search(name) or _UNFIT.search(value):
+            return "header"
         name = name.lower()
         if name == b"set-cookie":
             return "set-cookie"

@@ -24,7 +24,7 @@ from respcache.stores.base import Store
 class Memory(Protocol):
     """Where this process keeps entries."""
 
-    def hold(self, target: Target, entry: Entry, /, *, remaining_ms: int) -> Held:
+    def hold(self, target: Target, entry: Entry, /, *, remaining_ms: int, proven: Generation | None) -> Held:
         """Keep an entry."""
         ...
 
@@ -79,9 +79,9 @@ class Filler:
         if isinstance(token, Entry):
             flight.land(token)
             return token
-        return Lead(certificate, self._finish(target, flight, token))
+        return Lead(certificate, self._finish(target, flight, token, view))
 
-    def _finish(self, target: Target, flight: Flight[Entry], token: str) -> Callable[[Entry | None], None]:
+    def _finish(self, target: Target, flight: Flight[Entry], token: str, view: Generation) -> Callable[[Entry | None], None]:
         started = asyncio.get_running_loop().time()
 
         def finish(entry: Entry | None) -> None:
@@ -91,7 +91,7 @@ class Filler:
             if entry is None:
                 self._leases.release(target, token)
             else:
-                held = self._memory.hold(target, entry, remaining_ms=entry.ttl_ms)
+                held = self._memory.hold(target, entry, remaining_ms=entry.ttl_ms, proven=view)
                 loop.call_soon(self._put, target, held, token)  # when the answer is on its way
 
         return finish

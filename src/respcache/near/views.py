@@ -52,9 +52,14 @@ class Views:
 
     def expire(self, generation: str) -> None:
         """Drop what is known of a generation: it was bumped, or may have been."""
+        group = self._groups.get(generation) or self._group(generation)
+        group.bumped = True
+        group.expire()
+
+    def bumped(self, generation: str) -> bool:
+        """Whether something was heard of a generation since the last view of it was read."""
         group = self._groups.get(generation)
-        if group is not None:
-            group.expire()
+        return group is not None and group.bumped
 
     def expire_all(self) -> None:
         """Drop everything: the connection is gone, and with it whatever it would have told."""
@@ -77,7 +82,19 @@ class Views:
 class _Group:
     """The requests that need one generation. ``busy``: a reading is under way or about to leave."""
 
-    __slots__ = ("_dirty", "_generation", "_names", "_sent_at", "_views", "_waiting", "asked", "asked_at", "busy", "view")
+    __slots__ = (
+        "_dirty",
+        "_generation",
+        "_names",
+        "_sent_at",
+        "_views",
+        "_waiting",
+        "asked",
+        "asked_at",
+        "bumped",
+        "busy",
+        "view",
+    )
 
     def __init__(self, views: Views, generation: str) -> None:
         self._views = views
@@ -87,6 +104,7 @@ class _Group:
         self._sent_at = 0.0
         self._dirty = False
         self.asked: set[Tags] = set()
+        self.bumped = False
         self.busy = False
         self.view: Generation | None = None
         self.asked_at = float("-inf")
@@ -117,13 +135,13 @@ class _Group:
         views.reads += 1
         try:
             views._store.view(self._generation, self._names, lambda result: self._land(waiting, result))
-        except StoreUnavailable as error:
-            self._land(waiting, error)
+        except Exception as error:  # nobody may wait for ever, whatever it is
+            self._land(waiting, error if isinstance(error, StoreError) else StoreUnavailable(repr(error)))
 
     def _land(self, waiting: "list[asyncio.Future[Generation]]", result: Generation | StoreError) -> None:
         if isinstance(result, Generation):
             if not self._dirty:
-                self.view, self.asked_at = result, self._sent_at
+                self.view, self.asked_at, self.bumped = result, self._sent_at, False
             for future in waiting:
                 if not future.done():
                     future.set_result(result)
