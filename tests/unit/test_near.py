@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
+from starlette.middleware.gzip import GZipMiddleware
 
 from respcache import Cache, Claim, ConfigurationError, Denied, Head, Level, MemoryStore, Policy, Scope, SingleTenant, cache_list
 from respcache.core.encoding import zstd
@@ -490,3 +491,135 @@ async def test_memory_is_bounded_by_what_is_kept_in_every_form() -> None:
 def test_the_level_is_part_of_the_policy() -> None:
     """Strict unless said otherwise."""
     assert Policy("things", "list", 10).level is Level.STRICT
+
+
+# -- what a reader with fresh eyes found ---------------------------------------------------------------------------------
+
+
+async def test_a_header_that_a_resolver_did_not_name_is_not_there_for_it() -> None:
+    """It would be missed when the next caller is recognised: so nobody is let in by it."""
+
+    class Forgetful(People):
+        headers = ("x-other",)
+
+    async with running(World(resolver=Forgetful())) as world:
+        for user in ("ann", "bob"):
+            answer = await world.http.get("/strict", headers={"x-user": user})
+            assert "detail=denied" in answer.headers["cache-status"]
+
+
+def test_one_name_in_place_of_a_tuple_is_refused() -> None:
+    """A missing comma would make a set of letters."""
+
+    class Slip(People):
+        headers = "x-user"  # type: ignore[assignment]
+
+    with pytest.raises(ConfigurationError, match="x-user"):
+        World(resolver=Slip()).wrapped.prepare()
+
+
+async def test_a_header_that_a_server_refuses_is_not_stored(world: World) -> None:
+    """By the time it does, the entry would be there for everybody."""
+    world.headers = {"content-disposition": "attachment; filename=a\r\nSet-Cookie: evil=1"}
+    assert "detail=header" in (await world.http.get("/strict")).headers["cache-status"]
+
+
+async def test_what_others_add_to_a_hit_stays_with_it(world: World) -> None:
+    """Two hits never share a list of headers."""
+    await world.get()
+    seen: list[Any] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"].append((b"set-cookie", b"session=%d" % len(seen)))
+            seen.append(message["headers"])
+
+    scope = {
+        "type": "http", "method": "GET", "path": "/strict", "query_string": b"", "root_path": "", "headers": [], "state": {},
+    }  # fmt: skip
+    for _ in range(3):
+        await world.wrapped(dict(scope), None, send)  # type: ignore[arg-type]
+    assert [sum(name == b"set-cookie" for name, _ in headers) for headers in seen] == [1, 1, 1]
+    assert all(dict(headers)[b"cache-status"].startswith(b"respcache; hit") for headers in seen)
+
+
+@pytest.mark.parametrize("inner", ["bounded", "ttl"])
+async def test_a_value_inside_a_strict_fill_is_strict(world: World, inner: str) -> None:
+    """Its certificate was captured after the write: what is made of an older value would be stale for all its time."""
+
+    async def value() -> int:
+        return world.version
+
+    async def outer(key: int) -> Any:
+        async def make() -> Any:
+            return await world.cache.get_or_set("public", "inner", {}, value, level=inner, bound_s=50)
+
+        return await world.cache.get_or_set("public", "outer", {"key": key}, make)
+
+    world.store.deaf = True
+    assert [await outer(1), await world.cache.get_or_set("public", "inner", {}, value, level=inner, bound_s=50)] == [0, 0]
+    await asyncio.sleep(0)
+    world.version = 1
+    await MemoryStore(world.store.server).bump("tenant:public:~gen", tags=["*"], ttl_ms=100_000)
+    assert await outer(2) == 1
+
+
+async def test_ttl_does_not_last_against_what_was_heard(world: World) -> None:
+    """This process has bumped it itself: it is over, whether the store answers or not."""
+    await world.get("/ttl")
+    assert await world.get("/ttl") == "ttl 0 hit"
+    await world.write()
+    await world.store.close()
+    assert "bypass" in (await world.http.get("/ttl")).headers["cache-status"]
+
+
+async def test_an_old_view_is_not_what_new_entries_are_judged_by(world: World) -> None:
+    """A generation that was lost without a word: one look at the store, then memory serves again."""
+    world.store.deaf = True
+    for _ in range(2):
+        await world.get("/ttl")
+    world.store.server.delete("tenant:public:~gen")
+    world.clock.now += 101  # the entry is over
+    world.version = 1
+    for _ in range(2):
+        await world.get("/ttl")
+    world.store.reads.clear()
+    assert [await world.get("/ttl") for _ in range(3)] == ["ttl 1 hit"] * 3
+    assert world.store.reads == []
+
+
+async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World) -> None:
+    """Off means off, also a moment before the answer."""
+    await world.get()
+    view = world.store.view
+
+    def off(generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+        world.cache._switched_off = True
+        view(generation, tags, done)
+
+    world.store.view = off  # type: ignore[method-assign]
+    assert "detail=off" in (await world.http.get("/strict")).headers["cache-status"]
+
+
+async def test_compression_inside_the_application_hides_nothing(world: World) -> None:
+    """The handler of a fill does not learn what the client accepts: its answer is for everybody."""
+    app, calls = FastAPI(), 0
+    app.add_middleware(GZipMiddleware, minimum_size=100)
+
+    @app.get("/big")
+    @cache_list("things")
+    async def big() -> Response:
+        nonlocal calls
+        calls += 1
+        return Response(ROWS, media_type="application/json")
+
+    cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), audit_share=0)
+    wrapped = cache.wrap(app)
+    await cache.connect()
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://test") as http:
+        answers = []
+        for accept in ("gzip", "gzip", "", "zstd"):
+            answers.append(await http.get("/big", headers={"accept-encoding": accept}))
+            await asyncio.sleep(0)
+    await cache.close()
+    assert (calls, [answer.headers.get("content-encoding") for answer in answers]) == (1, [None, "gzip", None, "zstd"])
