@@ -58,7 +58,7 @@ class Plan:
     names: tuple[str, ...] = ("one", "two", "server")
     readers: int = 12
     writers: int = 1
-    pause_s: float = 0.003
+    pause_s: float = 0.0002
     sabotage: str | None = None
 
 
