@@ -62,6 +62,11 @@ class Server:
         async def echo(request: Request) -> Response:
             return Response(await request.body())
 
+        @app.get("/slow")
+        async def slow() -> Response:
+            await asyncio.sleep(1.3)  # longer than the connection may idle: that is the server's clock
+            return Response(b"slow")
+
         self.wrapped = self.cache.wrap(app)
         counted = self.wrapped
 
@@ -289,3 +294,23 @@ def test_it_does_not_start_where_nothing_could_be_recognised() -> None:
 
     with pytest.raises(ConfigurationError, match="headers"):
         turbo.protocol(Cache(None, secret=SECRET, resolver=Silent()).wrap(FastAPI()))
+
+
+async def test_what_is_forgotten_is_not_recognised_here_either(valkey_url: str) -> None:
+    """Credentials that are revoked by other means than a table: another spelling may hold the answer in memory again."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get("/rows?page=1"))
+        server.cache.forget()
+        await warm(wire, get("/rows?page=1&other=spelling"))
+        resolver: Any = server.cache.resolver
+        resolver.claim = lambda head: (_ for _ in ()).throw(Denied("revoked"))
+        assert "detail=denied" in (await wire.ask(get("/rows?page=1")))[1]["cache-status"]
+
+
+async def test_a_hit_before_it_ends_no_request_of_the_same_packet(valkey_url: str) -> None:
+    """The time that a connection may idle is not counted while the application works."""
+    async with serving(valkey_url, timeout_keep_alive=1) as server, Wire(server.port) as wire:
+        await warm(wire, get())
+        wire.send(get(), get("/slow"))
+        assert "hit" in (await wire.answer())[1]["cache-status"]
+        assert (await wire.answer())[2] == b"slow"

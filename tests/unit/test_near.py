@@ -623,3 +623,20 @@ async def test_compression_inside_the_application_hides_nothing(world: World) ->
             await asyncio.sleep(0)
     await cache.close()
     assert (calls, [answer.headers.get("content-encoding") for answer in answers]) == (1, [None, "gzip", None, "zstd"])
+
+
+async def test_an_answer_without_content_that_has_some_is_not_stored() -> None:
+    """Below ASGI its bytes would be taken for the next answer of the connection (RFC 9110, section 15.3.5)."""
+    app = FastAPI()
+
+    @app.get("/none")
+    @cache_list("things")
+    async def none() -> Response:
+        return Response(b"null", 204, headers={"content-length": "4"})
+
+    cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), audit_share=0)
+    wrapped = cache.wrap(app)
+    await cache.connect()
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://test") as http:
+        assert "detail=length" in (await http.get("/none")).headers["cache-status"]
+    await cache.close()
