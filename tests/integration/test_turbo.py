@@ -62,6 +62,11 @@ class Server:
         async def echo(request: Request) -> Response:
             return Response(await request.body())
 
+        @app.get("/kept")
+        @cache_list("rows", tables=["rows"], level="ttl")
+        async def kept() -> Response:
+            return Response(ROWS, media_type="application/json")
+
         @app.get("/slow")
         async def slow() -> Response:
             await asyncio.sleep(1.3)  # longer than the connection may idle: that is the server's clock
@@ -310,7 +315,7 @@ async def test_what_is_forgotten_is_not_recognised_here_either(valkey_url: str) 
 async def test_a_hit_before_it_ends_no_request_of_the_same_packet(valkey_url: str) -> None:
     """The time that a connection may idle is not counted while the application works."""
     async with serving(valkey_url, timeout_keep_alive=1) as server, Wire(server.port) as wire:
-        await warm(wire, get())
-        wire.send(get(), get("/slow"))
+        await warm(wire, get("/kept"))
+        wire.send(get("/kept"), get("/slow"))
         assert "hit" in (await wire.answer())[1]["cache-status"]
         assert (await wire.answer())[2] == b"slow"
