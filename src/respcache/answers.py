@@ -40,6 +40,17 @@ def without_body(send: Send) -> Send:
     return send_head
 
 
+def at_head(send: Send, callback: Callable[[], object]) -> Send:
+    """Call back when the head of an answer leaves."""
+
+    async def send_on(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            callback()
+        await send(message)
+
+    return send_on
+
+
 class HeldAnswer:
     """Holds an answer back until every bump of its request is settled: the acknowledgement of a write is its answer.
 

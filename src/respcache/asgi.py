@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from respcache.answers import Headers, HeldAnswer, Marked, Message, Recorder, Send, send_stored, without_body
+from respcache.answers import Headers, HeldAnswer, Marked, Message, Recorder, Send, at_head, send_stored, without_body
 from respcache.core.encoding import accepted, negotiable, shared
 from respcache.core.entry import Entry
 from respcache.core.errors import AckBarrierOverflow, ConfigurationError, Denied, StoreError, UndeclaredRead
@@ -24,6 +24,7 @@ from respcache.fill.filler import Lead
 from respcache.lookup import Bypass, Look
 from respcache.near.held import Held, Variant
 from respcache.ops.audit import Hit
+from respcache.ops.stats import SAMPLE_MASK
 from respcache.plans import Aim, Key, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route, Table
@@ -86,7 +87,7 @@ class Wrapper:
 
     async def _hit(self, plan: Plan, aim: Aim, now: float, scope: Scope, send: Send) -> bool:
         """Answer from memory, if what is there can be proven (``lookup.py``). At most one round trip, for a view."""
-        cache = self.cache
+        cache, began = self.cache, now
         candidate = cache.candidate(aim, now)
         if candidate is None:
             return False
@@ -105,7 +106,7 @@ class Wrapper:
         variant = held.variants.get(plan.coding) or cache.variant(aim, held, plan.coding)
         if variant is None:
             return False
-        await self._send_hit(held, variant, aim, now, scope, send)
+        await self._send_hit(held, variant, aim, now, began, scope, send)
         if view is not None and cache.audit is not None and cache.audit.due():
             self.audit(plan, Look(aim, view, held.entry.certificate, held, outdated=False), scope)
         return True
@@ -135,11 +136,13 @@ class Wrapper:
         await self.cache.connect()
         await self.app(scope, receive, watch)
 
-    async def _send_hit(self, held: Held, variant: Variant, aim: Aim, now: float, scope: Scope, send: Send) -> None:
-        """Send an entry, and count it."""
+    async def _send_hit(self, held: Held, variant: Variant, aim: Aim, now: float, began: float, scope: Scope, send: Send) -> None:
+        """Send an entry, and count it. ``began``: when the request came."""
         body, figures = variant.body, aim.figures
-        figures.hits += 1
+        figures.hits = hits = figures.hits + 1
         figures.bytes_served += len(body)
+        if hits & SAMPLE_MASK == figures.phase:
+            figures.sample(self.cache.clock() - began, held.entry.fill_ms)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[Cache] Hit: %s %s for tenant %s", aim.policy.module, aim.policy.kind, aim.tenant)
         headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
@@ -179,7 +182,8 @@ class Wrapper:
 
     async def _read(self, plan: Plan, key: Key | None, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         """Answer a request of a cached route the long way. ``key``: what to remember the plan by, if it is a new one."""
-        route, policy = plan.route, plan.policy
+        route, policy, clock = plan.route, plan.policy, self.cache.clock
+        began = clock()
         head = Head(scope, plan.path) if self.memo is None else self.memo.narrowed(scope, plan.path)
         if scope["method"] == "HEAD":
             send = without_body(send)
@@ -188,7 +192,7 @@ class Wrapper:
         if key is not None and plan.aim is not None and self.memo is not None:
             self.memo.remember(key, plan)
         if isinstance(look, Bypass):
-            self.cache.figures.of(look.tenant, policy.module).bypasses[look.reason] += 1
+            self.cache.figures.at(look.tenant, policy.module, route.template).bypass(look.reason)
             held = HeldAnswer(send, record)
             await self._hold(scope, receive, held, Marked(held, "fwd=bypass", f"detail={look.reason}"))
             return
@@ -196,11 +200,12 @@ class Wrapper:
         if look.held is not None:
             variant = self.cache.variant(look.aim, look.held, plan.coding)
             if variant is not None:
-                await self._send_hit(look.held, variant, look.aim, self.cache.clock(), scope, send)
+                await self._send_hit(look.held, variant, look.aim, clock(), began, scope, send)
                 if self.cache.audit is not None and self.cache.audit.due():
                     self.audit(plan, look, scope)
                 return
         figures.misses += 1
+        send = at_head(send, lambda: figures.times.misses.observe(clock() - began))
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[CacheManager] Cache miss: %s", look.target.entry_key)
         record.scope = look.scope
@@ -214,7 +219,7 @@ class Wrapper:
             figures.bytes_served += len(variant.body)
             await send_stored(send, entered.status, variant.stored, variant.body, forward, "collapsed")
         elif not isinstance(entered, Lead):
-            figures.refusals["not-shareable"] += 1
+            figures.refuse("not-shareable")
             held = HeldAnswer(send, record)
             await self._hold(scope, receive, held, Marked(held, forward, "detail=not-shareable"))
         else:
@@ -247,14 +252,13 @@ class Wrapper:
             if refused is None and status == 204 and body:
                 refused = "length"
             if refused is not None:
-                figures.refusals[refused] += 1
+                figures.refuse(refused)
                 lead.land(None)
                 self._complain(refused, record, policy, route)
                 return refused
-            fill_ms = int((time.monotonic() - started) * 1000)
-            lead.land(_entry(look, lead, policy, status, headers, body, fill_ms))
-            figures.stores += 1
-            figures.bytes_stored += len(body)
+            seconds = time.monotonic() - started
+            lead.land(_entry(look, lead, policy, status, headers, body, round(seconds * 1000)))
+            figures.store(size_bytes=len(body), seconds=seconds)
             return None
 
         held, seen = HeldAnswer(send, record), route.key_headers | {ACCEPT}

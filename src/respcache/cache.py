@@ -22,7 +22,7 @@ from respcache.lookup import Bypass, Look, Lookup, Near, as_parameters
 from respcache.near.s3fifo import S3Fifo
 from respcache.near.views import Views
 from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
-from respcache.ops.stats import Stats
+from respcache.ops.stats import SAMPLE_MASK, VALUE, Figures, Stats
 from respcache.plans import Aim, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route
@@ -269,7 +269,7 @@ class Cache:
         """Begin to invalidate modules of a tenant on behalf of the current request, whose answer waits for it."""
         self._bump({tenant: {module_tag(module) for module in modules}})
         for module in modules:
-            self.figures.of(tenant, module).invalidations += 1
+            self.figures.at(tenant, module).invalidations += 1
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -302,28 +302,37 @@ class Cache:
             outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
         if self.store is None or not self.enabled or isinstance(outer, Rerun):
             return await make()
-        target = self._lookup.target(
-            policy, tenant=tenant, route=f"value:{module}", fingerprint=b"", parameters=as_parameters(key)
-        )
-        figures = self.figures.of(tenant, module)
+        began, route = self.clock(), VALUE + module
+        target = self._lookup.target(policy, tenant=tenant, route=route, fingerprint=b"", parameters=as_parameters(key))
+        figures = self.figures.at(tenant, module, route)
         # within a fill the value must be as fresh as what is made of it, whose certificate says so for all its time
         view_s = policy.view_s(anonymous=True) if outer is None or outer.reads is None else 0.0
         aim = Aim(tenant, target, policy, figures=figures, view_s=view_s)
         held = await self._lookup.hit(aim)
         if held is not None:
-            figures.hits += 1
-            return cast(T, _decode(held.entry.body))
+            return cast(T, self._take(held.entry, figures, began))
         look = await self._lookup.value(aim)
         if isinstance(look, Bypass):
-            figures.bypasses[look.reason] += 1
+            figures.bypass(look.reason)
             return await make()
         if look.entry is not None:
-            figures.hits += 1
-            return cast(T, _decode(look.entry.body))
+            return cast(T, self._take(look.entry, figures, began))
         figures.misses += 1
+        value = await self._fill(make, policy, look, outer)
+        figures.times.misses.observe(self.clock() - began)
+        return value
+
+    def _take(self, entry: Entry, figures: Figures, began: float) -> Any:
+        """Return the value of a hit, and count it."""
+        figures.hits += 1
+        if figures.hits & SAMPLE_MASK == figures.phase:
+            figures.sample(self.clock() - began, entry.fill_ms)
+        return _decode(entry.body)
+
+    async def _fill(self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, outer: Record | None) -> T:
         entered = await self._filler.enter(look.target, view=look.view, certificate=look.certificate)
         if isinstance(entered, Entry):
-            figures.collapsed += 1
+            look.aim.figures.collapsed += 1
             return cast(T, _decode(entered.body))
         if entered is None:
             return await make()
@@ -339,6 +348,7 @@ class Cache:
             assert reads is not None
             storable = not (record.wrote or reads.undeclared_sql or reads.old_snapshot) and reads.tables.issubset(policy.tables)
             if storable:
+                seconds = time.monotonic() - started
                 body = msgspec.msgpack.encode(value)
                 lead.land(
                     Entry(
@@ -346,16 +356,16 @@ class Cache:
                         look.target.digest,
                         int(time.time() * 1000),
                         int(policy.ttl_s * 1000),
-                        int((time.monotonic() - started) * 1000),
+                        round(seconds * 1000),
                         200,
                         (),
                         body,
                     )
                 )
-                look.aim.figures.stores += 1
+                look.aim.figures.store(size_bytes=len(body), seconds=seconds)
                 value = _decode(body)
             else:
-                look.aim.figures.refusals["value"] += 1
+                look.aim.figures.refuse("value")
             return value
         finally:
             lead.land(None)
@@ -366,17 +376,28 @@ class Cache:
     # -- looking at it -------------------------------------------------------------------------------------------------
 
     def stats(self, tenant: str | None = None) -> dict[str, Any]:
-        """Return this process's figures: totals per module, of one tenant or of all. Costs no round trip."""
-        modules = self.figures.modules(tenant)
+        """Return this process's figures: totals per module and route, of one tenant or of all. Costs no round trip.
+
+        Times are said of the routes only where it is all tenants.
+        """
+        modules, routes = self.figures.modules(tenant), self.figures.routes(tenant)
         return {
             "enabled": self.enabled,
             "available": self.store is not None and self.store.available,
             "modules": {name: figures.to_dict() for name, figures in sorted(modules.items())},
+            "routes": {
+                name: {
+                    "module": module,
+                    **figures.to_dict(),
+                    **(self.figures.times(name).to_dict() if tenant is None else {}),
+                }
+                for name, (module, figures) in sorted(routes.items())
+            },
             "hits": sum(figures.hits for figures in modules.values()),
             "misses": sum(figures.misses for figures in modules.values()),
-            "bypasses": sum(figures.bypasses.total() for figures in modules.values()),
+            "bypasses": sum(figures.bypassed for figures in modules.values()),
             "stores": sum(figures.stores for figures in modules.values()),
-            "stores_refused": sum(figures.refusals.total() for figures in modules.values()),
+            "stores_refused": sum(figures.refused for figures in modules.values()),
             "invalidations": sum(figures.invalidations for figures in modules.values()),
             "bytes_served": sum(figures.bytes_served for figures in modules.values()),
             "bytes_stored": sum(figures.bytes_stored for figures in modules.values()),
@@ -467,7 +488,7 @@ class Cache:
     def _count_changes(self, tables: Mapping[str, Collection[str]]) -> None:
         for tenant, names in tables.items():
             for module in set().union(*(self._readers.get(name, ()) for name in names)):
-                self.figures.of(tenant, module).invalidations += 1
+                self.figures.at(tenant, module).invalidations += 1
 
     def _say_uncovered(self) -> None:
         """Say which tables of cached reads leave no rows in the outbox: what reads them is not cached."""

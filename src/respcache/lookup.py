@@ -312,7 +312,7 @@ class Lookup:
                 scope.tenant,
                 target,
                 policy,
-                figures=self._stats.of(scope.tenant, policy.module),
+                figures=self._stats.at(scope.tenant, policy.module, plan.route.template),
                 known=known,
                 home=claim.home,
                 wanted=[(target.generation_key, (*target.tags, *mine))]

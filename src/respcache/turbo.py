@@ -27,6 +27,7 @@ from respcache.core.generations import Generation
 from respcache.lookup import Candidate, Look
 from respcache.near.held import Held, Variant
 from respcache.near.s3fifo import S3Fifo
+from respcache.ops.stats import SAMPLE_MASK
 from respcache.plans import MEMO_BYTES, Aim, Key, Memo, Plan
 
 HARMLESS = frozenset({"uvicorn.middleware.proxy_headers.ProxyHeadersMiddleware"})
@@ -67,10 +68,11 @@ class _Never:
 class _Request:
     """A request that is answered here, or waits for that: what the base class looks at of a cycle, and how it came."""
 
-    __slots__ = ("body", "disconnected", "headers", "keep_alive", "more_body", "response_complete", "url")
+    __slots__ = ("began", "body", "disconnected", "headers", "keep_alive", "more_body", "response_complete", "url")
     message_event = _Never()
 
-    def __init__(self, url: bytes, headers: Headers) -> None:
+    def __init__(self, url: bytes, headers: Headers, began: float) -> None:
+        self.began = began
         self.url = url
         self.headers = headers
         self.body = bytearray()
@@ -127,11 +129,11 @@ class _Turbo(HttpToolsProtocol):
             return False
         view = candidate[2]
         if view is None:
-            return self._wait(plan, aim, candidate)
+            return self._wait(plan, aim, candidate, now)
         variant = self._form(plan, aim, candidate, view, now)
         if variant is None:
             return False
-        self.cycle = request = _Request(self.url, self.headers)  # type: ignore[assignment]
+        self.cycle = request = _Request(self.url, self.headers, now)  # type: ignore[assignment]
         self._send(request, plan, aim, candidate[0], variant, now)
         return True
 
@@ -172,13 +174,13 @@ class _Turbo(HttpToolsProtocol):
 
     # -- waiting for a view --------------------------------------------------------------------------------------------
 
-    def _wait(self, plan: Plan, aim: Aim, candidate: Candidate) -> bool:
+    def _wait(self, plan: Plan, aim: Aim, candidate: Candidate, now: float) -> bool:
         try:
             reading = self.wrapper.cache.read_view(aim)
         except StoreUnavailable:
             return False
         self._unset_keepalive_if_required()
-        self.cycle = request = _Request(self.url, self.headers)  # type: ignore[assignment]
+        self.cycle = request = _Request(self.url, self.headers, now)  # type: ignore[assignment]
         reading.add_done_callback(lambda done: self._land(request, plan, aim, candidate, done))
         return True
 
@@ -214,8 +216,11 @@ class _Turbo(HttpToolsProtocol):
         ttl_s = int(held.expires_at - now)
         self.transport.write(variant.head(STATUS_LINE[held.entry.status], self.server_state.default_headers, ttl_s))
         self.transport.write(variant.body)
-        aim.figures.hits += 1
-        aim.figures.bytes_served += len(variant.body)
+        figures = aim.figures
+        figures.hits = hits = figures.hits + 1
+        figures.bytes_served += len(variant.body)
+        if hits & SAMPLE_MASK == figures.phase:
+            figures.sample(cache.clock() - request.began, held.entry.fill_ms)
         if cache.audit is not None and cache.audit.due() and held.proven is not None:
             look = Look(aim, held.proven, held.entry.certificate, held, outdated=False)
             self.wrapper.audit(plan, look, self._scope(request))
