@@ -9,6 +9,11 @@ RespcacheError
 ├── InvalidationPending    ``settled()`` gave up waiting: the write is safe, its invalidation is retried
 ├── OutboxError            the database did not do what a round asked: caught inside the library, never reaches a request
 │   └── OutboxMissing      it has no outbox (any more)
+├── OperationError         what an operator asked for was not done (``ops/admin.py``): tell them; nothing was changed
+│   ├── AccessRefused      their role, or their tenant, may not
+│   ├── NotFound           there is no such thing, or it is another tenant's: indistinguishable
+│   ├── InvalidOperation   what was asked for cannot be: the message names the value and the fix
+│   └── NotTrailed         it could not be written down who did it, so it was not done
 └── StoreError             anything the store did wrong: caught inside the library, never reaches a request
     ├── StoreUnavailable   no usable connection, or the deadline passed
     └── StoreReplyError    the server answered with an error
@@ -49,6 +54,26 @@ class OutboxError(RespcacheError):
 
 class OutboxMissing(OutboxError):
     """There is no outbox in the database: before the migration that creates it, or after the one that drops it."""
+
+
+class OperationError(RespcacheError):
+    """What an operator asked for was not done; the message is for them."""
+
+
+class AccessRefused(OperationError):
+    """The access does not allow this: its role is too low, or it is of one tenant and this concerns all."""
+
+
+class NotFound(OperationError):
+    """There is no such tenant, module or key, or it is another tenant's."""
+
+
+class InvalidOperation(OperationError):
+    """What was asked for cannot be; the message names the value and the fix."""
+
+
+class NotTrailed(OperationError):
+    """The trail could not be written, so the act was not done."""
 
 
 class StoreError(RespcacheError):

@@ -1,0 +1,66 @@
+"""The trail: who did what to the cache, written down before it is done and never changed.
+
+``ops/postgres.py`` keeps it in the application's database, ``LogTrail`` in the log.
+"""
+
+import logging
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import msgspec
+
+MAX_REMEMBERED = 1_000
+"""Acts that a ``LogTrail`` can show again."""
+
+log = logging.getLogger("respcache.trail")
+
+
+class Act(msgspec.Struct, frozen=True, kw_only=True):
+    """One act. ``tenant`` is whose data it concerns, None: everybody's. ``details`` holds no bodies and no credentials."""
+
+    act: str
+    """``purge``, ``switch``, ``reveal``; ``failed`` when what was written down before could not be done."""
+    name: str
+    role: str
+    tenant: str | None = None
+    details: dict[str, Any] = {}
+    id: int = 0
+    """Given by the trail; rises."""
+    at: datetime | None = None
+    """Given by the trail."""
+
+
+class Trail(Protocol):
+    """Where acts are written down. Append only."""
+
+    async def append(self, act: Act) -> None:
+        """Keep an act. Raises ``NotTrailed`` unless that is certain."""
+        ...
+
+    async def latest(self, *, tenant: str | None, limit: int, before: int | None) -> list[Act]:
+        """Return acts that concern a tenant (None: all), the newest first, of ids below ``before``. Raises ``NotTrailed``."""
+        ...
+
+
+class LogTrail:
+    """A trail in the log (``respcache.trail``, one line of JSON each): for applications without a database.
+
+    Shows the last ``MAX_REMEMBERED`` acts of this process.
+    """
+
+    def __init__(self) -> None:
+        self._acts: deque[Act] = deque(maxlen=MAX_REMEMBERED)
+        self._last = 0
+
+    async def append(self, act: Act) -> None:
+        """Write a line."""
+        self._last += 1
+        kept = msgspec.structs.replace(act, id=self._last, at=datetime.now(UTC))
+        log.warning("%s", msgspec.json.encode(kept).decode())
+        self._acts.append(kept)
+
+    async def latest(self, *, tenant: str | None, limit: int, before: int | None) -> list[Act]:
+        """See ``Trail.latest``."""
+        found = (act for act in reversed(self._acts) if before is None or act.id < before)
+        return [act for act in found if tenant is None or act.tenant == tenant][:limit]
