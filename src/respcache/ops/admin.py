@@ -19,7 +19,7 @@ from respcache.ops.access import Access
 from respcache.ops.explain import Explanation
 from respcache.ops.feed import Feed
 from respcache.ops.search import Body, Inspection, KeyPage, Sample
-from respcache.ops.stats import OTHER, Figures
+from respcache.ops.stats import BOUNDS_S, OTHER, Histogram, Times, Totals
 from respcache.ops.trail import Act, LogTrail, Trail
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     module: str | None = None
     """Of a route."""
+    kind: str | None = None
+    """Of a route, with the next two."""
+    level: str | None = None
+    ttl_s: float | None = None
     hits: int
     misses: int
     requests: int
@@ -57,6 +61,15 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     invalidations: int
     bytes_served: int
     bytes_stored: int
+    hit_p50_s: float | None = None
+    """This and what follows: of modules and routes, for those who reach all tenants; else None."""
+    hit_p95_s: float | None = None
+    miss_p50_s: float | None = None
+    miss_p95_s: float | None = None
+    fill_s: float | None = None
+    """What the fills took together."""
+    saved_s: float | None = None
+    """What hits would have taken had they been fills: an estimate."""
 
 
 class Switches(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +93,10 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     available: bool
     switches: Switches
     totals: Row
+    hit_times: Histogram | None
+    """By the bounds ``bounds_s``; None, as the next, for a tenant's admin: they are kept of all tenants together."""
+    miss_times: Histogram | None
+    bounds_s: tuple[float, ...] = BOUNDS_S
     pending_tenants: list[str]
     """Vetoed in this process: their last invalidation is not confirmed."""
     audit: dict[str, Any] | None
@@ -103,7 +120,7 @@ class Purge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Admin:
-    """Looks at and steers one cache. ``trail`` None: a ``LogTrail``. ``settings`` are the application's, for ``configuration``."""
+    """Looks at and steers one cache. ``trail`` None: a ``LogTrail``; ``settings``: the application's, for ``configuration``."""
 
     def __init__(
         self, cache: "Cache", board: Any = None, trail: Trail | None = None, *, settings: Sequence[Setting] = ()
@@ -118,16 +135,21 @@ class Admin:
     async def overview(self, access: Access) -> Overview:
         """Return the state at a glance: of one tenant, or of all."""
         cache, tenant = self._cache, access.within(None)
-        total = Figures()
-        for figures in cache.figures.modules(tenant).values():
+        total, times = Totals(), Times() if tenant is None else None
+        for figures in cache.figures.figures(tenant):
             total.add(figures)
+        if times is not None:
+            for route in cache.figures.routes():
+                times.add(cache.figures.times(route))
         pending = [one for one in cache.pending_tenants if tenant in (None, one)]
         return Overview(
             at=datetime.now(UTC),
             figures_of="this process",
             available=cache.store is not None and cache.store.available,
             switches=await self.switches(access),
-            totals=_row("total", total),
+            totals=_row("total", total, times=times),
+            hit_times=None if times is None else times.hits,
+            miss_times=None if times is None else times.misses,
             pending_tenants=pending,
             audit=None if cache.audit is None else cache.audit.to_dict(tenant),
             fence=None if cache.rounds is None else cache.rounds.to_dict(),
@@ -143,20 +165,27 @@ class Admin:
         assert name is not None
         if name != access.tenant and name not in self._cache.figures.tenants():
             raise NotFound(f"no tenant {name!r}")
-        total = Figures()
-        for figures in self._cache.figures.modules(name).values():
+        total = Totals()
+        for figures in self._cache.figures.figures(name):
             total.add(figures)
         return _row(name, total)
 
     async def modules(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the modules: of one tenant, or of all."""
-        found = self._cache.figures.modules(access.within(tenant))
-        return [_row(name, figures) for name, figures in sorted(found.items())]
+        one, stats = access.within(tenant), self._cache.figures
+        times: dict[str, Times] = {}
+        if one is None:
+            for route, (module, _) in stats.routes().items():
+                times.setdefault(module, Times()).add(stats.times(route))
+        return [_row(name, figures, times=times.get(name)) for name, figures in sorted(stats.modules(one).items())]
 
     async def routes(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the routes: of one tenant, or of all."""
-        access.within(tenant)
-        return []
+        one, stats = access.within(tenant), self._cache.figures
+        return [
+            _row(name, figures, module=module, times=stats.times(name) if one is None else None)
+            for name, (module, figures) in sorted(stats.routes(one).items())
+        ]
 
     # -- what is stored ------------------------------------------------------------------------------------------------
 
@@ -290,7 +319,15 @@ def _bounded(limit: int) -> int:
     return limit
 
 
-def _row(name: str, figures: Figures, module: str | None = None) -> Row:
+def _row(name: str, figures: Totals, *, module: str | None = None, times: Times | None = None) -> Row:
     said = figures.to_dict()
-    requests = figures.hits + figures.misses + sum(said["bypasses"].values())
-    return Row(name=name, module=module, requests=requests, **said)
+    if times is not None:
+        said |= {
+            "hit_p50_s": times.hits.quantile(0.5),
+            "hit_p95_s": times.hits.quantile(0.95),
+            "miss_p50_s": times.misses.quantile(0.5),
+            "miss_p95_s": times.misses.quantile(0.95),
+            "fill_s": times.fill_s,
+            "saved_s": times.saved_s,
+        }
+    return Row(name=name, module=module, requests=figures.requests, **said)
