@@ -99,7 +99,7 @@ class Wrapper:
                 if not cache.lasts(aim):
                     return False
             now = cache.clock()
-            if not cache.enabled:
+            if not cache.serves(aim):
                 return False
         if view is not None and not cache.proves(aim, held, fence, view, now):
             return False

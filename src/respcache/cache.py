@@ -11,7 +11,7 @@ import msgspec
 from respcache.asgi import App, Wrapper
 from respcache.core import keys
 from respcache.core.entry import Entry
-from respcache.core.errors import ConfigurationError, StoreError
+from respcache.core.errors import ConfigurationError
 from respcache.core.fence import Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.identity import Head, Resolver
@@ -27,6 +27,7 @@ from respcache.plans import Aim, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route
 from respcache.stores.base import Store
+from respcache.switches import Switches
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Outbox, Rounds, Rows, boottime
 
@@ -36,9 +37,6 @@ GENERATION_TTL_MS = int((MAX_TTL_S + 3600) * 1000)
 """Longer than the longest entry and its fill: a generation that ends first only makes its tenant cold."""
 
 DEFAULT_NEAR_BYTES = 64 * 1024 * 1024
-
-SWITCH_POLL_S = 1.0
-"""How soon the other processes notice ``disable`` and ``enable``."""
 
 T = TypeVar("T")
 
@@ -84,22 +82,20 @@ class Cache:
         self.tables: set[str] = set()
         self._readers: dict[str, set[str]] = {}  # of each table: the modules whose answers depend on it
         self._enabled = enabled
-        self._switched_off = False
-        self._unsaid: bool | None = None  # a decision of ours about the kill switch that the store does not have yet
-        self._decisions = 0
         self._said: set[str] = set()
         self._memos: list[Memo] = []
         self._checks: list[TableCheck] = []
-        self._polling: asyncio.Task[None] | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
         self.rounds: Rounds | None = None
         self.audit: Audit | None = None
         self._near: Near | None = None
         self._identities: Identities | None = None
+        self.switches: Switches | None = None
         if audit_share != 0:
             check_share(audit_share)
         if store is not None:
+            self.switches = Switches(store)
             if outbox is not None:
                 self.rounds = Rounds(store, outbox, generation_ttl_ms=GENERATION_TTL_MS, clock=clock)
             self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds)
@@ -112,6 +108,7 @@ class Cache:
                 digester=digester,
                 identities=self._identities,
                 invalidator=self._invalidator,
+                switches=self.switches,
                 rounds=self.rounds,
                 near=self._near,
                 views=self._views,
@@ -160,7 +157,7 @@ class Cache:
 
     async def connect(self) -> None:
         """Connect to the store, or begin to try. Never raises because the store is away. Repeating it does nothing."""
-        if self.store is None or self._connected:
+        if self.store is None or self.switches is None or self._connected:
             return
         self._connected = True
         self._invalidator.start()
@@ -168,19 +165,16 @@ class Cache:
         if self.rounds is not None:
             await self.rounds.start()
             self._say_uncovered()
-        await self._poll_switch()
-        self._polling = asyncio.create_task(self._keep_polling())
+        await self.switches.start()
         if self.audit is not None:
             self.audit.start()
 
     async def close(self) -> None:
         """Drain unconfirmed invalidations for a bounded time, then disconnect."""
-        if self.store is None or not self._connected:
+        if self.store is None or self.switches is None or not self._connected:
             return
         self._connected = False
-        if self._polling is not None:
-            self._polling.cancel()
-            await asyncio.gather(self._polling, return_exceptions=True)
+        await self.switches.close()
         if self.audit is not None:
             await self.audit.close()
         await self._invalidator.close()
@@ -188,23 +182,29 @@ class Cache:
             await self.rounds.close()
         await self.store.close()
 
-    # -- the kill switch -----------------------------------------------------------------------------------------------
+    # -- switches ------------------------------------------------------------------------------------------------------
 
     @property
     def enabled(self) -> bool:
         """Whether this process looks into the cache at all."""
-        return self._enabled and not self._switched_off and self.store is not None
+        return self._enabled and self.switches is not None and not self.switches.everything
 
-    async def disable(self) -> bool:
-        """Stop serving from the cache, here at once and in every process within ``SWITCH_POLL_S``.
+    def serves(self, aim: Aim) -> bool:
+        """Whether this process looks into the cache for this tenant and module."""
+        switches = self.switches
+        return self.enabled and switches is not None and not (switches.partly and switches.closed(aim.tenant, aim.policy.module))
 
-        Invalidations are still sent. Returns whether the store was reached; if not, it is told as soon as it is.
+    async def disable(self, *, tenant_id: str | None = None, module: str | None = None) -> bool:
+        """Stop serving from the cache, here at once and in every process within a second: anything, or a tenant or a module.
+
+        Invalidations are still sent. Returns whether the store was reached; if not, it is told as soon as it is. Raises
+        ``ValueError`` for a tenant id or a module that cannot be, and for both at once.
         """
-        return await self._switch(off=True)
+        return await self._switch(tenant_id, module, off=True)
 
-    async def enable(self) -> bool:
-        """Undo ``disable``. Returns whether the store was reached."""
-        return await self._switch(off=False)
+    async def enable(self, *, tenant_id: str | None = None, module: str | None = None) -> bool:
+        """Undo one ``disable``. Returns whether the store was reached."""
+        return await self._switch(tenant_id, module, off=False)
 
     # -- invalidation --------------------------------------------------------------------------------------------------
 
@@ -451,7 +451,7 @@ class Cache:
         """Look for the answer to a request, or say why not."""
         if self.store is None:
             return Bypass("no-store")
-        if not self.enabled:
+        if not self.enabled or (self.switches is not None and plan.policy.module in self.switches.modules):
             return Bypass("off")
         return await self._lookup.request(plan, head)
 
@@ -502,35 +502,15 @@ class Cache:
         if missing and self.first_time(message):
             log.warning("%s", message)
 
-    async def _switch(self, *, off: bool) -> bool:
-        if self.store is None:
-            return False
-        log.warning("the cache is switched %s by this process", "off" if off else "on")
-        self._switched_off = self._unsaid = off
-        self._decisions += 1
-        await self._poll_switch()
-        return self._unsaid is None
-
-    async def _poll_switch(self) -> None:
-        """Tell the store our decision, if there is one, and take over what it says."""
-        if self.store is None or not self.store.available:
-            return
-        decisions = self._decisions
-        try:
-            off = await self.store.switch(self._unsaid)
-        except StoreError:
-            return
-        if self._decisions != decisions:  # decided anew while this was on its way
-            return
-        self._unsaid = None
-        if off != self._switched_off:
-            log.warning("the cache is switched %s for all processes", "off" if off else "on")
-        self._switched_off = off
-
-    async def _keep_polling(self) -> None:
-        while True:
-            await asyncio.sleep(SWITCH_POLL_S)
-            await self._poll_switch()
+    async def _switch(self, tenant_id: str | None, module: str | None, *, off: bool) -> bool:
+        if tenant_id is not None and module is not None:
+            raise ValueError("a switch is of a tenant or of a module, not of both")
+        name = keys.EVERYTHING
+        if tenant_id is not None:
+            name = keys.tenant_switch(keys.check_tenant(tenant_id))
+        if module is not None:
+            name = keys.module_switch(keys.check_module(module))
+        return self.switches is not None and await self.switches.turn(name, off=off)
 
 
 def _decode(body: bytes) -> Any:

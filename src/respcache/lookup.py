@@ -31,6 +31,7 @@ from respcache.ops.stats import Stats
 from respcache.plans import Aim, Plan
 from respcache.routing import Route
 from respcache.stores.base import Reading, Store
+from respcache.switches import Switches
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Rounds
 
@@ -92,6 +93,7 @@ class Lookup:
         digester: keys.Digester,
         identities: Identities,
         invalidator: Invalidator,
+        switches: Switches,
         rounds: Rounds | None,
         near: Near | None,
         views: Views,
@@ -103,6 +105,7 @@ class Lookup:
         self._digester = digester
         self._identities = identities
         self._invalidator = invalidator
+        self._switches = switches
         self._rounds = rounds
         self._near = near
         self._views = views
@@ -131,7 +134,7 @@ class Lookup:
         near, varies_by, rounds = self._near, aim.policy.varies_by, self._rounds
         if near is None or not aim.tags:
             return None
-        if self._invalidator.vetoing and (self._invalidator.vetoed(aim.tenant) or self._invalidator.vetoed(aim.home)):
+        if (self._switches.partly or self._invalidator.vetoing) and self._left_alone(aim):
             return None
         held = near.get(aim.target.entry_key)
         if held is None:
@@ -148,6 +151,10 @@ class Lookup:
                 return None
         view = self._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s) if aim.view_s else None
         return held, fence, view
+
+    def _left_alone(self, aim: Aim) -> bool:
+        vetoed = self._invalidator.vetoed
+        return self._switches.closed(aim.tenant, aim.policy.module) or vetoed(aim.tenant) or vetoed(aim.home)
 
     def lasts(self, aim: Aim) -> bool:
         """Whether what is held may be used although no view is to be had: not when it was heard to be out of date."""
@@ -210,6 +217,8 @@ class Lookup:
     async def value(self, aim: Aim) -> Look | Bypass:
         """Look for a value of a tenant. One round trip when the tenant's generation exists."""
         tenant, target = aim.tenant, aim.target
+        if self._switches.closed(tenant, aim.policy.module):
+            return Bypass("off", tenant)
         if not self._covered(aim.policy):
             return Bypass("no-trigger", tenant)
         try:
@@ -234,7 +243,7 @@ class Lookup:
         aim, entry, target, tags = look.aim, look.entry, look.target, self._identities.tags
         assert aim.known is not None
         assert entry is not None
-        if not self._covered(policy) or self._invalidator.vetoed(aim.tenant) or self._invalidator.vetoed(aim.home):
+        if not self._covered(policy) or self._left_alone(aim):
             return None
         try:
             reading = await self._read(None, [(target.generation_key, target.tags), (keys.generation_key(aim.home), tags)])
@@ -283,6 +292,8 @@ class Lookup:
                 return Bypass("no-tenant")
             if not identities.resolver.permits(scope, policy.rule):
                 return Bypass("denied", scope.tenant)
+            if self._switches.closed(scope.tenant, policy.module):
+                return Bypass("off", scope.tenant)
             if self._invalidator.vetoed(scope.tenant) or self._invalidator.vetoed(claim.home):
                 return Bypass("pending-invalidation", scope.tenant)
             tried, aim = plan.aim, self._aim(plan, known, claim)

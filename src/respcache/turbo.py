@@ -191,7 +191,7 @@ class _Turbo(HttpToolsProtocol):
             return
         try:
             now = self.wrapper.cache.clock()
-            view = None if done.exception() is not None or not self.wrapper.cache.enabled else done.result()
+            view = None if done.exception() is not None or not self.wrapper.cache.serves(aim) else done.result()
             variant = None if view is None else self._form(plan, aim, candidate, view, now)
             if variant is None or self.flow.write_paused or not request.keep_alive:
                 self._go_on_late(request)

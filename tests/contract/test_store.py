@@ -8,7 +8,7 @@ import pytest
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreUnavailable
 from respcache.core.generations import FLOOR, RING_ROWS, Certificate, Generation, Verdict
-from respcache.core.keys import EPOCH_KEY
+from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
 from respcache.stores.base import Lease, Store
 
 pytestmark = pytest.mark.anyio
@@ -380,15 +380,25 @@ async def test_who_finds_the_lease_released_finds_the_entry_put_before(store: St
 # -- switch, info, close ---------------------------------------------------------------------------------------------------
 
 
-async def test_the_switch_is_on_until_it_is_turned_off(store: Store) -> None:
-    """Setting returns what is set; reading changes nothing; both ways can be repeated."""
-    assert await store.switch() is False
-    assert await store.switch(True) is True
-    assert await store.switch(True) is True
-    assert await store.switch() is True
-    assert await store.switch(False) is False
-    assert await store.switch(False) is False
-    assert await store.switch() is False
+async def test_switches_are_on_until_they_are_turned_off(store: Store) -> None:
+    """Turning returns what is off then; looking changes nothing; both ways can be repeated, and each switch is by itself."""
+    assert await store.switch() == frozenset()
+    assert await store.switch({"*": True, "tenant:a": True}) == {"*", "tenant:a"}
+    assert await store.switch({"*": True}) == {"*", "tenant:a"}
+    assert await store.switch() == {"*", "tenant:a"}
+    assert await store.switch({"*": False, "module:m": True}) == {"tenant:a", "module:m"}
+    assert await store.switch({"*": False}) == {"tenant:a", "module:m"}
+    assert await store.switch({"tenant:a": False, "module:m": False}) == frozenset()
+    assert await store.switch() == frozenset()
+
+
+async def test_switches_leave_no_key_when_all_are_on(subject) -> None:
+    """And what they leave while some are off has no end: it is the one key that must stay."""
+    await subject.store.switch({"tenant:a": True})
+    assert subject.keys() == {SWITCHES_KEY}
+    assert subject.ttl_ms(SWITCHES_KEY) == float("inf")
+    await subject.store.switch({"tenant:a": False})
+    assert subject.keys() == set()
 
 
 async def test_info_tells_the_servers_figures(store: Store) -> None:
@@ -409,7 +419,7 @@ async def test_a_closed_store_is_unavailable_and_can_be_connected_again(store: S
         store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS),
         store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS),
         store.switch(),
-        store.switch(True),
+        store.switch({"*": True}),
         store.info(),
     ):
         with pytest.raises(StoreUnavailable):

@@ -15,7 +15,7 @@ from crm.embedded import EmbeddedValkey
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreReplyError, StoreUnavailable
 from respcache.core.generations import FLOOR, Certificate, Verdict
-from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
+from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
 from respcache.stores.base import Lease
 from respcache.stores.redis import RedisStore
 
@@ -185,18 +185,29 @@ async def test_a_foreign_value_in_place_of_a_lease_is_an_error_of_the_store(stor
     assert store.counters()["errors"] == 1  # the other is one only to us, and a script that must be sent in full is none
 
 
+async def test_a_foreign_value_in_place_of_the_switches_is_none_and_is_replaced(store_on: MakeStore, valkey_url: str) -> None:
+    """Also that of a release which kept one switch in a string."""
+    store = store_on(valkey_url)
+    await store.connect()
+    with redis.Redis.from_url(valkey_url) as client:
+        client.set(SWITCHES_KEY, "1")
+        assert await store.switch() == frozenset()
+        assert await store.switch({"*": True}) == {"*"}
+        assert client.hgetall(SWITCHES_KEY) == {b"*": b"1"}
+
+
 async def test_the_kill_switch_survives_other_clients_and_restarts_of_the_store(store_on: MakeStore, valkey_url: str) -> None:
     """It is one key that all processes look at; looking at it counts as a use, so it is not what LRU evicts first."""
     first, second = store_on(valkey_url), store_on(valkey_url)
     await first.connect()
     await second.connect()
-    await first.switch(True)
-    assert await second.switch() is True
+    await first.switch({"*": True})
+    assert await second.switch() == {"*"}
     with redis.Redis.from_url(valkey_url) as client:
         client.config_resetstat()
         await second.switch()
-        assert "cmdstat_get" in client.info("commandstats")
-        assert client.exists(KILL_SWITCH_KEY)
+        assert "cmdstat_hkeys" in client.info("commandstats")
+        assert client.exists(SWITCHES_KEY)
 
 
 # -- identity --------------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ async def walk(crm: Crm, write: Write) -> tuple[set[str], set[str], set[str]]:
         assert hit(before[read]), f"{read}: {status(before[read])}, {crm.cache.stats()['fence']}"
     await write(crm, ids)
     after = {read: await http.get(path.format(**ids)) for read, path in READS.items()}
-    crm.cache._switched_off = True
+    crm.cache.switches.everything = True
     truth = {read: await http.get(path.format(**ids)) for read, path in READS.items()}
     wrong = {
         read for read in READS if (after[read].status_code, after[read].content) != (truth[read].status_code, truth[read].content)

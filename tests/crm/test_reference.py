@@ -80,7 +80,7 @@ def test_keys_are_those_that_the_code_builds() -> None:
     listed.pop("key", None)
     built = {
         keys.entry_key("abc", "leads", "count", DIGEST), keys.lease_key("abc", "leads", "count", DIGEST),
-        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.KILL_SWITCH_KEY, keys.EPOCH_KEY,
+        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY,
     }  # fmt: skip
     filled = set()
     for pattern in listed:

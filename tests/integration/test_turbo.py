@@ -319,3 +319,34 @@ async def test_a_hit_before_it_ends_no_request_of_the_same_packet(valkey_url: st
         wire.send(get("/kept"), get("/slow"))
         assert "hit" in (await wire.answer())[1]["cache-status"]
         assert (await wire.answer())[2] == b"slow"
+
+
+@pytest.mark.parametrize("switch", [{}, {"tenant_id": "t"}, {"module": "rows"}], ids=["everything", "tenant", "module"])
+async def test_what_is_switched_off_takes_the_usual_way_and_bypasses(valkey_url: str, switch: dict[str, str]) -> None:
+    """Also what is kept until its time to live, for which nobody is asked; and it is answered here again when it is on."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        requests = get(), get("/kept")
+        await warm(wire, *requests)
+        assert await server.cache.disable(**switch)
+        for request in requests:
+            assert "detail=off" in (await wire.ask(request))[1]["cache-status"]
+        assert await server.cache.enable(**switch)
+        server.calls.clear()
+        for request in requests:
+            assert "; hit" in (await wire.ask(request))[1]["cache-status"]
+        assert server.calls == []
+
+
+@pytest.mark.parametrize("name", ["*", "tenant:t", "module:rows"])
+async def test_a_switch_counts_for_who_waits_for_a_view(valkey_url: str, name: str) -> None:
+    """Off means off, also a moment before the answer."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get())
+        view = server.cache.store.view
+
+        def off(*arguments: Any) -> None:
+            server.cache.switches._take(frozenset({name}))
+            view(*arguments)
+
+        server.cache.store.view = off
+        assert "detail=off" in (await wire.ask(get()))[1]["cache-status"]

@@ -8,7 +8,7 @@ command; the request or the answer may be lost or come late, and a network that 
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from respcache.core.epochs import Epoch
@@ -309,9 +309,9 @@ class Client:
         """See ``Store.release``."""
         self._tell("", lambda memory: memory.release(key, token))
 
-    async def switch(self, off: bool | None = None) -> bool:
+    async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
         """See ``Store.switch``."""
-        return await self._ask(self._connected(), "", lambda memory: memory.switch(off))
+        return await self._ask(self._connected(), "", lambda memory: memory.switch(changes))
 
     async def info(self) -> ServerInfo:
         """See ``Store.info``."""

@@ -3,7 +3,7 @@
 import asyncio
 import gzip
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -167,7 +167,7 @@ async def test_undeclared_parameters_neither_split_nor_reach_the_handler() -> No
     cache, wrapped = make_cache(app)
     async with client(wrapped, cache) as http:
         first, second = await http.get("/things?_t=1&q=a"), await http.get("/things?q=a&_t=2")
-        cache._switched_off = True
+        cache.switches.everything = True
         without = await http.get("/things?_t=3&q=a")
     assert first.json() == "q=a"
     assert "hit" in status(second)
@@ -607,11 +607,11 @@ async def test_the_kill_switch_is_told_when_the_store_comes_back() -> None:
     assert not await cache.disable()
     assert not cache.enabled
     await store.connect()
-    await cache._poll_switch()
-    await other._poll_switch()
+    await cache.switches.poll()
+    await other.switches.poll()
     assert (cache.enabled, other.enabled) == (False, False)
     assert await cache.enable()
-    await other._poll_switch()
+    await other.switches.poll()
     assert (cache.enabled, other.enabled) == (True, True)
     for one in (cache, other):
         await one.close()
@@ -622,14 +622,14 @@ async def test_an_older_look_at_the_kill_switch_does_not_undo_a_decision() -> No
     go = asyncio.Event()
 
     class Slow(MemoryStore):
-        async def switch(self, off: bool | None = None) -> bool:
-            found = await super().switch(off)
-            if off is None:
+        async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
+            found = await super().switch(changes)
+            if not changes:
                 await go.wait()
             return found
 
     cache, _ = make_cache(things(number), store=Slow())
-    looking = asyncio.create_task(cache._poll_switch())
+    looking = asyncio.create_task(cache.switches.poll())
     await asyncio.sleep(0)
     assert await cache.disable()
     go.set()
@@ -671,12 +671,12 @@ async def test_the_kill_switch_stops_serving_but_not_invalidating() -> None:
         await http.get("/things")
         assert await cache.disable()
         assert status(await http.get("/things")) == "respcache; fwd=bypass; detail=off"
-        await other._poll_switch()
+        await other.switches.poll()
         assert not other.enabled
         gate.version = 1
         await http.post("/things")
         assert await cache.enable()
-        await other._poll_switch()
+        await other.switches.poll()
         assert (await elsewhere.get("/things")).json()["value"] == 1
 
 

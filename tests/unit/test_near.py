@@ -588,13 +588,14 @@ async def test_an_old_view_is_not_what_new_entries_are_judged_by(world: World) -
     assert world.store.reads == []
 
 
-async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World) -> None:
+@pytest.mark.parametrize("name", ["*", "tenant:public", "module:things"])
+async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, name: str) -> None:
     """Off means off, also a moment before the answer."""
     await world.get()
     view = world.store.view
 
     def off(generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
-        world.cache._switched_off = True
+        world.cache.switches._take(frozenset({name}))
         view(generation, tags, done)
 
     world.store.view = off  # type: ignore[method-assign]

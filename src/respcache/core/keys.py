@@ -7,7 +7,7 @@
 | tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lease of the process that fills the entry     | seconds        |
 | tenant:~shared:~gen                          | hash   | generation of data that belongs to no tenant        | > every entry  |
 | respcache:~inc                               | string | the epoch (``core/epochs.py``)                      | > every entry  |
-| respcache:~off                               | string | the kill switch for all processes                   | until removed  |
+| respcache:~off                               | hash   | what is switched off for all processes              | until removed  |
 
 ``{kind}`` is list, detail, count or settings. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
 secret that all processes share, over everything that decides the response. The entry repeats it and it is compared on
@@ -27,10 +27,13 @@ SHARED = "~shared"
 EVERYBODY = "~all"
 """Stands for the tenant of an outbox row that concerns all of them (TRUNCATE)."""
 
-KILL_SWITCH_KEY = "respcache:~off"
+SWITCHES_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"
 BUMPS_CHANNEL = "respcache:~bumps"
 """Where every bump is published: the key of the generation. Not a key."""
+
+EVERYTHING = "*"
+"""The switch of everything. Not a key, but a field of the switches."""
 
 KINDS = ("list", "detail", "count", "settings")
 DIGEST_BYTES = 16
@@ -69,6 +72,21 @@ def lease_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
 def generation_key(tenant: str) -> str:
     """Name the key of a tenant's generation."""
     return f"tenant:{tenant}:~gen"
+
+
+def tenant_switch(tenant: str) -> str:
+    """Name the switch of a tenant."""
+    return f"tenant:{tenant}"
+
+
+def module_switch(module: str) -> str:
+    """Name the switch of a module."""
+    return f"module:{module}"
+
+
+def switched(names: Iterable[str], prefix: str) -> frozenset[str]:
+    """Return whose switches are among these names: of all tenants or of all modules, by the name of the empty one."""
+    return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
 class Digester:

@@ -29,6 +29,10 @@ MAX_ROWS = 1_000
 """Rows of one answer."""
 
 
+MAX_SWITCHES = 1_000
+"""Tenants and modules that can be off at the same time."""
+
+
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """One value of the configuration and where it comes from."""
 
@@ -271,18 +275,26 @@ class Admin:
         access.demand_operator("a switch")
         if tenant is not None and module is not None:
             raise InvalidOperation("name a tenant or a module, not both: a switch is of one of them")
-        if tenant is not None:
-            raise InvalidOperation("the switch of a tenant is not built yet")
-        access.demand_everything("this switch")
+        if tenant is None:
+            access.demand_everything("a switch of a module, or of everything,")
+        owner = None if tenant is None else self._owner(access, tenant, None)
         if module is not None:
-            raise InvalidOperation("the switch of a module is not built yet")
-        await self._write_down(access, "switch", None, off=off, module=module)
-        told = await (self._cache.disable() if off else self._cache.enable())
+            self._known_module(module)
+        switches = self._cache.switches
+        if off and switches is not None and len(switches.off) >= MAX_SWITCHES:
+            raise InvalidOperation(f"{MAX_SWITCHES} switches are off: turn one on first, or everything off")
+        await self._write_down(access, "switch", owner, off=off, module=module)
+        turn = self._cache.disable if off else self._cache.enable
+        told = await turn(tenant_id=owner, module=module)
         return msgspec.structs.replace(await self.switches(access), told=told)
 
     async def switches(self, access: Access) -> Switches:
         """Return what is switched off."""
-        return Switches(enabled=self._cache.enabled, everything=self._cache._switched_off, tenants=[], modules=[])
+        enabled, switches = self._cache.enabled, self._cache.switches
+        if switches is None:
+            return Switches(enabled=enabled, everything=False, tenants=[], modules=[])
+        tenants = [tenant for tenant in sorted(switches.tenants) if access.tenant in (None, tenant)]
+        return Switches(enabled=enabled, everything=switches.everything, tenants=tenants, modules=sorted(switches.modules))
 
     async def configuration(self, access: Access) -> list[Setting]:
         """Return the values that are in force, and where each comes from. For those who reach all tenants."""

@@ -5,7 +5,7 @@ milliseconds) or raises ``StoreUnavailable``. While the store is known to be awa
 ``contract`` tests in ``tests/contract`` run on every store.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,8 +107,9 @@ class Store(Protocol):
         """Give the lease back if ``token`` still holds it; does not wait, may be lost, never raises. Sent after earlier puts."""
         ...
 
-    async def switch(self, off: bool | None = None) -> bool:
-        """Read (``None``) or set the kill switch that all processes of this store look at; return whether it is off."""
+    async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
+        """Turn switches off (True) or on that all processes of this store look at; return the names of all that are off.
+        They stay until they are turned on, or lost. One round trip."""
         ...
 
     async def info(self) -> ServerInfo:

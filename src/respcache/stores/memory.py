@@ -10,13 +10,13 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreError, StoreUnavailable
 from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Generation, read_generation
-from respcache.core.keys import EPOCH_KEY, KILL_SWITCH_KEY
+from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
 from respcache.stores.base import Lease, Reading, ServerInfo
 
 MAX_KEYS = 10_000
@@ -111,13 +111,15 @@ class MemoryServer:
         if held is not None and held.token == token:
             del self.values[key]
 
-    def switch(self, off: bool | None) -> bool:
+    def switch(self, changes: Mapping[str, bool]) -> frozenset[str]:
         """See ``Store.switch``."""
+        switches = {**(self._get(SWITCHES_KEY) or {}), **changes}
+        off = frozenset(name for name, is_off in switches.items() if is_off)
         if off:
-            self.values[KILL_SWITCH_KEY] = (b"1", float("inf"))
-        elif off is False:
-            self.values.pop(KILL_SWITCH_KEY, None)
-        return self._get(KILL_SWITCH_KEY) is not None
+            self.values[SWITCHES_KEY] = (dict.fromkeys(off, True), float("inf"))
+        else:
+            self.values.pop(SWITCHES_KEY, None)
+        return off
 
     def info(self) -> ServerInfo:
         """See ``Store.info``."""
@@ -226,9 +228,9 @@ class MemoryStore:
         """See ``Store.release``."""
         self.server.release(key, token)
 
-    async def switch(self, off: bool | None = None) -> bool:
+    async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
         """See ``Store.switch``."""
-        return self._reach().switch(off)
+        return self._reach().switch(changes)
 
     async def info(self) -> ServerInfo:
         """See ``Store.info``."""

@@ -7,7 +7,7 @@ connection is then dropped to learn it anew.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -16,7 +16,7 @@ import hiredis
 from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreError, StoreReplyError, StoreUnavailable
 from respcache.core.generations import MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
-from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, KILL_SWITCH_KEY
+from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, SWITCHES_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text, fields_of
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
@@ -164,14 +164,18 @@ class RedisStore:
         """See ``Store.release``."""
         self._link.send(("EVAL", self._release.text, 1, key, token))  # in full: nobody waits to send it again
 
-    async def switch(self, off: bool | None = None) -> bool:
-        """See ``Store.switch``."""
-        change: list[Command] = []
-        if off is not None:
-            change = [("SET", KILL_SWITCH_KEY, "1")] if off else [("DEL", KILL_SWITCH_KEY)]
-        # GET, not EXISTS: it counts as a use, and a switch that is looked at is then not what LRU evicts first
-        replies, _ = await self._link.execute(*change, ("GET", KILL_SWITCH_KEY))
-        return [_good(reply) for reply in replies][-1] is not None
+    async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
+        """See ``Store.switch``: HSET or HDEL, and HKEYS, which counts as a use: LRU does not evict first what is looked at."""
+        commands: list[Command] = [
+            ("HSET", SWITCHES_KEY, name, "1") if off else ("HDEL", SWITCHES_KEY, name) for name, off in changes.items()
+        ]
+        commands.append(("HKEYS", SWITCHES_KEY))
+        replies, _ = await self._link.execute(*commands)
+        if changes and _ours(replies[0]) is None:  # in place of the hash is something else
+            replies, _ = await self._link.execute(("DEL", SWITCHES_KEY), *commands)
+        for reply in replies:
+            _ours(reply)
+        return frozenset(map(as_text, _ours(replies[-1]) or ()))
 
     async def info(self) -> ServerInfo:
         """See ``Store.info``."""
