@@ -35,6 +35,7 @@ from crm.routes import (
 from crm.settings import Settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
+from respcache.ops.board import Board
 from respcache.resp.url import ServerURL
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
@@ -51,7 +52,13 @@ Every answer of a cached route says in `Cache-Status` whether it was a hit.
 
 
 def watched_cache(
-    settings: Settings, engine: AsyncEngine, url: str | None, *, resolver: CrmResolver | None = None, strict_reads: bool = False
+    settings: Settings,
+    engine: AsyncEngine,
+    url: str | None,
+    *,
+    resolver: CrmResolver | None = None,
+    strict_reads: bool = False,
+    board: Board | None = None,
 ) -> tuple[Cache, Watch]:
     """Make the cache (no store for no URL or ``none``) and have it watch the engine: for the application and for scripts."""
     settings = settings.with_secrets()
@@ -67,6 +74,7 @@ def watched_cache(
         audit_share=settings.respcache_audit_share,
         near_bytes=settings.respcache_near_bytes,
         strict_reads=strict_reads,
+        board=board,
     )
     return cache, watch(engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES)
 
@@ -93,7 +101,8 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     reading = engine.execution_options(isolation_level="AUTOCOMMIT")
     resolver = CrmResolver(reading, settings.jwt_secret.get_secret_value())
     url = None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
-    cache, watching = watched_cache(settings, engine, url, resolver=resolver, strict_reads=strict_reads)
+    board = Board(None if url == "none" else url)
+    cache, watching = watched_cache(settings, engine, url, resolver=resolver, strict_reads=strict_reads, board=board)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -31,6 +31,9 @@ from respcache.switches import Switches
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Outbox, Rounds, Rows, boottime
 
+if TYPE_CHECKING:
+    from respcache.ops.board import Board
+
 log = logging.getLogger("respcache")
 
 GENERATION_TTL_MS = int((MAX_TTL_S + 3600) * 1000)
@@ -56,7 +59,8 @@ class Cache:
     makes invalidations impossible to lose; without one, they end with the writing process. ``enabled=False`` serves nothing
     from the cache but still sends invalidations, for the processes that do. ``strict_reads`` turns an undeclared table into an
     error: for tests. ``audit_share`` of all hits are made anew in the background and compared (``respcache.ops.audit``), 0: none.
-    ``near_bytes`` bounds what each process keeps of its entries in memory, 0: nothing.
+    ``near_bytes`` bounds what each process keeps of its entries in memory, 0: nothing. ``board`` (``respcache.ops.board.Board``)
+    is where its figures are published and those of all processes are read.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Cache:
         strict_reads: bool = False,
         audit_share: float = DEFAULT_SHARE,
         near_bytes: int = DEFAULT_NEAR_BYTES,
+        board: "Board | None" = None,
         clock: Callable[[], float] = boottime,
     ) -> None:
         self.store = store
@@ -78,6 +83,7 @@ class Cache:
         self.resolver = resolver
         self.figures = Stats()
         self.strict_reads = strict_reads
+        self.board = board
         self.modules: set[str] = set()
         self.tables: set[str] = set()
         self._readers: dict[str, set[str]] = {}  # of each table: the modules whose answers depend on it
@@ -89,9 +95,11 @@ class Cache:
         digester = keys.Digester(secret, schema_version=schema_version)
         self.rounds: Rounds | None = None
         self.audit: Audit | None = None
-        self._near: Near | None = None
+        self.near: Near | None = None
         self._identities: Identities | None = None
         self.switches: Switches | None = None
+        if board is not None:
+            board.attach(self)
         if audit_share != 0:
             check_share(audit_share)
         if store is not None:
@@ -99,7 +107,7 @@ class Cache:
             if outbox is not None:
                 self.rounds = Rounds(store, outbox, generation_ttl_ms=GENERATION_TTL_MS, clock=clock)
             self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds)
-            self._near = S3Fifo(near_bytes) if near_bytes > 0 else None
+            self.near = S3Fifo(near_bytes) if near_bytes > 0 else None
             self._views = Views(store, clock=clock)
             store.listen(self._views.expire, self._views.expire_all)
             self._identities = Identities(resolver)
@@ -110,7 +118,7 @@ class Cache:
                 invalidator=self._invalidator,
                 switches=self.switches,
                 rounds=self.rounds,
-                near=self._near,
+                near=self.near,
                 views=self._views,
                 clock=clock,
                 stats=self.figures,
@@ -168,12 +176,16 @@ class Cache:
         await self.switches.start()
         if self.audit is not None:
             self.audit.start()
+        if self.board is not None:
+            self.board.start()
 
     async def close(self) -> None:
         """Drain unconfirmed invalidations for a bounded time, then disconnect."""
         if self.store is None or self.switches is None or not self._connected:
             return
         self._connected = False
+        if self.board is not None:
+            await self.board.close()
         await self.switches.close()
         if self.audit is not None:
             await self.audit.close()
@@ -245,8 +257,8 @@ class Cache:
             memo.forget()
         if self._identities is not None:
             self._identities.forget()
-        if self._near is not None:
-            self._near.clear()
+        if self.near is not None:
+            self.near.clear()
 
     def changed(self, tables: Mapping[str, set[str]]) -> None:
         """Say that a committed transaction changed these tables of these tenants. Called by the database hooks, any thread."""

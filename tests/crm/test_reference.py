@@ -18,6 +18,7 @@ from respcache import Cache
 from respcache.core import errors, keys
 from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
+from respcache.ops.board import Board
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
 
@@ -29,7 +30,7 @@ PAGE = (ROOT / "docs" / "reference.md").read_text()
 DIGEST = bytes(range(16))
 OPTIONS = {
     "Cache": Cache, "RedisStore": respcache.RedisStore, "MemoryStore": respcache.MemoryStore, "cache_list": respcache.cache_list,
-    "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set,
+    "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": Board,
 }  # fmt: skip
 OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORECASE)
 
@@ -75,12 +76,17 @@ def called(node: ast.AST) -> str:
 
 def test_keys_are_those_that_the_code_builds() -> None:
     """One row for each function that builds one."""
-    holes = {"{tenant}": "abc", "{module}": "leads", "{kind}": "count", "{digest}": DIGEST.hex()}
+    holes = {
+        "{tenant}": "abc", "{module}": "leads", "{kind}": "count", "{digest}": DIGEST.hex(), "{process}": "0123456789abcdef",
+        "{bucket}": "7",
+    }  # fmt: skip
     (listed,) = tables("## Keys")
     listed.pop("key", None)
     built = {
         keys.entry_key("abc", "leads", "count", DIGEST), keys.lease_key("abc", "leads", "count", DIGEST),
         keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY,
+        keys.PROCESSES_KEY, keys.figures_key("0123456789abcdef"), keys.tenants_key("0123456789abcdef"),
+        keys.routes_key("0123456789abcdef"), keys.series_key(7),
     }  # fmt: skip
     filled = set()
     for pattern in listed:
@@ -100,6 +106,8 @@ async def test_no_other_key_appears_on_the_server(crm: Crm, valkey_url: str) -> 
     await abe.post("/api/accounts", json={"name": "Acorn"})
     await crm.as_user("root").get("/api/accounts")
     await crm.cache.disable()
+    assert crm.cache.board is not None
+    await crm.cache.board.publish()
     (listed,) = tables("## Keys")
     patterns = [re.sub(r"\\\{\w+\\\}", r"[^:]+", re.escape(pattern)) for pattern in listed]
     with redis.Redis.from_url(valkey_url) as client:

@@ -42,7 +42,9 @@ def test_the_library_knows_nothing_of_the_application(path: Path) -> None:
     names = {module.split(".")[0] for module in imports(path)}
     assert "crm" not in names
     if path.name not in ("fastapi.py", "sqlalchemy.py", "statements.py", "postgres.py", "alembic.py"):
-        assert not names & {"alembic", "fastapi", "starlette", "sqlalchemy", "redis", "pydantic"}
+        assert not names & {"alembic", "fastapi", "starlette", "sqlalchemy", "pydantic"}
+    if path.name != "board.py":
+        assert "redis" not in names
 
 
 def test_importing_the_library_imports_no_framework() -> None:
@@ -63,7 +65,8 @@ def test_the_store_scans_no_keyspace() -> None:
     walking = {"KEYS", "SCAN", "FLUSHDB", "FLUSHALL"}
     for path in SOURCE.rglob("*.py"):
         constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
-        assert not walking & {value.upper() for value in constants if isinstance(value, str)}, path
+        found = walking & {value.upper() for value in constants if isinstance(value, str)}
+        assert found <= ({"KEYS"} if path.name == "fleet.py" else set()), path  # there it is a word in the reply of INFO
     for path in SOURCE.rglob("*.lua"):
         called = re.findall(r"redis\.call\('(\w+)'", path.read_text())
         assert called

@@ -8,8 +8,14 @@
 | tenant:~shared:~gen                          | hash   | generation of data that belongs to no tenant        | > every entry  |
 | respcache:~inc                               | string | the epoch (``core/epochs.py``)                      | > every entry  |
 | respcache:~off                               | hash   | what is switched off for all processes              | until removed  |
+| respcache:~procs                             | set    | the processes that publish figures (``ops/board.py``) | a minute     |
+| respcache:~figures:{process}                 | string | figures of a process, by route                      | a minute       |
+| respcache:~tenants:{process}                 | hash   | its figures of each tenant                          | a minute       |
+| respcache:~routes:{process}                  | hash   | its figures of each tenant, by route                | a minute       |
+| respcache:~series:{bucket}                   | hash   | what happened everywhere in ten seconds             | 70 minutes     |
 
-``{kind}`` is list, detail, count or settings. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
+``{kind}`` is list, detail, count or settings. ``{process}`` is 16 hexadecimal digits that a process makes when it starts,
+``{bucket}`` the Unix time divided by ten. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
 secret that all processes share, over everything that decides the response. The entry repeats it and it is compared on
 every hit. No part of a key can hold a colon, a blank or a glob character, so ``SCAN MATCH tenant:abc:accounts:*`` matches
 what it says. Deleting any of these keys by hand is safe.
@@ -29,6 +35,7 @@ EVERYBODY = "~all"
 
 SWITCHES_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"
+PROCESSES_KEY = "respcache:~procs"
 BUMPS_CHANNEL = "respcache:~bumps"
 """Where every bump is published: the key of the generation. Not a key."""
 
@@ -87,6 +94,26 @@ def module_switch(module: str) -> str:
 def switched(names: Iterable[str], prefix: str) -> frozenset[str]:
     """Return whose switches are among these names: of all tenants or of all modules, by the name of the empty one."""
     return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def figures_key(process: str) -> str:
+    """Name the key of a process's figures."""
+    return f"respcache:~figures:{process}"
+
+
+def tenants_key(process: str) -> str:
+    """Name the key of a process's figures of each tenant."""
+    return f"respcache:~tenants:{process}"
+
+
+def routes_key(process: str) -> str:
+    """Name the key of a process's figures of each tenant, by route."""
+    return f"respcache:~routes:{process}"
+
+
+def series_key(bucket: int) -> str:
+    """Name the key of what happened in a time."""
+    return f"respcache:~series:{bucket}"
 
 
 class Digester:
