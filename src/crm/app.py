@@ -5,17 +5,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from starlette.responses import RedirectResponse, Response
 
 from crm import errors
 from crm.auth import CrmResolver
 from crm.bodies import BodyLimit
 from crm.caching import SHARED_TABLES, TENANT_IS
 from crm.models import Base
+from crm.operators import CrmGate
 from crm.routes import (
     accounts,
     activities,
@@ -35,7 +37,9 @@ from crm.routes import (
 from crm.settings import Settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
+from respcache.ops.admin import Admin
 from respcache.ops.board import Board
+from respcache.ops.dashboard import Dashboard
 from respcache.resp.url import ServerURL
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
@@ -125,7 +129,14 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         system,
     ):  # fmt: skip
         app.include_router(routes.router)
+    gate = CrmGate(reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours)
+    app.add_route("/cache", _to_dashboard, include_in_schema=False)
+    app.mount("/cache", Dashboard(Admin(cache, board), gate))
     return cache.wrap(app)
+
+
+async def _to_dashboard(request: Request) -> Response:
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/cache/", 308)
 
 
 def _refuse_if_closed(connection: Any, record: Any, proxy: Any) -> None:

@@ -1,0 +1,93 @@
+"""The dashboard as an ASGI application: its routes, the headers of all its answers, and what is answered when something fails.
+
+It can be mounted anywhere: every address that it writes begins with the ``root_path`` that it is given.
+"""
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from respcache.ops.admin import Admin
+from respcache.ops.dashboard.api import Api, say_no
+from respcache.ops.dashboard.gate import Door, Gate, GateAway
+
+MAX_BODY = 64 * 1024
+
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+"""Nothing inline, nothing from elsewhere (W3C Content Security Policy 3)."""
+
+HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": CONTENT_POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+"""On every answer that does not say otherwise itself."""
+
+log = logging.getLogger("respcache")
+
+
+class Dashboard:
+    """Pages, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted in an ASGI application."""
+
+    def __init__(self, admin: Admin, gate: Gate) -> None:
+        door = Door(gate)
+        self.routes: list[BaseRoute] = [*Api(admin, door).routes()]
+        app = Starlette(
+            routes=self.routes,
+            exception_handlers={HTTPException: self._refused, GateAway: self._away, Exception: self._failed},
+            max_body_size=MAX_BODY,
+        )
+        self._safe = SafeHeaders(app)  # around all of it: also what a fault is answered with has them
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI 3.0)."""
+        await self._safe(scope, receive, send)
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return say_no(error.status_code, "not-found" if error.status_code == 404 else "invalid", str(error.detail))
+
+    async def _away(self, request: Request, error: Exception) -> Response:
+        return say_no(503, "unavailable", str(error))
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        return say_no(500, "failed", "The dashboard failed: the log says why")
+
+
+class SafeHeaders:
+    """Adds ``HEADERS`` to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+
+        async def add(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _complete(message)
+            await send(message)
+
+        await self._app(scope, receive, add if scope["type"] == "http" else send)
+
+
+def _complete(message: MutableMapping[str, Any]) -> None:
+    given = message.get("headers", [])
+    names = {name.lower() for name, _ in given}
+    missing = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in names]
+    message["headers"] = [*given, *missing]
