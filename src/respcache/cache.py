@@ -91,6 +91,7 @@ class Cache:
         self._said: set[str] = set()
         self._memos: list[Memo] = []
         self._checks: list[TableCheck] = []
+        self.wrapper: Wrapper | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
         self.rounds: Rounds | None = None
@@ -161,7 +162,8 @@ class Cache:
         state = getattr(app, "state", None)
         if state is not None:
             state.cache = self
-        return Wrapper(self, app, describe)
+        self.wrapper = Wrapper(self, app, describe)
+        return self.wrapper
 
     async def connect(self) -> None:
         """Connect to the store, or begin to try. Never raises because the store is away. Repeating it does nothing."""

@@ -45,6 +45,10 @@ class Identities:
             self._known.move_to_end(claim.key)
         return known
 
+    def peek(self, claim: Claim) -> Known | None:
+        """Return what ``recall`` would, without using it."""
+        return self._known.get(claim.key)
+
     def judge(self, known: Known, view: Generation) -> bool:
         """Whether the scope is still what the database says, in this view of the claim's home generation."""
         return view.judge(known.certificate, self.tags) is Verdict.VALID

@@ -127,6 +127,15 @@ class Memo:
         plan = self._plans.get(key)
         return None if plan is None or now >= plan.expires_at else plan  # one that has ended keeps its place for the next
 
+    def peek(self, key: Key, now: float) -> Plan | None:
+        """Return what ``recall`` would, without using it."""
+        plan = self._plans.peek(key)
+        return None if plan is None or now >= plan.expires_at else plan
+
+    def plans(self) -> list[Plan]:
+        """Return all plans that are kept, without using them."""
+        return self._plans.values()
+
     def remember(self, key: Key, plan: Plan) -> None:
         """Keep a plan whose claim was verified now."""
         assert plan.claim is not None

@@ -79,6 +79,15 @@ class S3Fifo(Generic[K, V]):
             slot.frequency += 1
         return slot.value
 
+    def peek(self, key: K) -> V | None:
+        """Return a value, or None, without counting a use: for who only looks."""
+        slot = self._slots.get(key)
+        return None if slot is None else slot.value
+
+    def values(self) -> list[V]:
+        """Return all values, without counting uses."""
+        return [slot.value for slot in self._slots.values()]
+
     def put(self, key: K, value: V, *, size_bytes: int) -> None:
         """Keep a value, unless it is too large. One that replaces another takes over its place and its uses.
 

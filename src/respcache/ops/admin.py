@@ -10,16 +10,19 @@ server ``StoreUnavailable``.
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
 from respcache.core.errors import InvalidOperation, NotFound
 from respcache.ops.access import Access
-from respcache.ops.explain import Explanation
+from respcache.ops.board import MAX_MINUTES, Board, Order
+from respcache.ops.explain import Asked, Explanation
+from respcache.ops.explainer import explain
 from respcache.ops.feed import Feed
+from respcache.ops.figures import Overview, Row, Switches, module_rows, policies_of, route_rows, row
 from respcache.ops.search import Body, Inspection, KeyPage, Sample
-from respcache.ops.stats import BOUNDS_S, OTHER, Histogram, Times, Totals
+from respcache.ops.stats import OTHER
 from respcache.ops.trail import Act, LogTrail, Trail
 
 if TYPE_CHECKING:
@@ -43,70 +46,6 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """``default``, ``argument``, or what the application says: the name of an environment variable, a file."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a tenant, a module or a route."""
-
-    name: str
-    module: str | None = None
-    """Of a route."""
-    kind: str | None = None
-    """Of a route, with the next two."""
-    level: str | None = None
-    ttl_s: float | None = None
-    hits: int
-    misses: int
-    requests: int
-    """Hits, misses and bypasses."""
-    hit_ratio: float | None
-    collapsed: int
-    bypasses: dict[str, int]
-    stores: int
-    stores_refused: dict[str, int]
-    invalidations: int
-    bytes_served: int
-    bytes_stored: int
-    hit_p50_s: float | None = None
-    """This and what follows: of modules and routes, for those who reach all tenants; else None."""
-    hit_p95_s: float | None = None
-    miss_p50_s: float | None = None
-    miss_p95_s: float | None = None
-    fill_s: float | None = None
-    """What the fills took together."""
-    saved_s: float | None = None
-    """What hits would have taken had they been fills: an estimate."""
-
-
-class Switches(msgspec.Struct, frozen=True, kw_only=True):
-    """What is switched off. To a tenant's admin: as far as it concerns the tenant."""
-
-    enabled: bool
-    """This process looks into the cache at all."""
-    everything: bool
-    tenants: list[str]
-    modules: list[str]
-    told: bool = True
-    """The store was reached: all processes follow within a second. If not, it is told as soon as it is."""
-
-
-class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the cache at a glance."""
-
-    at: datetime
-    figures_of: str
-    """``all processes``, or ``this process`` where the server is away or is none."""
-    available: bool
-    switches: Switches
-    totals: Row
-    hit_times: Histogram | None
-    """By the bounds ``bounds_s``; None, as the next, for a tenant's admin: they are kept of all tenants together."""
-    miss_times: Histogram | None
-    bounds_s: tuple[float, ...] = BOUNDS_S
-    pending_tenants: list[str]
-    """Vetoed in this process: their last invalidation is not confirmed."""
-    audit: dict[str, Any] | None
-    fence: dict[str, Any] | None
-
-
 class Purge(msgspec.Struct, frozen=True, kw_only=True):
     """What a purge did, or of a dry run: would do."""
 
@@ -124,72 +63,82 @@ class Purge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Admin:
-    """Looks at and steers one cache. ``trail`` None: a ``LogTrail``; ``settings``: the application's, for ``configuration``."""
+    """Looks at and steers one cache.
+
+    ``board`` None: that of the cache, or if it has none, one of this process's figures. ``trail`` None: a ``LogTrail``.
+    ``settings`` are the application's own, for ``configuration``.
+    """
 
     def __init__(
-        self, cache: "Cache", board: Any = None, trail: Trail | None = None, *, settings: Sequence[Setting] = ()
+        self, cache: "Cache", board: Board | None = None, trail: Trail | None = None, *, settings: Sequence[Setting] = ()
     ) -> None:
         self._cache = cache
-        self._board = board
+        self._board = board or cache.board or _local_board(cache)
         self._trail: Trail = LogTrail() if trail is None else trail
         self._settings = tuple(settings)
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
-    async def overview(self, access: Access) -> Overview:
-        """Return the state at a glance: of one tenant, or of all."""
-        cache, tenant = self._cache, access.within(None)
-        total, times = Totals(), Times() if tenant is None else None
-        for figures in cache.figures.figures(tenant):
-            total.add(figures)
-        if times is not None:
-            for route in cache.figures.routes():
-                times.add(cache.figures.times(route))
-        pending = [one for one in cache.pending_tenants if tenant in (None, one)]
+    async def overview(self, access: Access, *, minutes: int = 60) -> Overview:
+        """Return the state at a glance, of all tenants or of the one within reach; the series is of the last ``minutes``."""
+        if not 1 <= minutes <= MAX_MINUTES:
+            raise InvalidOperation(f"minutes {minutes!r} must be from 1 to {MAX_MINUTES}")
+        cache, board, tenant = self._cache, self._board, access.within(None)
+        fleet = await board.fleet()
+        common: dict[str, Any] = {
+            "at": datetime.now(UTC),
+            "figures_of": "this process" if fleet.alone else "all processes",
+            "problem": fleet.problem,
+            "tenant": tenant,
+            "available": cache.store is not None and cache.store.available,
+            "switches": await self.switches(access),
+            "findings": [finding for finding in fleet.findings if tenant in (None, finding.tenant)],
+            "pending_tenants": [one for one in cache.pending_tenants if tenant in (None, one)],
+        }
+        if tenant is not None:
+            totals = row(tenant, (await board.tenant(tenant)).totals)
+            hidden: dict[str, Any] = {"hit_times": None, "miss_times": None, "series": [], "processes": [], "server": None}
+            return Overview(totals=totals, **hidden, **common)
         return Overview(
-            at=datetime.now(UTC),
-            figures_of="this process",
-            available=cache.store is not None and cache.store.available,
-            switches=await self.switches(access),
-            totals=_row("total", total, times=times),
-            hit_times=None if times is None else times.hits,
-            miss_times=None if times is None else times.misses,
-            pending_tenants=pending,
-            audit=None if cache.audit is None else cache.audit.to_dict(tenant),
-            fence=None if cache.rounds is None else cache.rounds.to_dict(),
+            totals=row("total", fleet.totals, times=fleet.times),
+            hit_times=fleet.times.hits,
+            miss_times=fleet.times.misses,
+            series=(await board.series(minutes)).points,
+            processes=fleet.processes,
+            server=fleet.server,
+            **common,
         )
 
-    async def tenants(self, access: Access, *, limit: int = 100) -> list[Row]:
-        """Return the tenants with the most requests: of a tenant's admin, the own one."""
-        return [await self.tenant(access, name) for name in self._tenants(access)][: _bounded(limit)]
+    async def tenants(self, access: Access, *, order: Order = "requests", offset: int = 0, limit: int = 100) -> list[Row]:
+        """Return tenants, the largest first: of a tenant's admin, the own one. Requests without a tenant are in none of them."""
+        if access.tenant is not None:
+            return [await self.tenant(access, access.tenant)]
+        if order not in get_args(Order) or offset < 0:
+            raise InvalidOperation(
+                f"order {order!r} must be one of {', '.join(get_args(Order))}, and offset {offset!r} not below 0"
+            )
+        found = await self._board.tenants(order=order, offset=offset, limit=_bounded(limit))
+        return [row(one.tenant, one.totals) for one in found.tenants if one.tenant != OTHER]
 
     async def tenant(self, access: Access, tenant: str) -> Row:
         """Return the figures of a tenant."""
         name = access.within(tenant)
         assert name is not None
-        if name != access.tenant and name not in self._cache.figures.tenants():
+        found = await self._board.tenant(name)
+        if name != access.tenant and not found.totals.requests and not found.totals.invalidations:
             raise NotFound(f"no tenant {name!r}")
-        total = Totals()
-        for figures in self._cache.figures.figures(name):
-            total.add(figures)
-        return _row(name, total)
+        return row(name, found.totals)
 
     async def modules(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the modules: of one tenant, or of all."""
-        one, stats = access.within(tenant), self._cache.figures
-        times: dict[str, Times] = {}
-        if one is None:
-            for route, (module, _) in stats.routes().items():
-                times.setdefault(module, Times()).add(stats.times(route))
-        return [_row(name, figures, times=times.get(name)) for name, figures in sorted(stats.modules(one).items())]
+        one = access.within(tenant)
+        return module_rows((await self._board.fleet() if one is None else await self._board.tenant(one)).modules)
 
     async def routes(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the routes: of one tenant, or of all."""
-        one, stats = access.within(tenant), self._cache.figures
-        return [
-            _row(name, figures, module=module, times=stats.times(name) if one is None else None)
-            for name, (module, figures) in sorted(stats.routes(one).items())
-        ]
+        one, wrapper = access.within(tenant), self._cache.wrapper
+        policies = {} if wrapper is None else policies_of(wrapper.prepare().routes)
+        return route_rows((await self._board.fleet() if one is None else await self._board.tenant(one)).routes, policies)
 
     # -- what is stored ------------------------------------------------------------------------------------------------
 
@@ -221,7 +170,11 @@ class Admin:
         headers: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     ) -> Explanation:
         """Say what would become of a request now, in this process, and why. Changes nothing. ``path`` may carry the query."""
-        raise InvalidOperation("explain is not built yet")
+        wrapper = self._cache.wrapper
+        if wrapper is None:
+            raise InvalidOperation("the cache wraps no application in this process")
+        given = tuple(headers.items()) if isinstance(headers, Mapping) else tuple(headers)
+        return await explain(self._cache, wrapper, Asked(method, path, query, given), access)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
@@ -303,13 +256,6 @@ class Admin:
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _tenants(self, access: Access) -> list[str]:
-        if access.tenant is not None:
-            return [access.tenant]
-        modules = self._cache.figures.modules
-        names = [name for name in self._cache.figures.tenants() if name != OTHER]
-        return sorted(names, key=lambda name: -sum(one.hits + one.misses for one in modules(name).values()))
-
     def _owner(self, access: Access, tenant: str | None, key: str | None) -> str:
         owner = access.within(tenant)
         if owner is None:
@@ -325,21 +271,14 @@ class Admin:
         await self._trail.append(Act(act=act, name=access.name, role=access.role, tenant=tenant, details=given))
 
 
+def _local_board(cache: "Cache") -> Board:
+    """Give a cache that has none a board of its own figures."""
+    board = cache.board = Board()
+    board.attach(cache)
+    return board
+
+
 def _bounded(limit: int) -> int:
     if not 1 <= limit <= MAX_ROWS:
         raise InvalidOperation(f"limit {limit!r} must be from 1 to {MAX_ROWS}")
     return limit
-
-
-def _row(name: str, figures: Totals, *, module: str | None = None, times: Times | None = None) -> Row:
-    said = figures.to_dict()
-    if times is not None:
-        said |= {
-            "hit_p50_s": times.hits.quantile(0.5),
-            "hit_p95_s": times.hits.quantile(0.95),
-            "miss_p50_s": times.misses.quantile(0.5),
-            "miss_p95_s": times.misses.quantile(0.95),
-            "fill_s": times.fill_s,
-            "saved_s": times.saved_s,
-        }
-    return Row(name=name, module=module, requests=figures.requests, **said)

@@ -1,34 +1,13 @@
-"""Why a request would be a hit, a miss or a bypass now: the steps of ``lookup.py``, taken without changing anything."""
+"""What is said of a request: what would become of it now, and why. ``ops/explainer.py`` finds it out."""
 
-from datetime import datetime
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
-
-class PolicyFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """How a route is cached."""
-
-    module: str
-    kind: str
-    ttl_s: float
-    level: str
-    bound_s: float
-    """0.0 where it does not count (levels ``strict`` and ``ttl``)."""
-    tables: tuple[str, ...]
-    varies_by: str | None
-    """The name of the function that adds to the key."""
-    rule: str | None
-    """The role rule of the route."""
-    max_body_bytes: int
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the key, in canonical form. ``place`` is path, query, header, cookie, value or varies."""
-
-    place: str
-    name: str
-    value: str
-    """``***`` for cookies and credentials."""
+from respcache.core.errors import InvalidOperation
+from respcache.ops.facts import EntryFacts, GenerationFacts, Part, PolicyFacts
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,47 +24,6 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Which were read to know."""
     remembered: bool
     """By this process, and still valid."""
-
-
-class GenerationFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A tenant's generation, as the store tells it now."""
-
-    key: str
-    nonce: str | None
-    """Shortened; None where there is none."""
-    sequence: int
-    server: str
-    """The epoch and server life under which it was made, shortened."""
-    connected: str
-    """Those that this process is connected to."""
-    bumps: dict[str, int]
-    """Of each tag that counts here: the sequence of its last bump; absent: never bumped in this life."""
-
-
-class EntryFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A stored answer."""
-
-    stored_at: datetime
-    age_s: float
-    ttl_s: float
-    ttl_left_s: float
-    size_bytes: int
-    """As stored: head, headers and body."""
-    body_bytes: int
-    """As stored, so compressed where ``coding`` says so."""
-    status: int
-    coding: str
-    negotiable: bool
-    """May be sent in other codings than the handler's."""
-    fill_ms: int
-    nonce: str
-    sequence: int
-    """Of its certificate: captured before the handler ran."""
-    verdict: str
-    """``valid``, ``no-generation``, ``other-server``, ``other-epoch``, ``other-generation``, ``invalidated``, ``digest``; of the
-    inspector also ``depends``: on which of several routes it is of."""
-    why: str
-    """The verdict in words."""
 
 
 class FenceFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,10 +43,10 @@ class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     plan: bool
     """The request would be recognised by its bytes."""
-    held: bool
+    held: bool = False
     """Its answer is in memory."""
-    size_bytes: int
-    ttl_left_s: float
+    size_bytes: int = 0
+    ttl_left_s: float = 0.0
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +55,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str
     """``hit``, ``miss`` or ``bypass``."""
     reason: str
-    """One word: ``memory`` or ``store``; ``absent`` or a verdict; the ``detail=`` of ``Cache-Status``, or ``not-cached``."""
+    """Of a hit: ``memory`` or ``store``. Of a miss: ``absent``, ``unreadable``, ``damaged`` or the verdict on the entry. Of a
+    bypass: the ``detail=`` of ``Cache-Status``, or ``not-cached``."""
     why: str
     """A sentence."""
     method: str
@@ -141,3 +80,35 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryFacts | None = None
     switches: tuple[str, ...] = ()
     """What is switched off: ``*``, ``tenant:<id>``, ``module:<name>``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request to explain. ``path`` may carry the query."""
+
+    method: str
+    path: str
+    query: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def scope(self) -> dict[str, Any]:
+        """Make the ASGI scope that a server would make of it. Raises ``InvalidOperation``."""
+        path, _, query = self.path.partition("?")
+        if not path.startswith("/"):
+            raise InvalidOperation(f"path {self.path!r} must begin with '/'")
+        try:
+            headers = [(name.lower().encode("latin-1"), value.strip().encode("latin-1")) for name, value in self.headers]
+            given = "&".join(part for part in (query, self.query.removeprefix("?")) if part).encode("latin-1")
+        except UnicodeEncodeError as error:
+            raise InvalidOperation(f"{error.object!r} holds characters that no HTTP request can: percent-encode them") from None
+        return {
+            "type": "http",
+            "http_version": "1.1",
+            "method": self.method.upper(),
+            "scheme": "http",
+            "root_path": "",
+            "path": unquote(path),
+            "raw_path": path.encode("utf-8"),
+            "query_string": given,
+            "headers": headers,
+        }

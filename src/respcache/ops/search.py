@@ -2,7 +2,7 @@
 
 import msgspec
 
-from respcache.ops.explain import EntryFacts, GenerationFacts, Part, PolicyFacts
+from respcache.ops.facts import EntryFacts, GenerationFacts, Part, PolicyFacts
 
 MAX_LOOKED_AT = 20_000
 """Keys that one request looks at."""

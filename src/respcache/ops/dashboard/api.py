@@ -97,6 +97,11 @@ class Asked:
         """Return a number of the query as an argument of that name, or none. Raises ``InvalidOperation``."""
         return numbers(self.request, name)
 
+    def page(self) -> dict[str, Any]:
+        """Return the order and the part of a list that the query asks for, as arguments."""
+        order = self.text("order")
+        return {**({} if order is None else {"order": order}), **self.number("offset"), **self.number("limit")}
+
     def body(self, kind: type[T]) -> T:
         """Return the body. Raises ``InvalidOperation``."""
         try:
@@ -116,8 +121,8 @@ class Api:
         """Return the routes of the API."""
         reads: dict[str, Answer] = {
             "me": self.me,
-            "overview": lambda a: self._admin.overview(a.access),
-            "tenants": lambda a: self._admin.tenants(a.access, **a.number("limit")),
+            "overview": lambda a: self._admin.overview(a.access, **a.number("minutes")),
+            "tenants": lambda a: self._admin.tenants(a.access, **a.page()),
             "tenants/{tenant}": lambda a: self._admin.tenant(a.access, a.viewer.tenant(a.request.path_params["tenant"]) or ""),
             "modules": lambda a: self._admin.modules(a.access, tenant=a.tenant()),
             "routes": lambda a: self._admin.routes(a.access, tenant=a.tenant()),
