@@ -40,6 +40,7 @@ from respcache.asgi import Wrapper
 from respcache.ops.admin import Admin
 from respcache.ops.board import Board
 from respcache.ops.dashboard import Dashboard
+from respcache.ops.prometheus import Endpoint
 from respcache.resp.url import ServerURL
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
@@ -132,6 +133,10 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     gate = CrmGate(reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours)
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
     app.mount("/cache", Dashboard(Admin(cache, board), gate))
+    if cache.store is not None:
+        token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value()
+        metrics = Endpoint(board, token=token, gate=gate.access, tenants=settings.metrics_tenants)
+        app.add_route("/metrics", metrics, include_in_schema=False)
     return cache.wrap(app)
 
 

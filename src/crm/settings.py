@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     respcache_enabled: bool = True
     respcache_audit_share: float = Field(0.001, ge=0, le=1)
     respcache_near_bytes: int = Field(64 * 1024 * 1024, ge=0)
+    metrics_token: SecretStr | None = None
+    metrics_tenants: int = Field(0, ge=0, le=100)
     token_hours: float = Field(12, gt=0, le=24 * 365)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -49,10 +51,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_weak_secrets(self) -> "Settings":
-        for name in ("jwt_secret", "respcache_key"):
+        for name in ("jwt_secret", "respcache_key", "metrics_token"):
             value: SecretStr | None = getattr(self, name)
             if value is None:
-                if self.environment == "production":
+                if self.environment == "production" and name != "metrics_token":
                     raise ValueError(
                         f"{name.upper()} must be set in production: python -c 'import secrets; print(secrets.token_hex(32))'"
                     )

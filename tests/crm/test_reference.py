@@ -19,6 +19,7 @@ from respcache.core import errors, keys
 from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
 from respcache.ops.board import Board
+from respcache.ops.prometheus import Endpoint
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
 
@@ -30,7 +31,7 @@ PAGE = (ROOT / "docs" / "reference.md").read_text()
 DIGEST = bytes(range(16))
 OPTIONS = {
     "Cache": Cache, "RedisStore": respcache.RedisStore, "MemoryStore": respcache.MemoryStore, "cache_list": respcache.cache_list,
-    "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": Board,
+    "Endpoint": Endpoint, "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": Board,
 }  # fmt: skip
 OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORECASE)
 

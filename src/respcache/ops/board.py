@@ -113,10 +113,7 @@ class Board:
 
     async def fleet(self) -> Fleet:
         """Return all processes that live and their figures, and what the server says of itself. Two round trips."""
-        sheets, server, problem = await self._others()
-        own = await self._sheet()
-        if own is not None:
-            sheets.append(own)
+        sheets, server, problem = await self.sheets()
         routes = fleet.by_route(sheets)
         modules = fleet.by_module(routes, (writes for sheet in sheets for writes in sheet.writes))
         totals, times = Totals(), Times()
@@ -127,6 +124,12 @@ class Board:
         findings = [finding for sheet in sheets for finding in sheet.findings]
         findings.sort(key=lambda finding: finding.at)
         return Fleet(processes, totals, times, modules, routes, findings, server, bool(problem), problem)
+
+    async def sheets(self) -> tuple[list[Sheet], Server | None, str]:
+        """Return what each process that lives says of itself, and the server; and why these are not all. Two round trips."""
+        sheets, server, problem = await self._others()
+        own = await self._sheet()
+        return sheets if own is None else [*sheets, own], server, problem
 
     async def tenant(self, tenant: str) -> TenantFigures:
         """Return the figures of one tenant, by module and route; zeros for one that nobody has seen. Two round trips."""
@@ -149,7 +152,7 @@ class Board:
         """
         problem, found = "", dict[str, Totals]()
         try:
-            async for name, totals in self._published_totals():
+            async for _, name, totals in self._published_totals():
                 found.setdefault(name, Totals()).add(totals)
         except self._faults as error:
             problem, found = self._told(error), await self._own_totals()
@@ -158,6 +161,16 @@ class Board:
             ordered.sort(key=lambda name: getattr(found[name], order) or 0, reverse=True)
         chosen = [TenantTotals(name, found[name]) for name in ordered[offset : offset + limit]]
         return Tenants(chosen, len(found), bool(problem), problem)
+
+    async def tenants_by_process(self) -> dict[str, dict[str, Totals]]:
+        """Return all tenants of each process that lives, by its id. One round trip per process, and one."""
+        found: dict[str, dict[str, Totals]] = {}
+        try:
+            async for process, name, totals in self._published_totals():
+                found.setdefault(process, {})[name] = totals
+        except self._faults:
+            found = {self.id: await self._own_totals()}
+        return found
 
     async def series(self, minutes: int = MAX_MINUTES) -> Series:
         """Return what happened in the last minutes, a point each ``BUCKET_S`` seconds, the last one unfinished.
@@ -306,8 +319,8 @@ class Board:
                 sheets.append(sheet)
         return sheets, server, ""
 
-    async def _published_totals(self) -> AsyncIterator[tuple[str, Totals]]:
-        """Read what all processes that live have published of each tenant."""
+    async def _published_totals(self) -> AsyncIterator[tuple[str, str, Totals]]:
+        """Read what all processes that live have published of each tenant: process, tenant, totals."""
         asked = await self._ask(lambda pipeline, process: pipeline.hlen(keys.tenants_key(process)), own=True)
         for process, _, _ in asked:
             found: dict[bytes, bytes] = await self.client.hgetall(keys.tenants_key(process))
@@ -315,7 +328,7 @@ class Board:
                 for name, data in chunk:
                     row = fleet.decode(data, TenantRow)
                     if row is not None:
-                        yield name.decode(), fleet.totals_of(*row)
+                        yield process, name.decode(), fleet.totals_of(*row)
                 await asyncio.sleep(0)
 
     async def _ask(self, ask: Callable[[Any, str], object], *, own: bool = False) -> list[tuple[str, float, Any]]:

@@ -34,8 +34,23 @@ class Survey:
 
 
 async def survey_of(stats: Stats) -> Survey:
-    """Add up all figures of this process, in portions."""
-    survey, sums = Survey(), dict[tuple[str, str], Sum]()
+    """Add up all figures of this process, in portions between which the event loop gets its turn."""
+    survey = Survey()
+    for _ in _add_up(stats, survey):
+        await asyncio.sleep(0)
+    return survey
+
+
+def survey_at_once(stats: Stats) -> Survey:
+    """The same for whoever has no event loop, in any thread."""
+    survey = Survey()
+    for _ in _add_up(stats, survey):
+        pass
+    return survey
+
+
+def _add_up(stats: Stats, survey: Survey) -> Iterator[None]:
+    sums: dict[tuple[str, str], Sum] = {}
     for chunk in chunks(stats.tenants()):
         for tenant in chunk:
             events = 0
@@ -48,9 +63,9 @@ async def survey_of(stats: Stats) -> Survey:
                 found = sums.get(name)
                 if found is None:
                     found = sums[name] = Sum()
-                found.take(row, (bypasses, refusals))
+                found.take(row, (dict(bypasses), dict(refusals)))
             survey.events[tenant] = events
-        await asyncio.sleep(0)
+        yield
     for (route, module), found in sorted(sums.items()):
         totals = totals_of(*found.row())
         survey.totals.add(totals)
@@ -59,7 +74,6 @@ async def survey_of(stats: Stats) -> Survey:
             survey.times.add(stats.times(route))
         else:
             survey.writes.append(ModuleFigures(module, totals))
-    return survey
 
 
 def sheet_of(cache: "Cache", survey: Survey, *, process: str, started_at: float) -> Sheet:
