@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	@echo "setting up $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment: install its venv module"; exit 1; }
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[crm,dev]' -c constraints.txt
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[cli,crm,dev]' -c constraints.txt
 	@touch $(STAMP)
 
 run: $(STAMP) ## Start the CRM with its servers and demo data on http://localhost:4001
@@ -38,7 +38,7 @@ bench: $(VENV)/.installed-bench ## Measure beside every peer: QUICK=1; or BENCH=
 	@$(VENV)/bin/python bench/$(or $(BENCH),run).py $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/.installed-bench: $(STAMP)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[crm,dev,bench]' -c constraints.txt
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[cli,crm,dev,bench]' -c constraints.txt
 	@touch $@
 
 lint: $(STAMP) ## Check style and types

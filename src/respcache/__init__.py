@@ -1,25 +1,30 @@
 """respcache: a response cache for ASGI applications that multi-tenant APIs can trust.
 
-``core/generations.py`` argues why no read is stale; ``cache.Cache`` is where to begin.
+``core/generations.py`` argues why no read is stale; ``cache.Cache`` is where to begin. Names are imported when they are first
+asked for, so that the command line starts without what it does not need.
 """
 
-from respcache.cache import Cache
-from respcache.core.errors import (
-    ConfigurationError,
-    Denied,
-    InvalidationPending,
-    RespcacheError,
-    StoreError,
-    UndeclaredRead,
-    UndeclaredWrite,
-)
-from respcache.core.identity import Claim, Head, Resolver, Scope, SingleTenant
-from respcache.core.policy import Level, Parameter, Policy
-from respcache.fastapi import cache_count, cache_detail, cache_list, cache_settings, invalidate_cache
-from respcache.record import bind_scope, current_scope
-from respcache.routing import Route
-from respcache.stores.memory import MemoryStore
-from respcache.stores.redis import RedisStore
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from respcache.cache import Cache
+    from respcache.core.errors import (
+        ConfigurationError,
+        Denied,
+        InvalidationPending,
+        RespcacheError,
+        StoreError,
+        UndeclaredRead,
+        UndeclaredWrite,
+    )
+    from respcache.core.identity import Claim, Head, Resolver, Scope, SingleTenant
+    from respcache.core.policy import Level, Parameter, Policy
+    from respcache.fastapi import cache_count, cache_detail, cache_list, cache_settings, invalidate_cache
+    from respcache.record import bind_scope, current_scope
+    from respcache.routing import Route
+    from respcache.stores.memory import MemoryStore
+    from respcache.stores.redis import RedisStore
 
 __all__ = [
     "Cache",
@@ -49,3 +54,36 @@ __all__ = [
     "current_scope",
     "invalidate_cache",
 ]
+
+_HOMES = {
+    "cache": ("Cache",),
+    "core.errors": (
+        "ConfigurationError",
+        "Denied",
+        "InvalidationPending",
+        "RespcacheError",
+        "StoreError",
+        "UndeclaredRead",
+        "UndeclaredWrite",
+    ),
+    "core.identity": ("Claim", "Head", "Resolver", "Scope", "SingleTenant"),
+    "core.policy": ("Level", "Parameter", "Policy"),
+    "fastapi": ("cache_count", "cache_detail", "cache_list", "cache_settings", "invalidate_cache"),
+    "record": ("bind_scope", "current_scope"),
+    "routing": ("Route",),
+    "stores.memory": ("MemoryStore",),
+    "stores.redis": ("RedisStore",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    for module, names in _HOMES.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"respcache.{module}"), name)
+            return found
+    raise AttributeError(f"module 'respcache' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The stores under test, and what the tests may do to them behind their backs."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import pytest
 import redis
 
 from crm.embedded import EmbeddedValkey
+from respcache.ops.acl import DATA_PLANE
 from respcache.stores.base import Store
 from respcache.stores.memory import MemoryStore
 from respcache.stores.redis import RedisStore
@@ -90,8 +92,8 @@ class MemorySubject:
 class ValkeySubject:
     """The store on a real server, which a second client manipulates."""
 
-    def __init__(self, url: str, server: EmbeddedValkey | None = None) -> None:
-        self.store = RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S)
+    def __init__(self, url: str, server: EmbeddedValkey | None = None, *, store_url: str | None = None) -> None:
+        self.store = RedisStore(store_url or url, deadline_s=LONG_S, connect_deadline_s=LONG_S)
         self.server = server
         self.client = redis.Redis.from_url(url, decode_responses=True)
 
@@ -135,14 +137,25 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
         await asyncio.sleep(0.002)
 
 
-@pytest.fixture(params=["memory", "valkey"])
+@pytest.fixture(params=["memory", "valkey", "valkey, as the user of `respcache acl`"])
 async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
     """An empty, connected store of each kind."""
     made: MemorySubject | ValkeySubject
-    made = MemorySubject() if request.param == "memory" else ValkeySubject(request.getfixturevalue("valkey_url"))
+    if request.param == "memory":
+        made = MemorySubject()
+    else:
+        url = request.getfixturevalue("valkey_url")
+        made = ValkeySubject(url, store_url=None if request.param == "valkey" else restricted(url))
     await made.store.connect()
     yield made
     await made.store.close()
+
+
+def restricted(url: str) -> str:
+    """Make the user of the application, by the rule that is printed for it; return its address."""
+    with redis.Redis.from_url(url) as client:
+        client.execute_command(*DATA_PLANE.rule(password="only-for-tests").split())
+    return re.sub(r"//.*@", f"//{DATA_PLANE.name}:only-for-tests@", url)
 
 
 @pytest.fixture(params=["memory", "valkey"])

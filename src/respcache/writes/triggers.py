@@ -134,7 +134,7 @@ def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
 def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
     """Create the triggers of these tables; also to replace them when the tenant column of a table has changed."""
     for watched in tables:
-        function = f"{_name(schema)}.{_name(_function_name(watched.table))}"
+        function = f"{_name(schema)}.{_name(function_name(watched.table))}"
         execute(f"""
             CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
             LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $${body(watched, schema=schema)}$$""")
@@ -151,7 +151,7 @@ def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "pub
     for table in tables:
         for event in EVENTS:  # a table that was renamed runs the function of its former name
             execute(f"DROP TRIGGER IF EXISTS respcache_{event} ON {_name(schema)}.{_name(table)}")
-        execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(_function_name(table))}() CASCADE")
+        execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(function_name(table))}() CASCADE")
 
 
 def body(watched: Watched, *, schema: str = "public") -> str:
@@ -207,7 +207,7 @@ _TRANSITIONS = {
 }
 
 
-def _function_name(table: str) -> str:
+def function_name(table: str) -> str:
     """Name the function of a table; one that PostgreSQL would cut off might become that of another table."""
     name = FUNCTION + table
     if len(name.encode()) <= MAX_NAME_BYTES:

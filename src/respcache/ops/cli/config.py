@@ -1,0 +1,55 @@
+"""``respcache config``: settings with value and source, of this environment and, if it is asked, of the running application."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from respcache.ops.cli.app import DEFAULT_URL
+from respcache.ops.cli.client import Client
+from respcache.ops.cli.outcome import Status
+from respcache.ops.cli.output import Output
+
+READ: Mapping[str, tuple[str | None, bool]] = {
+    "RESPCACHE_URL": (DEFAULT_URL, False),
+    "RESPCACHE_TOKEN": (None, True),
+    "REDIS_CACHE_URL": (None, False),
+    "REDIS_URL": (None, False),
+    "DATABASE_URL": (None, False),
+    "RESPCACHE_KEY": (None, True),
+    "NO_COLOR": (None, False),
+}
+"""What the commands read of the environment: the default, and whether it is secret as a whole."""
+
+
+def run(out: Output, client: Client | None) -> Status:
+    """Print what is in force here and, with a client, there."""
+    local = list(_local())
+    remote = None if client is None else client.get("configuration")
+    document = {"environment": local, "application": remote}
+
+    def render() -> None:
+        columns = ("setting", "value", "source")
+        out.table(columns, ((one["name"], one["value"], one["source"]) for one in local))
+        if client is not None and remote is not None:
+            out.say()
+            out.table((f"setting of {client.url}", *columns[1:]), ((one["name"], one["value"], one["source"]) for one in remote))
+
+    out.emit(document, render)
+    return Status.OK
+
+
+def _local() -> Iterator[dict[str, Any]]:
+    for name, (default, secret) in READ.items():
+        value = os.environ.get(name) or None
+        if secret:
+            shown: str | None = "set" if value else "not set"
+        else:
+            shown = default if value is None else without_password(value)
+        yield {"name": name, "value": shown or "not set", "source": "environment" if value else "default"}
+
+
+def without_password(url: str) -> str:
+    """Return an address with its password, and what stands in its query, left out; also one that is not encoded rightly."""
+    hidden = re.sub(r"^([\w+]+://)([^:@/]*):?.*@", r"\1\2:***@", url, flags=re.DOTALL)
+    return hidden.partition("?")[0]

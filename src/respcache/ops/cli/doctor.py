@@ -1,0 +1,58 @@
+"""``respcache doctor``: the findings as a list, with what to do."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from respcache.ops.cli.outcome import Failure, Status
+from respcache.ops.cli.output import Output
+from respcache.ops.doctor import Finding, Level, diagnose
+
+MARKS = {Level.OK: ("ok", "green"), Level.WARNING: ("warning", "yellow"), Level.FAULT: ("FAULT", "bold red")}
+
+
+def run(out: Output, *, app: str | None, tables: str | None, schema: str) -> Status:
+    """Check everything, print it, and return FAILED where there is a fault."""
+    if app is not None and tables is not None:
+        raise Failure(Status.USAGE, "--app and --tables both say which tables are declared: give one of them")
+    declared = _declared(app) if app is not None else _listed(tables)
+    findings = diagnose(os.environ, schema=schema, tables=declared)
+    faults = sum(finding.level is Level.FAULT for finding in findings)
+    warnings = sum(finding.level is Level.WARNING for finding in findings)
+    document = {"faults": faults, "warnings": warnings, "findings": findings}
+    out.emit(document, lambda: _render(out, findings, faults, warnings))
+    return Status.FAILED if faults else Status.OK
+
+
+def _declared(target: str) -> set[str]:
+    """Return the tables that the application's cached reads and its resolver declare."""
+    from respcache.ops.cli.target import load
+
+    return load(target, Path.cwd()).declared_tables()
+
+
+def _listed(tables: str | None) -> set[str] | None:
+    if tables is None:
+        return None
+    named = {table.strip() for table in tables.split(",") if table.strip()}
+    if not named:
+        raise Failure(Status.USAGE, "--tables names none: give names between commas, such as accounts,leads")
+    return named
+
+
+def _render(out: Output, findings: Sequence[Finding], faults: int, warnings: int) -> None:
+    about = ""
+    for finding in findings:
+        if finding.about != about:
+            about = finding.about
+            out.say(f"\n{about}" if out.terminal else about, "bold")
+        mark, style = MARKS[finding.level]
+        out.say(Text.assemble("  ", (f"{mark:<8}", style), f" {finding.check:<15} ", finding.found))
+        if finding.level is not Level.OK:
+            out.say(Text.assemble(" " * 11, ("why   ", "dim"), finding.why))
+            out.say(Text.assemble(" " * 11, ("mend  ", "dim"), (finding.mend, "cyan")))
+    out.say()
+    style = "bold red" if faults else "yellow" if warnings else "green"
+    out.say(f"{len(findings)} checks: {faults} faults, {warnings} warnings", style)

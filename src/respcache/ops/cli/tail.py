@@ -1,0 +1,45 @@
+"""``respcache tail``: invalidations as they happen."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from respcache.ops.cli.client import Client
+from respcache.ops.cli.outcome import Status
+from respcache.ops.cli.output import Output, span
+
+Document = Mapping[str, Any]
+
+PAUSE_S = 1.0
+MAX_EVENTS = 1_000
+
+STYLES = {"confirmed": "green", "pending; safe": "yellow", "pending": "bold red"}
+
+
+def run(out: Output, client: Client, *, tenant: str | None, module: str | None, lines: int, follow: bool) -> Status:
+    """Print the last events, and, if asked to, those that follow until Ctrl-C. In JSON, one document a line."""
+    last = ""
+    count = lines
+    while True:
+        feed = client.get("feed", after=last, tenant=tenant, limit=count)
+        last = feed["last"]
+        for event in feed["events"]:
+            if module is None or module in event["modules"] or event["everything"]:
+                out.line(event, _line(event))
+        if not follow:
+            return Status.OK
+        if len(feed["events"]) < count:
+            time.sleep(PAUSE_S)
+        count = MAX_EVENTS
+
+
+def _line(event: Document) -> Text:
+    what = "everything" if event["everything"] else ", ".join(event["modules"]) or "no module"
+    tables = f" ({', '.join(event['tables'])})" if event["tables"] else ""
+    more = f"  and {event['skipped']} more that are not told" if event["skipped"] else ""
+    return Text.assemble(
+        (event["at"][:23].replace("T", " "), "dim"), "  ", (event["outcome"], STYLES.get(event["outcome"], "")), " after ",
+        span(event["seconds"]), f"  {event['tenant']}  {what}{tables}  {event['cause']}", (f"  {event['process']}", "dim"), more,
+    )  # fmt: skip

@@ -1,0 +1,65 @@
+"""An application of the user's own, found by ``module:app`` as uvicorn does."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from respcache.asgi import Wrapper
+from respcache.core.errors import ConfigurationError
+from respcache.ops.cli.outcome import Failure, Status
+
+MAX_LAYERS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An ASGI application, and the wrapper that stands in it or is it."""
+
+    name: str
+    app: Any
+    wrapper: Wrapper
+
+    def declared_tables(self) -> set[str]:
+        """Return the tables that its cached reads and its resolver declare. Connects to nothing."""
+        try:
+            self.wrapper.prepare()
+        except ConfigurationError as error:
+            raise Failure(Status.FAILED, f"{self.name} does not start: {error}") from None
+        cache = self.wrapper.cache
+        return {*cache.tables, *cache.resolver.tables}
+
+
+def load(name: str, folder: Path) -> Target:
+    """Import an application; modules are looked for in ``folder`` first. Raises ``Failure``.
+
+    ``module:app``, or ``module:make()`` for a function that makes it.
+    """
+    module, separator, attribute = name.partition(":")
+    if not separator or not module or not attribute:
+        raise Failure(Status.USAGE, f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() that makes it")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.removesuffix("()").split("."):
+            found = getattr(found, part)
+        app = found() if attribute.endswith("()") else found
+    except Exception as error:
+        raise Failure(Status.USAGE, f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+    wrapper = find_wrapper(app)
+    if wrapper is None:
+        raise Failure(Status.USAGE, f"{name} has no cache in it: give what cache.wrap(app) returned, or what stands around it")
+    return Target(name, app, wrapper)
+
+
+def find_wrapper(app: Any) -> Wrapper | None:
+    """Return the wrapper of an application: itself, or within the middleware around it (``.app``)."""
+    for _ in range(MAX_LAYERS):
+        if isinstance(app, Wrapper):
+            return app
+        app = getattr(app, "app", None)
+        if app is None:
+            break
+    return None

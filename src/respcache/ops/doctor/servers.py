@@ -1,0 +1,321 @@
+"""Checks of the two servers: the cache, which must evict and may forget, and agent memory, which must do neither.
+
+Everything is read; nothing is changed. What a user of the server may not see is said to be unseen.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
+
+from respcache.core.epochs import Epoch, decode_epoch
+from respcache.core.errors import ConfigurationError
+from respcache.core.keys import EPOCH_KEY
+from respcache.ops.acl import Role
+from respcache.ops.doctor import rights
+from respcache.ops.doctor.findings import Report
+from respcache.ops.doctor.secrets import is_default, is_local
+from respcache.resp.url import ServerURL
+
+DEADLINE_S = 3.0
+OLDEST_VERSION = (6, 2)
+SKEW_S = 5.0
+LEAST_PUBSUB_BYTES = 1024 * 1024
+EVICTS = ("allkeys-", "volatile-")
+
+
+@dataclass
+class Server:
+    """What a server said of itself. ``config`` is None where this user may not ask."""
+
+    name: str
+    url: ServerURL
+    info: Mapping[str, Any]
+    config: Mapping[str, str] | None
+    skew_s: float
+    epoch: Epoch | None = None
+    cli: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        place = f"-s {self.url.path}" if self.url.path else f"-h {self.url.host} -p {self.url.port}"
+        user = f" --user {self.url.user}" if self.url.user else ""
+        self.cli = f"valkey-cli {place}{user}{' --tls' if self.url.tls else ''}"
+
+    @property
+    def identity(self) -> str:
+        """Name this life of the server, as the fence does."""
+        return str(self.info.get("master_replid", ""))
+
+    @property
+    def version(self) -> str:
+        """Return the number of the version, of Valkey where it is one (which also gives a Redis number)."""
+        return str(self.info.get("valkey_version") or self.info.get("redis_version", "0"))
+
+    def sets(self, name: str, value: str) -> str:
+        """Return the command that sets an option, now and lastingly."""
+        return f"{self.cli} CONFIG SET {name} {value}; {self.cli} CONFIG REWRITE"
+
+
+def examine(report: Report, url: str | None, *, variable: str, memory: bool, role: Role | None = None) -> Server | None:
+    """Check one server; return what it said, or None where it could not be asked. A handful of round trips."""
+    if url is None:
+        _unset(report, variable, memory=memory)
+        return None
+    try:
+        parsed = ServerURL.parse(url)
+    except ConfigurationError as error:
+        report.fault("address", str(error), "nothing can connect to it", f"mend {variable}")
+        return None
+    with _connected(report, url, parsed, variable) as client:
+        if client is None:
+            return None
+        server = _ask(report.about, parsed, client)
+        report.ok("reachable", f"{parsed}, {_kind(server.info)} {server.version}")
+        _check_version(report, server)
+        _check_role(report, server)
+        _check_eviction(report, server, memory=memory)
+        _check_persistence(report, server, memory=memory)
+        _check_encryption(report, server, variable)
+        _check_password(report, server, variable)
+        _check_connections(report, server)
+        _check_clock(report, server)
+        if role is not None:
+            rights.check(report, client, role, user=parsed.user or "default", cli=server.cli)
+            server.epoch = _epoch(client)
+        return server
+
+
+def compare(report: Report, cache: Server | None, memory: Server | None) -> bool:
+    """Check that the two servers are two; return whether they are one."""
+    if cache is None or memory is None or cache.info.get("run_id") is None:
+        return False
+    if cache.info.get("run_id") != memory.info.get("run_id"):
+        report.ok("two servers", f"{cache.url} and {memory.url} are different processes")
+        return False
+    where = "and one database" if cache.url.database == memory.url.database else "with two database numbers"
+    report.fault(
+        "two servers",
+        f"REDIS_CACHE_URL and REDIS_URL are one server {where}",
+        "memory limit, eviction and persistence are of a server, not of a database: what must not be lost is evicted with "
+        "the cache, or the cache fills up and refuses writes",
+        "start a second server for agent memory (maxmemory-policy noeviction, appendonly yes) and set REDIS_URL to it",
+    )
+    return True
+
+
+def _unset(report: Report, variable: str, *, memory: bool) -> None:
+    if memory:
+        report.ok("reachable", f"{variable} is not set: no agent memory to check")
+    else:
+        why = "without a server nothing is cached across processes"
+        report.fault("reachable", f"{variable} is not set", why, f"export {variable}=redis://:PASSWORD@HOST:6379/0")
+
+
+@contextmanager
+def _connected(report: Report, url: str, parsed: ServerURL, variable: str) -> "Iterator[redis.Redis | None]":
+    """Connect and log in, or say why that failed."""
+    why = "the application goes on without it, slower" if report.about == "cache" else "what agents remember cannot be reached"
+    client = _client(url)
+    try:
+        client.ping()
+    except redis.AuthenticationError as error:
+        client.close()
+        report.fault("reachable", f"{parsed} refuses the login: {error}", why, f"set the right user and password in {variable}")
+        yield None
+        return
+    except NoPermissionError:
+        pass  # it is there; the rights are checked one by one
+    except redis.RedisError as error:
+        client.close()
+        said = str(error).rstrip(".") or type(error).__name__
+        mend = f'start the server, or mend host, port and scheme in {variable}; to try it: valkey-cli -u "${variable}" PING'
+        report.fault("reachable", f"{parsed} cannot be reached: {said}", why, mend)
+        yield None
+        return
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _client(url: str) -> redis.Redis:
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=DEADLINE_S,
+        socket_connect_timeout=DEADLINE_S,
+        decode_responses=True,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+def _ask(name: str, url: ServerURL, client: redis.Redis) -> Server:
+    info: Any = {}
+    config: Any = None
+    with suppress(redis.ResponseError):
+        info = client.info()
+    with suppress(redis.ResponseError):
+        config = client.config_get("*")
+    return Server(name, url, info, config, _skew_s(client))
+
+
+def _skew_s(client: redis.Redis) -> float:
+    """Return how far the server's clock is ahead of ours, taking half of the round trip for its way here; 0 where unseen."""
+    before = time.time()
+    try:
+        seconds, microseconds = client.time()
+    except redis.ResponseError:
+        return 0.0
+    return float(seconds) + float(microseconds) / 1e6 - (before + time.time()) / 2
+
+
+def _epoch(client: redis.Redis) -> Epoch | None:
+    try:
+        record = client.get(EPOCH_KEY)
+    except redis.ResponseError:
+        return None
+    return decode_epoch(record) if isinstance(record, str) else None
+
+
+def _kind(info: Mapping[str, Any]) -> str:
+    return "Valkey" if info.get("server_name") == "valkey" or "valkey_version" in info else "Redis"
+
+
+def _check_version(report: Report, server: Server) -> None:
+    number = tuple(int(part) for part in server.version.split(".")[:2] if part.isdigit())
+    if number >= OLDEST_VERSION:
+        report.ok("version", server.version)
+    elif server.info:
+        report.fault("version", server.version, "RESP3 and the scripts need Redis 6.2, or any Valkey", "upgrade the server")
+
+
+def _check_role(report: Report, server: Server) -> None:
+    role = server.info.get("role")
+    if role == "slave":
+        master = f"{server.info.get('master_host')}:{server.info.get('master_port')}"
+        report.fault("role", f"a replica of {master}", "it cannot be written to", f"use the address of the primary, {master}")
+    elif server.info.get("cluster_enabled"):
+        report.fault(
+            "role", "a cluster", "keys of one tenant would be on several servers", "use a server, with replicas if you like"
+        )
+    elif role is not None:
+        report.ok("role", f"primary with {server.info.get('connected_slaves', 0)} replicas")
+
+
+def _check_eviction(report: Report, server: Server, *, memory: bool) -> None:
+    policy, limit = str(server.info.get("maxmemory_policy", "")), int(server.info.get("maxmemory", 0))
+    if not policy:
+        return
+    if memory and policy != "noeviction":
+        why = "a full server drops what agents remember, without a word"
+        report.fault("eviction", policy, why, server.sets("maxmemory-policy", "noeviction"))
+    elif not memory and not policy.startswith(EVICTS):
+        why = "a full cache refuses writes, invalidations among them, and is bypassed until there is room"
+        report.fault("eviction", policy, why, server.sets("maxmemory-policy", "allkeys-lru"))
+    else:
+        report.ok("eviction", policy)
+    if limit:
+        report.ok("maxmemory", f"{limit / 2**20:,.0f} MiB, {server.info.get('used_memory', 0) / 2**20:,.1f} MiB in use")
+    else:
+        why = "it grows until the machine has no memory left, and is then killed"
+        report.warn("maxmemory", "no limit", why, server.sets("maxmemory", "512mb"))
+
+
+def _check_persistence(report: Report, server: Server, *, memory: bool) -> None:
+    aof = bool(server.info.get("aof_enabled"))
+    points = (server.config or {}).get("save")
+    on = [*(["append-only file"] if aof else []), *([f"snapshots ({points})"] if points else [])]
+    if memory and not on and server.config is not None:
+        why = "after a restart agents remember nothing"
+        report.warn("persistence", "off", why, server.sets("appendonly", "yes"))
+    elif not memory and on:
+        why = "a cache that is written to disk costs forks and time, for answers that nobody may use after a restart"
+        mend = "; ".join([*([server.sets("appendonly", "no")] if aof else []), *([server.sets("save", '""')] if points else [])])
+        report.warn("persistence", " and ".join(on), why, mend)
+    elif server.config is not None or on:
+        report.ok("persistence", " and ".join(on) or "off")
+
+
+def _check_encryption(report: Report, server: Server, variable: str) -> None:
+    if server.url.tls is not None or is_local(server.url.path or server.url.host):
+        report.ok("encryption", "TLS" if server.url.tls else "on this machine only")
+    else:
+        why = "answers of all tenants and the password cross the network in the clear"
+        report.warn("encryption", "none", why, f"give the server tls-port and a certificate, and write rediss:// in {variable}")
+
+
+def _check_password(report: Report, server: Server, variable: str) -> None:
+    """A fault where others can reach the server, a warning on this machine."""
+    say = report.warn if is_local(server.url.path or server.url.host) else report.fault
+    if _is_open(server.url):
+        why = "whoever reaches the port reads the answers of all tenants"
+        say("password", "none: it answers without one", why, server.sets("requirepass", "PASSWORD"))
+    elif is_default(server.url.password):
+        say("password", "a well-known one", "it is the first that is tried", f"choose another one, and set {variable} to it")
+    else:
+        report.ok("password", "needed, and not a well-known one")
+
+
+def _is_open(url: ServerURL) -> bool:
+    """Whether somebody without a password gets an answer."""
+    place: dict[str, Any] = {"unix_socket_path": url.path} if url.path else {"host": url.host, "port": url.port}
+    if url.tls is not None:
+        place |= {"ssl": True, "ssl_cert_reqs": "none", "ssl_check_hostname": False}
+    try:
+        with redis.Redis(
+            **place, socket_timeout=DEADLINE_S, socket_connect_timeout=DEADLINE_S, retry=Retry(NoBackoff(), 0)
+        ) as one:
+            one.ping()
+    except (redis.RedisError, OSError):
+        return False
+    return True
+
+
+def _check_connections(report: Report, server: Server) -> None:
+    config = server.config
+    if config is None:
+        report.warn(
+            "configuration",
+            "this user may not see it (CONFIG GET)",
+            "persistence, time-outs and output buffers are not checked",
+            "run doctor once more as the administration user: respcache acl --role administration",
+        )
+        return
+    buffers = _buffers(config.get("client-output-buffer-limit", ""))
+    hard = buffers.get("pubsub", LEAST_PUBSUB_BYTES)
+    if hard == 0 or hard < LEAST_PUBSUB_BYTES:
+        found = "pubsub without a limit" if hard == 0 else f"pubsub {hard} bytes"
+        why = "a process that reads slowly fills the server's memory" if hard == 0 else "every burst of writes drops connections"
+        report.warn("output buffers", found, why, server.sets("client-output-buffer-limit", '"pubsub 32mb 8mb 60"'))
+    else:
+        report.ok("output buffers", f"pubsub {hard / 2**20:,.0f} MiB")
+    idle, alive = int(config.get("timeout", 0)), int(config.get("tcp-keepalive", 0))
+    if idle:
+        why = "idle connections are cut, and each cut is a moment without the cache"
+        report.warn("timeout", f"{idle} s", why, server.sets("timeout", "0"))
+    elif not alive:
+        why = "connections that a firewall has forgotten are noticed late"
+        report.warn("timeout", "tcp-keepalive is off", why, server.sets("tcp-keepalive", "300"))
+    else:
+        report.ok("timeout", f"none; tcp-keepalive {alive} s")
+
+
+def _buffers(text: str) -> dict[str, int]:
+    """Read ``normal 0 0 0 slave ... pubsub hard soft seconds``: the hard limits in bytes."""
+    words = text.split()
+    return {words[at]: int(words[at + 1]) for at in range(0, len(words) - 3, 4)}
+
+
+def _check_clock(report: Report, server: Server) -> None:
+    if abs(server.skew_s) <= SKEW_S:
+        report.ok("clock", f"{server.skew_s:+.1f} s from here")
+    else:
+        why = "nothing is served wrongly by it, but ages, logs and expiry times do not agree"
+        report.warn(
+            "clock", f"{server.skew_s:+.0f} s from here", why, "run an NTP client on both machines: timedatectl set-ntp true"
+        )

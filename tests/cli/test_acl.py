@@ -1,0 +1,122 @@
+"""The users that ``respcache acl`` describes can do what the library does, and nothing more."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import redis
+from redis.exceptions import NoPermissionError
+
+from respcache.core.epochs import Cursor, Epoch
+from respcache.core.errors import StoreError
+from respcache.core.generations import Certificate
+from respcache.core.keys import SWITCHES_KEY, entry_key, generation_key, lease_key
+from respcache.ops.acl import DATA_PLANE, ROLES
+from respcache.stores.base import Lease
+from respcache.stores.redis import RedisStore
+
+from .conftest import Run, document, log_in_as
+
+HOUR_MS = 3_600_000
+LONG_S = 5.0
+GEN, ENTRY = generation_key("a"), entry_key("a", "accounts", "list", bytes(16))
+FILL = lease_key("a", "accounts", "list", bytes(16))
+
+
+async def until(condition: Callable[[], object], seconds: float = 2.0) -> bool:
+    """Look for so long whether it is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.005)
+    return True
+
+
+async def exercise(url: str, admin: redis.Redis) -> str:
+    """Have a store do everything that a store does; return what went wrong, nothing if nothing did."""
+    store, heard = RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S), list[str]()
+    store.listen(heard.append, lambda: None)
+    await store.connect()
+    try:
+        if not await until(lambda: store._link.listening):
+            return "not listening"
+        admin.script_flush()
+        certificate = (await store.open(GEN, nonce=secrets.token_hex(8).encode(), ttl_ms=HOUR_MS)).certificate()
+        assert certificate is not None
+        await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=["a" * 16])
+        if not await until(lambda: heard.count(GEN) > 2):
+            return "no message of a bump"
+        store.put(ENTRY, b"x", ttl_ms=HOUR_MS, generation=GEN, generation_ttl_ms=HOUR_MS)
+        await store.read(ENTRY, [(GEN, ["T:accounts"])])
+        await store.lease(FILL, Lease("token", Certificate(b"n", 1)), ttl_ms=HOUR_MS)
+        store.release(FILL, "token")
+        _, identity = await store.epoch()
+        await store.epoch(Epoch("ab", identity, "x", Cursor("1:1:", 1.0)), ttl_ms=HOUR_MS)
+        await store.switch({"*": True})
+        await store.switch({"*": False})
+        await store.info()
+        if store.counters()["errors"]:
+            return "a reply was an error"
+        admin.set(SWITCHES_KEY, "a foreign value")
+        await store.switch({"*": True})
+        return ""
+    except StoreError as error:
+        return str(error) or type(error).__name__
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def admin(valkey_url: str) -> AsyncIterator[redis.Redis]:
+    with redis.Redis.from_url(valkey_url) as client:
+        yield client
+
+
+@pytest.mark.anyio
+async def test_the_user_of_the_application_can_do_all_that_a_store_does(valkey_url: str, admin: redis.Redis) -> None:
+    """Scripts in full and by digest, messages, switches, a foreign value in their place."""
+    assert await exercise(log_in_as(valkey_url, DATA_PLANE), admin) == ""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "right", [*(f"+{name}" for name in DATA_PLANE.commands), "~tenant:*", "~respcache:~*", "&respcache:~bumps"]
+)
+async def test_there_is_no_right_too_much(valkey_url: str, admin: redis.Redis, right: str) -> None:
+    """Without any single one something fails."""
+    assert await exercise(log_in_as(valkey_url, DATA_PLANE, without=right), admin) != ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("keys", "*"), ("scan", "0"), ("flushall",), ("config", "get", "*"), ("acl", "list"), ("hgetall", GEN), ("get", "other"),
+        ("set", "other", "x"), ("publish", "other", "x"), ("shutdown",), ("client", "list"), ("multi",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_user_of_the_application_is_refused_everything_else(valkey_url: str, words: tuple[str, ...]) -> None:
+    """Other commands, other keys, other channels."""
+    with redis.Redis.from_url(log_in_as(valkey_url, DATA_PLANE)) as client, pytest.raises(NoPermissionError):
+        client.execute_command(*words)
+
+
+def test_the_command_prints_each_rule_as_a_line_that_the_server_takes(respcache: Run, valkey_url: str) -> None:
+    """Less the lines that begin with #; --role is one of them."""
+    done = respcache("acl")
+    rules = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert (done.returncode, rules) == (0, [role.rule() for role in ROLES.values()])
+    with redis.Redis.from_url(valkey_url) as client:
+        for rule in rules:
+            assert client.execute_command(*rule.split()) in (True, b"OK", "OK")
+    assert document(respcache("acl", "--role", "application", "--json"))["application"]["rule"] == DATA_PLANE.rule()
+
+
+def test_an_unknown_role_is_wrong_usage(respcache: Run) -> None:
+    """And what is known is said."""
+    done = respcache("acl", "--role", "nobody")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(name in done.stderr for name in ROLES)
