@@ -132,7 +132,8 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         app.include_router(routes.router)
     gate = CrmGate(reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours)
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
-    app.mount("/cache", Dashboard(Admin(cache, board), gate))
+    app.state.cache_admin = Admin(cache, board)
+    app.mount("/cache", Dashboard(app.state.cache_admin, gate))
     if cache.store is not None:
         token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value()
         metrics = Endpoint(board, token=token, gate=gate.access, tenants=settings.metrics_tenants)

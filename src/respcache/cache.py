@@ -110,7 +110,7 @@ class Cache:
             self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds)
             self.near = S3Fifo(near_bytes) if near_bytes > 0 else None
             self._views = Views(store, clock=clock)
-            store.listen(self._views.expire, self._views.expire_all)
+            store.listen(self._heard, self._views.expire_all)
             self._identities = Identities(resolver)
             self._lookup = Lookup(
                 store,
@@ -479,6 +479,13 @@ class Cache:
             return False
         self._said.add(message)
         return True
+
+    def _heard(self, key: str) -> None:
+        """Drop what was bumped, or deleted by hand: the key of a generation, or of an entry."""
+        if keys.read_entry_key(key) is None:
+            self._views.expire(key)
+        elif self.near is not None:
+            self.near.discard(key)
 
     def _bump(self, tags: Mapping[str, set[str]]) -> None:
         if self.store is not None:

@@ -78,6 +78,9 @@ def test_the_store_scans_no_keyspace() -> None:
         constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
         found = walking & {value.upper() for value in constants if isinstance(value, str)}
         assert found <= ({"KEYS"} if path.name == "fleet.py" else set()), path  # there it is a word in the reply of INFO
+        named = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        if path.name != "keyspace.py":  # for operators, with a bound
+            assert not named & {"scan", "scan_iter", "flushdb", "flushall"}, path
     for path in SOURCE.rglob("*.lua"):
         called = re.findall(r"redis\.call\('(\w+)'", path.read_text())
         assert called

@@ -40,6 +40,26 @@ class Entry:
     negotiable: bool = False
 
 
+HEAD_BYTES = _HEAD.size
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the first ``HEAD_BYTES`` of a stored response say of its time."""
+
+    stored_at_ms: int
+    ttl_ms: int
+    fill_ms: int
+
+
+def decode_head(data: bytes) -> Head | None:
+    """Read the first bytes of a stored response, or return None for anything that is not one of this format version."""
+    if len(data) < HEAD_BYTES:
+        return None
+    magic, _, _, _, stored_at, ttl, fill, *_ = _HEAD.unpack_from(data)
+    return Head(stored_at, ttl, fill) if magic == MAGIC else None
+
+
 def encode(entry: Entry) -> bytes:
     """Return the bytes to store."""
     headers = b"".join(_pair(name, value) for name, value in entry.headers)

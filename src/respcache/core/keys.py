@@ -24,6 +24,7 @@ what it says. Deleting any of these keys by hand is safe.
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from respcache.core.errors import ConfigurationError
 
@@ -37,7 +38,7 @@ SWITCHES_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"
 PROCESSES_KEY = "respcache:~procs"
 BUMPS_CHANNEL = "respcache:~bumps"
-"""Where every bump is published: the key of the generation. Not a key."""
+"""Where every bump is published: the key of the generation; and what an operator deleted: the key of the entry. Not a key."""
 
 EVERYTHING = "*"
 """The switch of everything. Not a key, but a field of the switches."""
@@ -48,6 +49,7 @@ MIN_SECRET_BYTES = 16
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_ENTRY = re.compile(f"tenant:({_TENANT.pattern}):({_NAME.pattern}):({'|'.join(KINDS)}):([0-9a-f]{{{2 * DIGEST_BYTES}}})")
 
 
 def check_tenant(tenant: str) -> str:
@@ -69,6 +71,26 @@ def check_module(module: str) -> str:
 def entry_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
     """Name the key of a stored response."""
     return f"tenant:{tenant}:{module}:{kind}:{digest.hex()}"
+
+
+class EntryKey(NamedTuple):
+    """What the key of a stored response says."""
+
+    tenant: str
+    module: str
+    kind: str
+    digest: bytes
+
+
+def read_entry_key(key: str) -> EntryKey | None:
+    """Read the key of a stored response back, or return None for any other key."""
+    found = _ENTRY.fullmatch(key)
+    return None if found is None else EntryKey(found[1], found[2], found[3], bytes.fromhex(found[4]))
+
+
+def entry_pattern(tenant: str | None, module: str | None) -> str:
+    """Return a glob that all stored responses of a tenant and a module match, or None: of all; other keys may match it too."""
+    return f"tenant:{tenant or '*'}:{module or '[A-Za-z]*'}:*"
 
 
 def lease_key(tenant: str, module: str, kind: str, digest: bytes) -> str:

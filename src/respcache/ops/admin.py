@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from respcache.core.errors import InvalidOperation, NotFound
+from respcache.core.errors import ConfigurationError, InvalidOperation, NotFound
+from respcache.core.keys import EntryKey, check_module, read_entry_key
+from respcache.ops import search
 from respcache.ops.access import Access
 from respcache.ops.board import MAX_MINUTES, Board, Order
 from respcache.ops.explain import Asked, Explanation
 from respcache.ops.explainer import explain
 from respcache.ops.feed import Feed
 from respcache.ops.figures import Overview, Row, Switches, module_rows, policies_of, route_rows, row
+from respcache.ops.keyspace import Keyspace, MemoryKeys, ServerKeys
 from respcache.ops.search import Body, Inspection, KeyPage, Sample
 from respcache.ops.stats import OTHER
 from respcache.ops.trail import Act, LogTrail, Trail
+from respcache.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
@@ -53,12 +57,12 @@ class Purge(msgspec.Struct, frozen=True, kw_only=True):
     module: str | None
     key: str | None
     dry_run: bool
-    entries: int | None
-    """Stored entries that it concerns, as far as they were counted; None: not counted."""
-    complete: bool
+    entries: int | None = None
+    """Of a dry run, and of a key: stored entries that it concerns, valid or not, as far as they were counted."""
+    complete: bool = False
     """All keys of the server were looked at, so ``entries`` is all of them."""
-    looked_at: int
-    confirmed: bool | None
+    looked_at: int = 0
+    confirmed: bool | None = None
     """Everything that it concerns is invalid everywhere. False: it is being retried (``Cache.invalidate_tenant_cache``)."""
 
 
@@ -146,19 +150,24 @@ class Admin:
         self, access: Access, *, tenant: str | None = None, module: str | None = None, cursor: str = "", limit: int = 100
     ) -> KeyPage:
         """Search the stored answers of a tenant. Looks at a bounded number of keys; the answer says of how many."""
-        raise InvalidOperation("the search of keys is not built yet")
+        one = access.within(tenant)
+        return await search.find(self._space(), tenant=one, module=_module(module), cursor=cursor, limit=_bounded(limit))
 
     async def sample(self, access: Access, *, tenant: str | None = None, module: str | None = None) -> Sample:
         """Look at a bounded number of keys: the largest, the costliest, when they end."""
-        raise InvalidOperation("the sample of keys is not built yet")
+        return await search.sample(self._space(), tenant=access.within(tenant), module=_module(module))
 
     async def inspect(self, access: Access, key: str) -> Inspection:
         """Look at one stored answer, without its body."""
-        raise InvalidOperation("the inspection of keys is not built yet")
+        return await search.inspect(self._cache, key, _named(access, key))
 
     async def reveal(self, access: Access, key: str) -> Body:
         """Return the body of a stored answer. An act: it is trailed. Raises ``NotTrailed``."""
-        raise InvalidOperation("revealing bodies is not built yet")
+        access.demand_operator("revealing a body")
+        named = _named(access, key)
+        body = await search.body_of(self._cache, key, named)
+        await self._write_down(access, "reveal", named.tenant, key=key)
+        return body
 
     async def explain(
         self,
@@ -198,27 +207,31 @@ class Admin:
         key: str | None = None,
         dry_run: bool = False,
     ) -> Purge:
-        """Invalidate all of a tenant, one module of it, or delete one key. A dry run only counts.
+        """Invalidate all of a tenant, or one module of it, or delete one key. A dry run only counts, and viewers may ask for it.
 
-        Of tenant and module it is one write, whatever the number of entries. Raises ``NotTrailed``.
+        Of tenant and module it is one write, whatever the number of entries, and holds for everybody. A key is deleted from the
+        server, and all processes are told to drop it: one that does not hear may serve what it holds, which is not stale, on.
+        Raises ``NotTrailed``.
         """
         if not dry_run:
             access.demand_operator("a purge")
-        owner = self._owner(access, tenant, key)
+        owner = self._owner(access, tenant, module, key)
         if module is not None:
             self._known_module(module)
+        made = Purge(tenant=owner, module=module, key=key, dry_run=dry_run)
+        if dry_run:
+            return await self._count(made)
+        await self._write_down(access, "purge", owner, module=module, key=key)
         if key is not None:
-            raise InvalidOperation("the purge of a key is not built yet")
-        confirmed: bool | None = None
-        if not dry_run:
-            await self._write_down(access, "purge", owner, module=module, key=key)
-            if module is None:
-                confirmed = await self._cache.invalidate_all_tenant(owner)
-            else:
-                confirmed = await self._cache.invalidate_tenant_cache(owner, module)
-        return Purge(
-            tenant=owner, module=module, key=key, dry_run=dry_run, entries=None, complete=False, looked_at=0, confirmed=confirmed
-        )
+            deleted = await self._space().delete(key)
+            if self._cache.near is not None:
+                self._cache.near.discard(key)
+            return msgspec.structs.replace(made, entries=deleted, complete=True, confirmed=True)
+        if module is None:
+            confirmed = await self._cache.invalidate_all_tenant(owner)
+        else:
+            confirmed = await self._cache.invalidate_tenant_cache(owner, module)
+        return msgspec.structs.replace(made, confirmed=confirmed)
 
     async def switch(self, access: Access, *, off: bool, tenant: str | None = None, module: str | None = None) -> Switches:
         """Stop or resume serving: of a tenant, of a module (of all tenants), or of everything, in every process within a second.
@@ -230,7 +243,7 @@ class Admin:
             raise InvalidOperation("name a tenant or a module, not both: a switch is of one of them")
         if tenant is None:
             access.demand_everything("a switch of a module, or of everything,")
-        owner = None if tenant is None else self._owner(access, tenant, None)
+        owner = None if tenant is None else access.within(tenant)
         if module is not None:
             self._known_module(module)
         switches = self._cache.switches
@@ -256,11 +269,31 @@ class Admin:
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _owner(self, access: Access, tenant: str | None, key: str | None) -> str:
+    def _owner(self, access: Access, tenant: str | None, module: str | None, key: str | None) -> str:
+        """Return whose data a purge concerns."""
+        if key is not None:
+            if module is not None:
+                raise InvalidOperation("name a key, or a tenant and a module")
+            named = _named(access, key)
+            if tenant not in (None, named.tenant):
+                raise NotFound(f"no key {key!r} of tenant {tenant!r}")
+            return named.tenant
         owner = access.within(tenant)
         if owner is None:
-            raise InvalidOperation("name a tenant")
+            raise InvalidOperation("name a tenant: nothing purges all of them at once")
         return owner
+
+    async def _count(self, purge: Purge) -> Purge:
+        """Say what a purge would concern."""
+        space = self._space()
+        if purge.key is not None:
+            return msgspec.structs.replace(purge, entries=len(await space.stored([purge.key])), complete=True, looked_at=1)
+        found = await search.count(space, tenant=purge.tenant, module=purge.module)
+        return msgspec.structs.replace(purge, entries=found.entries, complete=found.complete, looked_at=found.looked_at)
+
+    def _space(self) -> Keyspace:
+        store = self._cache.store
+        return MemoryKeys(store.server) if isinstance(store, MemoryStore) else ServerKeys(self._board)
 
     def _known_module(self, module: str) -> None:
         if module not in self._cache.modules and module not in self._cache.figures.modules():
@@ -276,6 +309,21 @@ def _local_board(cache: "Cache") -> Board:
     board = cache.board = Board()
     board.attach(cache)
     return board
+
+
+def _named(access: Access, key: str) -> EntryKey:
+    """Read a key that is within reach."""
+    named = read_entry_key(key)
+    if named is None or access.tenant not in (None, named.tenant):
+        raise NotFound(f"no key {key[:300]!r}")
+    return named
+
+
+def _module(module: str | None) -> str | None:
+    try:
+        return None if module is None else check_module(module)
+    except ConfigurationError:
+        raise NotFound(f"no module {module!r}") from None
 
 
 def _bounded(limit: int) -> int:

@@ -16,11 +16,11 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from respcache.core import keys
-from respcache.core.errors import ConfigurationError
+from respcache.core.errors import ConfigurationError, StoreUnavailable
 from respcache.ops import fleet
 from respcache.ops.fleet import BUCKET_S, Fleet, RouteRow, Series, Server, Sheet, TenantFigures, TenantRow, Tenants, TenantTotals
 from respcache.ops.process import Survey, chunks, sheet_of, survey_of
@@ -48,6 +48,7 @@ NO_SERVER = "the board was given no server: figures of this process only"
 PRUNE_EVERY = 30
 """Publications between two looks for processes that have ended."""
 
+T = TypeVar("T")
 Order = Literal["requests", "hits", "misses", "hit_ratio", "bytes_served", "bytes_stored", "invalidations", "tenant"]
 
 
@@ -195,6 +196,14 @@ class Board:
             fields = [self._own.get(bucket, {}) for bucket in buckets]
         points = [fleet.point(bucket * BUCKET_S, found) for bucket, found in zip(buckets, fields, strict=True)]
         return Series(points, bool(problem), problem)
+
+    async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
+        """Ask the server something else: ``question`` is called with the client. Raises ``StoreUnavailable``."""
+        try:
+            self._check()
+            return await question(self.client)
+        except self._faults as error:
+            raise StoreUnavailable(self._told(error)) from None
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class MemoryServer:
             return server
         if not _usable(fields, server):
             del self.values[generation]
-            self._tell(generation)
+            self.tell(generation)
             return server
         ring = fields.get("x", b"").decode().split()
         new = [row for row in rows if row not in ring]
@@ -78,7 +78,7 @@ class MemoryServer:
             if len(fields) > MAX_FIELDS:
                 fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
         self._set(generation, fields, ttl_ms)
-        self._tell(generation)
+        self.tell(generation)
         return server
 
     def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
@@ -135,9 +135,16 @@ class MemoryServer:
         """Lose a key, as by eviction."""
         self.values.pop(key, None)
 
-    def _tell(self, generation: str) -> None:
+    def tell(self, key: str) -> None:
+        """Tell all listeners of a key that was bumped, or deleted by hand."""
         for heard in self.listeners:
-            heard(generation)
+            heard(key)
+
+    def look(self, key: str) -> tuple[Any, float]:
+        """Return a value, without using it, and for how many seconds it will live; None and 0 where there is none."""
+        value, expires = self.values.get(key, (None, 0.0))
+        left_s = expires - self._clock()
+        return (value, left_s) if left_s > 0 else (None, 0.0)
 
     def _get(self, key: str) -> Any:
         value, expires = self.values.get(key, (None, 0.0))
