@@ -7,6 +7,7 @@ import handler
 
 HEADERS = [
     (b"content-type", b"application/json"),
+    (b"vary", b"Accept-Encoding"),
     (b"content-length", str(handler.BODY_BYTES).encode()),
     (b"cache-control", b"private, no-cache"),
     (b"cache-status", b"respcache; hit; ttl=3599"),

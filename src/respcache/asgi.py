@@ -25,7 +25,7 @@ from respcache.lookup import Bypass, Look
 from respcache.near.held import Held, Variant
 from respcache.ops.audit import Hit
 from respcache.ops.stats import SAMPLE_MASK
-from respcache.plans import Aim, Key, Memo, Plan
+from respcache.plans import Aim, Grant, Key, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route, Table
 
@@ -42,6 +42,7 @@ ACCEPT = b"accept-encoding"
 TTL_JITTER = 0.05
 """Entries live up to this share shorter than their policy says, so that those made together do not end together."""
 
+HIT = "[Cache] Hit: %s %s for tenant %s"
 log = logging.getLogger("respcache")
 
 
@@ -57,6 +58,68 @@ class Wrapper:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of the server (ASGI 3.0)."""
+        memo = self.memo
+        if memo is None or scope["type"] != "http" or scope["method"] not in READS:
+            await self._serve(scope, None, None, receive, send)
+            return
+        cache = self.cache
+        began = now = cache.clock()
+        key = memo.key(scope)
+        plan = memo.get(key)
+        if plan is not None and now < plan.expires_at:
+            aim = plan.aim
+            if aim is not None:
+                grant = cache.granted(aim, now)
+                if grant is None or not aim.view_s:
+                    grant = await self._prove(plan, aim, grant, now)
+                    now = cache.clock()
+                if grant is not None:
+                    held, variant, figures = grant.held, grant.variant, aim.figures
+                    body = variant.body
+                    figures.hits = hits = figures.hits + 1
+                    figures.bytes_served += len(body)
+                    if grant.logged:
+                        log.debug(HIT, aim.policy.module, aim.policy.kind, aim.tenant)
+                    headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
+                    await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
+                    await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})
+                    if hits & SAMPLE_MASK == figures.phase:
+                        figures.sample(cache.clock() - began, held.entry.fill_ms)
+                    if cache.audit is not None and grant.view is not None and cache.audit.due():
+                        self.audit(plan, Look(aim, grant.view, held.entry.certificate, held, outdated=False), scope)
+                    return
+        else:
+            plan = None
+        await self._serve(scope, key, plan, receive, send)
+
+    async def _prove(self, plan: Plan, aim: Aim, grant: Grant | None, now: float) -> Grant | None:
+        """Prove a hit from memory, if it can be proven (``lookup.py``). At most one round trip, for a view.
+
+        ``grant`` is the last proof, which holds if the view that is read now is the one that it was made in.
+        """
+        cache, view = self.cache, None
+        if grant is not None:
+            held, fence = grant.held, grant.fence
+        else:
+            candidate = cache.candidate(aim, now)
+            if candidate is None:
+                return None
+            held, fence, view = candidate
+        if view is None:
+            try:
+                view = await cache.read_view(aim)
+            except StoreError:
+                if not cache.lasts(aim):
+                    return None
+            now = cache.clock()
+            if not cache.serves(aim):
+                return None
+            if grant is not None and view is grant.view and now < grant.until:
+                return grant
+        return cache.prove(plan, aim, held, fence, view, now)
+
+    async def _serve(self, scope: Scope, key: Key | None, plan: Plan | None, receive: Receive, send: Send) -> None:
+        """Handle what is not answered from memory: the long way of a read, writes, and whatever is none of ours."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -67,14 +130,8 @@ class Wrapper:
         if table is None:  # a server without lifespan events
             table = self.prepare()
             await self.cache.connect()
-        memo, cache = self.memo, self.cache
-        key = plan = None
-        if memo is not None and scope["method"] in READS and cache.enabled:
-            now = cache.clock()
-            key = memo.key(scope)
-            plan = memo.recall(key, now)
-            if plan is not None and plan.aim is not None and await self._hit(plan, plan.aim, now, scope, send):
-                return
+            if self.memo is not None and scope["method"] in READS:
+                key = self.memo.key(scope)
         record = Record()
         token = current.set(record)
         try:
@@ -84,32 +141,6 @@ class Wrapper:
                 await self._handle(table.match(scope), key, scope, receive, send, record)
         finally:
             current.reset(token)
-
-    async def _hit(self, plan: Plan, aim: Aim, now: float, scope: Scope, send: Send) -> bool:
-        """Answer from memory, if what is there can be proven (``lookup.py``). At most one round trip, for a view."""
-        cache, began = self.cache, now
-        candidate = cache.candidate(aim, now)
-        if candidate is None:
-            return False
-        held, fence, view = candidate
-        if view is None:
-            try:
-                view = await cache.read_view(aim)
-            except StoreError:
-                if not cache.lasts(aim):
-                    return False
-            now = cache.clock()
-            if not cache.serves(aim):
-                return False
-        if view is not None and not cache.proves(aim, held, fence, view, now):
-            return False
-        variant = held.variants.get(plan.coding) or cache.variant(aim, held, plan.coding)
-        if variant is None:
-            return False
-        await self._send_hit(held, variant, aim, now, began, scope, send)
-        if view is not None and cache.audit is not None and cache.audit.due():
-            self.audit(plan, Look(aim, view, held.entry.certificate, held, outdated=False), scope)
-        return True
 
     def prepare(self) -> Table:
         """Walk the application's routes and make the table. Raises ``ConfigurationError`` for a route cached wrongly."""
@@ -144,7 +175,7 @@ class Wrapper:
         if hits & SAMPLE_MASK == figures.phase:
             figures.sample(self.cache.clock() - began, held.entry.fill_ms)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("[Cache] Hit: %s %s for tenant %s", aim.policy.module, aim.policy.kind, aim.tenant)
+            log.debug(HIT, aim.policy.module, aim.policy.kind, aim.tenant)
         headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
         await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
         await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})

@@ -126,7 +126,8 @@ class Cache:
                 ttl_ms=GENERATION_TTL_MS,
             )
             # what the way of a hit calls, without a step in between
-            self.hit, self.candidate, self.proves = self._lookup.hit, self._lookup.candidate, self._lookup.proves
+            self.granted, self.candidate, self.prove = self._lookup.granted, self._lookup.candidate, self._lookup.prove
+            self.wait_for_view = self._lookup.wait_for_view
             self.read_view, self.variant, self.lasts = self._lookup.read_view, self._lookup.variant, self._lookup.lasts
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
             if audit_share != 0:
@@ -206,7 +207,7 @@ class Cache:
     def serves(self, aim: Aim) -> bool:
         """Whether this process looks into the cache for this tenant and module."""
         switches = self.switches
-        return self.enabled and switches is not None and not (switches.partly and switches.closed(aim.tenant, aim.policy.module))
+        return switches is not None and not (switches.off and switches.closed(aim.tenant, aim.policy.module))
 
     async def disable(self, *, tenant_id: str | None = None, module: str | None = None) -> bool:
         """Stop serving from the cache, here at once and in every process within a second: anything, or a tenant or a module.
@@ -448,7 +449,7 @@ class Cache:
     def memo(self, routes: Sequence[Route]) -> Memo | None:
         """Make the memo of the plans for these routes, if the resolver says which headers it looks at."""
         headers: Collection[str] | None = getattr(self.resolver, "headers", None)
-        if headers is None or self.store is None:
+        if headers is None or self.store is None or not self._enabled:
             return None
         if isinstance(headers, str) or not all(isinstance(name, str) for name in headers):
             raise ConfigurationError(f"{type(self.resolver).__name__}.headers is {headers!r}: make it a tuple of names")

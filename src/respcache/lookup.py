@@ -25,10 +25,10 @@ from respcache.core.policy import Policy
 from respcache.fill.leases import Target
 from respcache.identities import Identities, Known
 from respcache.near.held import Held, Variant
-from respcache.near.s3fifo import S3Fifo
+from respcache.near.s3fifo import MAX_FREQUENCY, S3Fifo
 from respcache.near.views import Views
 from respcache.ops.stats import Stats
-from respcache.plans import Aim, Plan
+from respcache.plans import Aim, Grant, Plan
 from respcache.routing import Route
 from respcache.stores.base import Reading, Store
 from respcache.switches import Switches
@@ -106,6 +106,7 @@ class Lookup:
         self._identities = identities
         self._invalidator = invalidator
         self._switches = switches
+        self._vetoes = invalidator.vetoes
         self._rounds = rounds
         self._near = near
         self._views = views
@@ -127,6 +128,8 @@ class Lookup:
                 view = await self.read_view(aim)
             except StoreError:
                 return held if self.lasts(aim) else None
+            if self._switches.off and self._switches.closed(aim.tenant, aim.policy.module):
+                return None
         return held if self.proves(aim, held, fence, view, self._clock()) else None
 
     def candidate(self, aim: Aim, now: float) -> Candidate | None:
@@ -134,7 +137,7 @@ class Lookup:
         near, varies_by, rounds = self._near, aim.policy.varies_by, self._rounds
         if near is None or not aim.tags:
             return None
-        if (self._switches.partly or self._invalidator.vetoing) and self._left_alone(aim):
+        if (self._switches.off or self._vetoes) and self._left_alone(aim):
             return None
         held = near.get(aim.target.entry_key)
         if held is None:
@@ -171,6 +174,10 @@ class Lookup:
         """Read a view that is younger than this call. Raises ``StoreUnavailable``, the future ``StoreError``."""
         return self._views.read(aim.target.generation_key, aim.tags)
 
+    def wait_for_view(self, aim: Aim, done: Callable[[Generation | StoreError], None]) -> None:
+        """Have ``done``, which must not raise, called with what ``read_view`` returns or raises later."""
+        self._views.wait(aim.target.generation_key, aim.tags, done)
+
     def proves(self, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float) -> bool:
         """Whether the fence still vouches for this view, and entry and scope are valid in it.
 
@@ -189,6 +196,44 @@ class Lookup:
                 return False
             aim.proven = view
         return True
+
+    def granted(self, aim: Aim, now: float) -> Grant | None:
+        """Return the last proof of this hit if nothing that it rests on has changed, but for the view at level ``strict``: that
+        has to be read, and be the one of the proof."""
+        grant = aim.grant
+        if grant is None or now >= grant.until or self._vetoes or self._switches.off:
+            return None
+        slot, fence = grant.slot, grant.fence
+        if slot is None or slot.value is not grant.held:
+            return None
+        if fence is not None and self._rounds is not None:
+            rounds = self._rounds
+            if fence is not rounds.fence or grant.tables is not rounds.tables:
+                return None
+        if aim.view_s and grant.group.view is not grant.view:
+            return None
+        if slot.frequency < MAX_FREQUENCY:
+            slot.frequency += 1
+        return grant
+
+    def prove(self, plan: Plan, aim: Aim, held: Held, fence: Fence | None, view: Generation | None, now: float) -> Grant | None:
+        """Prove a hit with what ``candidate`` found and the view that was read for it, and have that remembered.
+
+        ``view`` is None where none was to be had and the entry lasts without.
+        """
+        if view is not None and not self.proves(aim, held, fence, view, now):
+            return None
+        variant = held.variants.get(plan.coding) or self.variant(aim, held, plan.coding)
+        if variant is None or self._near is None:
+            return None
+        group = self._views.group(aim.target.generation_key)
+        grant = Grant(held, variant, view, self._near.slot(aim.target.entry_key), group, fence)
+        grant.tables = aim.covered_by
+        if aim.view_s:
+            grant.until = min(grant.until, group.asked_at + aim.view_s)
+        if view is not None and aim.policy.varies_by is None:  # what it varies by is asked for anew for every request
+            aim.grant = grant
+        return grant
 
     def _drop(self, entry_key: str, held: Held) -> None:
         near = self._near
@@ -304,10 +349,11 @@ class Lookup:
                     return Look(aim, held.proven, held.entry.certificate, held, outdated=False)
             reading = await self._read(target.entry_key, aim.wanted)
             view, home = reading.generations[0], reading.generations[-1]
-            if not identities.judge(known, home):
+            if aim.proven is not home and not identities.judge(known, home):
                 latest = identities.recall(claim)  # others may have read it anew under the same claim
                 plan.known = latest if latest is not known else await self._identify(claim, home)
             elif await self._made(scope.tenant, view):
+                aim.proven = home
                 return self._judge(aim, reading)
         return Bypass("unstable")
 
@@ -408,6 +454,8 @@ class Lookup:
 
     def variant(self, aim: Aim, held: Held, coding: Coding) -> Variant | None:
         """Make a form of what is held that it does not have yet; None, and it is dropped, where its bytes are damaged."""
+        if self._near is None:
+            return held.make(coding, max_bytes=aim.policy.max_body_bytes)
         before = held.size_bytes
         made = held.make(coding, max_bytes=aim.policy.max_body_bytes)
         if made is None:

@@ -9,22 +9,28 @@ worked out anew, for what a resolver knows by other means than its tables (a lis
 Only for resolvers that say which headers they look at (``Resolver.headers``).
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from respcache.core.encoding import Coding
+from respcache.core.fence import Fence
 from respcache.core.generations import Generation
 from respcache.core.identity import Claim, Head
 from respcache.core.policy import FOREVER, Canonical, Policy
 from respcache.fill.leases import Target
 from respcache.identities import Known
-from respcache.near.s3fifo import S3Fifo
-from respcache.near.views import Tags
+from respcache.near.held import Held, Variant
+from respcache.near.s3fifo import S3Fifo, Slot
+from respcache.near.views import Group, Tags
 from respcache.ops.stats import Figures
 from respcache.routing import Route
 
+log = logging.getLogger("respcache")
+
 MAX_AGE_S = 60.0
+MAX_PARTS = 4096
 MEMO_BYTES = 16 * 1024 * 1024
 PLAN_BYTES = 2048
 """What a plan takes besides the bytes it is remembered by, roughly."""
@@ -40,12 +46,12 @@ class Aim:
     ``home`` is the tenant whose generation covers the scope; ``wanted`` is every generation that counts, with its tags, and
     ``tags`` are those of the one, if it is one alone. Never changed: a request takes it once and keeps it, whatever others make
     of the plan meanwhile. Only what was found out of it moves on: ``proven``, the last view in which the scope was judged to be
-    valid, and ``covered_by``, the set of watched tables by which it was found covered.
+    valid, ``covered_by``, the set of watched tables by which it was found covered, and ``grant``, the last proof of a hit.
     """
 
     __slots__ = (
-        "covered_by", "figures", "home", "known", "lasts", "policy", "proven", "tags", "target", "tenant", "varied", "view_s",
-        "wanted",
+        "covered_by", "figures", "grant", "home", "known", "lasts", "policy", "proven", "tags", "target", "tenant", "varied",
+        "view_s", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +80,32 @@ class Aim:
         self.lasts = view_s == FOREVER  # what is held may be used all its time to live, whatever can be learnt meanwhile
         self.proven: Generation | None = None
         self.covered_by: object = None
+        self.grant: Grant | None = None
+
+
+class Grant:
+    """A hit that was proven (``Lookup.prove``), and everything that the proof rests on, to be compared instead of proven again.
+
+    It holds before ``until`` (by the cache's clock: the first end of entry, fence, and of a view that may be used again), while
+    the entry is in its ``slot``, the fence and the set of watched tables are those of the proof, and the view is the very same
+    object: the one that ``group`` has, or at level ``strict`` the one that is read for the request. ``logged``: whether hits are
+    to be logged; a level that is set later is followed when the next proof is made, within a minute.
+    """
+
+    __slots__ = ("fence", "group", "held", "logged", "slot", "tables", "until", "variant", "view")
+
+    def __init__(
+        self, held: Held, variant: Variant, view: Generation | None, slot: Slot[Held] | None, group: Group, fence: Fence | None
+    ) -> None:
+        self.held = held
+        self.variant = variant
+        self.view = view
+        self.slot = slot
+        self.group = group
+        self.fence = fence
+        self.tables: object = None
+        self.logged = log.isEnabledFor(logging.DEBUG)
+        self.until = held.expires_at if fence is None else min(held.expires_at, fence.until)
 
 
 class Plan:
@@ -106,6 +138,9 @@ class Memo:
         self.wanted = self._claimed.union(others, ALWAYS)
         self._clock = clock
         self._plans: S3Fifo[Key, Plan] = S3Fifo(MEMO_BYTES)
+        self._parts: dict[Any, Any] = {}  # one object for all equal parts of keys: paths and tokens are the same in many
+        self.get = self._plans.get
+        """Returns the plan of such requests, which may have ended, or None."""
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -113,7 +148,9 @@ class Memo:
     def key(self, scope: Mapping[str, Any]) -> Key:
         """Return everything of a request that its plan depends on."""
         wanted = self.wanted
-        seen = [(name, value) for name, value in scope["headers"] if name in wanted]
+        seen = [pair for pair in scope["headers"] if pair[0] in wanted]
+        if seen and type(seen[0]) is not tuple:  # servers may send lists
+            seen = [(name, value) for name, value in seen]
         return (scope["path"], scope["query_string"], scope.get("root_path"), *seen)
 
     def narrowed(self, scope: Mapping[str, Any], path: Mapping[str, str]) -> Head:
@@ -146,9 +183,12 @@ class Memo:
             lasts_s = min(lasts_s, plan.claim.expires_at - time.time())
         plan.expires_at = self._clock() + lasts_s
         size_bytes = PLAN_BYTES + sum(map(len, (*key[:2], *(value for _, value in key[3:]))))
-        self._plans.put(key, plan, size_bytes=size_bytes)
+        if len(self._parts) > MAX_PARTS:
+            self._parts.clear()
+        self._plans.put(tuple(self._parts.setdefault(part, part) for part in key), plan, size_bytes=size_bytes)
 
     def forget(self) -> None:
         """Drop all plans, those under way too."""
         self.life += 1
         self._plans.clear()
+        self._parts.clear()

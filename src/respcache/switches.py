@@ -18,13 +18,12 @@ POLL_S = 1.0
 
 
 class Switches:
-    """What is switched off, as far as this process knows. ``partly``: some tenant or module is."""
+    """What is switched off, as far as this process knows."""
 
-    __slots__ = ("_decisions", "_polling", "_store", "_unsaid", "everything", "modules", "off", "partly", "tenants")
+    __slots__ = ("_decisions", "_polling", "_store", "_unsaid", "everything", "modules", "off", "tenants")
 
     def __init__(self, store: Store) -> None:
         self.everything = False
-        self.partly = False
         self.tenants: frozenset[str] = frozenset()
         self.modules: frozenset[str] = frozenset()
         self.off: frozenset[str] = frozenset()
@@ -35,8 +34,8 @@ class Switches:
         self._polling: asyncio.Task[None] | None = None
 
     def closed(self, tenant: str, module: str) -> bool:
-        """Whether a tenant or a module is switched off."""
-        return tenant in self.tenants or module in self.modules
+        """Whether a tenant, a module or everything is switched off."""
+        return self.everything or tenant in self.tenants or module in self.modules
 
     async def turn(self, name: str, *, off: bool) -> bool:
         """Decide a switch: ``keys.EVERYTHING``, or that of a tenant or a module. Returns whether the store was reached."""
@@ -85,4 +84,3 @@ class Switches:
         self.everything = keys.EVERYTHING in off
         self.tenants = keys.switched(off, keys.tenant_switch(""))
         self.modules = keys.switched(off, keys.module_switch(""))
-        self.partly = bool(self.tenants or self.modules)

@@ -15,6 +15,7 @@ is named in ``skips``: name those that do nothing which a hit needs.
 import asyncio
 import logging
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,13 +23,14 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from respcache.asgi import Wrapper
-from respcache.core.errors import ConfigurationError, StoreUnavailable
+from respcache.core.errors import ConfigurationError, StoreError
+from respcache.core.fence import Fence
 from respcache.core.generations import Generation
-from respcache.lookup import Candidate, Look
-from respcache.near.held import Held, Variant
+from respcache.lookup import Look
+from respcache.near.held import Held
 from respcache.near.s3fifo import S3Fifo
 from respcache.ops.stats import SAMPLE_MASK
-from respcache.plans import MEMO_BYTES, Aim, Key, Memo, Plan
+from respcache.plans import MEMO_BYTES, PLAN_BYTES, Aim, Grant, Key, Memo, Plan
 
 HARMLESS = frozenset({"uvicorn.middleware.proxy_headers.ProxyHeadersMiddleware"})
 """What uvicorn itself puts around an application: it changes who the client is, at which no plan may look."""
@@ -36,8 +38,8 @@ HARMLESS = frozenset({"uvicorn.middleware.proxy_headers.ProxyHeadersMiddleware"}
 WITH_A_BODY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
 log = logging.getLogger("respcache")
 
-KEY_BYTES = 512
-"""What remembering a request takes besides the bytes that it is recognised by, roughly."""
+KEY_BYTES = PLAN_BYTES
+"""What remembering a request takes besides the bytes that it is recognised by: its plan may have left the memo."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -54,8 +56,8 @@ def protocol(app: Any, *, skips: Collection[str] = ()) -> type[HttpToolsProtocol
         raise ConfigurationError(
             f"{type(wrapper.cache.resolver).__name__} has no attribute 'headers': without it no request is recognised"
         )
-    own = {"wrapper": wrapper, "skips": frozenset(skips), "recognised": S3Fifo(MEMO_BYTES), "checked": set()}
-    return type("TurboProtocol", (_Turbo,), own)
+    own = {"wrapper": wrapper, "skips": frozenset(skips), "checked": set()}
+    return type("TurboProtocol", (_Turbo,), {**own, "known": S3Fifo(MEMO_BYTES), "recognised": S3Fifo(MEMO_BYTES)})
 
 
 class _Never:
@@ -66,30 +68,47 @@ class _Never:
 
 
 class _Request:
-    """A request that is answered here, or waits for that: what the base class looks at of a cycle, and how it came."""
+    """A request that is answered here, or waits for that: what the base class looks at of a cycle, and how it came.
 
-    __slots__ = ("began", "body", "disconnected", "headers", "keep_alive", "more_body", "response_complete", "url")
+    ``data``: its bytes, where the parser has not seen them.
+    """
+
+    __slots__ = ("began", "body", "data", "disconnected", "headers", "keep_alive", "more_body", "response_complete", "url")
     message_event = _Never()
 
-    def __init__(self, url: bytes, headers: Headers, began: float) -> None:
+    def __init__(self, began: float, *, url: bytes = b"", headers: Headers | None = None, data: bytes | None = None) -> None:
         self.began = began
+        self.data = data
         self.url = url
-        self.headers = headers
+        self.headers = headers or []
         self.body = bytearray()
-        self.more_body = True
+        self.more_body = data is None
         self.keep_alive = True
         self.disconnected = False
         self.response_complete = False
 
 
 class _Turbo(HttpToolsProtocol):
-    """One connection. ``recognised``: the plans of requests by their bytes on the wire."""
+    """One connection.
+
+    ``known``: the plans of requests by their bytes as they came. ``recognised``: the same by what the parser made of them, for
+    those that differ in what no plan depends on.
+    """
 
     wrapper: Wrapper
     skips: frozenset[str]
+    known: S3Fifo[bytes, Plan]
     recognised: S3Fifo[Key, Plan]
     checked: set[int]
     """Applications that uvicorn was seen to serve: whether they are the one that this was made for, checked once each."""
+
+    _between = True
+    """Whether the parser stands between two requests."""
+    _begun = 0
+    """Requests that began in the data of the present call."""
+    _found: Plan | None = None
+    """The plan that was found for the last of them."""
+    _idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Look at what uvicorn really serves, once (asyncio.Protocol)."""
@@ -103,51 +122,63 @@ class _Turbo(HttpToolsProtocol):
             self.checked.add(id(self.app))
         super().connection_made(transport)
 
+    def data_received(self, data: bytes) -> None:
+        """Answer a request whose bytes are known, else have them parsed (asyncio.Protocol).
+
+        Bytes that were one whole request when they came between two others are the same request whenever they do so again.
+        """
+        plan = self.known.get(data)
+        if plan is not None and self._between and not self._busy():
+            cache, memo = self.wrapper.cache, self.wrapper.memo
+            now = cache.clock()
+            if memo is not None and now < plan.expires_at and plan.life == memo.life and self._safely(plan, now, data):
+                return
+        between, self._begun, self._found = self._between, 0, None
+        super().data_received(data)
+        if self._found is not None and between and self._between and self._begun == 1 and data.endswith(b"\r\n\r\n"):
+            self.known.put(data, self._found, size_bytes=len(data) + KEY_BYTES)
+
     def on_message_begin(self) -> None:
         """Begin a request (httptools). The scope is not built before it is needed."""
+        self._between = False
+        self._begun += 1
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
 
+    def on_message_complete(self) -> None:
+        """End a request (httptools)."""
+        self._between = True
+        super().on_message_complete()
+
     def on_headers_complete(self) -> None:
         """Answer at once, or wait for a view, or go the usual way (httptools)."""
-        try:
-            answered = self._answer()
-        except Exception:
-            log.exception("a request could not be answered below ASGI")
-            answered = False
-        if not answered:
-            self._go_on()
-
-    def _answer(self) -> bool:
-        """Answer, or begin to wait for a view; whether either could be done."""
         now = self.wrapper.cache.clock()
-        plan = self._recognise(now)
-        aim = None if plan is None else plan.aim
-        candidate = None if aim is None else self.wrapper.cache.candidate(aim, now)
-        if plan is None or aim is None or candidate is None:
-            return False
-        view = candidate[2]
-        if view is None:
-            return self._wait(plan, aim, candidate, now)
-        variant = self._form(plan, aim, candidate, view, now)
-        if variant is None:
-            return False
-        self.cycle = request = _Request(self.url, self.headers, now)  # type: ignore[assignment]
-        self._send(request, plan, aim, candidate[0], variant, now)
-        return True
+        try:
+            self._found = plan = self._recognise(now)
+        except Exception:
+            log.exception("a request could not be recognised")
+            plan = None
+        if plan is None or not self._safely(plan, now, None):
+            self._go_on()
 
     # -- which requests ------------------------------------------------------------------------------------------------
 
+    def _busy(self) -> bool:
+        """Whether nothing may be answered here at present: an answer is under way, or uvicorn wants to see every request."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            return True
+        return self.access_log or self.limit_concurrency is not None or self.flow.write_paused
+
     def _recognise(self, now: float) -> Plan | None:
         """Return the plan of this request, if it is one that can be answered here."""
-        memo, busy = self.wrapper.memo, self.cycle is not None and not self.cycle.response_complete
-        parser = self.parser
-        if memo is None or busy or self.access_log or self.limit_concurrency is not None or self.flow.write_paused:
+        memo, parser = self.wrapper.memo, self.parser
+        if memo is None or self._busy():
             return None
         if parser.get_method() != b"GET" or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
             return None
-        if parser.should_upgrade() or not self.wrapper.cache.enabled:
+        if parser.should_upgrade():
             return None
         wanted, seen = memo.wanted, []
         for pair in self.headers:
@@ -172,59 +203,111 @@ class _Turbo(HttpToolsProtocol):
             self.recognised.put(key, plan, size_bytes=len(self.url) + sum(len(value) for _, value in seen) + KEY_BYTES)
         return plan
 
-    # -- waiting for a view --------------------------------------------------------------------------------------------
+    # -- proving -------------------------------------------------------------------------------------------------------
 
-    def _wait(self, plan: Plan, aim: Aim, candidate: Candidate, now: float) -> bool:
+    def _safely(self, plan: Plan, now: float, data: bytes | None) -> bool:
         try:
-            reading = self.wrapper.cache.read_view(aim)
-        except StoreUnavailable:
+            return self._answer(plan, now, data)
+        except Exception:
+            log.exception("a request could not be answered below ASGI")
             return False
-        self._unset_keepalive_if_required()
-        self.cycle = request = _Request(self.url, self.headers, now)  # type: ignore[assignment]
-        reading.add_done_callback(lambda done: self._land(request, plan, aim, candidate, done))
+
+    def _answer(self, plan: Plan, now: float, data: bytes | None) -> bool:
+        """Answer, or begin to wait for a view; whether either could be done.
+
+        ``data``: the request, if the parser has not seen it.
+        """
+        cache, aim = self.wrapper.cache, plan.aim
+        if aim is None:
+            return False
+        grant = cache.granted(aim, now)
+        if grant is None:
+            candidate = cache.candidate(aim, now)
+            if candidate is None:
+                return False
+            held, fence, view = candidate
+            if view is not None:
+                grant = cache.prove(plan, aim, held, fence, view, now)
+                if grant is None:
+                    return False
+        else:
+            held, fence, view = grant.held, grant.fence, grant.view if aim.view_s else None
+        request = _Request(now, data=data) if data is not None else _Request(now, url=self.url, headers=self.headers)
+        if view is None:
+            cache.wait_for_view(aim, partial(self._land, request, plan, aim, grant, held, fence))
+            if data is None:
+                self._unset_keepalive_if_required()
+            self.cycle = request  # type: ignore[assignment]
+        else:
+            assert grant is not None
+            self.cycle = request  # type: ignore[assignment]
+            self._send(request, plan, aim, grant, now)
         return True
 
-    def _land(self, request: _Request, plan: Plan, aim: Aim, candidate: Candidate, done: "asyncio.Future[Generation]") -> None:
+    def _land(
+        self,
+        request: _Request,
+        plan: Plan,
+        aim: Aim,
+        grant: Grant | None,
+        held: Held,
+        fence: Fence | None,
+        result: Generation | StoreError,
+    ) -> None:
         """The view is there, or is not to be had: answer, or go the usual way after all."""
         if request.disconnected:
-            done.exception()  # looked at, so that nobody is told that it was not
             return
         try:
-            now = self.wrapper.cache.clock()
-            view = None if done.exception() is not None or not self.wrapper.cache.serves(aim) else done.result()
-            variant = None if view is None else self._form(plan, aim, candidate, view, now)
-            if variant is None or self.flow.write_paused or not request.keep_alive:
+            cache = self.wrapper.cache
+            now = cache.clock()
+            if isinstance(result, StoreError) or not cache.serves(aim):
+                grant = None
+            elif grant is None or result is not grant.view or now >= grant.until:
+                grant = cache.prove(plan, aim, held, fence, result, now)
+            if grant is None or self.flow.write_paused or not request.keep_alive:
                 self._go_on_late(request)
             else:
-                self._send(request, plan, aim, candidate[0], variant, now)
+                self._send(request, plan, aim, grant, now)
         except Exception:
             log.exception("a request could not be answered below ASGI")
             self.transport.close()
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
-    def _form(self, plan: Plan, aim: Aim, candidate: Candidate, view: Generation, now: float) -> Variant | None:
-        held, fence, _ = candidate
-        cache = self.wrapper.cache
-        if not cache.proves(aim, held, fence, view, now):
-            return None
-        return held.variants.get(plan.coding) or cache.variant(aim, held, plan.coding)
-
-    def _send(self, request: _Request, plan: Plan, aim: Aim, held: Held, variant: Variant, now: float) -> None:
+    def _send(self, request: _Request, plan: Plan, aim: Aim, grant: Grant, now: float) -> None:
         request.response_complete = True
-        cache = self.wrapper.cache
-        ttl_s = int(held.expires_at - now)
-        self.transport.write(variant.head(STATUS_LINE[held.entry.status], self.server_state.default_headers, ttl_s))
-        self.transport.write(variant.body)
-        figures = aim.figures
+        held, variant, figures = grant.held, grant.variant, aim.figures
+        body, state = variant.body, self.server_state
+        head = variant.head(STATUS_LINE[held.entry.status], state.default_headers, int(held.expires_at - now))
+        self.transport.writelines((head, body))
         figures.hits = hits = figures.hits + 1
-        figures.bytes_served += len(variant.body)
+        figures.bytes_served += len(body)
+        cache = self.wrapper.cache
         if hits & SAMPLE_MASK == figures.phase:
             figures.sample(cache.clock() - request.began, held.entry.fill_ms)
-        if cache.audit is not None and cache.audit.due() and held.proven is not None:
-            look = Look(aim, held.proven, held.entry.certificate, held, outdated=False)
+        if cache.audit is not None and grant.view is not None and cache.audit.due():
+            look = Look(aim, grant.view, held.entry.certificate, held, outdated=False)
             self.wrapper.audit(plan, look, self._scope(request))
-        self.on_response_complete()
+        if self.pipeline or self.flow.read_paused:
+            self.on_response_complete()
+            return
+        state.total_requests += 1
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self._arm(self.timeout_keep_alive)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if it was idle for so long, else look again later: hits move no timer."""
+        left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._arm(self.timeout_keep_alive)
+        elif left_s > 0:
+            self._arm(left_s)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _arm(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     # -- the usual way -------------------------------------------------------------------------------------------------
 
@@ -238,7 +321,7 @@ class _Turbo(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _go_on_late(self, request: _Request) -> None:
-        """Run the application for a request that waited: the parser may be at another one by now."""
+        """Run the application for a request that waited: the parser may be at another one by now, or has not seen this one."""
         cycle = RequestResponseCycle(
             scope=self._scope(request),
             transport=self.transport,
@@ -261,6 +344,9 @@ class _Turbo(HttpToolsProtocol):
 
     def _scope(self, request: _Request) -> Any:
         """Build the scope that the base class would have built."""
+        if request.data is not None:
+            request.url, request.headers = _parse(request.data)
+            request.data = None
         parsed = httptools.parse_url(request.url)
         path = parsed.path.decode("ascii")
         return {
@@ -278,6 +364,21 @@ class _Turbo(HttpToolsProtocol):
             "headers": request.headers,
             "state": self.app_state.copy(),
         }
+
+
+def _parse(data: bytes) -> tuple[bytes, Headers]:
+    """Return URL and headers of one whole request, as the base class collects them."""
+    url, headers = bytearray(), Headers()
+
+    class Collector:
+        def on_url(self, part: bytes) -> None:
+            url.extend(part)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            headers.append((name.lower(), value))
+
+    httptools.HttpRequestParser(Collector()).feed_data(data)
+    return bytes(url), headers
 
 
 def _wrapper_of(app: Any, skips: frozenset[str]) -> Wrapper:

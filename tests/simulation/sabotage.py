@@ -25,7 +25,7 @@ from respcache.fill.flights import Flight, Flights
 from respcache.fill.leases import Leases, Target
 from respcache.lookup import Candidate, Look, Lookup, _Fenced
 from respcache.near.held import Held
-from respcache.near.views import Views, _Group
+from respcache.near.views import Group, Views
 from respcache.plans import Aim
 from respcache.record import Record, current
 from respcache.stores.base import Reading
@@ -213,7 +213,7 @@ def _id_of_transaction(database: Database, xid: int) -> str:
 # -- what lies in memory -----------------------------------------------------------------------------------------------
 
 
-def _leave_with_the_door_open(group: _Group) -> None:
+def _leave_with_the_door_open(group: Group) -> None:
     """Let those who come while the reading is under way have its answer."""
     waiting = group._waiting
     group._sent_at, group._dirty = group._views._clock(), False
@@ -232,7 +232,7 @@ def _hear_nothing(views: Views, generation: str) -> None:
     """Leave the view as it is."""
 
 
-def _drop_the_view_only(group: _Group) -> None:
+def _drop_the_view_only(group: Group) -> None:
     group.view, group.asked_at = None, float("-inf")
 
 
@@ -423,11 +423,11 @@ SABOTAGES: Mapping[str, Sabotage] = {
             bounded=0.0,
         ),
     ),
-    "a request joins a reading that has left": Sabotage([(_Group, "_leave", _leave_with_the_door_open)], IN_MEMORY),
+    "a request joins a reading that has left": Sabotage([(Group, "_leave", _leave_with_the_door_open)], IN_MEMORY),
     "what lies in memory is not judged": Sabotage([(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY),
     "the bound of a view is not looked at": Sabotage([(Views, "recent", _look_at_no_bound)], BOUNDED),
     "a view outlives the bumps of its own process": Sabotage([(Views, "expire", _hear_nothing)], BOUNDED),
-    "a reading under way outlives them": Sabotage([(_Group, "expire", _drop_the_view_only)], BOUNDED),
+    "a reading under way outlives them": Sabotage([(Group, "expire", _drop_the_view_only)], BOUNDED),
     "no fence": Sabotage([(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]),
     "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
     "until is never recorded": Sabotage(

@@ -8,6 +8,7 @@ is compressed with zstd; 2, it may be sent in other codings than the handler's.
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from respcache.core.encoding import Coding, Headers
 from respcache.core.generations import Certificate
@@ -86,7 +87,7 @@ def decode(data: bytes) -> Entry | None:
     if magic != MAGIC or len(data) < _HEAD.size + length:
         return None
     end = _HEAD.size + length
-    headers = _read_headers(data, _HEAD.size, end)
+    headers = _read_headers(data[_HEAD.size : end])
     if headers is None:
         return None
     coding = Coding.zstd if flags & _COMPRESSED else Coding.identity
@@ -98,8 +99,11 @@ def _pair(name: bytes, value: bytes) -> bytes:
     return _LENGTH.pack(len(name)) + name + _LENGTH.pack(len(value)) + value
 
 
-def _read_headers(data: bytes, position: int, end: int) -> Headers | None:
+@lru_cache(1024)
+def _read_headers(data: bytes) -> Headers | None:
+    """Read the headers back; most entries have the same ones."""
     parts: list[bytes] = []
+    position, end = 0, len(data)
     while position < end:
         if position + 2 > end:
             return None

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 
 from respcache.core.encoding import Headers
 
 CACHE_NAME = b"respcache"
 BROWSER_CACHE_CONTROL = b"private, no-cache"
 """What browsers are told: they cannot see our invalidations, so they must ask."""
+
+BROWSERS = (b"cache-control", BROWSER_CACHE_CONTROL)
 
 _UNFIT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 """What must not stand in a header (RFC 9110, section 5.5): a server would refuse it, but only when it is too late for us."""
@@ -69,7 +72,13 @@ def cache_status(*parts: str) -> tuple[bytes, bytes]:
 
 def of_a_hit(headers: Headers, *, ttl_s: int) -> list[tuple[bytes, bytes]]:
     """Return the headers of an answer from the cache; ``headers`` are stored ones, so no ``Cache-Control`` is among them."""
-    return [*headers, (b"cache-status", b"%s; hit; ttl=%d" % (CACHE_NAME, ttl_s)), (b"cache-control", BROWSER_CACHE_CONTROL)]
+    return [*headers, _hit_with(ttl_s), BROWSERS]
+
+
+@lru_cache(4096)
+def _hit_with(ttl_s: int) -> tuple[bytes, bytes]:
+    """Build the ``Cache-Status`` of a hit: one object for all entries, which a processor then has at hand."""
+    return b"cache-status", b"%s; hit; ttl=%d" % (CACHE_NAME, ttl_s)
 
 
 def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> list[tuple[bytes, bytes]]:
@@ -79,7 +88,7 @@ def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> li
         return given
     return [
         *((name, value) for name, value in given if name.lower() != b"cache-control"),
-        (b"cache-control", BROWSER_CACHE_CONTROL),
+        BROWSERS,
     ]
 
 

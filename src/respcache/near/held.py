@@ -1,5 +1,7 @@
 """A valid entry, ready to be sent in every coding that clients ask for."""
 
+from functools import lru_cache
+
 from respcache.core import encoding
 from respcache.core.encoding import Coding, Headers
 from respcache.core.entry import Entry
@@ -93,5 +95,11 @@ class Held:
         headers = self.entry.headers
         if self.entry.negotiable:
             headers = encoding.negotiated(headers, coding=coding, length=len(body))
-        variant = self.variants[coding] = Variant(headers, body)
+        variant = self.variants[coding] = Variant(tuple(map(_one, headers)), body)
         return variant
+
+
+@lru_cache(4096)
+def _one(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """Return one object for all equal headers: most entries have the same ones."""
+    return header

@@ -86,7 +86,12 @@ class S3Fifo(Generic[K, V]):
 
     def values(self) -> list[V]:
         """Return all values, without counting uses."""
-        return [slot.value for slot in self._slots.values()]
+        return [slot.value for slot in self._slots.values() if slot.value is not None]
+
+    def slot(self, key: K) -> "Slot[V] | None":
+        """Return where an item is kept, without using it. Whoever holds on to that counts uses by himself, and looks whether
+        the item is still there: its value is None from the moment that it goes."""
+        return self._slots.get(key)
 
     def put(self, key: K, value: V, *, size_bytes: int) -> None:
         """Keep a value, unless it is too large. One that replaces another takes over its place and its uses.
@@ -100,7 +105,7 @@ class S3Fifo(Generic[K, V]):
         elif self._fits(size_bytes):
             missed = self._ghosts.discard(hash(key))
             self._make_room(size_bytes)
-            slot = self._slots[key] = _Slot(value, size_bytes)
+            slot = self._slots[key] = Slot(value, size_bytes)
             (self._main if missed else self._small).append(key, slot)
             self.admitted += 1
 
@@ -123,13 +128,15 @@ class S3Fifo(Generic[K, V]):
         """Forget a key, if it is known: its value, its uses, and that it was ever here."""
         if key in self._slots:
             self._queue_of(key).remove(key)
-            del self._slots[key]
+            self._slots.pop(key).value = None
         else:
             self._ghosts.discard(hash(key))
 
     def clear(self) -> None:
         """Forget everything but the counters."""
-        self._slots: dict[K, _Slot[V]] = {}
+        for slot in getattr(self, "_slots", {}).values():
+            slot.value = None
+        self._slots: dict[K, Slot[V]] = {}
         self._small: _Queue[K, V] = _Queue(self.max_bytes // SMALL_SHARE)
         self._main: _Queue[K, V] = _Queue(self.max_bytes - self._small.max_bytes)
         self._ghosts = _Ghosts(self._main.max_bytes)
@@ -160,18 +167,19 @@ class S3Fifo(Generic[K, V]):
                 main.append(key, slot)
                 continue
             del self._slots[key]
+            slot.value = None
             self.evicted += 1
             if on_trial:
                 self._ghosts.append(hash(key), slot.size_bytes)
 
 
-class _Slot(Generic[V]):
+class Slot(Generic[V]):
     """A value and what is known of it. ``frequency``: uses, up to ``MAX_FREQUENCY``, since it began or was last looked at."""
 
     __slots__ = ("frequency", "size_bytes", "value")
 
     def __init__(self, value: V, size_bytes: int) -> None:
-        self.value = value
+        self.value: V | None = value
         self.size_bytes = size_bytes
         self.frequency = 0
 
@@ -184,13 +192,13 @@ class _Queue(Generic[K, V]):
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.size_bytes = 0
-        self.slots: OrderedDict[K, _Slot[V]] = OrderedDict()
+        self.slots: OrderedDict[K, Slot[V]] = OrderedDict()
 
-    def append(self, key: K, slot: _Slot[V]) -> None:
+    def append(self, key: K, slot: Slot[V]) -> None:
         self.slots[key] = slot
         self.size_bytes += slot.size_bytes
 
-    def pop_oldest(self) -> tuple[K, _Slot[V]]:
+    def pop_oldest(self) -> tuple[K, Slot[V]]:
         key, slot = self.slots.popitem(last=False)
         self.size_bytes -= slot.size_bytes
         return key, slot

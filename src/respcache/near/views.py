@@ -13,6 +13,7 @@ was under way at that moment may have been answered before: it serves those who 
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from respcache.core.errors import StoreError, StoreUnavailable
 from respcache.core.generations import Generation
@@ -31,17 +32,23 @@ class Views:
         self.reads = 0
         self._store = store
         self._clock = clock
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
 
     def read(self, generation: str, tags: Tags) -> "asyncio.Future[Generation]":
         """Return a view that was asked for after this call, with at least these tags. Raises ``StoreUnavailable``.
 
         At most one round trip longer than the store's own reading; the future may raise ``StoreError``.
         """
-        group = self._groups.get(generation) or self._group(generation)
+        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        self.wait(generation, tags, partial(_settle, future))
+        return future
+
+    def wait(self, generation: str, tags: Tags, done: Callable[[Generation | StoreError], None]) -> None:
+        """Have ``done`` called with what ``read`` returns or raises later, without a future. It must not raise."""
+        group = self._groups.get(generation) or self.group(generation)
         if tags not in group.asked:
             group.ask(tags)
-        return group.join()
+        group.join(done)
 
     def recent(self, generation: str, tags: Tags, *, since: float) -> Generation | None:
         """Return the last view if it was asked for at ``since`` or later, with these tags; costs nothing."""
@@ -52,7 +59,7 @@ class Views:
 
     def expire(self, generation: str) -> None:
         """Drop what is known of a generation: it was bumped, or may have been."""
-        group = self._groups.get(generation) or self._group(generation)
+        group = self.group(generation)
         group.bumped = True
         group.expire()
 
@@ -66,20 +73,23 @@ class Views:
         for group in self._groups.values():
             group.expire()
 
-    def _group(self, generation: str) -> "_Group":
-        if len(self._groups) >= MAX_GROUPS:
-            self._make_room()
-        group = self._groups[generation] = _Group(self, generation)
+    def group(self, generation: str) -> "Group":
+        """Return what is known of a generation: its ``view`` is None from the moment that it is not to be used again."""
+        group = self._groups.get(generation)
+        if group is None:
+            if len(self._groups) >= MAX_GROUPS:
+                self._make_room()
+            group = self._groups[generation] = Group(self, generation)
         return group
 
     def _make_room(self) -> None:
         """Forget an eighth of the groups that nobody waits for, the oldest first."""
         idle = [name for name, group in self._groups.items() if not group.busy]
         for name in idle[: MAX_GROUPS // 8]:
-            del self._groups[name]
+            self._groups.pop(name).expire()  # nobody tells it any more when it is bumped
 
 
-class _Group:
+class Group:
     """The requests that need one generation. ``busy``: a reading is under way or about to leave."""
 
     __slots__ = (
@@ -99,7 +109,7 @@ class _Group:
     def __init__(self, views: Views, generation: str) -> None:
         self._views = views
         self._generation = generation
-        self._waiting: list[asyncio.Future[Generation]] = []
+        self._waiting: list[Callable[[Generation | StoreError], None]] = []
         self._names: tuple[str, ...] = ()
         self._sent_at = 0.0
         self._dirty = False
@@ -119,14 +129,12 @@ class _Group:
         """Drop the view, and the one that is under way when it comes."""
         self.view, self.asked_at, self._dirty = None, float("-inf"), True
 
-    def join(self) -> "asyncio.Future[Generation]":
+    def join(self, done: Callable[[Generation | StoreError], None]) -> None:
         """Wait for a reading that has not left yet."""
-        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         if not self.busy:
             self._views._store.soon(self._leave)
             self.busy = True
-        self._waiting.append(future)
-        return future
+        self._waiting.append(done)
 
     def _leave(self) -> None:
         views = self._views
@@ -138,22 +146,21 @@ class _Group:
         except Exception as error:  # nobody may wait for ever, whatever it is
             self._land(waiting, error if isinstance(error, StoreError) else StoreUnavailable(repr(error)))
 
-    def _land(self, waiting: "list[asyncio.Future[Generation]]", result: Generation | StoreError) -> None:
-        if isinstance(result, Generation):
-            if not self._dirty:
-                self.view, self.asked_at, self.bumped = result, self._sent_at, False
-            for future in waiting:
-                if not future.done():
-                    future.set_result(result)
-        else:
-            _fail(waiting, result)
+    def _land(self, waiting: Iterable[Callable[[Generation | StoreError], None]], result: Generation | StoreError) -> None:
+        if not self._dirty and isinstance(result, Generation):
+            self.view, self.asked_at, self.bumped = result, self._sent_at, False
+        for done in waiting:
+            done(result)
         if self._waiting:
             self._leave()
         else:
             self.busy = False
 
 
-def _fail(waiting: "Iterable[asyncio.Future[Generation]]", error: StoreError) -> None:
-    for future in waiting:
-        if not future.done():
-            future.set_exception(type(error)(*error.args))  # a copy each: a raised exception collects tracebacks
+def _settle(future: "asyncio.Future[Generation]", result: Generation | StoreError) -> None:
+    if future.done():
+        return
+    if isinstance(result, StoreError):
+        future.set_exception(type(result)(*result.args))  # a copy each: a raised exception collects tracebacks
+    else:
+        future.set_result(result)

@@ -79,10 +79,9 @@ class RedisStore:
         if entry is not None:
             found, remaining_ms = _ours(replies[0]), max(0, _good(replies[1]))
             del replies[:2]
-        views = (
-            read_generation(_ours(reply) or (None,) * (3 + len(tags)), tags, server=server)
-            for reply, (_, tags) in zip(replies, wanted, strict=True)
-        )
+        views = [
+            self._recognise(generation, tags, reply, server) for reply, (generation, tags) in zip(replies, wanted, strict=True)
+        ]
         return Reading(found, tuple(views), remaining_ms)
 
     def soon(self, callback: Callable[[], None]) -> None:
@@ -96,15 +95,11 @@ class RedisStore:
 
         def land(replied: "asyncio.Future[list[Any]]") -> None:
             try:
-                reply = _ours(replied.result()[0]) or [None] * (3 + len(tags))
+                view = self._recognise(generation, tags, replied.result()[0], prefix + identity)
             except StoreError as error:
                 done(error)
                 return
-            server, seen = prefix + identity, self._seen.get(generation)
-            if seen is None or seen[1] != reply or seen[0] != tags or seen[2] != server:
-                seen = tags, reply, server, read_generation(reply, tags, server=server)
-                self._remember(generation, seen)
-            done(seen[3])
+            done(view)
 
         future.add_done_callback(land)
 
@@ -189,10 +184,15 @@ class RedisStore:
             (reply,), server = await self._link.execute(("EVAL", script.text, 1, key, *arguments))
         return _good(reply), server
 
-    def _remember(self, generation: str, seen: tuple[Sequence[str], list[Any], str, Generation]) -> None:
-        if len(self._seen) >= MAX_SEEN:
-            self._seen.clear()
-        self._seen[generation] = seen
+    def _recognise(self, generation: str, tags: Sequence[str], reply: Any, server: str) -> Generation:
+        """Make a view of the reply to HMGET, or return the last one where the reply says the same."""
+        found = _ours(reply) or [None] * (3 + len(tags))
+        seen = self._seen.get(generation)
+        if seen is None or seen[1] != found or seen[0] != tags or seen[2] != server:
+            if len(self._seen) >= MAX_SEEN:
+                self._seen.clear()
+            seen = self._seen[generation] = tags, found, server, read_generation(found, tags, server=server)
+        return seen[3]
 
     def _compare(self, identity: str, server: str) -> None:
         if identity != server:

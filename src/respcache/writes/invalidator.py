@@ -50,6 +50,8 @@ class Invalidator:
         self._lock = threading.Lock()
         self._in_flight = 0
         self._pending: dict[str, int] = {}  # tenant -> how often it failed; bounded by the tenants that wrote in an outage
+        self.vetoes: Collection[str] = self._pending
+        """Tenants that this process must leave the cache alone for, now and whenever it is looked at."""
         self._retrying: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
