@@ -31,6 +31,8 @@ class Lane:
     hit: bytes = b""
     """What the head of every hit holds, in lower case; without it, the handler's own count must stand still."""
     front: Front | None = None
+    coding: str = ""
+    """The content coding that its clients accept; none: they take plain bytes alone."""
     needs: tuple[str, ...] = ()
     cold: Mapping[str, str] = field(default_factory=dict)
     """Ways in which it may fill a cold key: a label and the path that takes it."""
@@ -49,9 +51,10 @@ CHECKS = "the caller's token looked up in a dict by a dependency"
 MARK = b"; hit"
 
 
-def _ours(name: str, about: str, *, store: bool = True, cold: bool = False) -> Lane:
+def _ours(name: str, about: str, *, store: bool = True, cold: bool = False, coding: str = "") -> Lane:
     ways = {f"respcache {name}": SLOW_PATH} if cold else {}
-    return Lane(name, f"lanes.ours:{name}", about, ours=True, store=store, hit=MARK, cold=ways)
+    target = f"lanes.ours:{name.removesuffix('-' + coding)}"
+    return Lane(name, target, about, ours=True, store=store, hit=MARK, cold=ways, coding=coding)
 
 
 def _front(name: str) -> Lane:
@@ -72,6 +75,7 @@ LANES = (
     _ours("strict", "level strict: nothing overwritten is served, checked at Valkey for every hit (the default)", cold=True),
     _ours("bounded", "level bounded: what was overwritten is served for a bounded time at most", store=False),
     _ours("store", "level strict, near cache off: entry and generation from Valkey in one round trip"),
+    _ours("store-zstd", "the same for clients that accept zstd, as browsers do: the bytes are sent as they are stored", coding="zstd"),
     _ours("turbo", "level strict, answered by the HTTP protocol class below ASGI"),
     Lane(
         "cashews",

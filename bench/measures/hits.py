@@ -15,6 +15,8 @@ from lanes import BARE, Lane
 from load import Ask, Sample, WrongAnswer, WrongWay, drive, percentile
 from machine import Failed, Processes, Served, cpu_ns, settle
 
+from respcache.core.encoding import compress
+
 CONNECTIONS = (1, 16, 64)
 MOST_LANES = 12
 CRM = "uncached"
@@ -78,9 +80,13 @@ def cells_of(lanes: int) -> int:
     return lanes * len(CONNECTIONS)
 
 
-def asks(path: str = handler.PATH) -> list[Ask]:
+def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
     """Return the requests of the key space, with what must come back."""
-    return [Ask(handler.request(number, path), handler.body(number)) for number in range(handler.PAGES)]
+    if not coding:
+        return [Ask(handler.request(number, path), handler.body(number)) for number in range(handler.PAGES)]
+    wanted = f"\r\nAccept-Encoding: {coding}\r\n\r\n".encode()
+    requests = (handler.request(number, path).removesuffix(b"\r\n\r\n") + wanted for number in range(handler.PAGES))
+    return [Ask(request, compress(handler.body(number))) for number, request in enumerate(requests)]
 
 
 def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
@@ -132,7 +138,7 @@ def _rounds(
     on: Processes, served: Sequence[Served], effort: Effort, refused: dict[str, str], tell: Tell
 ) -> dict[tuple[str, int], Cell]:
     cells = {(one.lane.name, n): Cell() for one in served for n in CONNECTIONS}
-    pages = {one.lane.name: one.asks or asks() for one in served}
+    pages = {one.lane.name: one.asks or asks(coding=one.lane.coding) for one in served}
     chance = random.Random(effort.seed)
     for one in served:
         with _refusing(one, refused):

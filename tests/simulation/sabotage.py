@@ -12,6 +12,7 @@ from typing import Any
 
 import respcache.core.fence
 import respcache.writes.rounds
+from respcache.asgi import Wrapper
 from respcache.cache import Cache
 from respcache.core import entry as entries
 from respcache.core.entry import Entry
@@ -26,7 +27,7 @@ from respcache.fill.leases import Leases, Target
 from respcache.lookup import Candidate, Look, Lookup, _Fenced
 from respcache.near.held import Held
 from respcache.near.views import Group, Views
-from respcache.plans import Aim
+from respcache.plans import Aim, Grant, Plan
 from respcache.record import Record, current
 from respcache.stores.base import Reading
 from respcache.stores.memory import MemoryServer
@@ -244,6 +245,25 @@ def _prove_by_the_fence_alone(lookup: Lookup, aim: Aim, held: Held, fence: Fence
     return fence is None or fence.allows(view.server, now)
 
 
+def _take_any_grant(lookup: Lookup, aim: Aim, now: float) -> Grant | None:
+    """Take the last proof, whatever became of its view."""
+    grant = aim.grant
+    return None if grant is None or now >= grant.until else grant
+
+
+def _take_a_grant_for_ever(lookup: Lookup, aim: Aim, now: float) -> Grant | None:
+    """Take the last proof while its view is the last one, whatever the time and the fence."""
+    grant = aim.grant
+    return None if grant is None or (aim.view_s and grant.group.view is not grant.view) else grant
+
+
+async def _grant_without_its_view(
+    wrapper: Wrapper, plan: Plan, aim: Aim, grant: Grant | None, now: float, original: Any = Wrapper._prove
+) -> Grant | None:
+    """Read no view where there is a proof."""
+    return grant or await original(wrapper, plan, aim, grant, now)
+
+
 # -- the fence ---------------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +448,9 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "the bound of a view is not looked at": Sabotage([(Views, "recent", _look_at_no_bound)], BOUNDED),
     "a view outlives the bumps of its own process": Sabotage([(Views, "expire", _hear_nothing)], BOUNDED),
     "a reading under way outlives them": Sabotage([(Group, "expire", _drop_the_view_only)], BOUNDED),
+    "a proof outlives its view": Sabotage([(Lookup, "granted", _take_any_grant)], BOUNDED),
+    "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
+    "a proof needs no view of the request's own": Sabotage([(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY),
     "no fence": Sabotage([(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]),
     "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
     "until is never recorded": Sabotage(

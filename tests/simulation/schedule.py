@@ -1,8 +1,8 @@
 """One schedule: a small random world that lives for some leases, made from a seed. The same seed, the same trace.
 
 Processes are ``Cache`` objects with everything that belongs to them; only the store's server, the database, the network and
-time are simulated. Readers call ``get_or_set``, writers do what the database hooks do, fate does the rest. What is drawn is
-drawn from one generator, in the order of events.
+time are simulated. Readers call ``get_or_set`` or send requests, writers do what the database hooks do, fate does the rest.
+What is drawn is drawn from one generator, in the order of events.
 """
 
 import asyncio
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
+
 import respcache.cache
 import respcache.core.fence
 import respcache.stores.memory
@@ -23,9 +25,10 @@ import respcache.writes.rounds
 import tests.simulation.database
 from respcache.cache import Cache
 from respcache.core.fence import DRIFT, Outcome
-from respcache.core.identity import SingleTenant
-from respcache.core.policy import Level
+from respcache.core.identity import Claim, Head, Scope, SingleTenant
+from respcache.core.policy import Level, Policy
 from respcache.record import Record, current
+from respcache.routing import Route
 from respcache.writes.rounds import Rounds, Rows
 from tests.simulation.database import NAME as DATABASE
 from tests.simulation.database import Database, DatabaseGone, SimulatedOutbox, Transaction, read_register
@@ -117,6 +120,39 @@ class Result:
         return "\n".join(f"{at:9.4f} {who:10} {what} {' '.join(map(str, details))}" for at, who, what, details in shown)
 
 
+class _Tenants(SingleTenant):
+    """Everybody is who the header says."""
+
+    headers = ("x-tenant",)
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def claim(self, head: Head) -> Claim:
+        """Believe the header."""
+        tenant = head.header("x-tenant") or ""
+        return Claim(tenant, tenant)
+
+    async def scope(self, claim: Claim) -> Scope:
+        """Show everything of the tenant."""
+        return Scope(claim.home, b"")
+
+
+def _routes(bound_s: float) -> list[Route]:
+    return [
+        Route.of(f"/{query}/{level}", Policy(MODULE, "list", 180.0, tuple(tables), level=level, bound_s=bound_s))
+        for query, tables in QUERIES.items()
+        for level in (Level.STRICT, Level.BOUNDED)
+    ]
+
+
+async def _answer(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+    """Be the application: answer with what the request's own ``make`` returns."""
+    body = msgspec.msgpack.encode(await scope["make"]())
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
 class Process:
     """One process of the application."""
 
@@ -140,7 +176,26 @@ class Process:
         )
         self.ready = False
         with replaced(respcache.cache, "Rounds", rounds):
-            self.cache = Cache(self.client, secret=SECRET, resolver=SingleTenant("t1"), outbox=self.outbox, clock=self.host.clock)
+            self.cache = Cache(
+                self.client, secret=SECRET, resolver=_Tenants(), outbox=self.outbox, audit_share=0, clock=self.host.clock
+            )
+        self._wrapped = self.cache.wrap(_answer, _routes(schedule.bound_s))
+
+    async def request(self, tenant: str, query: str, make: Callable[[], Awaitable[Any]], level: Level) -> Any:
+        """Send a request as a server would, whose handler calls ``make``; return what was answered."""
+        self._wrapped.prepare()
+        body = b""
+
+        async def send(message: Mapping[str, Any]) -> None:
+            nonlocal body
+            body += message.get("body", b"")
+
+        async def receive() -> Mapping[str, Any]:
+            return {"type": "http.request"}
+
+        scope = {"type": "http", "method": "GET", "path": f"/{query}/{level}", "query_string": b"", "make": make}
+        await self._wrapped({**scope, "headers": [(b"x-tenant", tenant.encode())]}, receive, send)
+        return msgspec.msgpack.decode(body)
 
     @property
     def rounds(self) -> Rounds:
@@ -247,9 +302,12 @@ class Schedule:
 
         self.world.counts["reads"] += 1
         try:
-            value = await process.cache.get_or_set(
-                tenant, MODULE, {"query": query}, make, tables=tables, level=level, bound_s=self.bound_s
-            )
+            if self.rng.random() < 0.5:
+                value = await process.request(tenant, query, make, level)
+            else:
+                value = await process.cache.get_or_set(
+                    tenant, MODULE, {"query": query}, make, tables=tables, level=level, bound_s=self.bound_s
+                )
         except DatabaseGone:
             self.world.counts["reads failed"] += 1
             return
