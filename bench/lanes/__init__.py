@@ -75,7 +75,7 @@ LANES = (
     _ours("strict", "level strict: nothing overwritten is served, checked at Valkey for every hit (the default)", cold=True),
     _ours("bounded", "level bounded: what was overwritten is served for a bounded time at most", store=False),
     _ours("store", "level strict, near cache off: entry and generation from Valkey in one round trip"),
-    _ours("store-zstd", "the same for clients that accept zstd, as browsers do: the bytes are sent as they are stored", coding="zstd"),
+    _ours("store-zstd", "the same for clients that accept zstd: sent as it is stored", coding="zstd"),
     _ours("turbo", "level strict, answered by the HTTP protocol class below ASGI"),
     Lane(
         "cashews",

@@ -75,7 +75,7 @@ def test_calm_weather_is_served_from_the_cache() -> None:
         result = run(seed, calm)
         assert not result.violations, report(result)
         counts += result.counts
-    assert counts["hits"] > counts["reads"] / 2
+    assert counts["hits"] > counts["reads"] / 3  # requests and values are different entries
     assert counts["bypasses"] == counts["rounds failed"] == counts["acknowledged: pending; safe"] == 0
 
 
