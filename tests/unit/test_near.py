@@ -296,6 +296,22 @@ async def test_what_is_forgotten_is_verified_and_looked_up_anew() -> None:
         assert "detail=denied" in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
 
 
+async def test_a_look_under_way_while_all_is_forgotten_is_not_remembered() -> None:
+    """Its credentials were verified before: it is answered, and the next request is verified anew."""
+    people = People()
+    people.pause = asyncio.Event()
+    async with running(World(resolver=people)) as world:
+        asking = asyncio.create_task(world.get(**{"x-user": "ann"}))
+        while not people.verified:
+            await asyncio.sleep(0)
+        world.cache.forget()
+        people.pause.set()
+        assert await asking == "strict 0 miss"
+        del people.sees["ann"]
+        assert "detail=denied" in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
+        assert len(world.wrapped.memo) == 0
+
+
 async def test_a_header_that_the_resolver_looks_at_is_part_of_what_is_recognised() -> None:
     """Ann's plan is not Bob's, and nobody's is none."""
     async with running(World(resolver=People())) as world:
