@@ -25,9 +25,9 @@ def write(
 
 def read(
     version: int, start: float, end: float, *, session: str | None = None, told: str = "q", how: str = "", register: str = "x",
-    process: str = "r",
+    process: str = "r", slack_s: float = 0.0,
 ) -> Read:  # fmt: skip
-    return Read(start, end, {register: version}, process, "q", told, session, how)
+    return Read(start, end, {register: version}, process, "q", told, session, how, slack_s)
 
 
 def violations(*events: Event) -> dict[Kind, int]:
@@ -57,6 +57,72 @@ def test_an_acknowledged_write_is_a_committed_one() -> None:
     """Whoever acknowledged knew the commit, even when nobody recorded it."""
     assert violations(write(1, 1.0, None, 1.5), read(0, 3.5, 4.0)) == {Kind.FRESHNESS: 1, Kind.BOUND: 1}
     assert violations(write(1, 1.0, None, None), read(0, 3.5, 4.0)) == {}
+
+
+@pytest.mark.parametrize(("acked", "violated"), [(2.9, True), (2.999, True), (3.0, False), (3.5, False), (4.1, False)])
+def test_a_read_with_a_slack_returns_what_was_acknowledged_a_slack_before_it_began(acked: float, violated: bool) -> None:
+    """I1 at level bounded: what was acknowledged exactly the slack before the start binds nobody. A fresh read is not spared."""
+    events = write(1, 2.0, 2.1, acked), read(0, 4.0, 4.1, slack_s=1.0)
+    assert violations(*events) == ({Kind.FRESHNESS: 1} if violated else {})
+    assert (Kind.FRESHNESS in violations(*events, read(0, 4.0, 4.1))) is (acked < 4.0)
+
+
+@pytest.mark.parametrize(("returned", "violated"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_slack_spares_only_the_writes_that_are_within_it(returned: int, violated: bool) -> None:
+    """The second of three was acknowledged 1.3 s before, the third 0.3 s."""
+    three = write(3, 4.0, 4.1, 4.2)
+    assert (Kind.FRESHNESS in violations(ONE, TWO, three, read(returned, 4.5, 4.6, slack_s=1.0))) is violated
+
+
+@pytest.mark.parametrize(("start", "violated"), [(6.0, False), (6.125, True), (6.25, True)])
+def test_a_read_with_a_slack_returns_what_was_committed_a_bound_and_the_slack_before(start: float, violated: bool) -> None:
+    """I3."""
+    events = write(1, 3.0, 3.125), read(0, start, 7.0, slack_s=1.0)
+    assert violations(*events) == ({Kind.BOUND: 1} if violated else {})
+    assert check(events, bound_s=BOUND_S).lost_invalidations == violated
+
+
+def test_a_slack_excuses_no_invention_and_nobody_elses_rows() -> None:
+    """Neither has to do with age."""
+    assert violations(ONE, TWO, read(2, 1.5, 2.9, slack_s=9.0)) == {Kind.INVENTION: 1}
+    assert violations(read(1, 2.5, 2.9, slack_s=9.0, register="of nobody")) == {Kind.INVENTION: 1}
+    assert violations(read(0, 1.0, 2.0, told="p", slack_s=9.0)) == {Kind.ISOLATION: 1}
+
+
+def test_a_read_with_a_slack_returns_what_its_session_wrote_and_may_go_back_otherwise() -> None:
+    """I4. It may be answered from an older view than the read before it, never from one before its own write."""
+    own, others = write(1, 1.0, 1.1, 1.2, session="s"), write(2, 3.0, 3.1, 3.2)
+    saw = read(2, 3.3, 3.4, session="s")
+    assert violations(own, others, saw, read(1, 3.5, 3.6, session="s", slack_s=1.0)) == {}
+    assert violations(own, others, saw, read(1, 3.5, 3.6, session="s"))[Kind.SESSION] == 1
+    assert violations(own, read(0, 1.3, 1.4, session="s", slack_s=1.0)) == {Kind.SESSION: 1}
+    assert violations(own, read(0, 1.2, 1.4, session="s", slack_s=1.0)) == {}
+    assert violations(own, read(0, 1.3, 1.4, session="t", slack_s=1.0), read(0, 1.3, 1.4, slack_s=1.0)) == {}
+    later = write(2, 3.0, 3.1, 3.2, session="s")
+    for events in ((own, later), (later, own)):
+        assert violations(*events, read(1, 3.3, 3.4, session="s", slack_s=1.0)) == {Kind.SESSION: 1}
+
+
+def test_what_a_read_with_a_slack_saw_binds_the_fresh_reads_of_its_session() -> None:
+    """I4. The first had its slack and did not need it."""
+    saw = read(1, 2.0, 2.5, session="s", slack_s=1.0)
+    assert violations(write(1, 1.0, 1.1), saw, read(0, 2.6, 3.0, session="s")) == {Kind.SESSION: 1}
+
+
+def test_reads_with_a_slack_are_counted_and_their_age_is_what_exceeds_it() -> None:
+    """Whoever reads the report sees how much of it rests on less."""
+    report = check([ONE, read(1, 1.3, 1.4), read(0, 2.0, 2.1, slack_s=0.75), read(1, 9.0, 9.1, slack_s=1.0)], bound_s=BOUND_S)
+    assert (report.reads, report.lenient_reads, report.violating_reads) == (3, 2, 1)
+    assert report.worst_staleness_s == pytest.approx(0.15)
+    assert str(report).startswith("3 reads (- 3), 2 of them with a slack, 1 writes")
+    assert "but 1 was acknowledged 800.0 ms before it began (its slack is 750.0 ms)\n" in str(report)
+
+
+def test_a_slack_that_is_none_is_refused() -> None:
+    """Compared with it, nothing would ever be too old."""
+    for slack_s in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="slack_s"):
+            check([read(0, 1.0, 2.0, slack_s=slack_s)], bound_s=1)
 
 
 @pytest.mark.parametrize(("end", "violated"), [(2.9, True), (3.0, False), (3.1, False)])
@@ -332,8 +398,11 @@ SOME_WRITES = st.builds(
     acked=st.none() | MOMENTS, process=st.sampled_from("pq"), session=SESSIONS,
 )  # fmt: skip
 SOME_READS = st.builds(
-    lambda start, length, values, asked, told, session: Read(start, start + length, values, "r", asked, told, session),
+    lambda start, length, values, asked, told, session, slack_s: Read(
+        start, start + length, values, "r", asked, told, session, "", slack_s
+    ),
     MOMENTS, MOMENTS, st.dictionaries(REGISTERS, st.integers(0, 7)), st.sampled_from("ab"), st.sampled_from("ab"), SESSIONS,
+    st.sampled_from([0.0, 1.0, 4.0]),
 )  # fmt: skip
 
 
@@ -373,14 +442,14 @@ def due(read: Read, register: str, events: Sequence[Event], *, bound_s: float) -
     for event in events:
         own = event.session is not None and event.session == read.session
         if isinstance(event, Read):
-            if own and event.end < read.start:
+            if own and event.end < read.start and read.slack_s == 0:
                 least[Kind.SESSION] = max(least[Kind.SESSION], event.values.get(register, 0))
         elif event.register == register and event.version is not None:
-            if event.acked is not None and event.acked < read.start:
+            if event.acked is not None and event.acked < read.start - read.slack_s:
                 least[Kind.FRESHNESS] = max(least[Kind.FRESHNESS], event.version)
-                if own:
-                    least[Kind.SESSION] = max(least[Kind.SESSION], event.version)
-            if any(time is not None and time <= read.start - bound_s for time in (event.committed, event.acked)):
+            if event.acked is not None and event.acked < read.start and own:
+                least[Kind.SESSION] = max(least[Kind.SESSION], event.version)
+            if any(time is not None and time <= read.start - read.slack_s - bound_s for time in (event.committed, event.acked)):
                 least[Kind.BOUND] = max(least[Kind.BOUND], event.version)
     return least
 
@@ -400,8 +469,8 @@ def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int]
             for write in writes:
                 moments = [time for time in (write.committed, write.acked) if time is not None]
                 if write.register == register and write.version is not None and write.version > version and moments:
-                    worst = max(worst, read.start - min(moments))
-                    if min(moments) <= read.start - bound_s:
+                    worst = max(worst, read.start - read.slack_s - min(moments))
+                    if min(moments) <= read.start - read.slack_s - bound_s:
                         lost.add((register, write.version))
         for kind in found:
             counts[kind] += 1
@@ -417,6 +486,7 @@ def facts(report: Report) -> tuple[dict[Kind, int], int, int, float]:
 @settings(max_examples=400)
 @given(st.lists(SOME_WRITES | SOME_READS, max_size=14), st.sampled_from([0.0, 1.0, 3.0]))
 @example([write(1, 3.0, 3.0), read(0, 3.0, 3.0)], 0.0)
+@example([write(1, 1.0, 1.0, 2.0), read(0, 3.0, 3.0, slack_s=1.0)], 1.0)
 def test_the_checker_agrees_with_the_definitions(events: list[Event], bound_s: float) -> None:
     """Random histories, most of them of no cache that there could be, judged by comparing everything with everything."""
     report = check(events, bound_s=bound_s)
@@ -427,6 +497,9 @@ def test_the_checker_agrees_with_the_definitions(events: list[Event], bound_s: f
 @given(st.lists(SOME_WRITES | SOME_READS, max_size=14), st.sampled_from([0.0, 1.0, 3.0]))
 @example([write(1, 0.0, None, 0.0, session="s"), read(0, 1.0, 1.0, session="s"), write(1, 0.0)], 0.0)
 @example([write(1, 0.0), write(1, 0.0, None, 0.0, session="s"), read(0, 1.0, 1.0, session="s")], 0.0)
+@example(
+    [write(1, 0.0, None, 1.0, session="s"), read(1, 0.0, 1.0, session="s"), read(0, 2.0, 2.0, session="s", slack_s=1.0)], 0.0
+)
 def test_a_proof_alone_proves(events: list[Event], bound_s: float) -> None:
     """The operations of each proof, without the rest of the history, are a violation of the same kind."""
     report = check(events, bound_s=bound_s)

@@ -17,7 +17,7 @@ from respcache.testing.history import Event, Read, Recorder, Write, load
 TIMES = st.floats(0, 1e9)
 READS = st.builds(
     Read, start=TIMES, end=TIMES, values=st.dictionaries(st.text(), st.integers(0, 2**62)), process=st.text(), asked=st.text(),
-    told=st.text(), session=st.none() | st.text(), how=st.text(),
+    told=st.text(), session=st.none() | st.text(), how=st.text(), slack_s=TIMES,
 )  # fmt: skip
 WRITES = st.builds(
     Write, register=st.text(), version=st.none() | st.integers(0, 2**62), started=TIMES, committed=st.none() | TIMES,
@@ -49,6 +49,16 @@ def test_what_is_appended_comes_back(tmp_path_factory: pytest.TempPathFactory, e
     assert list(loaded) == events
     assert list(loaded) == events
     assert loaded.torn == 0
+
+
+def test_histories_of_before_there_was_a_slack_are_read(tmp_path: Path) -> None:
+    """They had none. One below 0 is no event."""
+    path = tmp_path / "events"
+    path.write_text('\n["r",1.5,2.5,{"acme/é":4,"acme/2":1},"worker-1","acme list","acme list","s","hit"]')
+    assert list(load([path])) == [READ]
+    path.write_text('\n["r",1.5,2.5,{},"worker-1","acme list","acme list","s","hit",-1.0]')
+    with pytest.raises(ValueError, match="no event"):
+        list(load([path]))
 
 
 def test_events_do_not_change() -> None:

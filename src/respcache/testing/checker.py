@@ -1,11 +1,13 @@
 """Decides whether a history is one of a cache that keeps its word: O(n log n), reads are streamed, never held.
 
-A read that began at ``start``, ended at ``end`` and returned version v of a register violates
+A read that began at ``start``, ended at ``end``, has the slack ``slack_s`` (0 unless it was recorded with one: a query that may
+be answered from a view of that age) and returned version v of a register violates
 
-* I1, freshness, when a later version was acknowledged before ``start``;
-* I3, the bound, when a later version was committed at or before ``start - bound_s``, acknowledged or not;
-* I4, the session's own view, when a read of the same session that ended before ``start`` returned a later version, or a write of
-  that session that was acknowledged before ``start`` made one;
+* I1, freshness, when a later version was acknowledged before ``start - slack_s``;
+* I3, the bound, when a later version was committed at or before ``start - slack_s - bound_s``, acknowledged or not;
+* I4, the session's own view, when a write of the same session that was acknowledged before ``start`` made a later version; or
+  when a read of that session that ended before ``start`` returned one, unless this read has a slack: it may be answered from an
+  older view than the one before it;
 * I5, isolation, when the body is not what was asked for (``told != asked``);
 * invention, when v could not be there yet:
     - v, or a version before it, was made by a write that began only after ``end``; or
@@ -46,12 +48,14 @@ class Report:
     ``writes`` counts distinct versions of registers, ``attempts`` writes whose version nobody knows. ``violations`` counts reads,
     for each kind once however many registers a read had wrong; kinds without any are absent. ``violating_reads`` counts each of
     these reads once, whatever it violated, so it is at most ``reads``. ``lost_invalidations`` counts the
-    distinct versions that some read did not return although they were committed ``bound_s`` before it began: the writes that
-    the cache has not heard of, for any reason. ``worst_staleness_s`` is the longest that a returned version had been superseded
-    (a later one committed, acknowledged or not) when the read began, violation or not.
+    distinct versions that some read did not return although they were committed ``bound_s`` (and its slack) before it began: the
+    writes that the cache has not heard of, for any reason. ``worst_staleness_s`` is the longest that a returned version had been
+    superseded (a later one committed, acknowledged or not) when the read began, less its slack, violation or not.
+    ``lenient_reads`` counts those that had a slack: what the others prove, they do not.
     """
 
     reads: int
+    lenient_reads: int
     writes: int
     attempts: int
     how: dict[str, int]
@@ -79,8 +83,9 @@ class Report:
         how = ", ".join(f"{word or '-'} {count}" for word, count in sorted(self.how.items()))
         found = ", ".join(f"{kind}: {count} reads" for kind, count in self.violations.items()) or "none"
         found += f" ({self.violating_reads} distinct reads)" if len(self.violations) > 1 else ""
+        reads = f"{self.reads} reads ({how})" + (f", {self.lenient_reads} of them with a slack" if self.lenient_reads else "")
         lines = [
-            f"{self.reads} reads ({how}), {self.writes} writes, {self.attempts} of unknown outcome, {self.torn} torn lines",
+            f"{reads}, {self.writes} writes, {self.attempts} of unknown outcome, {self.torn} torn lines",
             f"violations: {found}",
             f"lost invalidations: {self.lost_invalidations}; worst staleness: {self.worst_staleness_s:.3f} s",
             self.excerpt(),
@@ -91,7 +96,8 @@ class Report:
 def check(history: Iterable[Event], *, bound_s: float) -> Report:
     """Judge every read of a history that can be iterated again and again: a list, or what ``load`` returns.
 
-    ``bound_s`` is how long after its COMMIT a write may stay unseen although nobody acknowledged it (I3), in seconds.
+    ``bound_s`` is how long after its COMMIT a write may stay unseen although nobody acknowledged it (I3), in seconds; a read
+    with a slack has that, too. Raises ``ValueError`` for a bound or a slack below 0.
     """
     if isinstance(history, Iterator):
         raise TypeError("a history is iterated several times: give a list, or what load() returns")
@@ -104,6 +110,7 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
             judge.read(event)
     return Report(
         reads=judge.reads,
+        lenient_reads=judge.lenient,
         writes=book.writes,
         attempts=book.attempts,
         how=dict(judge.how),
@@ -168,7 +175,7 @@ class _Register:
 
 
 class _Seen:
-    """What one session saw and wrote of one register: the steps at which the highest version rose.
+    """What one session saw and wrote, or wrote alone, of one register: the steps at which the highest version rose.
 
     A step that comes in the order of time is only appended. Others are put to the end, and sorted in whenever so many came
     that the list doubled, or when it is settled: it must be before it is asked.
@@ -212,20 +219,21 @@ class _Seen:
 
 
 class _Book:
-    """What must be known before the first read can be judged: all writes, and what each session saw."""
+    """What must be known before the first read can be judged: all writes, what each session knew, and what of it it wrote."""
 
     def __init__(self, history: Iterable[Event]) -> None:
         self.registers: dict[str, _Register] = {}
-        self.sessions: dict[tuple[str, str], _Seen] = {}
+        self.known: dict[tuple[str, str], _Seen] = {}
+        self.wrote: dict[tuple[str, str], _Seen] = {}
         for event in history:
             if isinstance(event, Write):
                 self._write(event)
             elif event.session is not None:
                 for register, version in event.values.items():
-                    self._saw(event.session, register).add(event.end, version)
+                    self._of(self.known, event.session, register).add(event.end, version)
         for table in self.registers.values():
             table.settle()
-        for seen in self.sessions.values():
+        for seen in (*self.known.values(), *self.wrote.values()):
             seen.settle()
         self.writes = sum(len(table.versions) for table in self.registers.values())
         self.attempts = sum(len(table.attempts) for table in self.registers.values())
@@ -236,12 +244,13 @@ class _Book:
             table = self.registers[event.register] = _Register()
         table.add(event)
         if event.session is not None and event.acked is not None and event.version is not None:
-            self._saw(event.session, event.register).add(event.acked, event.version)
+            for of in (self.known, self.wrote):
+                self._of(of, event.session, event.register).add(event.acked, event.version)
 
-    def _saw(self, session: str, register: str) -> _Seen:
-        seen = self.sessions.get((session, register))
+    def _of(self, sessions: dict[tuple[str, str], _Seen], session: str, register: str) -> _Seen:
+        seen = sessions.get((session, register))
         if seen is None:
-            seen = self.sessions[session, register] = _Seen()
+            seen = sessions[session, register] = _Seen()
         return seen
 
 
@@ -249,11 +258,11 @@ class _Judge:
     """Looks at one read after the other, and keeps for each kind the violation whose proof is the shortest."""
 
     def __init__(self, book: _Book, *, bound_s: float) -> None:
-        self._registers, self._sessions, self._bound_s = book.registers, book.sessions, bound_s
+        self._registers, self._known, self._wrote, self._bound_s = book.registers, book.known, book.wrote, bound_s
         self._unwritten = _Register()
         self._unwritten.settle()
         self._last_accused: dict[Kind | None, Read] = {}  # None: of any kind
-        self.reads = self.accused = 0
+        self.reads = self.lenient = self.accused = 0
         self.how: Counter[str] = Counter()
         self.counts: Counter[Kind] = Counter()
         self.best: dict[Kind, Violation] = {}
@@ -263,15 +272,19 @@ class _Judge:
     def read(self, read: Read) -> None:
         """Judge one read."""
         self.reads += 1
+        self.lenient += read.slack_s > 0
+        if not read.slack_s >= 0:
+            raise ValueError(f"slack_s {read.slack_s!r} of a read of {read.asked} must be a number of seconds, 0 or more")
+        must_know = read.start - read.slack_s
         self.how[read.how if read.how in self.how or len(self.how) < MAX_WORDS else OTHER_WORDS] += 1
         if read.told != read.asked:
             self._accuse(Violation(Kind.ISOLATION, read, 1, read.end - read.start))
         for register, version in read.values.items():
             table = self._registers.get(register, self._unwritten)
             at = bisect_right(table.versions, version)  # the position behind the returned version
-            if table.acked[table.first_acked[at]] < read.start:
+            if table.acked[table.first_acked[at]] < must_know:
                 self._stale(Kind.FRESHNESS, read, register, at, due=table.first_acked[at])
-            if table.committed[table.first_committed[at]] <= read.start:
+            if table.committed[table.first_committed[at]] <= must_know:
                 self._age(read, register, at)
             if at and table.started[table.last_started[at - 1]] > read.end:
                 self._too_early(read, register, at)
@@ -300,8 +313,9 @@ class _Judge:
         """A later version was committed before: note how long ago, and whether that is beyond the bound."""
         table = self._registers[register]
         first = table.first_committed[at]
-        self.worst_staleness_s = max(self.worst_staleness_s, read.start - table.committed[first])
-        must_show = read.start - self._bound_s
+        must_know = read.start - read.slack_s
+        self.worst_staleness_s = max(self.worst_staleness_s, must_know - table.committed[first])
+        must_show = must_know - self._bound_s
         if table.committed[first] <= must_show:
             if register not in self.missed:
                 self.missed[register] = array("d", [-inf]) * len(table.started)
@@ -324,7 +338,8 @@ class _Judge:
             self._accuse(Violation(Kind.INVENTION, read, 1, read.end - read.start, register))
 
     def _own_view(self, read: Read, session: str, register: str) -> None:
-        since, due = self._sessions[session, register].before(read.start)
+        seen = (self._wrote if read.slack_s else self._known).get((session, register))
+        since, due = (read.start, 0) if seen is None else seen.before(read.start)
         if due > read.values[register]:
             self._accuse(Violation(Kind.SESSION, read, 2, read.end - since, register, due, since))
 

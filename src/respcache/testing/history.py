@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 
 import msgspec
 
@@ -47,7 +48,8 @@ class Read(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     """One read: the version that it returned of each register that it covers (0 for a row that was not there).
 
     ``asked`` names what was asked for, tenant and query; ``told`` is what the body itself says that it is. ``session`` is
-    whoever was promised to read what they wrote and saw. ``how`` is a short word on where the answer came from.
+    whoever was promised to read what they wrote and saw. ``how`` is a short word on where the answer came from. ``slack_s`` is
+    by how many seconds the answer may be older than a fresh one: what was promised for this query, not what was found.
     """
 
     start: float
@@ -58,6 +60,7 @@ class Read(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     told: str
     session: str | None = None
     how: str = ""
+    slack_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 Event = Write | Read

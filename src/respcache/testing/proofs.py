@@ -109,7 +109,7 @@ class _Search:
                 if found.kind is not Kind.SESSION or (event.session, event.acked) == (found.read.session, found.since):
                     self._writes[event.version] = event if known is None else _merged(known, event)
         elif found.kind is Kind.SESSION:
-            if event.session == found.read.session and event.end == found.since and event.values.get(found.register) == found.due:
+            if self._is_earlier(event):
                 self._earlier = event
         elif found.kind in (Kind.FRESHNESS, Kind.BOUND) and self._was_overtaken(event):
             self._overtaken = max(self._overtaken or event, event, key=_length)
@@ -119,6 +119,12 @@ class _Search:
         operations: list[Event] = [self.violation.read]
         operations += [self._earlier] if self._earlier else self._writes.values()
         return Proof(self.violation, tuple(sorted(operations, key=_begin)), self._overtaken)
+
+    def _is_earlier(self, read: Read) -> bool:
+        """Whether this is the read of the session that saw what was due: that binds none with a slack."""
+        found = self.violation
+        same = read.session == found.read.session and read.end == found.since and read.values.get(found.register) == found.due
+        return same and not found.read.slack_s
 
     def _was_overtaken(self, read: Read) -> bool:
         found = self.violation
@@ -153,7 +159,8 @@ def _headline(found: Violation) -> str:
     if found.kind is Kind.INVENTION:
         return f"{returned} {due} was begun {_ms(found.since - read.end)} ms after it ended"
     verb = {Kind.FRESHNESS: "acknowledged", Kind.BOUND: "committed", Kind.SESSION: f"known to session {read.session}"}
-    return f"{returned} {due} was {verb[found.kind]} {_ms(read.start - found.since)} ms before it began"
+    slack = f" (its slack is {_ms(read.slack_s)} ms)" if read.slack_s and found.kind is not Kind.SESSION else ""
+    return f"{returned} {due} was {verb[found.kind]} {_ms(read.start - found.since)} ms before it began{slack}"
 
 
 def _write_words(write: Write, origin: float) -> str:
