@@ -23,7 +23,7 @@ from .outsiders import AWAY, Outsiders
 from .proxy import Link, State
 from .registers import ACCOUNTS, TENANTS
 from .stage import Stage
-from .worker import POINTS
+from .transports import POINTS
 
 DIE_S = 8.0
 START_ATTEMPTS = 5

@@ -5,6 +5,8 @@ the CRM, psql, COPY. Accounts carry theirs in their name too, so the lists of ot
 register of a lead has version 1 while it is there and 2 when it is gone, that of its contact 1 when it was converted.
 
 Tenant c is hierarchical: its employee sees the rows of nobody and his own. The superadmin reads tenant a.
+
+Most is read at level strict. Each query knows the level of its route (``ways.py``), and with it how old its answer may be.
 """
 
 import mmap
@@ -21,6 +23,9 @@ import orjson
 
 from crm.auth import issue_token
 from crm.models import Employee
+from respcache import Level
+
+from .ways import BOUND_S, MADE_IN, VALUE, VALUE_TTL_S
 
 SECRET = "a secret of the fault suite alone, 40 chars"
 TENANTS = ("a", "b", "c")
@@ -34,6 +39,9 @@ BATCH = 12
 
 WINDOW = 2
 """Batches that reads look at; older leads are deleted."""
+
+KEPT_IN_S = 0.1
+"""What may pass between the end of making a value and the beginning of its time to live."""
 
 FATES = ("convert", "delete", "bulk-delete", "psql")
 """What becomes of the leads of a batch, in turn."""
@@ -201,6 +209,7 @@ class Query:
     fixed: bool = True
     """Whether what the answer means depends on nothing but its body."""
     weight: float = 1.0
+    level: Level = Level.STRICT
     known: dict[bytes, tuple[Values, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, body: bytes, settled: int) -> tuple[Values, str]:
@@ -215,6 +224,12 @@ class Query:
                 self.known[body] = found
         return found
 
+    def slack_s(self, headers: Mapping[bytes, bytes]) -> float:
+        """Return how many seconds an answer with these headers may be older than a fresh one."""
+        if self.level is Level.TTL:
+            return VALUE_TTL_S + float(headers[MADE_IN]) + KEPT_IN_S
+        return BOUND_S if self.level is Level.BOUNDED else 0.0
+
 
 def queries() -> list[Query]:
     """List everything that is read: of the same rows by several users, as lists, records, searches, of several modules."""
@@ -228,13 +243,15 @@ def _queries_of(user: User, tenant: str) -> Iterator[Query]:
     accounts, opportunities = (_visible(user, tenant, names) for names in (ACCOUNTS, OPPORTUNITIES))
     suffix = f"tenant_id={tenant}" if user.tenant is None else ""
 
-    def query(path: str, judge: Judge, *, fixed: bool = True, weight: float = 1.0) -> Query:
+    def query(path: str, judge: Judge, *, level: Level = Level.STRICT, fixed: bool = True, weight: float = 1.0) -> Query:
         full = path if not suffix else f"{path}{'&' if '?' in path else '?'}{suffix}"
-        return Query(f"{user.name} {tenant} {path}", full, user, tenant, judge, fixed, weight)
+        return Query(f"{user.name} {tenant} {path}", full, user, tenant, judge, fixed, weight, level)
 
+    detail = f"/api/accounts/{key(f'{tenant}/{ACCOUNTS[0]}')}"
     yield query("/api/accounts", _list(tenant, "accounts", accounts), weight=12)
-    yield query(f"/api/accounts/{key(f'{tenant}/{ACCOUNTS[0]}')}", _detail(tenant, "account", ACCOUNTS[0]), weight=12)
-    yield query("/api/opportunities", _list(tenant, "opportunities", opportunities), weight=4)
+    yield query(detail, _detail(tenant, "account", ACCOUNTS[0]), level=Level.BOUNDED, weight=12)
+    yield query("/api/opportunities", _list(tenant, "opportunities", opportunities), level=Level.BOUNDED, weight=4)
+    yield query(VALUE, _list(tenant, "accounts", accounts), level=Level.TTL, weight=2)
     yield query("/api/reports/dashboard-bundle", _dashboard(tenant, accounts, opportunities))
     if user.role != "admin":
         return

@@ -2,24 +2,29 @@
 
 The totals are one JSON object, the *state*; whoever goes on with it adds to it:
 
-* ``reads``, ``writes``, ``stale_reads``, ``lost_invalidations``, ``failed_requests``, ``alarms``, ``seconds``: sums;
-  ``how`` and ``faults``: sums by word; ``worst_staleness_s``: the most;
+* ``reads``, ``writes``, ``late_reads`` (less than the newest, as their level allows), ``stale_reads`` (less than that),
+  ``lost_invalidations``, ``failed_requests``, ``alarms``, ``seconds``: sums;
+  ``how`` and ``faults``: sums by word; ``worst_staleness_s``: the most, less what the level of the read allows;
+* words of ``how``: ``hit``, ``hit below ASGI``, ``shared``, ``fill``, ``bypass``; with ``bounded`` or ``ttl`` before it for reads
+  of that level;
 * ``seeds``: of the runs that were completed; ``aborted``: of those that were not, with the reason; what was recorded until then
   was checked and is in the sums, but for failed requests: whatever ended the run may have failed them;
 * ``failed_runs``: seeds of runs in which something else than a single read was wrong, with what it was;
 * ``commands``: command lines as they were typed, with the seeds that they ran.
 
 States written before all of these were kept have no ``alarms``, ``aborted``, ``failed_runs`` and ``commands``: that is nothing of
-each. (Then a run with an alarm ended the series without a trace, and an aborted one was left out.) They can be added to.
+each. (Then a run with an alarm ended the series without a trace, and an aborted one was left out.) They can be added to. What was
+read before there were levels was strict, and above ASGI.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from respcache import Level
 from respcache.core.fence import DRIFT, LEASE_S
 from respcache.testing.checker import Report, check
 from respcache.testing.history import load
@@ -30,7 +35,7 @@ from .stage import Problem
 BOUND_S = LEASE_S * DRIFT + 0.1
 """How long a write that nobody acknowledged may stay unseen: the lease, and the slack between a COMMIT and who notes it."""
 
-SUMS = ("reads", "writes", "stale_reads", "lost_invalidations", "failed_requests", "alarms")
+SUMS = ("reads", "writes", "late_reads", "stale_reads", "lost_invalidations", "failed_requests", "alarms")
 PROMISES = ("stale_reads", "lost_invalidations", "failed_requests", "alarms", "failed_runs")
 """What of the totals must be nothing."""
 
@@ -66,7 +71,7 @@ class Result:
         found = [self.unrecovered] if self.unrecovered else []
         if not self.report.reads:
             return [*found, "nothing was read"]
-        return found if self.report.how.get("hit") else [*found, "nothing was served from the cache"]
+        return found if _count(self.report.how, "hit") else [*found, "nothing was served from the cache"]
 
     @property
     def ok(self) -> bool:
@@ -78,7 +83,7 @@ def add(state: dict[str, Any], result: Result, *, command: str | None = None) ->
     """Add a run to the totals, and return them."""
     report = result.report
     broken = report.violating_reads, report.lost_invalidations, len(result.failed), len(result.alarms)
-    for name, count in zip(SUMS, (report.reads, report.writes, *broken), strict=True):
+    for name, count in zip(SUMS, (report.reads, report.writes, report.late_reads, *broken), strict=True):
         state[name] = state.get(name, 0) + count
     state["seconds"] = round(state.get("seconds", 0) + result.seconds, 1)
     state["worst_staleness_s"] = round(max(state.get("worst_staleness_s", 0), report.worst_staleness_s), 3)
@@ -118,7 +123,7 @@ def line(state: dict[str, Any]) -> dict[str, int]:
 def summary(state: dict[str, Any], *, command: str) -> str:
     """Put the totals into Markdown; ``command`` is the one that does."""
     figures, how, seeds, aborted = line(state), state["how"], state["seeds"], state.get("aborted", {})
-    reads, served = figures["reads"], how.get("hit", 0) + how.get("shared", 0)
+    reads, served = figures["reads"], _count(how, "hit") + _count(how, "shared")
     lines = [
         "# Reads under faults",
         "",
@@ -135,6 +140,12 @@ def summary(state: dict[str, Any], *, command: str) -> str:
         f"{_reasons(state, 'failed_runs')} | {figures['failed_runs']} |",
         f"| runs that were aborted; their histories were checked{_reasons(state, 'aborted')} | {figures['aborted']} |",
         f"| reads served from the cache | {served:,} ({served / max(1, reads):.0%}) |",
+        *(
+            f"| hits among the reads at level `{level}` | {_count(how, 'hit', level=level):,} of {_count(how, level=level):,} |"
+            for level in Level
+        ),
+        f"| hits that were answered below ASGI (`respcache.turbo`) | {_count(how, 'below ASGI'):,} |",
+        f"| reads that missed an acknowledged write as level `bounded` or `ttl` allows | {figures['late_reads']:,} |",
         f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} s (allowed: {BOUND_S:.2f} s) |",
         "",
         f"This page: `{command}`. The figures are the sums of these runs; one is repeated by its command with its `--seed`, "
@@ -149,6 +160,16 @@ def summary(state: dict[str, Any], *, command: str) -> str:
     ]
     lines += [f"| {fault.kind} | {fault.what} | {state['faults'].get(fault.kind, 0):,} |" for fault in FAULTS.values()]
     return "\n".join([*lines, ""])
+
+
+def _count(how: Mapping[str, int], part: str = "", *, level: Level | None = None) -> int:
+    """Count the reads of which this was said, of a level or of all."""
+    return sum(count for word, count in how.items() if part in word and level in (None, _level(word)))
+
+
+def _level(word: str) -> Level:
+    first = word.partition(" ")[0]
+    return Level(first) if first in tuple(Level) else Level.STRICT
 
 
 def _reasons(state: dict[str, Any], name: str) -> str:

@@ -261,7 +261,7 @@ def _told(console: Console, seed: str, seconds: float) -> Any:
         def tell(made: Stage, faults: Counter[str], elapsed_s: float) -> None:
             nonlocal last
             said = (
-                f"{made.total('reads')} reads, {made.total('hit')} hits, {made.total('writes')} writes, {faults.total()} faults"
+                f"{made.total('reads')} reads, {made.total('hits')} hits, {made.total('writes')} writes, {faults.total()} faults"
             )
             progress.update(task, completed=min(elapsed_s, seconds), said=said)
             if not console.is_terminal and elapsed_s - last >= SAY_EVERY_S:

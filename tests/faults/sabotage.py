@@ -1,16 +1,16 @@
-"""Rules of the protocol taken out, one at a time, to see that the suite notices. Only ever in processes of the suite.
-
-``python -m tests.faults.sabotage NAME ...`` is ``python -m crm ...`` without the rule.
-"""
+"""Rules of the protocol taken out, one at a time, to see that the suite notices. Only ever in processes of the suite."""
 
 import hashlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from crm.commands import main
+from respcache import turbo
 from respcache.core.fence import Fence, Outcome
 from respcache.core.generations import Generation, Verdict
+from respcache.lookup import Candidate
+from respcache.near.held import Variant
+from respcache.near.views import Tags, Views
+from respcache.plans import Aim, Plan
 from respcache.resp.connection import Connection
 from respcache.stores.redis import RedisStore
 from respcache.writes.rounds import Rounds
@@ -84,15 +84,40 @@ def _no_certificate() -> None:
     Generation.judge = judge_kindly  # type: ignore[method-assign]
 
 
+def _no_bound() -> None:
+    """Let the last view of a tenant last: nobody looks at its age or hears of bumps."""
+
+    def last(self: Views, generation: str, tags: Tags, *, since: float) -> Generation | None:
+        group = self._groups.get(generation)
+        return group.view if group is not None and tags in group.asked else None
+
+    Views.recent = last  # type: ignore[method-assign]
+    _no_push()
+
+
+def _no_push() -> None:
+    """Hear of no bump, of one's own process neither: views last as long as they may."""
+    Views.expire = lambda self, generation: None  # type: ignore[method-assign]
+
+
+def _no_view_below() -> None:
+    """Send below ASGI what lies in memory, whatever the view says."""
+
+    def form(self: Any, plan: Plan, aim: Aim, candidate: Candidate, view: Generation, now: float) -> Variant | None:
+        held = candidate[0]
+        held.proven = view
+        return held.variants.get(plan.coding) or self.wrapper.cache.variant(aim, held, plan.coding)
+
+    turbo._Turbo._form = form  # type: ignore[method-assign]
+
+
 SABOTAGES: dict[str, Callable[[], None]] = {
     "no-fence": _no_fence,
     "ack-always": _ack_always,
     "no-identity": _no_identity,
     "no-replay": _no_replay,
     "no-certificate": _no_certificate,
+    "no-bound": _no_bound,
+    "no-push": _no_push,
+    "no-view-below": _no_view_below,
 }
-
-
-if __name__ == "__main__":
-    commit(sys.argv[1])
-    sys.exit(main(sys.argv[2:]))

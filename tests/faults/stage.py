@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,38 @@ INSIST_S = 30.0
 RECOVERY_S = 1.0
 """After the database is back: what a process on a busy machine may take to read that its connections were closed."""
 
-VALKEY = {"save": '""', "repl-diskless-sync-delay": "0", "maxmemory": "64mb", "maxmemory-policy": "allkeys-lru"}
+STORE_PASSWORD = "only-for-faults"
+VALKEY = {
+    "save": '""', "repl-diskless-sync-delay": "0", "maxmemory": "64mb", "maxmemory-policy": "allkeys-lru",
+    "user": f"deaf on >{STORE_PASSWORD} ~* +@all resetchannels",
+}  # fmt: skip
 
 
 @dataclass
 class Plan:
-    """How many of what, and how eager. The last of ``names`` is a server of its own that is asked over HTTP."""
+    """How many of what, and how eager. The last of ``names`` is a server of its own that is asked over HTTP.
+
+    Of the others every second one answers hits below ASGI, the server in every second run, by the seed; one that is alone does.
+    About half of all have no right to hear of bumps or to tell of them.
+    """
 
     names: tuple[str, ...] = ("one", "two", "server")
     readers: int = 12
     writers: int = 1
     pause_s: float = 0.0002
     sabotage: str | None = None
+
+    def below(self, seed: str) -> set[str]:
+        """Choose the processes that answer hits below ASGI."""
+        randomness = random.Random(f"{seed}/below ASGI")
+        *workers, server = self.names
+        chosen = set(randomness.sample(workers, len(workers) // 2))
+        return chosen | {server} if not workers or randomness.random() < 0.5 else chosen
+
+    def deaf(self, seed: str) -> set[str]:
+        """Choose the processes without the right to hear of bumps."""
+        randomness, half = random.Random(f"{seed}/deaf"), len(self.names) / 2
+        return set(randomness.sample(self.names, randomness.randint(floor(half), ceil(half))))
 
 
 @dataclass
@@ -147,7 +168,7 @@ class Worker:
         return self._past[what] + self._figure(what)
 
     def _figure(self, what: str) -> int:
-        return int(self.figures.get(what) or self.figures.get("how", {}).get(what, 0))
+        return int(self.figures.get(what, 0))
 
     async def _launch(self) -> None:
         with (self._stage.folder / f"{self.name}.log").open("ab") as log:
@@ -178,20 +199,21 @@ class Worker:
             if status != -signal.SIGKILL:
                 self._stage.broken.append(f"{self.name} ended with status {status}: {self._stage.tail(self.name)}")
                 return
-            for what in ("reads", "writes", "hit"):
+            for what in ("reads", "writes", "hits"):
                 self._past[what] += self._figure(what)
             self.figures = {}
             await self._launch()
 
 
 class Server:
-    """``python -m crm serve``, as anybody would run it."""
+    """``python -m crm serve`` of an application with several levels (``ways.py``). ``below``: hits are answered below ASGI."""
 
-    def __init__(self, stage: "Stage", seat: Seat) -> None:
+    def __init__(self, stage: "Stage", seat: Seat, *, below: bool) -> None:
         self.port = lasting_port()
         self.process: asyncio.subprocess.Process | None = None
         self._stage = stage
         self._seat = seat
+        self._below = below
 
     async def start(self) -> None:
         """Start it; returns when it answers."""
@@ -203,11 +225,12 @@ class Server:
         sabotage = self._stage.plan.sabotage
         if sabotage is not None:
             environment["RESPCACHE_AUDIT_SHARE"] = "0"  # it would mend what is broken on purpose
-        program = ["crm"] if sabotage is None else ["tests.faults.sabotage", sabotage]
+        options = ["--turbo"] if self._below else []
+        options += [] if sabotage is None else ["--sabotage", sabotage]
         with (self._stage.folder / "server.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", *program, "serve", cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_die_with_parent, env=environment,
+                sys.executable, "-m", "tests.faults.ways", *options, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent, env=environment,
             )  # fmt: skip
         async with asyncio.timeout(START_S):
             while True:
@@ -244,12 +267,13 @@ class Stage:
         self.broken: list[str] = []
         self.postgres = EmbeddedPostgres(folder / "postgres", password=PASSWORD, port=lasting_port(), durable=False)
         self.master, self.replica = (
-            EmbeddedValkey(folder / name, port=lasting_port(), password="only-for-faults", settings=VALKEY)
+            EmbeddedValkey(folder / name, port=lasting_port(), password=STORE_PASSWORD, settings=VALKEY)
             for name in ("valkey1", "valkey2")
         )
         self.replication = links.add(self.master.port)
         self.seats = {name: Seat(name, links.add(self.master.port), links.add(self.postgres.port)) for name in plan.names}
-        self.server = Server(self, self.seats[plan.names[-1]])
+        self.below, self.deaf = plan.below(seed), plan.deaf(seed)
+        self.server = Server(self, self.seats[plan.names[-1]], below=plan.names[-1] in self.below)
         self.workers = {
             name: Worker(self, self._orders(name, share, seed)) for share, name in enumerate(plan.names)
         }  # fmt: skip
@@ -270,7 +294,8 @@ class Stage:
 
     def store_url(self, seat: Seat) -> str:
         """Where a process finds the store."""
-        return self.master.url.replace(f":{self.master.port}/", f":{seat.store_link.port}/")
+        url = self.master.url.replace(f":{self.master.port}/", f":{seat.store_link.port}/")
+        return url.replace("//:", "//deaf:") if seat.name in self.deaf else url
 
     def total(self, what: str) -> int:
         """Add up what the processes reported."""
@@ -338,9 +363,9 @@ class Stage:
 
     async def hits_again(self, *, most_s: float) -> float | None:
         """Wait until the cache serves again; return how long that took, None when it did not."""
-        before, started = self.total("hit"), now()
+        before, started = self.total("hits"), now()
         while now() - started < most_s:
-            if self.total("hit") > before + 20:
+            if self.total("hits") > before + 20:
                 return now() - started
             await asyncio.sleep(0.05)
         return None
@@ -350,8 +375,8 @@ class Stage:
         return Orders(
             name, seed, str(self.history), str(self.settled), share, len(plan.names),
             readers=plan.readers // 3 if last else plan.readers, writers=plan.writers, pause_s=plan.pause_s * (10 if last else 1),
-            base=self.server.port if last else None, database_url=self.database_url(seat), cache_url=self.store_url(seat),
-            sabotage=plan.sabotage,
+            base=self.server.port if last else None, below=name in self.below,
+            database_url=self.database_url(seat), cache_url=self.store_url(seat), sabotage=plan.sabotage,
         )  # fmt: skip
 
 

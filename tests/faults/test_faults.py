@@ -16,13 +16,15 @@ from respcache.testing.proofs import Kind
 from respcache.writes.postgres import PostgresOutbox
 
 from ..conftest import END_OTHERS, administer
+from . import ways
 from .faults import FAULTS
 from .proxy import Links, State
-from .registers import SECRET
+from .registers import KEPT_IN_S, SECRET, queries
 from .results import add, summary
 from .run import play
 from .sabotage import SABOTAGES
 from .stage import ROOT, Plan
+from .worker import ALONE_S
 
 pytestmark = pytest.mark.anyio
 SECONDS = 10.0
@@ -41,22 +43,66 @@ async def test_no_promise_is_broken_while_everything_else_is(tmp_path: Path) -> 
     assert result.report.lost_invalidations == 0
     assert result.failed == []
     assert result.ok, (result.failures, result.alarms)
-    assert result.report.how["hit"] > 200
+    for way in ("hit", "hit below ASGI", "bounded hit", "bounded hit below ASGI", "ttl hit"):
+        assert result.report.how[way] > 50
     assert result.report.how["bypass"] > 0
     assert result.report.writes > 50
     assert sum(count > 0 for count in result.faults.values()) >= 5
     assert f"{result.report.reads:,} reads" in summary(add({}, result), command="")
 
 
-@pytest.mark.parametrize(("rule", "violated"), [("no-replay", Kind.BOUND), ("no-certificate", Kind.FRESHNESS)])
-async def test_a_missing_rule_is_noticed(tmp_path: Path, rule: str, violated: Kind) -> None:
+@pytest.mark.parametrize(
+    ("rule", "writers", "seconds", "violated", "way"),
+    [
+        ("no-replay", 0, 5.0, Kind.BOUND, "hit"),
+        ("no-certificate", 1, 5.0, Kind.FRESHNESS, "hit"),
+        ("no-view-below", 1, 5.0, Kind.FRESHNESS, "hit below ASGI"),
+        ("no-bound", 4, 3 * ALONE_S, Kind.FRESHNESS, "bounded hit"),
+    ],
+)
+async def test_a_missing_rule_is_noticed(
+    tmp_path: Path, rule: str, writers: int, seconds: float, violated: Kind, way: str
+) -> None:
     """Those for which no fault is needed: what psql writes is not seen within the lease; what was acknowledged is not seen."""
-    plan = Plan(names=("server",), writers=int(violated is Kind.FRESHNESS), sabotage=rule)
-    result = await play(tmp_path, seed="7", seconds=5.0, kinds=(), plan=plan)
+    plan = Plan(names=("server",), writers=writers, sabotage=rule)
+    result = await play(tmp_path, seed="7", seconds=seconds, kinds=(), plan=plan)
     print(f"\n{result.report}")
     assert (result.aborted, result.ok) == ("", False)
     assert violated in result.report.violations
-    assert result.report.lost_invalidations > 0
+    assert way in result.report.proofs[violated].violation.read.how
+
+
+@pytest.mark.parametrize("names", [("one", "two", "server"), ("one", "two", "three", "four", "server"), ("server",)])
+def test_each_run_answers_hits_both_above_and_below_asgi(names: tuple[str, ...]) -> None:
+    """Whatever its seed: of the workers one half each, the server now so, now so."""
+    chosen = [Plan(names=names).below(str(seed)) for seed in range(20)]
+    assert {len(below - {"server"}) for below in chosen} == {len(names) // 2}
+    assert set().union(*chosen) == set(names)
+    assert len(names) == 1 or any("server" not in below for below in chosen)
+
+
+@pytest.mark.parametrize("names", [("one", "two", "server"), ("one", "two", "three", "server")])
+def test_each_run_has_processes_that_are_told_of_bumps_and_others_that_are_not(names: tuple[str, ...]) -> None:
+    """Each of them is now so, now so: the bound holds without being told."""
+    chosen = [Plan(names=names).deaf(str(seed)) for seed in range(20)]
+    assert all(0 < len(deaf) < len(names) for deaf in chosen)
+    assert set().union(*chosen) == set(names)
+    assert set.intersection(*chosen) == set()
+
+
+async def test_reads_are_judged_by_the_level_of_their_route(database_url: str) -> None:
+    """A read that is spared something is one of a route that may be late, and the other way round."""
+    settings = Settings(database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET)
+    table = ways.application(settings).prepare()
+    for query in queries():
+        path, headers = query.path.partition("?")[0], {ways.MADE_IN: b"0.5"}
+        found = table.match({"method": "GET", "path": path, "root_path": ""})
+        policy = None if found is None else found[0].policy
+        if path == ways.VALUE:
+            assert (policy, query.slack_s(headers)) == (None, ways.VALUE_TTL_S + 0.5 + KEPT_IN_S)
+        else:
+            assert policy is not None, path
+            assert (policy.level, query.slack_s(headers)) == (query.level, policy.view_s(anonymous=False)), path
 
 
 def test_every_rule_that_can_be_taken_out_is_named_with_what_noticed_it() -> None:

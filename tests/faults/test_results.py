@@ -87,10 +87,11 @@ def interrupted(*events: Event) -> Play:
         (RIGHT, {"unrecovered": "not within 8 s"}, "failed_runs"),
         ((ONE,), {}, "failed_runs"),
         ((ONE, Read(1.3, 1.4, {"x": 1}, "r", "q", "q", None, "fill")), {}, "failed_runs"),
+        ((ONE, Read(1.3, 1.4, {"x": 1}, "r", "q", "q", None, "bounded hit below ASGI")), {}, None),
         ((), {"aborted": "a disk broke"}, None),
         (WRONG, {"aborted": "a disk broke"}, "stale_reads"),
     ],
-    ids=["right", "stale", "failed", "alarm", "unrecovered", "no read", "no hit", "aborted", "aborted and stale"],
+    ids=["right", "stale", "failed", "alarm", "unrecovered", "no read", "no hit", "another hit", "aborted", "aborted and stale"],
 )
 def test_a_run_is_ok_when_it_served_from_the_cache_and_broke_nothing(
     tmp_path: Path, events: tuple[Event, ...], more: dict[str, Any], broken: str | None
@@ -253,6 +254,18 @@ def test_an_old_state_is_gone_on_with(tmp_path: Path) -> None:
     add(state, result(tmp_path, *RIGHT), command="run --seed 7")
     assert (state["reads"], state["seeds"], state["faults"]) == (6, ["100", "101", "103", "7"], {"flushall": 5})
     assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n| `run --seed 7` | 7 |\n" in summary(state, command="c")
+
+
+def test_the_page_counts_reads_by_level_and_hits_below_asgi(tmp_path: Path) -> None:
+    """So that it can be seen that these ways were taken; what was read before they were was strict and above."""
+    words = ["hit", "hit below ASGI", "bounded hit below ASGI", "bounded hit", "bounded fill", "ttl fill", "shared"]
+    found = result(tmp_path, ONE, *(Read(1.3, 1.4, {"x": 1}, "r", "q", "q", None, word) for word in words))
+    page = summary(add(json.loads(json.dumps(OLD_STATE)), found), command="c")
+    assert "\n| reads served from the cache | 9 (75%) |\n" in page
+    assert "\n| hits among the reads at level `strict` | 6 of 8 |\n" in page
+    assert "\n| hits among the reads at level `bounded` | 2 of 3 |\n" in page
+    assert "\n| hits among the reads at level `ttl` | 0 of 1 |\n" in page
+    assert "\n| hits that were answered below ASGI (`respcache.turbo`) | 2 |\n" in page
 
 
 def test_the_page_says_which_commands_made_it_and_what_was_aborted(series: Callable[..., Any], tmp_path: Path) -> None:

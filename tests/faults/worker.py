@@ -1,9 +1,8 @@
 """One process of the fault suite: clients that read and write at the same time and record what they did.
 
-They call the CRM's ASGI application in this process, or another process's over HTTP. What is to be done comes in on standard
-input, one JSON object a line, the first of which says who we are (``Orders``); reports go out on standard output.
-
-An order to die *at a point* replaces methods of the library in this process by ones that kill it there (SIGKILL).
+They call the CRM's ASGI application in this process, or ask a server over HTTP: of another process, or of this one, with hits
+below ASGI (``transports.py``). What is to be done comes in on standard input, one JSON object a line, the first of which says who
+we are (``Orders``); reports go out on standard output.
 """
 
 import asyncio
@@ -12,22 +11,20 @@ import itertools
 import json
 import logging
 import os
-import signal
 import sys
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import orjson
 import uvloop
 
 import crm.db
-from crm.app import create_app
 from crm.settings import Settings
-from respcache import Cache
+from respcache import Level
+from respcache.asgi import Wrapper
 from respcache.testing.history import Read, Recorder, Write, now
 
 from . import sabotage
@@ -49,25 +46,25 @@ from .registers import (
     queries,
     window,
 )
+from .transports import Answer, Below, Headers, InProcess, OverHttp, Points, Transport
+from .ways import ABOVE, application
 
 REPORT_S = 0.25
 FINISH_S = 30.0
 AFTER_ERROR_S = 0.05
-WAIT_S = 0.05
-KEPT_S = 2.0
 REST_S = 0.02
 """A reader rests after what the database had to answer: an outage is not to take the processor from those who mend it."""
 
-POINTS = ("after COMMIT", "between two bumps", "before the acknowledgement", "in a round", "after PUT")
-"""Where a process can be told to die."""
+ALONE_S = 4.0
+"""How long a tenant is read at other levels than strict alone, one after the other: a strict read renews the view that reads at
+level bounded then need not ask for."""
 
-Headers = dict[bytes, bytes]
-Answer = tuple[int, Headers, bytes, float]
-"""Status, headers, body, and a moment before the answer left (or one after it came, over HTTP)."""
+HITS = ("hit", "hit below ASGI")
 
 
 class Orders(msgspec.Struct):
-    """Who we are. ``base`` is the port of a server to be asked over HTTP; without one the application runs here.
+    """Who we are. ``base`` is the port of a server to be asked over HTTP; without one the application runs here, ``below`` with
+    a server around it that answers hits below ASGI.
 
     ``pause_s`` is how long a reader rests on average; ``share`` and ``of`` say which leads are ours to write.
     """
@@ -82,73 +79,10 @@ class Orders(msgspec.Struct):
     writers: int
     pause_s: float
     base: int | None = None
+    below: bool = False
     database_url: str = ""
     cache_url: str = ""
     sabotage: str | None = None
-
-
-class Transport(Protocol):
-    """A way to the application."""
-
-    @property
-    def alarms(self) -> list[str]:
-        """What the cache's own audit has found."""
-        ...
-
-    async def send(self, method: str, path: str, user: User, body: bytes | None = None) -> Answer:
-        """Send a request and return the answer. Raises ``ConnectionError`` when there is none."""
-        ...
-
-
-# -- dying on demand ---------------------------------------------------------------------------------------------------
-
-
-class Points:
-    """Dies at the point that was ordered, when this process passes it next."""
-
-    def __init__(self) -> None:
-        self.ordered: str | None = None
-        self._bumping = 0
-
-    def reach(self, point: str) -> None:
-        """Die, if it is here."""
-        if self.ordered == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def put_into(self, cache: Cache) -> None:
-        """Replace the methods by which this cache passes the points."""
-        store, rounds = cache.store, cache.rounds
-        assert store is not None
-        assert rounds is not None
-        committed, bump, page, put = cache.committed, store.bump, rounds.outbox.page, store.put
-
-        def when_committed(rows: Any) -> None:
-            self.reach("after COMMIT")
-            committed(rows)
-
-        async def when_bumping(*args: Any, **options: Any) -> str:
-            self._bumping += 1
-            try:
-                if self._bumping > 1 and self.ordered == "between two bumps":
-                    await asyncio.sleep(0.002)  # the first one is on its way
-                    self.reach("between two bumps")
-                return await bump(*args, **options)
-            finally:
-                self._bumping -= 1
-
-        async def when_paged(*args: Any) -> Any:
-            found = await page(*args)
-            if found.rows:
-                self.reach("in a round")
-            return found
-
-        def when_put(*args: Any, **options: Any) -> None:
-            put(*args, **options)
-            asyncio.get_running_loop().call_later(0.002, self.reach, "after PUT")
-
-        cache.committed = when_committed  # type: ignore[method-assign]
-        store.bump, store.put = when_bumping, when_put  # type: ignore[method-assign]
-        rounds.outbox.page = when_paged  # type: ignore[method-assign]
 
 
 class Slowness:
@@ -174,141 +108,15 @@ class Slowness:
         return slowed
 
 
-# -- ways to the application -------------------------------------------------------------------------------------------
-
-
-class InProcess:
-    """The application in this process, with as little as possible around it."""
-
-    def __init__(self, orders: Orders, points: Points) -> None:
-        settings = Settings(
-            database_url=orders.database_url, redis_cache_url=orders.cache_url, jwt_secret=SECRET, respcache_key=SECRET,
-            **({} if orders.sabotage is None else {"respcache_audit_share": 0}),
-        )  # fmt: skip
-        self._app = create_app(settings)
-        self._points = points
-        self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._said: asyncio.Queue[str] = asyncio.Queue()
-        self._life: asyncio.Task[None] | None = None
-        self._heads: dict[str, list[tuple[bytes, bytes]]] = {}
-        points.put_into(self._app.app.state.cache)
-
-    @property
-    def alarms(self) -> list[str]:
-        """What the cache's own audit has found."""
-        audit = self._app.app.state.cache.audit
-        return [] if audit is None else [str(finding) for finding in audit.findings]
-
-    async def start(self) -> None:
-        """Start the application."""
-        await self._live("lifespan.startup")
-
-    async def stop(self) -> None:
-        """Shut it down."""
-        await self._live("lifespan.shutdown")
-
-    async def _live(self, event: str) -> None:
-        async def send(message: Any) -> None:
-            await self._said.put(message["type"])
-
-        if self._life is None:
-            self._life = asyncio.create_task(self._app({"type": "lifespan", "asgi": {"version": "3.0"}}, self._events.get, send))
-        await self._events.put({"type": event})
-        said = await self._said.get()
-        if said != f"{event}.complete":
-            raise RuntimeError(said)
-
-    async def send(self, method: str, path: str, user: User, body: bytes | None = None) -> Answer:
-        """Send a request and return the answer."""
-        plain, _, query = path.partition("?")
-        headers = self._heads.get(user.name)
-        if headers is None:
-            headers = self._heads[user.name] = [(b"host", b"faults"), (b"authorization", f"Bearer {user.token}".encode())]
-        if body is not None:
-            headers = [*headers, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": plain,
-            "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "", "scheme": "http", "headers": headers,
-            "client": ("127.0.0.1", 1), "server": ("faults", 80),
-        }  # fmt: skip
-        waiting = [{"type": "http.request", "body": body or b"", "more_body": False}]
-        started: dict[str, Any] = {}
-        parts: list[bytes] = []
-        left = 0.0
-
-        async def receive() -> Any:
-            if waiting:
-                return waiting.pop()
-            await asyncio.Event().wait()  # nobody hangs up here
-
-        async def take(message: Any) -> None:
-            nonlocal left
-            if message["type"] == "http.response.start":
-                left = now()
-                if method != "GET":
-                    self._points.reach("before the acknowledgement")
-                started.update(message)
-            else:
-                parts.append(message.get("body", b""))
-
-        await self._app(scope, receive, take)
-        return started["status"], dict(started["headers"]), b"".join(parts), left
-
-
-class OverHttp:
-    """A server on a port of this host; connections are kept."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._heads: dict[str, str] = {}
-
-    @property
-    def alarms(self) -> list[str]:
-        """Those of the server are in its log."""
-        return []
-
-    async def start(self) -> None:
-        """Wait until the server listens: it is started at the same time as we are. Whoever started both stops waiting first."""
-        while True:
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection("127.0.0.1", self._port)
-                writer.close()
-                return
-            await asyncio.sleep(WAIT_S)
-
-    async def stop(self) -> None:
-        """Close the connections."""
-        for _, _, writer in self._idle:
-            writer.close()
-
-    async def send(self, method: str, path: str, user: User, body: bytes | None = None) -> Answer:
-        """Send a request and return the answer. Raises ``ConnectionError`` when the server went away."""
-        head = self._heads.setdefault(user.name, f"host: faults\r\nauthorization: Bearer {user.token}\r\n")
-        request = f"{method} {path} HTTP/1.1\r\n{head}"
-        if body is not None:
-            request += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        try:
-            reader, writer = await self._connected()
-            writer.write(request.encode() + b"\r\n" + (body or b""))
-            first, *lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines if line)}
-            content = await reader.readexactly(int(headers[b"content-length"]))
-        except (OSError, asyncio.IncompleteReadError) as error:
-            await self.stop()
-            self._idle.clear()
-            raise ConnectionError(repr(error)) from error
-        self._idle.append((now(), reader, writer))
-        return int(first.split()[1]), headers, content, now()
-
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Take a kept connection, unless it has idled so long that the server may be closing it."""
-        while self._idle:
-            since, reader, writer = self._idle.pop()
-            if now() - since < KEPT_S:
-                return reader, writer
-            writer.close()
-        return await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
+def _application(orders: Orders, points: Points) -> Wrapper:
+    """Make the application for this process, that it may die in it."""
+    settings = Settings(
+        database_url=orders.database_url, redis_cache_url=orders.cache_url, jwt_secret=SECRET, respcache_key=SECRET,
+        **({} if orders.sabotage is None else {"respcache_audit_share": 0}),
+    )  # fmt: skip
+    wrapper = application(settings)
+    points.put_into(wrapper.cache)
+    return wrapper
 
 
 # -- clients -----------------------------------------------------------------------------------------------------------
@@ -318,8 +126,7 @@ class Clients:
     """The readers and writers of this process."""
 
     def __init__(self, orders: Orders, transport: Transport, recorder: Recorder, settled: Settled) -> None:
-        self.reads = self.writes = 0
-        self.how: Counter[str] = Counter()
+        self.reads = self.writes = self.hits = 0
         self.problems: list[tuple[float, float, str]] = []
         self.done = asyncio.Event()
         self._orders = orders
@@ -341,12 +148,17 @@ class Clients:
     async def _reader(self, randomness: Random) -> None:
         while not self.done.is_set():
             (query,) = randomness.choices(self._queries, cum_weights=self._weights)
+            if query.level is Level.STRICT and query.tenant == TENANTS[int(now() / ALONE_S) % len(TENANTS)]:
+                continue
             how = await self._read(query)
-            pause_s = self._orders.pause_s if how in ("hit", "shared") else REST_S
+            pause_s = self._orders.pause_s if how in (*HITS, "shared") else REST_S
             await asyncio.sleep(randomness.uniform(0, 2 * pause_s))
 
     async def _read(self, query: Query) -> str | None:
-        """Read and record; return where the answer came from, None for a failure."""
+        """Read and record; return where the answer came from, None for a failure.
+
+        At level bounded whatever this process has written shows at once: its reads are the session of its writes.
+        """
         settled = self._settled[query.tenant]
         start = now()
         answer = await self._ask("GET", query.path, query.user, start)
@@ -358,10 +170,12 @@ class Clients:
             self._problem(start, f"GET {query.path}: {status} {body[:200]!r}")
             return None
         values, told = query.read(body, settled)
-        how = _how(headers.get(b"cache-status", b""))
-        self._recorder.append(Read(start, end, values, self._orders.name, query.name, told, None, how))
+        how, name = _how(headers), self._orders.name
+        word = how if query.level is Level.STRICT else f"{query.level} {how}"
+        session, slack_s = name if query.level is Level.BOUNDED else None, query.slack_s(headers)
+        self._recorder.append(Read(start, end, values, name, query.name, told, session, word, slack_s))
         self.reads += 1
-        self.how[how] += 1
+        self.hits += word in HITS  # at level ttl there are some without a store
         return how
 
     async def _writer(self, randomness: Random) -> None:
@@ -393,7 +207,7 @@ class Clients:
             self._problem(started, f"PUT {path}: {status} {body[:200]!r}")
             return
         version = orjson.loads(body)["data"][singular]["v"] + 1
-        self._recorder.append(Write(register, version, started, left, left, process))
+        self._recorder.append(Write(register, version, started, left, left, process, session=process))
         self._written(started, headers)
 
     async def _dispose(self, tenant: str, randomness: Random) -> None:
@@ -440,7 +254,6 @@ class Clients:
     def _written(self, started: float, headers: Headers) -> None:
         self.writes += 1
         said = headers.get(b"x-cache-invalidation")
-        self.how["write confirmed" if said is None else "write safe"] += 1
         if said not in (None, b"pending; safe"):
             self._problem(started, f"a write was acknowledged with {said!r}")
 
@@ -456,9 +269,10 @@ class Clients:
         self.problems.append((started, now(), what))
 
 
-def _how(cache_status: bytes) -> str:
+def _how(headers: Headers) -> str:
+    cache_status = headers.get(b"cache-status", b"")
     if b"; hit" in cache_status:
-        return "hit"
+        return HITS[0] if ABOVE in headers else HITS[1]
     if b"collapsed" in cache_status:
         return "shared"
     return "bypass" if b"fwd=bypass" in cache_status else "fill"
@@ -475,8 +289,8 @@ async def _lines() -> asyncio.StreamReader:
 
 def _report(clients: Clients, alarms: list[str], **more: Any) -> None:
     problems, clients.problems = clients.problems, []
-    told = {"reads": clients.reads, "writes": clients.writes, "how": clients.how, "problems": problems, "alarms": alarms, **more}
-    print(json.dumps(told), flush=True)
+    told = {"reads": clients.reads, "writes": clients.writes, "hits": clients.hits, "problems": problems, "alarms": alarms}
+    print(json.dumps({**told, **more}), flush=True)
 
 
 async def _obey(lines: asyncio.StreamReader, clients: Clients, points: Points, slowness: Slowness) -> None:
@@ -492,9 +306,12 @@ async def _obey(lines: asyncio.StreamReader, clients: Clients, points: Points, s
 
 async def _work(orders: Orders, lines: asyncio.StreamReader) -> None:
     points, slowness = Points(), Slowness(Random(f"{orders.seed}/{orders.name}/slowness"))
-    transport = InProcess(orders, points) if orders.base is None else OverHttp(orders.base)
+    transport: Transport
     if orders.base is None:
+        transport = (Below if orders.below else InProcess)(_application(orders, points), points)
         slowness.put_into_handlers()
+    else:
+        transport = OverHttp(orders.base)
     settled = Settled(Path(orders.settled))
     with Recorder(orders.history) as recorder:
         await transport.start()

@@ -51,11 +51,13 @@ class Report:
     distinct versions that some read did not return although they were committed ``bound_s`` (and its slack) before it began: the
     writes that the cache has not heard of, for any reason. ``worst_staleness_s`` is the longest that a returned version had been
     superseded (a later one committed, acknowledged or not) when the read began, less its slack, violation or not.
-    ``lenient_reads`` counts those that had a slack: what the others prove, they do not.
+    ``lenient_reads`` counts those that had a slack: what the others prove, they do not. ``late_reads`` are those of them that
+    used it: they returned less than was acknowledged before they began.
     """
 
     reads: int
     lenient_reads: int
+    late_reads: int
     writes: int
     attempts: int
     how: dict[str, int]
@@ -83,9 +85,10 @@ class Report:
         how = ", ".join(f"{word or '-'} {count}" for word, count in sorted(self.how.items()))
         found = ", ".join(f"{kind}: {count} reads" for kind, count in self.violations.items()) or "none"
         found += f" ({self.violating_reads} distinct reads)" if len(self.violations) > 1 else ""
-        reads = f"{self.reads} reads ({how})" + (f", {self.lenient_reads} of them with a slack" if self.lenient_reads else "")
+        slack = f", {self.lenient_reads} of them with a slack, which {self.late_reads} used" if self.lenient_reads else ""
         lines = [
-            f"{reads}, {self.writes} writes, {self.attempts} of unknown outcome, {self.torn} torn lines",
+            f"{self.reads} reads ({how}){slack}",
+            f"{self.writes} writes, {self.attempts} of unknown outcome, {self.torn} torn lines",
             f"violations: {found}",
             f"lost invalidations: {self.lost_invalidations}; worst staleness: {self.worst_staleness_s:.3f} s",
             self.excerpt(),
@@ -111,6 +114,7 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
     return Report(
         reads=judge.reads,
         lenient_reads=judge.lenient,
+        late_reads=judge.late,
         writes=book.writes,
         attempts=book.attempts,
         how=dict(judge.how),
@@ -262,7 +266,7 @@ class _Judge:
         self._unwritten = _Register()
         self._unwritten.settle()
         self._last_accused: dict[Kind | None, Read] = {}  # None: of any kind
-        self.reads = self.lenient = self.accused = 0
+        self.reads = self.lenient = self.late = self.accused = 0
         self.how: Counter[str] = Counter()
         self.counts: Counter[Kind] = Counter()
         self.best: dict[Kind, Violation] = {}
@@ -275,13 +279,14 @@ class _Judge:
         self.lenient += read.slack_s > 0
         if not read.slack_s >= 0:
             raise ValueError(f"slack_s {read.slack_s!r} of a read of {read.asked} must be a number of seconds, 0 or more")
-        must_know = read.start - read.slack_s
+        must_know, late = read.start - read.slack_s, False
         self.how[read.how if read.how in self.how or len(self.how) < MAX_WORDS else OTHER_WORDS] += 1
         if read.told != read.asked:
             self._accuse(Violation(Kind.ISOLATION, read, 1, read.end - read.start))
         for register, version in read.values.items():
             table = self._registers.get(register, self._unwritten)
             at = bisect_right(table.versions, version)  # the position behind the returned version
+            late |= table.acked[table.first_acked[at]] < read.start
             if table.acked[table.first_acked[at]] < must_know:
                 self._stale(Kind.FRESHNESS, read, register, at, due=table.first_acked[at])
             if table.committed[table.first_committed[at]] <= must_know:
@@ -292,6 +297,7 @@ class _Judge:
                 self._unknown(read, register, at)
             if read.session is not None:
                 self._own_view(read, read.session, register)
+        self.late += late and read.slack_s > 0
 
     def lost(self, register: str) -> int:
         """Count the writes to a register that some read should have returned by I3 and did not."""
