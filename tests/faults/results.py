@@ -29,6 +29,7 @@ from respcache.core.fence import DRIFT, LEASE_S
 from respcache.testing.checker import Report, check
 from respcache.testing.history import load
 
+from . import ways
 from .faults import FAULTS
 from .stage import Problem
 
@@ -38,6 +39,13 @@ BOUND_S = LEASE_S * DRIFT + 0.1
 SUMS = ("reads", "writes", "late_reads", "stale_reads", "lost_invalidations", "failed_requests", "alarms")
 PROMISES = ("stale_reads", "lost_invalidations", "failed_requests", "alarms", "failed_runs")
 """What of the totals must be nothing."""
+
+WAYS = (
+    f"Most routes are read at level `strict`, two at `bounded` with a bound of {ways.BOUND_S:.0f} s, and values at `ttl` with "
+    f"{ways.VALUE_TTL_S:.0f} s; one tenant after the other is read at the latter two alone for a while. About half of the "
+    "processes answer hits below ASGI, and about half are not told of bumps; the seed decides. Runs with seeds below 200, before "
+    "there were levels, were strict and above ASGI."
+)
 
 MAX_REASON = 200
 NO_COMMAND = "not kept at that time; nor were alarms, or runs that were aborted: numbers that are missing here"
@@ -147,6 +155,8 @@ def summary(state: dict[str, Any], *, command: str) -> str:
         f"| hits that were answered below ASGI (`respcache.turbo`) | {_count(how, 'below ASGI'):,} |",
         f"| reads that missed an acknowledged write as level `bounded` or `ttl` allows | {figures['late_reads']:,} |",
         f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} s (allowed: {BOUND_S:.2f} s) |",
+        "",
+        WAYS,
         "",
         f"This page: `{command}`. The figures are the sums of these runs; one is repeated by its command with its `--seed`, "
         "without `--total-reads` and `--state`:",
