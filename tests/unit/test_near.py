@@ -657,3 +657,19 @@ async def test_an_answer_without_content_that_has_some_is_not_stored() -> None:
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://test") as http:
         assert "detail=length" in (await http.get("/none")).headers["cache-status"]
     await cache.close()
+
+
+async def test_an_answer_that_nobody_may_change_says_so_every_time(world: World) -> None:
+    """RFC 9111, section 5.2.2.6: on the miss, from memory, and from the store; nothing else of the handler's word is kept."""
+    world.headers = {"cache-control": "max-age=60, no-transform"}
+    for expected in ("stored", "hit", "hit"):
+        answer = await world.http.get("/strict")
+        await asyncio.sleep(0)
+        assert expected in answer.headers["cache-status"]
+        assert answer.headers["cache-control"] == "private, no-cache, no-transform"
+        if expected == "hit":
+            world.cache.near.clear()  # the next one comes from the store
+    world.headers = {}
+    await world.http.get("/bounded")
+    await asyncio.sleep(0)
+    assert (await world.http.get("/bounded")).headers["cache-control"] == "private, no-cache"

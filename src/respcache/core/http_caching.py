@@ -11,6 +11,8 @@ BROWSER_CACHE_CONTROL = b"private, no-cache"
 """What browsers are told: they cannot see our invalidations, so they must ask."""
 
 BROWSERS = (b"cache-control", BROWSER_CACHE_CONTROL)
+AS_IT_IS = (b"cache-control", BROWSER_CACHE_CONTROL + b", no-transform")
+"""The same for an answer that nobody on its way may change (RFC 9111, section 5.2.2.6)."""
 
 _UNFIT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 """What must not stand in a header (RFC 9110, section 5.5): a server would refuse it, but only when it is too late for us."""
@@ -61,8 +63,10 @@ def refusal(
 
 
 def kept(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Pick the headers that are stored."""
-    return tuple((name.lower(), value) for name, value in headers if name.lower() in KEPT_HEADERS)
+    """Pick the headers that are stored; of ``Cache-Control`` only that nobody may change the answer."""
+    given = list(headers)
+    picked = tuple((name.lower(), value) for name, value in given if name.lower() in KEPT_HEADERS)
+    return (*picked, AS_IT_IS) if _says_no_transform(given) else picked
 
 
 def cache_status(*parts: str) -> tuple[bytes, bytes]:
@@ -71,8 +75,8 @@ def cache_status(*parts: str) -> tuple[bytes, bytes]:
 
 
 def of_a_hit(headers: Headers, *, ttl_s: int) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer from the cache; ``headers`` are stored ones, so no ``Cache-Control`` is among them."""
-    return [*headers, _hit_with(ttl_s), BROWSERS]
+    """Return the headers of an answer from the cache; ``headers`` are stored ones, so a ``Cache-Control`` among them is ours."""
+    return [*headers, _hit_with(ttl_s)] if AS_IT_IS in headers else [*headers, _hit_with(ttl_s), BROWSERS]
 
 
 @lru_cache(4096)
@@ -86,10 +90,12 @@ def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> li
     given = list(headers)
     if not replace and any(name.lower() == b"cache-control" for name, _ in given):
         return given
-    return [
-        *((name, value) for name, value in given if name.lower() != b"cache-control"),
-        BROWSERS,
-    ]
+    others = ((name, value) for name, value in given if name.lower() != b"cache-control")
+    return [*others, AS_IT_IS if _says_no_transform(given) else BROWSERS]
+
+
+def _says_no_transform(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() == b"cache-control" and b"no-transform" in _directives(value) for name, value in headers)
 
 
 def _directives(value: bytes) -> set[bytes]:
