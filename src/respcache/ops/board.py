@@ -1,6 +1,6 @@
 """The board: where every process of an application hangs out its figures, and where anybody reads those of all.
 
-Every ``PERIOD_S`` each process publishes what it counts (``ops/stats.py``) and how it is, on the cache's server, over a
+Every two seconds each process publishes what it counts (``ops/stats.py``) and how it is, on the cache's server, over a
 connection of its own: by route, and of each tenant that changed. What happened since is added to a series that all share. Nothing
 here is on the way of a request, and nothing depends on it: while the server is away there are figures of this process only, and
 that is said. Whoever stops publishing is left out after ``DEAD_AFTER_S``, by the time to live of its key: clocks need not agree.
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("respcache")
 
 PERIOD_S = 2.0
+MOST_PERIOD_S = 10.0
+MOST_SHARE_OF_TIME = 0.01
+"""What publishing may take of a process's time. Who has many tenants publishes less often, but each ``MOST_PERIOD_S``."""
+
 FIGURES_TTL_S = 60
 DEAD_AFTER_S = 30.0
 SERIES_TTL_S = 70 * 60
@@ -154,7 +158,10 @@ class Board:
         problem, found = "", dict[str, Totals]()
         try:
             async for _, name, totals in self._published_totals():
-                found.setdefault(name, Totals()).add(totals)
+                if name in found:
+                    found[name].add(totals)
+                else:
+                    found[name] = totals
         except self._faults as error:
             problem, found = self._told(error), await self._own_totals()
         ordered = sorted(found)
@@ -230,11 +237,13 @@ class Board:
 
     async def _keep_publishing(self) -> None:
         while True:
+            began = time.thread_time()
             try:
                 await self.publish()
             except Exception:
                 log.exception("figures could not be published")
-            await asyncio.sleep(PERIOD_S * random.uniform(0.9, 1.1))
+            spent_s = time.thread_time() - began  # with what else the event loop did meanwhile: who is busy publishes less often
+            await asyncio.sleep(max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME)) * random.uniform(0.9, 1.1))
 
     async def _send(self, cache: "Cache", survey: Survey, delta: Mapping[str, int]) -> None:
         tenants, routes = keys.tenants_key(self.id), keys.routes_key(self.id)

@@ -5,7 +5,6 @@ two releases of the library can run side by side. Series are hashes of integers 
 say what they hold, and unknown ones are left out.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, cast
@@ -13,7 +12,7 @@ from typing import Any, cast
 import msgspec
 
 from respcache.ops.audit import Finding
-from respcache.ops.stats import BOUNDS_S, Figures, Histogram, Stats, Times, Totals
+from respcache.ops.stats import BOUNDS_S, Figures, Histogram, Stats, Times, Totals, add_counts
 
 VERSION = 1
 BUCKET_S = 10
@@ -225,29 +224,6 @@ class Sheet(msgspec.Struct):
 # -- adding up ---------------------------------------------------------------------------------------------------------
 
 
-class Sum:
-    """Adds up many figures cheaply."""
-
-    def __init__(self) -> None:
-        self._rows: list[Row] = []
-        self._reasons: list[Reasons] = []
-
-    def take(self, row: Row, reasons: Reasons) -> None:
-        """Add one."""
-        self._rows.append(row)
-        if reasons[0] or reasons[1]:
-            self._reasons.append(reasons)
-
-    def row(self) -> TenantRow:
-        """Return what they come to."""
-        row = cast(Row, tuple(map(sum, zip(*self._rows, strict=True)))) if self._rows else NOTHING
-        bypasses, refusals = Counter[str](), Counter[str]()
-        for left, refused in self._reasons:
-            bypasses.update(left)
-            refusals.update(refused)
-        return row, (bypasses, refusals)
-
-
 def totals_of(row: Row, reasons: Reasons) -> Totals:
     """Read figures from a row."""
     return Totals(*row, bypasses=dict(reasons[0]), refusals=dict(reasons[1]))
@@ -302,12 +278,14 @@ def route_rows(figures: Sequence[Figures]) -> list[RouteRow]:
     return [(one.route, one.module, read_row(one), (one.bypasses, one.refusals)) for one in figures]
 
 
-def tenant_row(rows: Iterable[RouteRow]) -> TenantRow:
+def tenant_row(rows: Sequence[RouteRow]) -> TenantRow:
     """Add the figures of a tenant up."""
-    total = Sum()
-    for _, _, row, reasons in rows:
-        total.take(row, reasons)
-    return total.row()
+    total = tuple(map(sum, zip(*(row for _, _, row, _ in rows), strict=True))) if rows else NOTHING
+    bypasses, refusals = dict[str, int](), dict[str, int]()
+    for _, _, _, (left, refused) in rows:
+        add_counts(bypasses, left)
+        add_counts(refusals, refused)
+    return cast(Row, total), (bypasses, refusals)
 
 
 def of_tenant(tenant: str, rows: Iterable[RouteRow], *, alone: bool, problem: str) -> TenantFigures:

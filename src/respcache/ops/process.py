@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from respcache.ops.fleet import Audits, Fence, ModuleFigures, Process, RouteFigures, Sheet, Sum, read_row, totals_of
-from respcache.ops.stats import Stats, Times, Totals
+from respcache.ops.fleet import Audits, Fence, ModuleFigures, Process, RouteFigures, Sheet
+from respcache.ops.stats import Figures, Stats, Times, Totals
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
 
-CHUNK = 50
+CHUNK = 25
 """Tenants that are worked on before the event loop gets its turn: well under a millisecond."""
 
 T = TypeVar("T")
@@ -34,7 +34,10 @@ class Survey:
 
 
 async def survey_of(stats: Stats) -> Survey:
-    """Add up all figures of this process, in portions between which the event loop gets its turn."""
+    """Add up all figures of this process, in portions between which the event loop gets its turn.
+
+    Half a microsecond per tenant and route.
+    """
     survey = Survey()
     for _ in _add_up(stats, survey):
         await asyncio.sleep(0)
@@ -50,30 +53,49 @@ def survey_at_once(stats: Stats) -> Survey:
 
 
 def _add_up(stats: Stats, survey: Survey) -> Iterator[None]:
-    sums: dict[tuple[str, str], Sum] = {}
+    sums: dict[str, Figures] = {}
     for chunk in chunks(stats.tenants()):
         for tenant in chunk:
-            events = 0
-            for one in stats.figures(tenant):
-                row, bypasses, refusals = read_row(one), one.bypasses, one.refusals
-                events += sum(row)
-                if bypasses or refusals:
-                    events += sum(bypasses.values()) + sum(refusals.values())
-                name = one.route, one.module
-                found = sums.get(name)
-                if found is None:
-                    found = sums[name] = Sum()
-                found.take(row, (dict(bypasses), dict(refusals)))
-            survey.events[tenant] = events
+            survey.events[tenant] = _take(stats.figures(tenant), sums)
         yield
-    for (route, module), found in sorted(sums.items()):
-        totals = totals_of(*found.row())
-        survey.totals.add(totals)
-        if route:
-            survey.routes.append(RouteFigures(route, module, totals, stats.times(route)))
-            survey.times.add(stats.times(route))
+    for _, found in sorted(sums.items()):
+        totals = Totals()
+        totals.add(found)
+        survey.totals.add(found)
+        if found.route:
+            survey.routes.append(RouteFigures(found.route, found.module, totals, found.times))
+            survey.times.add(found.times)
         else:
-            survey.writes.append(ModuleFigures(module, totals))
+            survey.writes.append(ModuleFigures(found.module, totals))
+
+
+def _take(figures: Iterable[Figures], sums: dict[str, Figures]) -> int:
+    """Add the figures of a tenant to those of all; return a number that grows whenever one of them does.
+
+    Written out: the event loop waits for it.
+    """
+    events = 0
+    for one in figures:
+        key = one.key
+        total = sums.get(key)
+        if total is None:
+            total = sums[key] = Figures(one.module, one.route, one.times)
+        hits, misses, collapsed, stores, invalidations = one.hits, one.misses, one.collapsed, one.stores, one.invalidations
+        events += hits + misses + collapsed + stores + invalidations
+        total.hits += hits
+        total.misses += misses
+        total.collapsed += collapsed
+        total.stores += stores
+        total.invalidations += invalidations
+        total.bytes_served += one.bytes_served
+        total.bytes_stored += one.bytes_stored
+        for reason, count in list(one.bypassed.items()) if one.bypassed else ():
+            events += count
+            total.bypass(reason, count)
+        for reason, count in list(one.refused.items()) if one.refused else ():
+            events += count
+            total.refuse(reason, count)
+    return events
 
 
 def sheet_of(cache: "Cache", survey: Survey, *, process: str, started_at: float) -> Sheet:

@@ -149,9 +149,8 @@ class Totals(msgspec.Struct):
         self.invalidations += other.invalidations
         self.bytes_served += other.bytes_served
         self.bytes_stored += other.bytes_stored
-        for mine, theirs in ((self.bypasses, other.bypasses), (self.refusals, other.refusals)):
-            for reason, count in theirs.items():
-                mine[reason] = mine.get(reason, 0) + count
+        add_counts(self.bypasses, other.bypasses)
+        add_counts(self.refusals, other.refusals)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures under the names that the stats endpoint uses."""
@@ -169,6 +168,12 @@ class Totals(msgspec.Struct):
         }
 
 
+def add_counts(total: dict[str, int], counts: Mapping[str, int]) -> None:
+    """Add counts by name to others."""
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count
+
+
 class Figures:
     """What happens to the requests of one route of one tenant, or to the writes of one module: then ``route`` is empty.
 
@@ -177,11 +182,12 @@ class Figures:
     """
 
     __slots__ = (
-        "_bypasses", "_refusals", "bytes_served", "bytes_stored", "collapsed", "hits", "invalidations", "misses", "module",
-        "phase", "route", "stores", "times",
+        "bypassed", "bytes_served", "bytes_stored", "collapsed", "hits", "invalidations", "key", "misses", "module", "phase",
+        "refused", "route", "stores", "times",
     )  # fmt: skip
 
     def __init__(self, module: str, route: str, times: Times, *, phase: int = 0) -> None:
+        self.key = route or f"~{module}"
         self.module = module
         self.route = route
         self.times = times
@@ -193,40 +199,30 @@ class Figures:
         self.invalidations = 0
         self.bytes_served = 0
         self.bytes_stored = 0
-        self._bypasses: Counter[str] | None = None  # made by the first: most never have one
-        self._refusals: Counter[str] | None = None
+        self.bypassed: Counter[str] | None = None  # by reason; made by the first, as most never have one
+        self.refused: Counter[str] | None = None
 
     @property
     def bypasses(self) -> Mapping[str, int]:
         """By reason; to be read."""
-        return _EMPTY if self._bypasses is None else self._bypasses
+        return self.bypassed or _EMPTY
 
     @property
     def refusals(self) -> Mapping[str, int]:
         """By reason; to be read."""
-        return _EMPTY if self._refusals is None else self._refusals
+        return self.refused or _EMPTY
 
-    @property
-    def events(self) -> int:
-        """A number that grows whenever any of these does."""
-        counted = self.hits + self.misses + self.collapsed + self.stores + self.invalidations
-        if self._bypasses is not None:
-            counted += self._bypasses.total()
-        if self._refusals is not None:
-            counted += self._refusals.total()
-        return counted
+    def bypass(self, reason: str, count: int = 1) -> None:
+        """Count requests that left the cache alone."""
+        if self.bypassed is None:
+            self.bypassed = Counter()
+        self.bypassed[reason] += count
 
-    def bypass(self, reason: str) -> None:
-        """Count a request that left the cache alone."""
-        if self._bypasses is None:
-            self._bypasses = Counter()
-        self._bypasses[reason] += 1
-
-    def refuse(self, reason: str) -> None:
-        """Count an answer that was not stored."""
-        if self._refusals is None:
-            self._refusals = Counter()
-        self._refusals[reason] += 1
+    def refuse(self, reason: str, count: int = 1) -> None:
+        """Count answers that were not stored."""
+        if self.refused is None:
+            self.refused = Counter()
+        self.refused[reason] += count
 
     def store(self, *, size_bytes: int, seconds: float) -> None:
         """Count a fill that is stored, and what it took."""
