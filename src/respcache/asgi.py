@@ -275,7 +275,7 @@ class Wrapper:
         if ACCEPT not in route.key_headers:
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != ACCEPT]}
         record.reads = Reads()
-        started = time.monotonic()
+        started = self.cache.clock()
         figures = look.aim.figures
 
         def land(refused: str | None, status: int, headers: Headers, body: bytes) -> str | None:
@@ -287,7 +287,7 @@ class Wrapper:
                 lead.land(None)
                 self._complain(refused, record, policy, route)
                 return refused
-            seconds = time.monotonic() - started
+            seconds = self.cache.clock() - started
             lead.land(_entry(look, lead, policy, status, headers, body, round(seconds * 1000)))
             figures.store(size_bytes=len(body), seconds=seconds)
             return None

@@ -356,14 +356,14 @@ class Cache:
     async def _make(self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, lead: Lead, outer: Record | None) -> T:
         record = Record(reads=Reads()) if outer is None else outer.nested()
         token = current.set(record)
-        started = time.monotonic()
+        started = self.clock()
         try:
             value = await make()
             reads = record.reads
             assert reads is not None
             storable = not (record.wrote or reads.undeclared_sql or reads.old_snapshot) and reads.tables.issubset(policy.tables)
             if storable:
-                seconds = time.monotonic() - started
+                seconds = self.clock() - started
                 body = msgspec.msgpack.encode(value)
                 lead.land(
                     Entry(

@@ -1,62 +1,385 @@
 """The figures of all processes on a real Valkey: they add up, come and go with their processes, and never get in the way."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
+import redis
 
-from respcache import Cache, MemoryStore, SingleTenant
+from crm.embedded import EmbeddedValkey, free_port
+from respcache import Cache, ConfigurationError, MemoryStore, RedisStore, SingleTenant
+from respcache.core import keys
+from respcache.ops import board as module
+from respcache.ops import fleet
+from respcache.ops.audit import Finding
 from respcache.ops.board import Board
+from respcache.ops.stats import OTHER
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
 
 
+class Worker:
+    """A cache with a board that publishes only when it is told to."""
+
+    def __init__(self, url: str | None, **options: Any) -> None:
+        self.board = Board(url, **options)
+        self.cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=self.board)
+
+    def count(
+        self, tenant: str | None, *, hits: int = 0, misses: int = 0, route: str = "/things", module: str = "things"
+    ) -> None:
+        """Have some requests."""
+        figures = self.cache.figures.at(tenant, module, route)
+        figures.hits += hits
+        figures.misses += misses
+
+
 @asynccontextmanager
-async def process(url: str | None, **options: Any) -> AsyncIterator[Cache]:
-    """Run a cache with a board that publishes only when it is told to."""
-    board = Board(url, **options)
-    cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=board)
+async def workers(*urls: str | None, **options: Any) -> AsyncIterator[list[Worker]]:
+    made = [Worker(url, **options) for url in urls]
     try:
-        yield cache
+        yield made
     finally:
-        await board.close()
+        for worker in made:
+            await worker.board.close()
 
 
-def board_of(cache: Cache) -> Board:
-    assert cache.board is not None
-    return cache.board
+@pytest.fixture
+def client(valkey_url: str) -> Any:
+    with redis.Redis.from_url(valkey_url) as made:
+        yield made
 
 
-def count(cache: Cache, tenant: str, *, hits: int = 0, misses: int = 0, route: str = "/things", module: str = "things") -> None:
-    figures = cache.figures.at(tenant, module, route)
-    figures.hits += hits
-    figures.misses += misses
+# -- adding up ---------------------------------------------------------------------------------------------------------
 
 
 async def test_figures_of_processes_add_up(valkey_url: str) -> None:
-    """By process, route, module and tenant, whoever of them is asked."""
-    async with process(valkey_url) as one, process(valkey_url) as two:
-        count(one, "acme", hits=5, misses=1)
-        count(two, "acme", hits=2, misses=1)
-        count(two, "globex", misses=3, route="/others", module="others")
-        two.figures.at("acme", "things").invalidations += 4
-        for cache in (one, two):
-            assert await board_of(cache).publish()
-        for cache in (one, two):
-            fleet = await board_of(cache).fleet()
-            assert (fleet.alone, fleet.problem) == (False, "")
-            assert {found.id for found in fleet.processes} == {board_of(one).id, board_of(two).id}
-            assert (fleet.totals.hits, fleet.totals.misses, fleet.totals.invalidations) == (7, 5, 4)
-            assert {found.route: found.totals.hits for found in fleet.routes} == {"/things": 7, "/others": 0}
-            assert {found.module: found.totals.misses for found in fleet.modules} == {"things": 2, "others": 3}
-            assert fleet.server is not None
-            assert fleet.server.memory_bytes > 0
-            acme = await board_of(cache).tenant("acme")
-            assert (acme.totals.hits, acme.totals.misses, acme.totals.invalidations) == (7, 2, 4)
-            tenants = await board_of(cache).tenants()
-            assert [(found.tenant, found.totals.requests) for found in tenants.tenants] == [("acme", 9), ("globex", 3)]
-            points = (await board_of(cache).series(1)).points
-            assert sum(point.hits for point in points) == 7
-            assert len(points) == 6
+    """By process, route, module and tenant, whoever is asked: one of them, or who only reads."""
+    reader = Board(valkey_url)
+    async with workers(valkey_url, valkey_url) as (one, two):
+        one.count("acme", hits=5, misses=1)
+        two.count("acme", hits=2, misses=1)
+        two.count("globex", misses=3, route="/others", module="others")
+        two.cache.figures.at("acme", "things").invalidations += 4
+        two.cache.figures.at("acme", "things", "/things").times.misses.observe(0.2)
+        for worker in (one, two):
+            assert await worker.board.publish()
+        for board in (one.board, two.board, reader):
+            found = await board.fleet()
+            assert (found.alone, found.problem) == (False, "")
+            assert {process.id for process in found.processes} == {one.board.id, two.board.id}
+            assert (found.totals.hits, found.totals.misses, found.totals.invalidations) == (7, 5, 4)
+            assert {route.route: route.totals.hits for route in found.routes} == {"/things": 7, "/others": 0}
+            assert {one.module: one.totals.misses for one in found.modules} == {"things": 2, "others": 3}
+            assert found.times.misses.count == 1
+            assert found.server is not None
+            assert (found.server.memory_bytes > 0, found.server.version > "", found.server.keys > 0) == (True, True, True)
+            acme = await board.tenant("acme")
+            assert (acme.totals.hits, acme.totals.misses, acme.totals.invalidations, acme.alone) == (7, 2, 4, False)
+            points = (await board.series(2)).points
+            assert len(points) == 12
+            assert (sum(point.hits for point in points), sum(point.misses for point in points)) == (7, 5)
+    await reader.close()
+
+
+async def test_a_tenants_figures_are_found_by_whoever_asks_for_that_tenant(valkey_url: str) -> None:
+    """And nobody else's with them."""
+    async with workers(valkey_url, valkey_url) as (one, two):
+        one.count("acme", hits=5)
+        one.count("globex", hits=50, route="/secret", module="secrets")
+        one.count(None, hits=500)
+        await one.board.publish()
+        acme = await two.board.tenant("acme")
+        assert (acme.tenant, acme.totals.hits) == ("acme", 5)
+        assert [(route.route, route.totals.hits, route.times) for route in acme.routes] == [("/things", 5, None)]
+        assert [(found.module, found.totals.hits, found.times) for found in acme.modules] == [("things", 5, None)]
+        nobody = await two.board.tenant("initech")
+        assert (nobody.totals.requests, nobody.routes, nobody.modules) == (0, [], [])
+        assert (await two.board.tenant(OTHER)).totals.hits == 500
+
+
+async def test_tenants_come_in_the_order_that_is_asked_for(valkey_url: str) -> None:
+    """A part of them, and how many there are."""
+    async with workers(valkey_url, valkey_url) as (one, two):
+        for number in range(60):
+            one.count(f"t{number:02}", hits=number)
+            two.count(f"t{number:02}", misses=60)
+        for worker in (one, two):
+            await worker.board.publish()
+        found = await one.board.tenants(limit=2)
+        assert ([row.tenant for row in found.tenants], found.count, found.alone) == (["t59", "t58"], 60, False)
+        assert [row.tenant for row in (await two.board.tenants(order="hit_ratio", offset=1, limit=2)).tenants] == ["t58", "t57"]
+        assert [row.tenant for row in (await two.board.tenants(order="tenant", limit=2)).tenants] == ["t00", "t01"]
+
+
+async def test_a_process_says_how_it_is(valkey_url: str) -> None:
+    """Its memory, its breaker, its age, and what its audit has found."""
+    finding = Finding("2026-01-01", "stale", "acme", "things", "/things", "key", 1, {"sequence": 1}, {}, {}, "a", "b")
+    store = RedisStore(f"redis://127.0.0.1:{free_port()}")
+    board, reader = Board(valkey_url), Board(valkey_url)
+    cache = Cache(store, secret=SECRET, resolver=SingleTenant("public"), board=board, near_bytes=1_000_000)
+    assert cache.audit is not None
+    cache.audit.findings.append(finding)
+    await board.publish()
+    found = await reader.fleet()
+    (process,) = found.processes
+    assert (process.id, process.available, process.enabled, process.near_limit_bytes) == (board.id, False, True, 1_000_000)
+    assert process.commands == store.counters()
+    assert 0 <= process.age_s < 30
+    assert (process.fence, process.audit is not None and process.audit.stale) == (None, 0)
+    assert found.findings == [finding]
+    assert msgspec.json.decode(msgspec.json.encode(found))["totals"]["hits"] == 0
+    await board.close()
+    await reader.close()
+
+
+# -- coming and going --------------------------------------------------------------------------------------------------
+
+
+async def test_a_process_that_ends_is_gone_at_once_and_one_that_died_after_30_seconds(valkey_url: str, client: Any) -> None:
+    """The time to live of its figures tells how long it has been silent."""
+    async with workers(valkey_url) as (one,):
+        two, dead = Worker(valkey_url), Worker(valkey_url)
+        for worker in (one, two, dead):
+            worker.count("acme", hits=1)
+            await worker.board.publish()
+        assert len((await one.board.fleet()).processes) == 3
+        await two.board.close()
+        assert {process.id for process in (await one.board.fleet()).processes} == {one.board.id, dead.board.id}
+        assert client.exists(keys.figures_key(two.board.id), keys.tenants_key(two.board.id), keys.routes_key(two.board.id)) == 0
+        key = keys.figures_key(dead.board.id)
+        client.pexpire(key, 31_000)  # as if it had been silent for 29 seconds
+        found = {process.id: process.age_s for process in (await one.board.fleet()).processes}
+        assert found[dead.board.id] == pytest.approx(29, abs=1)
+        client.pexpire(key, 30_000)
+        assert {process.id for process in (await one.board.fleet()).processes} == {one.board.id}
+        assert (await one.board.tenant("acme")).totals.hits == 1
+        assert [row.totals.hits for row in (await one.board.tenants()).tenants] == [1]
+        client.delete(key)
+        one.board.publications = module.PRUNE_EVERY
+        await one.board.publish()
+        assert {name.decode() for name in client.smembers(keys.PROCESSES_KEY)} == {one.board.id}
+        await dead.board.publish()
+        assert len((await one.board.fleet()).processes) == 2
+        await dead.board.close()
+
+
+async def test_figures_come_back_with_the_server(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """While it is away each process has its own, and says so; when it is back and empty, all of them are published again."""
+    server = make_valkey()
+    async with workers(server.url, server.url) as (one, two):
+        for worker in (one, two):
+            worker.count("acme", hits=5)
+            worker.count("globex", hits=1)
+            assert await worker.board.publish()
+        server.kill()
+        one.count("acme", hits=100)
+        assert not await one.board.publish()
+        found = await one.board.fleet()
+        assert (found.alone, found.server, [process.id for process in found.processes]) == (True, None, [one.board.id])
+        assert server.url.rpartition("@")[2].partition("/")[0] in found.problem
+        assert found.totals.hits == 106
+        acme, tenants, series = await one.board.tenant("acme"), await one.board.tenants(), await one.board.series()
+        assert (acme.totals.hits, acme.alone, tenants.alone, series.alone) == (105, True, True, True)
+        assert [(row.tenant, row.totals.hits) for row in tenants.tenants] == [("acme", 105), ("globex", 1)]
+        assert sum(point.hits for point in series.points) == 106
+        server.start()
+        for worker in (one, two):
+            assert await worker.board.publish()
+        found = await two.board.fleet()
+        assert (found.alone, found.totals.hits, len(found.processes)) == (False, 112, 2)
+        assert (await two.board.tenant("globex")).totals.hits == 2
+        assert [row.totals.hits for row in (await two.board.tenants()).tenants] == [110, 2]
+        assert sum(point.hits for point in (await two.board.series()).points) == 0, "what happened meanwhile is a gap, not a peak"
+
+
+async def test_a_frozen_server_holds_up_nobody_but_who_asks(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """For a deadline. Afterwards everything is as before."""
+    server = make_valkey()
+    async with workers(server.url, deadline_s=0.1) as (one,):
+        one.count("acme", hits=1)
+        assert await one.board.publish()
+        server.freeze()
+        assert not await one.board.publish()
+        assert one.board.problem
+        assert (await one.board.fleet()).alone
+        server.thaw()
+        assert await one.board.publish()
+        assert one.board.problem == ""
+        assert not (await one.board.fleet()).alone
+
+
+async def test_a_cache_publishes_by_itself_and_stops_when_it_is_closed(valkey_url: str, client: Any) -> None:
+    """Nothing to be called; nothing is left behind."""
+    board = Board(valkey_url)
+    cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=board)
+    cache.figures.at("acme", "things", "/things").hits += 3
+    await cache.connect()
+    while not client.exists(keys.figures_key(board.id)) or not client.exists(keys.routes_key(board.id)):
+        await asyncio.sleep(0.01)
+    await cache.close()
+    left = {key.decode() for key in client.scan_iter("respcache:*")}
+    assert all(key.startswith("respcache:~series:") for key in left), left
+
+
+async def test_a_cache_with_a_board_starts_and_ends_without_the_server() -> None:
+    """And with a board that was given none."""
+    for url in (f"redis://:secret@127.0.0.1:{free_port()}", None):
+        board = Board(url)
+        cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=board)
+        cache.figures.at("acme", "things", "/things").hits += 3
+        await cache.connect()
+        found = await board.fleet()
+        assert (found.alone, found.totals.hits, (await board.tenants()).tenants[0].tenant) == (True, 3, "acme")
+        assert "secret" not in f"{found.problem} {board!r}"
+        assert found.problem
+        await cache.close()
+
+
+# -- what is sent ------------------------------------------------------------------------------------------------------
+
+
+async def test_only_tenants_that_changed_are_said_anew(valkey_url: str, client: Any) -> None:
+    """Whatever of theirs it is that changed."""
+    async with workers(valkey_url) as (one,):
+        changes: dict[str, Callable[[Any], object]] = {
+            "hit": lambda figures: setattr(figures, "hits", figures.hits + 1),
+            "miss": lambda figures: setattr(figures, "misses", figures.misses + 1),
+            "collapse": lambda figures: setattr(figures, "collapsed", figures.collapsed + 1),
+            "store": lambda figures: figures.store(size_bytes=0, seconds=0.0),
+            "bypass": lambda figures: figures.bypass("off"),
+            "refusal": lambda figures: figures.refuse("vary"),
+            "invalidation": lambda figures: setattr(figures, "invalidations", figures.invalidations + 1),
+        }
+        for tenant in (*changes, "quiet"):
+            one.count(tenant, hits=1, misses=1)
+        await one.board.publish()
+        there = [keys.tenants_key(one.board.id), keys.routes_key(one.board.id)]
+        assert all(client.hlen(key) == len(changes) + 1 for key in there)
+        for key in there:
+            client.hdel(key, *changes, "quiet")
+            client.hset(key, "keeps", "the key")
+        for tenant, change in changes.items():
+            change(one.cache.figures.at(tenant, "things", "/things"))
+        await one.board.publish()
+        for key in there:
+            assert {name.decode() for name in client.hkeys(key)} == {*changes, "keeps"}
+
+
+async def test_of_many_changed_tenants_those_that_wait_longest_come_first(
+    valkey_url: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No publication says more than its bound, and nobody is left out for ever."""
+    monkeypatch.setattr(module, "MAX_CHANGED", 40)
+    async with workers(valkey_url) as (one,):
+        said = set[bytes]()
+        for turn in range(3):
+            for number in range(100):
+                one.count(f"t{number}", hits=1)
+            client.delete(keys.tenants_key(one.board.id)) if turn == 0 else client.hset(keys.tenants_key(one.board.id), "x", "y")
+            await one.board.publish()
+            now = set(client.hkeys(keys.tenants_key(one.board.id)))
+            assert len(now - said - {b"x"}) in (40, 20)
+            said |= now
+        assert len(said - {b"x"}) == 100
+        assert (await one.board.tenants()).count == 100
+
+
+async def test_what_another_release_publishes_is_left_out(valkey_url: str, client: Any) -> None:
+    """Or what is damaged; everybody else is still there."""
+    async with workers(valkey_url, valkey_url) as (one, two):
+        two.count("acme", hits=1)
+        for data in (msgspec.msgpack.encode((fleet.VERSION + 1, {})), b"\xff", b""):
+            await two.board.publish()
+            client.set(keys.figures_key(two.board.id), data, ex=60)
+            client.hset(keys.tenants_key(two.board.id), "acme", data)
+            client.hset(keys.routes_key(two.board.id), "acme", data)
+            one.count("acme", hits=1)
+            await one.board.publish()
+            found = await one.board.fleet()
+            assert ([process.id for process in found.processes], found.alone) == ([one.board.id], False)
+            own = one.cache.figures.of("acme", "things").hits
+            assert (await one.board.tenant("acme")).totals.hits == own
+            assert [row.totals.hits for row in (await one.board.tenants()).tenants] == [own]
+
+
+async def test_every_key_has_a_time_to_live(valkey_url: str, client: Any) -> None:
+    """Whatever process is killed, at whatever moment."""
+    async with workers(valkey_url) as (one,):
+        one.count("acme", hits=1)
+        await one.board.publish()
+        found = {key.decode(): client.ttl(key) for key in client.scan_iter("*")}
+        assert len(found) == 5
+        assert all(0 < ttl <= (4200 if ":~series:" in key else 60) for key, ttl in found.items()), found
+
+
+async def test_the_process_is_left_its_time(valkey_url: str) -> None:
+    """With many tenants the event loop gets its turn between two portions of them."""
+    async with workers(valkey_url) as (one,):
+        for number in range(1_000):
+            one.count(f"t{number}", hits=1)
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        running = asyncio.create_task(others())
+        await one.board.publish()
+        running.cancel()
+        assert turns > 2 * 1_000 / 25
+        assert (await one.board.tenants()).count == 1_000
+
+
+# -- how it is set up --------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_refuses_info_still_gives_figures(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """What a user may not ask is left out."""
+    server = make_valkey()
+    with redis.Redis.from_url(server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "board", "on", ">word", "~respcache:*", "+@all", "-info")
+    place = server.url.rpartition("@")[2]
+    async with workers(f"redis://board:word@{place}") as (one,):
+        one.count("acme", hits=1)
+        assert await one.board.publish()
+        found = await one.board.fleet()
+        assert (found.server, found.alone, found.totals.hits) == (None, False, 1)
+
+
+async def test_a_server_that_refuses_everything_is_a_problem_and_no_more(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """A wrong password, a user without the keys."""
+    server = make_valkey()
+    with redis.Redis.from_url(server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "other", "on", ">word", "~other:*", "+@all")
+    place = server.url.rpartition("@")[2]
+    for user in ("other:word", "other:wrong"):
+        async with workers(f"redis://{user}@{place}") as (one,):
+            one.count("acme", hits=1)
+            assert not await one.board.publish()
+            found = await one.board.fleet()
+            assert (found.alone, found.totals.hits, bool(found.problem)) == (True, 1, True)
+            assert "wrong" not in found.problem.replace("WRONGPASS", "")
+
+
+async def test_a_board_is_set_up_with_care(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache each; an address that can be read; redis-py where it is needed; a time that is kept."""
+    worker = Worker(None)
+    with pytest.raises(ConfigurationError, match="one Cache"):
+        Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=worker.board)
+    with pytest.raises(ConfigurationError, match="redis://"):
+        Board("http://127.0.0.1")
+    for minutes in (0, 61):
+        with pytest.raises(ValueError, match="1 to 60"):
+            await worker.board.series(minutes)
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(ConfigurationError, match=r"respcache\[dashboard\]"):
+        Board("redis://127.0.0.1")
+    Board(None)

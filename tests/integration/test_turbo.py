@@ -173,6 +173,22 @@ async def test_a_hit_is_what_asgi_would_have_sent_without_reaching_it(valkey_url
         assert fast.cache.stats()["hits"] >= 3
 
 
+async def test_one_hit_in_64_is_timed_also_below_asgi(valkey_url: str) -> None:
+    """Among them those that wait for a view."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get(), get("/kept"))
+        figures = [server.cache.figures.at("t", "rows", route) for route in ("/rows", "/kept")]
+        before = [(one.hits, one.times.hits.count) for one in figures]
+        server.calls.clear()
+        for _ in range(2 * 64):
+            for path in ("/rows", "/kept"):
+                assert "hit" in (await wire.ask(get(path)))[1]["cache-status"]
+        assert server.calls == []
+        after = [(one.hits - hits, one.times.hits.count - timed) for one, (hits, timed) in zip(figures, before, strict=True)]
+        assert after == [(128, 2), (128, 2)]
+        assert all(0 < one.times.hits.seconds < 10 for one in figures)
+
+
 async def test_what_was_written_is_seen_by_the_next_request(valkey_url: str) -> None:
     """Strict, whoever invalidates; and everybody gets their own."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:

@@ -1,0 +1,102 @@
+"""What is published and read back: the same figures, and nothing of what is not understood."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from respcache.ops import fleet
+from respcache.ops.fleet import ModuleFigures, RouteFigures, RouteRow, Sheet, TenantRow
+from respcache.ops.stats import BOUNDS_S, Figures, Histogram, Stats, Times, Totals
+
+COUNTS = ("hits", "misses", "collapsed", "stores", "invalidations", "bytes_served", "bytes_stored")
+numbers = st.integers(0, 2**40)
+reasons = st.dictionaries(st.sampled_from(["off", "store", "denied"]), st.integers(1, 9))
+
+
+@st.composite
+def figures(draw: st.DrawFn) -> Figures:
+    """Make the live counters of a route, or of writes."""
+    one = Figures(draw(st.sampled_from(["books", "films"])), draw(st.sampled_from(["", "/a", "/b"])), Times())
+    for name in COUNTS:
+        setattr(one, name, draw(numbers))
+    for reason, count in draw(reasons).items():
+        one.bypass(reason, count)
+    for reason, count in draw(reasons).items():
+        one.refuse(reason, count)
+    return one
+
+
+@given(st.lists(figures(), max_size=6))
+def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[Figures]) -> None:
+    """As a whole, by module and by route."""
+    expected = Totals()
+    for one in made:
+        expected.add(one)
+    rows = fleet.decode(fleet.encode(fleet.route_rows(made)), list[RouteRow])
+    row = fleet.decode(fleet.encode(fleet.tenant_row(fleet.route_rows(made))), TenantRow)
+    assert fleet.totals_of(*row) == expected
+    found = fleet.of_tenant("acme", rows, alone=False, problem="")
+    assert found.totals == expected
+    total = Totals()
+    for module in found.modules:
+        total.add(module.totals)
+    assert total == expected
+    for route in found.routes:
+        routed = Totals()
+        for one in made:
+            if (one.route, one.module) == (route.route, route.module):
+                routed.add(one)
+        assert route.totals == routed
+    assert all(route.route for route in found.routes)
+
+
+@given(st.binary(max_size=60))
+def test_what_is_none_of_ours_is_nothing(data: bytes) -> None:
+    """Whatever bytes."""
+    for kind in (Sheet, list[RouteRow], TenantRow):
+        assert fleet.decode(data, kind) is None or msgspec.msgpack.decode(data)[0] == fleet.VERSION
+
+
+@pytest.mark.parametrize("version", [0, fleet.VERSION + 1, "1", None])
+def test_another_version_is_left_out(version: Any) -> None:
+    """Even if it looks the same."""
+    row = fleet.tenant_row([])
+    assert fleet.decode(msgspec.msgpack.encode((fleet.VERSION, row)), TenantRow) is not None
+    assert fleet.decode(msgspec.msgpack.encode((version, row)), TenantRow) is None
+
+
+def test_the_version_belongs_to_the_bounds() -> None:
+    """Buckets are published by position: others need another version, and this test another line."""
+    assert (fleet.VERSION, len(BOUNDS_S), BOUNDS_S[6]) == (1, 18, 0.0025)
+
+
+def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
+    """Fields that it does not know are left out."""
+    times = Times(hits=Histogram(), misses=Histogram(), saved_s=1.5)
+    for seconds in (0.0002, 0.0002, 0.0002, 0.03):
+        times.hits.observe(seconds)
+    fields = fleet.counters(Totals(hits=4, misses=2, bypasses={"off": 1, "store": 2}), times, Stats())
+    point = fleet.point(1_000, {**fields, "of another release": 7})
+    assert (point.at, point.hits, point.misses, point.bypasses, point.saved_s) == (1_000, 4, 2, 3, 1.5)
+    assert point.hit_p50_s == pytest.approx(0.0002, abs=5e-5)
+    assert point.hit_p95_s == pytest.approx(0.05, rel=0.5)
+    assert (point.miss_p50_s, fleet.point(1_010, {}).hits) == (None, 0)
+
+
+def test_routes_and_writes_of_processes_are_added_up_by_module() -> None:
+    """Times with them; adding up changes nothing of what is added."""
+    times = Times(fill_s=1.0)
+    sheets = [Sheet(None, [RouteFigures("/a", "books", Totals(hits=2), times)], [], []) for _ in range(3)]  # type: ignore[arg-type]
+    routes = fleet.by_route(sheets)
+    modules = fleet.by_module(routes, [ModuleFigures("books", Totals(invalidations=4)), ModuleFigures("films", Totals())])
+    assert [(route.route, route.totals.hits) for route in routes] == [("/a", 6)]
+    found = [(one.module, one.totals.hits, one.totals.invalidations) for one in modules]
+    assert found == [
+        ("books", 6, 4),
+        ("films", 0, 0),
+    ]
+    assert modules[0].times is not None
+    assert (modules[0].times.fill_s, modules[1].times, times.fill_s) == (3.0, None, 1.0)
