@@ -78,6 +78,7 @@ class Board:
         self._started_at = time.time()
         self._publishing: asyncio.Task[None] | None = None
         self._published: dict[str, tuple[int, int]] = {}  # tenant -> its events, and in which publication they were said
+        self._shown = False  # something of this process may be on the server
         self._counted: dict[str, int] = {}
         self._own: dict[int, dict[str, int]] = {}  # the series of this process, by bucket
 
@@ -106,7 +107,7 @@ class Board:
         if self.client is None:
             return
         with contextlib.suppress(Exception):
-            if self.publications and not self.problem:
+            if self._shown and not self.problem:
                 gone = self._pipeline(transaction=True)
                 gone.srem(keys.PROCESSES_KEY, self.id)
                 gone.delete(keys.figures_key(self.id), keys.tenants_key(self.id), keys.routes_key(self.id))
@@ -263,6 +264,7 @@ class Board:
         for name, more in delta.items():
             pipeline.hincrby(series, name, more)
         pipeline.expire(series, SERIES_TTL_S)
+        self._shown = True
         await pipeline.execute()
         await self._send_tenants(cache.figures, survey.events)
         if self.publications % PRUNE_EVERY == 0:
