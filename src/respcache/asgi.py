@@ -78,13 +78,13 @@ class Wrapper:
                     body = variant.body
                     figures.hits = hits = figures.hits + 1
                     figures.bytes_served += len(body)
+                    if hits & SAMPLE_MASK == figures.phase:
+                        figures.sample(cache.clock() - began, held.entry.fill_ms)
                     if grant.logged:
                         log.debug(HIT, aim.policy.module, aim.policy.kind, aim.tenant)
                     headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
                     await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
                     await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})
-                    if hits & SAMPLE_MASK == figures.phase:
-                        figures.sample(cache.clock() - began, held.entry.fill_ms)
                     if cache.audit is not None and grant.view is not None and cache.audit.due():
                         self.audit(plan, Look(aim, grant.view, held.entry.certificate, held, outdated=False), scope)
                     return
