@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from crm.auth import issue_token
 from crm.embedded import EmbeddedValkey, free_port
 from crm.models import Account, Employee, Tenant
+from respcache.core.keys import figures_key
+from respcache.ops.board import Board
+from respcache.ops.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 SECRET = "a secret for these tests alone, 40 chars"
@@ -189,3 +193,58 @@ async def test_a_worker_starts_and_serves_while_the_cache_server_is_away(databas
             assert answer.status_code == 200
             assert "fwd=bypass" in answer.headers["cache-status"]
             assert (await http.get(f"{base}/api/system/cache-stats")).status_code == 503
+
+
+async def test_figures_of_workers_add_up_and_go_with_them(database_url: str, make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """Anybody reads them on the server. Those of a killed worker vanish; those of the others return with a server that died."""
+    valkey = make_valkey()
+    token, registers = await tenant_with_accounts(database_url)
+    environment = {
+        "DATABASE_URL": database_url, "REDIS_CACHE_URL": valkey.url, "JWT_SECRET": SECRET, "RESPCACHE_KEY": SECRET,
+        "LOG_LEVEL": "error",
+    }  # fmt: skip
+    board = Board(valkey.url)
+
+    async def until(wanted: Callable[[Fleet], bool]) -> Fleet:
+        async with asyncio.timeout(60):
+            while not wanted(found := await board.fleet()):
+                await asyncio.sleep(0.05)
+            return found
+
+    headers = {"authorization": f"Bearer {token}"}
+    async with workers(2, environment) as bases, httpx2.AsyncClient(headers=headers, timeout=30) as http:
+        for base, count in zip(bases, (5, 7), strict=True):
+            for _ in range(count):
+                assert (await http.get(f"{base}/api/accounts")).status_code == 200
+            await http.get(f"{base}/api/accounts/{registers[0]}")
+        await http.put(f"{bases[0]}/api/accounts/{registers[0]}", json={"employee_count": 7})
+        found = await until(lambda fleet: fleet.totals.requests >= 14 and fleet.totals.invalidations > 0)
+        assert (len(found.processes), found.totals.requests, found.alone) == (2, 14, False)
+        routes = {route.route: route for route in found.routes}
+        assert routes["/api/accounts"].totals.requests == 12
+        assert routes["/api/accounts"].times is not None
+        assert routes["/api/accounts"].times.misses.count == routes["/api/accounts"].totals.misses
+        assert all(process.available and process.fence is not None and process.fence.alive for process in found.processes)
+        (tenant,) = (await board.tenants()).tenants
+        assert tenant.totals.requests == 14
+        assert (await board.tenant(tenant.tenant)).totals == tenant.totals
+        assert sum(point.hits + point.misses + point.bypasses for point in (await board.series()).points) == 14
+
+        killed, alive = found.processes
+        os.kill(killed.pid, signal.SIGKILL)
+        with redis.Redis.from_url(valkey.url) as client:
+            assert client.pexpire(figures_key(killed.id), 30_000)  # as if it had been dead for half a minute
+        left = await board.fleet()
+        assert [process.pid for process in left.processes] == [alive.pid]
+        assert left.totals.requests in (6, 8)
+        valkey.kill()
+        assert (await board.fleet()).alone
+        valkey.start()
+        back = await until(lambda fleet: not fleet.alone and bool(fleet.processes))
+        assert ([process.pid for process in back.processes], back.totals.requests) == ([alive.pid], left.totals.requests)
+        async with asyncio.timeout(60):
+            while not (rows := (await board.tenants()).tenants):
+                await asyncio.sleep(0.05)
+        assert (await board.tenant(tenant.tenant)).totals == rows[0].totals
+    assert (await board.fleet()).processes == []
+    await board.close()
