@@ -133,7 +133,8 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     gate = CrmGate(reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours)
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
     app.state.cache_admin = Admin(cache, board)
-    app.mount("/cache", Dashboard(app.state.cache_admin, gate))
+    app.state.dashboard = Dashboard(app.state.cache_admin, gate)
+    app.mount("/cache", app.state.dashboard)
     if cache.store is not None:
         token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value()
         metrics = Endpoint(board, token=token, gate=gate.access, tenants=settings.metrics_tenants)

@@ -9,9 +9,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -297,6 +298,17 @@ def _port(settings: Settings) -> int:
     return settings.port
 
 
+class _Server(uvicorn.Server):
+    """Ends the dashboard's streams as soon as it is told to stop, as it waits for open answers."""
+
+    before_exit: Callable[[], None]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop."""
+        self.before_exit()
+        super().handle_exit(sig, frame)
+
+
 def _serve(settings: Settings, port: int) -> None:
     from crm.app import create_app
 
@@ -308,7 +320,8 @@ def _serve(settings: Settings, port: int) -> None:
         app, host=settings.host, port=port, loop="uvloop", http="httptools", lifespan="on", log_config=None,
         access_log=settings.log_level == "debug", timeout_graceful_shutdown=5,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    server.before_exit = app.app.state.dashboard.close
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if not server.started:

@@ -144,6 +144,10 @@ class Admin:
         policies = {} if wrapper is None else policies_of(wrapper.prepare().routes)
         return route_rows((await self._board.fleet() if one is None else await self._board.tenant(one)).routes, policies)
 
+    def module_names(self) -> list[str]:
+        """Name the modules that this application caches: no secret of anybody."""
+        return sorted(self._cache.modules)
+
     # -- what is stored ------------------------------------------------------------------------------------------------
 
     async def keys(

@@ -15,8 +15,12 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from respcache.ops.admin import Admin
+from respcache.ops.dashboard.acts import Acts
 from respcache.ops.dashboard.api import Api, say_no
 from respcache.ops.dashboard.gate import Door, Gate, GateAway
+from respcache.ops.dashboard.layout import Addresses, Pages
+from respcache.ops.dashboard.live import Live
+from respcache.ops.dashboard.pages import Looks
 
 MAX_BODY = 64 * 1024
 
@@ -45,8 +49,15 @@ class Dashboard:
     """Pages, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted in an ASGI application."""
 
     def __init__(self, admin: Admin, gate: Gate) -> None:
-        door = Door(gate)
-        self.routes: list[BaseRoute] = [*Api(admin, door).routes()]
+        door, pages = Door(gate), Pages()
+        self._looks = Looks(admin, door, pages)
+        self._live = Live(admin, door, pages)
+        self.routes: list[BaseRoute] = [
+            *Api(admin, door).routes(),
+            *self._live.routes(),
+            *Acts(admin, door, pages, self._looks).routes(),
+            *self._looks.routes(),
+        ]
         app = Starlette(
             routes=self.routes,
             exception_handlers={HTTPException: self._refused, GateAway: self._away, Exception: self._failed},
@@ -58,15 +69,30 @@ class Dashboard:
         """Handle one connection (ASGI 3.0)."""
         await self._safe(scope, receive, send)
 
+    @property
+    def streams(self) -> int:
+        """Streams of live figures that are open in this process."""
+        return self._live.streams
+
+    def close(self) -> None:
+        """End all live streams: call it when the server begins to shut down, so that it need not wait for them."""
+        self._live.close()
+
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return say_no(error.status_code, "not-found" if error.status_code == 404 else "invalid", str(error.detail))
+        word = "not-found" if error.status_code == 404 else "invalid"
+        return self._say(request, error.status_code, word, "There is no such page" if word == "not-found" else str(error.detail))
 
     async def _away(self, request: Request, error: Exception) -> Response:
-        return say_no(503, "unavailable", str(error))
+        return self._say(request, 503, "unavailable", str(error))
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        return say_no(500, "failed", "The dashboard failed: the log says why")
+        return self._say(request, 500, "failed", "The dashboard failed: the log says why")
+
+    def _say(self, request: Request, status: int, word: str, message: str) -> Response:
+        if request.url.path.startswith(Addresses(request)("api/")):
+            return say_no(status, word, message)
+        return self._looks.problem(request, None, status, message)
 
 
 class SafeHeaders:

@@ -154,7 +154,7 @@ def is_ours(given: str, secret: str) -> bool:
 
 def begin_session(response: Response, request: Request, token: str) -> None:
     """Give the browser the gate's token, until it is closed."""
-    _set(response, request, SESSION_COOKIE, token)
+    remember(response, request, SESSION_COOKIE, token)
     response.delete_cookie(SIGN_IN_COOKIE, path=_path(request))
 
 
@@ -170,12 +170,13 @@ def sign_in_secret(request: Request) -> str:
 
 def keep_sign_in_secret(response: Response, request: Request, secret: str) -> None:
     """Have the browser keep it."""
-    _set(response, request, SIGN_IN_COOKIE, secret)
+    remember(response, request, SIGN_IN_COOKIE, secret)
 
 
-def _set(response: Response, request: Request, name: str, value: str) -> None:
+def remember(response: Response, request: Request, name: str, value: str, *, max_age: int | None = None) -> None:
+    """Set a cookie of ours, which no script and no page of others can use."""
     secure = request.url.scheme == "https"
-    response.set_cookie(name, value, path=_path(request), httponly=True, samesite="strict", secure=secure)
+    response.set_cookie(name, value, max_age=max_age, path=_path(request), httponly=True, samesite="strict", secure=secure)
 
 
 def _path(request: Request) -> str:
