@@ -1,5 +1,7 @@
 """The JSON API: who may ask what, what is answered, and that the page in docs/reference.md says so."""
 
+import asyncio
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -162,7 +164,7 @@ def test_words_of_errors_are_those_in_the_code() -> None:
     """The table of docs/reference.md against where they are said."""
     words = {word: int(status) for word, status in re.findall(r"^\| `([a-z-]+)` \| (\d+)", SECTION, re.MULTILINE)}
     source = Path(api.__file__).read_text() + Path(api.__file__).with_name("app.py").read_text()
-    said = {word: int(status) for status, word in re.findall(r'say_no\((\d+), "([a-z-]+)"', source)}
+    said = {word: int(status) for status, word in re.findall(r'say(?:_no)?\((?:request, )?(\d+), "([a-z-]+)"', source)}
     assert words == said | {word: status for status, word in api.WORDS.values()}
 
 
@@ -177,3 +179,21 @@ async def test_methods_are_those_that_the_reference_lists(crm: Crm) -> None:
         if route.path.startswith("/api/") and method != "HEAD"
     }
     assert listed == routes
+
+
+async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
+    """As a server that shuts down needs it; each begins with all figures."""
+    token = crm.as_user("root").headers["authorization"].split()[1]
+    transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
+    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}) as client:
+        stream = asyncio.create_task(client.get("/cache/live"))
+        while not crm.app.app.state.dashboard.streams:
+            await asyncio.sleep(0.01)
+        crm.app.app.state.dashboard.close()
+        answer = await stream
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    _, first, *_ = answer.text.split("\n\n")
+    name, data = first.splitlines()
+    assert name == "event: figures"
+    assert json.loads(data.removeprefix("data: "))["text"]["workers"][0] == "1"

@@ -1,0 +1,237 @@
+"""Sessions, cookies and forms: what is refused, whatever a browser sends."""
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from respcache.ops.dashboard import gate, layout, live
+from tests.crm.conftest import PASSWORD, Crm
+
+pytestmark = pytest.mark.anyio
+
+FORMS = ("purge", "switches", "explain", "key", "theme", "sign-out")
+
+
+class Person:
+    """Somebody with a browser that runs no script."""
+
+    def __init__(self, crm: Crm, base: str = "http://crm") -> None:
+        transport = httpx2.ASGITransport(crm.app, raise_app_exceptions=False)
+        self.http = httpx2.AsyncClient(transport=transport, base_url=base, timeout=30)
+
+    async def get(self, path: str, **more: Any) -> httpx2.Response:
+        return await self.http.get(f"/cache/{path}", **more)
+
+    async def post(self, to: str, **form: str) -> httpx2.Response:
+        return await self.http.post(f"/cache/{to}", data=form)
+
+    async def csrf(self, path: str) -> str:
+        """Return the token in the form of a page."""
+        found = re.search(r'name="csrf" value="(\w+)"', (await self.get(path)).text)
+        assert found is not None
+        return found[1]
+
+    async def sign_in(self, name: str, password: str = PASSWORD, next_page: str = "") -> httpx2.Response:
+        """Fill the form in and send it."""
+        token = await self.csrf("sign-in")
+        return await self.post("sign-in", csrf=token, name=f"{name}@x.example", password=password, next=next_page)
+
+
+@pytest.fixture
+async def person(crm: Crm) -> AsyncIterator[Person]:
+    one = Person(crm)
+    yield one
+    await one.http.aclose()
+
+
+async def test_cookies_are_for_this_dashboard_alone(crm: Crm, person: Person) -> None:
+    """No script reads them, no other page sends them, and over TLS nobody on the way."""
+    answer = await person.sign_in("abe")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/cache/")
+    (session,) = (line for line in answer.headers.get_list("set-cookie") if line.startswith(gate.SESSION_COOKIE))
+    assert {"HttpOnly", "Path=/cache", "SameSite=strict"} <= set(session.split("; "))
+    assert "Secure" not in session
+    other = Person(crm, "https://crm")
+    answer = await other.sign_in("abe")
+    assert all("Secure" in line for line in answer.headers.get_list("set-cookie") if "Max-Age=0" not in line)
+    await other.http.aclose()
+
+
+async def test_who_may_not_look_is_told_what_a_wrong_password_is_told(person: Person) -> None:
+    """And no session begins."""
+    said = [await person.sign_in("ann"), await person.sign_in("abe", "wrong"), await person.sign_in("nobody")]
+    texts = {re.sub(r'value="[^"]*"', "", answer.text) for answer in said}
+    assert ({answer.status_code for answer in said}, len(texts)) == ({401}, 1)
+    assert gate.SESSION_COOKIE not in person.http.cookies
+    assert (await person.get("")).headers["location"] == "/cache/sign-in?next=%2Fcache%2F"
+
+
+async def test_signing_in_needs_the_form_that_was_sent(person: Person) -> None:
+    """So that nobody is signed in as somebody else by a page of theirs; and guessing is slowed down."""
+    form = {"name": "abe@x.example", "password": PASSWORD}
+    assert (await person.post("sign-in", **form)).status_code == 403
+    token = await person.csrf("sign-in")
+    person.http.cookies.clear()
+    assert (await person.post("sign-in", csrf=token, **form)).status_code == 403
+    assert gate.SESSION_COOKIE not in person.http.cookies
+    answers = [await person.sign_in("abe", "wrong") for _ in range(11)]
+    assert [answer.status_code for answer in answers] == [401] * 10 + [429]
+    assert int(answers[-1].headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "leads"),
+    [
+        ("/cache/keys?module=leads", "/cache/keys?module=leads"),
+        ("//evil.example/cache/", "/cache/"),
+        ("https://evil.example/", "/cache/"),
+        ("/cache/\\evil.example", "/cache/"),
+        ("/api/accounts", "/cache/"),
+        ("/cache/sign-in?next=x", "/cache/"),
+        ("/cache/\r\nx: y", "/cache/"),
+    ],
+)
+async def test_one_comes_back_to_a_page_of_the_dashboard_only(person: Person, wanted: str, leads: str) -> None:
+    """Never to another site."""
+    assert (await person.sign_in("abe", next_page=wanted)).headers["location"] == leads
+
+
+@pytest.mark.parametrize("path", FORMS)
+async def test_a_form_without_the_token_of_its_session_does_nothing(crm: Crm, person: Person, path: str) -> None:
+    """Missing, made up, or of another session."""
+    await person.sign_in("root")
+    other = Person(crm)
+    await other.sign_in("abe")
+    stolen = await other.csrf("purge")
+    await other.http.aclose()
+    acts = await crm.as_user("root").get("/cache/api/trail")
+    form = {
+        "tenant": "acme",
+        "confirmation": "acme",
+        "module": "accounts",
+        "off": "yes",
+        "path": "/api/accounts",
+        "theme": "dark",
+    }
+    for token in ("", "x" * 48, stolen, "ä"):
+        answer = await person.post(path, **form, csrf=token)
+        assert answer.status_code == 403, token
+        assert "Nothing was done" in answer.text
+    assert (await crm.as_user("root").get("/cache/api/trail")).json() == acts.json()
+    assert (await person.get("")).status_code == 200
+    assert gate.THEME_COOKIE not in person.http.cookies
+
+
+@pytest.mark.parametrize("path", FORMS)
+async def test_a_form_without_a_session_leads_to_sign_in(person: Person, path: str) -> None:
+    """Whatever it carries."""
+    answer = await person.post(path, csrf="x", tenant="acme", confirmation="acme")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/cache/sign-in")
+
+
+async def test_a_viewer_can_do_nothing_by_hand_either(crm: Crm, person: Person) -> None:
+    """With a good session and a good token."""
+    await person.sign_in("max")
+    token = await person.csrf("")
+    for path, form in (
+        ("purge", {"confirmation": "globex"}),
+        ("switches", {"off": "yes", "tenant": "globex"}),
+        ("key?key=x", {}),
+    ):
+        answer = await person.post(path, csrf=token, **form)
+        assert answer.status_code in (403, 404), path
+    assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
+
+
+async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) -> None:
+    """By no address and no form; what is everybody's is refused."""
+    await crm.as_user("gus").get("/api/accounts")
+    globex = str(crm.tenants["globex"].id)
+    await person.sign_in("abe")
+    token = await person.csrf("purge")
+    for path in (
+        f"tenants/{globex}",
+        f"modules?tenant={globex}",
+        f"feed?tenant={globex}",
+        f"live?tenant={globex}",
+        f"purge?tenant={globex}",
+    ):
+        assert (await person.get(path)).status_code == 404, path
+    for path in ("tenants", "latency", "configuration"):
+        assert (await person.get(path)).status_code == 403, path
+    for form in (
+        {"tenant": globex, "off": "yes"},
+        {"module": "accounts", "off": "yes"},
+        {"everything": "yes", "off": "yes", "confirmation": "off"},
+    ):
+        assert (await person.post("switches", csrf=token, **form)).status_code in (403, 404), form
+    assert (await person.post("purge", csrf=token, tenant=globex, confirmation="globex")).status_code == 404
+    for path in ("", "modules", "keys", "feed", "trail"):
+        page = (await person.get(path)).text
+        assert "globex" not in page.lower(), path
+        assert globex not in page, path
+
+
+async def test_everything_is_switched_off_by_typing_it(crm: Crm, person: Person) -> None:
+    """And by nothing less."""
+    await person.sign_in("root")
+    token = await person.csrf("switches")
+    assert (await person.post("switches", csrf=token, everything="yes", off="yes", confirmation="of")).status_code == 400
+    assert crm.cache.enabled
+    assert (await person.post("switches", csrf=token, everything="yes", off="yes", confirmation="off")).status_code == 200
+    assert not crm.cache.enabled
+    assert (await person.post("switches", csrf=token, everything="yes", off="no")).status_code == 200
+    assert crm.cache.enabled
+
+
+async def test_files_of_pages_may_be_kept_and_change_their_address(person: Person) -> None:
+    """Everything else may not; another address has nothing."""
+    for name in layout.ASSETS:
+        answer = await person.get(f"static/{layout.fingerprint()}/{name}")
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "public, max-age=31536000, immutable"), name
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for path in (f"static/{layout.fingerprint()}/vendor", f"static/{layout.fingerprint()}/..%2Fapp.py", "static/0/app.js"):
+        answer = await person.get(path)
+        assert (answer.status_code, answer.headers["cache-control"]) == (404, "no-store"), path
+
+
+async def test_pages_hold_nothing_inline(person: Person) -> None:
+    """No script, no style, no handler: what the content policy would refuse anyway."""
+    await person.sign_in("root")
+    for _, places in layout.NAVIGATION:
+        for place in places:
+            page = (await person.get(place.path)).text
+            assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", page), place.path
+
+
+async def test_a_gate_that_fails_lets_nobody_in(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and API answer 503 in their own way."""
+    await person.sign_in("abe")
+    headers = crm.as_user("abe").headers
+
+    async def fail(*_: object) -> None:
+        raise ConnectionError("the database is away")
+
+    monkeypatch.setattr(type(crm.app.app.state.resolver), "scope", fail)
+    page = await person.get("")
+    assert (page.status_code, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
+    assert "database" not in page.text
+    answer = await person.get("api/me", headers=headers)
+    assert (answer.status_code, answer.json()["error"]) == (503, "unavailable")
+
+
+async def test_streams_need_a_session_and_are_bounded(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They say so in their own way, as no browser shows a page there."""
+    assert (await person.get("live")).status_code == 401
+    await person.sign_in("root")
+    monkeypatch.setattr(live, "MAX_STREAMS", 0)
+    assert (await person.get("live")).status_code == 503
+
+
+async def test_a_look_for_news_without_a_session_is_sent_to_sign_in(person: Person) -> None:
+    """By the header that htmx follows."""
+    answer = await person.get("modules", headers={"hx-request": "true"})
+    assert (answer.status_code, answer.headers["hx-redirect"]) == (401, "/cache/sign-in")
