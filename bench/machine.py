@@ -1,66 +1,31 @@
-"""The machine that is measured on: which core does what, processes and their CPU time, versions. Linux only."""
+"""What a benchmark starts: lanes, a Valkey, the CRM; and the versions of everything that takes part. Linux only."""
 
 import contextlib
-import ctypes
 import json
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lanes import BY_NAME, Lane
-from load import Ask
 
 from crm.embedded import EmbeddedValkey
+from respcache.ops.bench.load import Ask
+from respcache.ops.bench.processes import Cores, Failed, cpu_ns, end, family, pin, tied_to_us
 
 SERVE = Path(__file__).with_name("serve.py")
 START_DEADLINE_S = 60.0
-STOP_DEADLINE_S = 10.0
-SETTLE_S = 0.03
 CRM_ROWS_BYTES = 30_000
 """So much of the CRM's list is compared: behind its rows come sums in an order of their own."""
 PACKAGES = ("respcache", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "hiredis", "redis")
-
-
-class Failed(RuntimeError):
-    """A process did not start, or what it answered cannot be measured."""
-
-
-@dataclass(frozen=True)
-class Cores:
-    """Who runs where: the servers of lanes on the first cores, the load generator, Valkey and PostgreSQL on the last."""
-
-    available: tuple[int, ...]
-
-    @classmethod
-    def found(cls) -> "Cores":
-        """Look at what this process may use."""
-        return cls(tuple(sorted(os.sched_getaffinity(0))))
-
-    def servers(self, workers: int = 1) -> tuple[int, ...]:
-        """Return the cores of a lane's processes."""
-        return self.available[: max(1, workers)]
-
-    def generator(self) -> tuple[int, ...]:
-        """Return the core of whoever asks. With one core there is nothing to part."""
-        return self.available[-1:]
-
-    def __str__(self) -> str:
-        if len(self.available) == 1:
-            return "one core: servers, load generator and Valkey share it, so throughput is that of all of them together"
-        return (
-            f"{len(self.available)} cores: a lane's server on core {self.servers()[0]}; "
-            f"load generator, Valkey and PostgreSQL on core {self.generator()[0]}"
-        )
 
 
 @dataclass
@@ -203,9 +168,9 @@ class Processes:
                 env={**os.environ, "BENCH_STORE_URL": self.valkey.url, "PYTHONDONTWRITEBYTECODE": "1"},
                 pass_fds=pass_fds,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end them in order
-                preexec_fn=_tied_to_us(self.cores.available),
+                preexec_fn=tied_to_us(self.cores.available),
             )
-        self.lanes.callback(_end, process)
+        self.lanes.callback(end, process)
         return process
 
 
@@ -225,35 +190,6 @@ def processes(cores: Cores) -> Iterator[Processes]:
         yield started
 
 
-def cpu_ns(pids: Iterable[int]) -> int:
-    """Return the CPU time of all threads of processes, in nanoseconds: what the scheduler counted, not ticks of 10 ms."""
-    total = 0
-    for pid in pids:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                total += int((thread / "schedstat").read_text().split()[0])
-    return total
-
-
-def family(pid: int) -> tuple[int, ...]:
-    """Return a process and all that descend from it."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(") ")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return tuple(found)
-
-
-def pin(pid: int, cores: Iterable[int]) -> None:
-    """Move all threads of a process."""
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
-
-
 def get(port: int, request: str | bytes) -> bytes:
     """Ask once, for a path or with a whole request, and return the body. Raises ``Failed`` unless it is answered with 200."""
     if isinstance(request, str):
@@ -265,13 +201,6 @@ def get(port: int, request: str | bytes) -> bytes:
     if not head.startswith(b"HTTP/1.1 200"):
         raise Failed(f"{request[:60]!r} was answered with {head[:100]!r}")
     return content
-
-
-def describe(cores: Cores) -> str:
-    """Name the machine."""
-    with open("/proc/cpuinfo") as lines:
-        model = next((line.partition(": ")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(cores.available)} cores, Linux {platform.release()}"
 
 
 def versions() -> dict[str, str]:
@@ -296,11 +225,6 @@ def program_path(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
 
 
-def settle() -> None:
-    """Let what follows an answer (stores, logs) happen before CPU time is read."""
-    time.sleep(SETTLE_S)
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -316,25 +240,3 @@ def _answers(port: int, process: "subprocess.Popen[bytes]") -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
-
-
-def _tied_to_us(cores: Iterable[int]) -> Callable[[], None]:
-    """Make the step, run in the child, that pins it and has the kernel end it when we die (prctl PR_SET_PDEATHSIG)."""
-    prctl, chosen = ctypes.CDLL(None).prctl, set(cores)
-
-    def step() -> None:
-        os.sched_setaffinity(0, chosen)
-        prctl(1, int(signal.SIGTERM), 0, 0, 0)
-
-    return step

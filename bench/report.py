@@ -19,8 +19,9 @@ CAVEATS = """\
   the quartiles are far apart, the machine was busy with something else.
 - CPU is what the scheduler counted for all threads of all server processes of a lane, kernel time for its sockets included. It is
   the figure that counts: throughput also depends on what else the cores have to do. Valkey's CPU stands beside it, not inside.
-- One worker: uvicorn with uvloop and httptools, no access log. The load generator (`bench/load.py`) compares every answer with
-  the expected bytes. It shares a core with Valkey: lanes that ask Valkey for every hit are slower here than on a larger machine.
+- One worker: uvicorn with uvloop and httptools, no access log. The load generator (`src/respcache/ops/bench/load.py`)
+  compares every answer with the expected bytes. It shares a core with Valkey: lanes that ask Valkey for every hit are slower
+  here than on a larger machine.
   `>=` at a throughput: that core was the slower side ({busy} busy or more), so the lane could do more.
 - Same handler, body (40,000 bytes of JSON, 64 pages), keys and `Authorization` header for all, except `uncached`, which is
   another list of about the same size, from PostgreSQL. Requests carry no `Accept-Encoding`: all bodies are sent plain.

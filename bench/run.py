@@ -22,10 +22,12 @@ from typing import Any
 
 import report
 from lanes import BARE, BY_NAME, LANES, Lane, named
-from machine import Cores, Failed, describe, processes, versions
+from machine import processes, versions
 from measures import hits, invalidation, memory, misses, stampede, workers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from respcache.ops.bench.processes import Cores, Failed, describe
 
 ROOT = Path(__file__).parent.parent
 QUICK_HITS_S = 120

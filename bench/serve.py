@@ -4,24 +4,12 @@ Run by ``machine.py``: ``serve.py MODULE:FACTORY DESCRIPTOR``. The factory gets 
 application, or one with the protocol class that uvicorn is to use for it.
 """
 
-import asyncio
 import importlib
 import os
-import socket
 import sys
 from typing import Any
 
-import uvicorn
-
-
-class Announced(uvicorn.Server):
-    """A server that says on its standard output when it is ready."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then say so."""
-        await super().startup(sockets=sockets)
-        if self.started:
-            print("ready", flush=True)
+from respcache.ops.bench.serve import run
 
 
 def main(target: str, descriptor: int) -> None:
@@ -29,9 +17,7 @@ def main(target: str, descriptor: int) -> None:
     module, _, factory = target.partition(":")
     made: Any = getattr(importlib.import_module(module), factory)(os.environ["BENCH_STORE_URL"])
     app, http = made if isinstance(made, tuple) else (made, "httptools")
-    config = uvicorn.Config(app, http=http, loop="uvloop", access_log=False, log_level="warning", lifespan="on")
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(Announced(config).serve(sockets=[socket.socket(fileno=descriptor)]))
+    run(app, descriptor, http=http, loop="uvloop", lifespan="on")
 
 
 if __name__ == "__main__":

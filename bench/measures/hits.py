@@ -12,10 +12,11 @@ from typing import Any
 
 import handler
 from lanes import BARE, Lane
-from load import Ask, Sample, WrongAnswer, WrongWay, drive, percentile
-from machine import Failed, Processes, Served, cpu_ns, settle
+from machine import Processes, Served
 
 from respcache.core.encoding import compress
+from respcache.ops.bench.load import Ask, Sample, WrongAnswer, WrongWay, drive, percentile
+from respcache.ops.bench.processes import Failed, cpu_ns, settle
 
 CONNECTIONS = (1, 16, 64)
 MOST_LANES = 12

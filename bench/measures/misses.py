@@ -15,10 +15,11 @@ from urllib.parse import quote
 
 import handler
 from lanes import BY_NAME, Lane
-from load import Ask, drive, percentile
-from machine import Processes, Served, settle
+from machine import Processes, Served
 
 from measures.hits import Tell, middle, patiently, quartiles
+from respcache.ops.bench.load import Ask, drive, percentile
+from respcache.ops.bench.processes import settle
 
 PLAIN = Lane("plain", "lanes.plain:make", "the handler in FastAPI without any cache", caches=False)
 WARM_UP = 20

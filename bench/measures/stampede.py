@@ -8,10 +8,11 @@ from typing import Any
 
 import handler
 from lanes import Lane
-from machine import Failed, Processes, Served
+from machine import Processes, Served
 from stand import Client
 
 from measures.hits import Tell
+from respcache.ops.bench.processes import Failed
 
 CALLERS = 200
 PROCESSES = 2

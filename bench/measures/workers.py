@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lanes import BARE, BY_NAME, Lane
-from load import Ask, drive
-from machine import Processes, Served, cpu_ns
+from machine import Processes, Served
 
 from measures.hits import Effort, Tell, asks, middle, patiently, warm
+from respcache.ops.bench.load import Ask, drive
+from respcache.ops.bench.processes import cpu_ns
 
 CONNECTIONS = 64
 COUNTS = (1, 2)

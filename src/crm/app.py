@@ -84,6 +84,11 @@ def watched_cache(
     return cache, watch(engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES)
 
 
+def from_environment() -> Wrapper:
+    """Make the application as the environment says: for ``uvicorn --factory``, ``respcache doctor --app`` and ``bench --app``."""
+    return create_app(Settings().with_secrets())
+
+
 def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     """Make the application with the cache around it. Nothing is connected before its lifespan starts.
 

@@ -7,7 +7,7 @@ import pytest
 
 from .conftest import Run
 
-COMMANDS = ("status", "stats", "keys", "get", "explain", "purge", "tail", "config", "doctor", "acl")
+COMMANDS = ("status", "stats", "keys", "get", "explain", "purge", "tail", "config", "doctor", "acl", "bench")
 HEAVY = ("asyncio", "httpx2", "hiredis", "msgspec", "pydantic", "redis", "rich", "sqlalchemy", "ssl", "uvicorn")
 
 

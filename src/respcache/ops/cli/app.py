@@ -236,3 +236,38 @@ def acl(
     from respcache.ops.cli import acl as command
 
     _run(as_json, lambda out: command.run(out, role=role))
+
+
+@app.command()
+def bench(
+    urls: Annotated[
+        list[str] | None, typer.Argument(metavar="[URL|PATH]...", help="of a running application, or with --app paths")
+    ] = None,
+    app: Annotated[
+        str | None, typer.Option("--app", metavar="MODULE:APP", help="starts it itself, with its cache and without")
+    ] = None,
+    path: Annotated[list[str] | None, typer.Option("--path", help="the same as an argument")] = None,
+    headers: Headers = None,
+    without: Annotated[
+        str | None, typer.Option("--without", metavar="URL", help="the same application, running without its cache")
+    ] = None,
+    pid: Annotated[list[int] | None, typer.Option("--pid", help="of a process of the running one: measures its CPU")] = None,
+    without_pid: Annotated[list[int] | None, typer.Option("--without-pid", help="of a process of the other")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000)] = 5,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, max=600, help="of a lane in a round")] = 1.0,
+    connections: Annotated[str, typer.Option("--connections", metavar="N,N")] = "1,16",
+    as_json: Json = False,
+) -> None:
+    """Measure what the cache brings: with it, without it, bare ASGI.
+
+    Requests a second, latencies and CPU of the same requests, in turns within one run.
+    """
+    from respcache.ops.cli import bench as command
+
+    _run(
+        as_json,
+        lambda out: command.run(
+            out, urls=[*(urls or []), *(path or [])], app=app, headers=headers or [], without=without, pids=pid or [],
+            without_pids=without_pid or [], rounds=rounds, seconds=seconds, connections=connections,
+        ),
+    )  # fmt: skip

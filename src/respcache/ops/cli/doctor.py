@@ -6,9 +6,11 @@ from pathlib import Path
 
 from rich.text import Text
 
+from respcache.core.errors import ConfigurationError
 from respcache.ops.cli.outcome import Failure, Status
 from respcache.ops.cli.output import Output
 from respcache.ops.doctor import Finding, Level, diagnose
+from respcache.ops.target import load
 
 MARKS = {Level.OK: ("ok", "green"), Level.WARNING: ("warning", "yellow"), Level.FAULT: ("FAULT", "bold red")}
 
@@ -28,9 +30,11 @@ def run(out: Output, *, app: str | None, tables: str | None, schema: str) -> Sta
 
 def _declared(target: str) -> set[str]:
     """Return the tables that the application's cached reads and its resolver declare."""
-    from respcache.ops.cli.target import load
-
-    return load(target, Path.cwd()).declared_tables()
+    application = load(target, Path.cwd())
+    try:
+        return application.declared_tables()
+    except ConfigurationError as error:
+        raise Failure(Status.FAILED, f"{target} does not start: {error}") from None
 
 
 def _listed(tables: str | None) -> set[str] | None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from respcache.core.errors import ConfigurationError
 from respcache.ops.cli.outcome import Failure, Status
 
 UNBROKEN = 10_000
@@ -40,6 +41,8 @@ class Output:
             yield
         except Failure as failure:
             self._fail(failure.status, failure.message)
+        except ConfigurationError as error:
+            self._fail(Status.USAGE, str(error))
         except BrokenPipeError:  # ``respcache tail | head``
             sys.stderr.close()
             raise typer.Exit(Status.OK) from None

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 HEAD_BYTES = 4096
+SPARE_BYTES = 65536
 STALL_S = 30.0
 
 
@@ -33,11 +34,15 @@ class WrongWay(WrongAnswer):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request and the body that must come back: all of it, or its length and what it begins with."""
+    """A request and the body that must come back: all of it, or its length and what it begins with.
+
+    Not ``exact``: any body will do (of about that length), for answers that differ from one time to the next.
+    """
 
     request: bytes
     body: bytes
     length: int = 0
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if not self.length:
@@ -49,6 +54,8 @@ class Sample:
     """What one stretch of load showed."""
 
     requests: int = 0
+    hits: int = 0
+    """Answers whose head held what was said to mark a hit."""
     seconds: float = 0.0
     busy: float = 0.0
     latencies_ns: "array[int]" = field(default_factory=lambda: array("q"))
@@ -73,11 +80,13 @@ def percentile(values: Sequence[float], percent: int) -> float:
 class _Connection:
     __slots__ = ("ask", "body_at", "buffer", "filled", "needed", "number", "sent_at", "socket", "view")
 
-    def __init__(self, port: int, number: int, size: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), 10)
+    def __init__(self, address: tuple[str, int], number: int, ask: Ask, size: int) -> None:
+        self.socket = socket.create_connection(address, 10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self.number = number
+        self.ask = ask
+        self.sent_at = 0
         self.buffer = bytearray(size)
         self.view = memoryview(self.buffer)
         self.filled = self.needed = self.body_at = 0
@@ -91,18 +100,21 @@ def drive(
     seconds: float | None = None,
     requests: int | None = None,
     hit: bytes = b"",
+    strict: bool = True,
+    host: str = "127.0.0.1",
 ) -> Sample:
     """Send for so many seconds, or so many requests, and compare every answer. Raises ``WrongAnswer`` and ``WrongWay``.
 
-    ``hit`` is what every head must hold, in lower case.
+    ``hit`` is what the head of a hit holds, in lower case: that of every answer; or, not ``strict``, of those that are counted.
     """
     with contextlib.ExitStack() as stack:
-        size = HEAD_BYTES + max(ask.length for ask in asks)
+        size = HEAD_BYTES + max(ask.length if ask.exact else 2 * ask.length + SPARE_BYTES for ask in asks)
         poll = stack.enter_context(select.epoll())
         opened: dict[int, _Connection] = {}
         for number in range(connections):
             # evenly over the pages, so that no two connections walk over them in step
-            connection = _Connection(port, number * len(asks) // connections, size)
+            first = number * len(asks) // connections
+            connection = _Connection((host, port), first, asks[first % len(asks)], size)
             stack.callback(connection.socket.close)
             opened[connection.socket.fileno()] = connection
             poll.register(connection.socket, select.EPOLLIN)
@@ -110,7 +122,7 @@ def drive(
         gc.disable()
         if collecting:
             stack.callback(gc.enable)
-        return _drive(poll, opened, asks, seconds, requests, hit)
+        return _drive(poll, opened, asks, seconds, requests, hit, strict)
 
 
 def _drive(
@@ -120,21 +132,21 @@ def _drive(
     seconds: float | None,
     requests: int | None,
     hit: bytes,
+    strict: bool,
 ) -> Sample:
     """Loop. Local names and one level of calls: this shares the machine with what it measures."""
     clock, pages = time.perf_counter_ns, len(asks)
-    heads: dict[bytes, int] = {}  # those seen, with their content length: a new one comes once a second
+    heads: dict[bytes, tuple[int, bool]] = {}  # those seen, with length and whether it is a hit: a new one comes once a second
     sample = Sample()
     note = sample.latencies_ns.append
     left = -1 if requests is None else requests
     cpu, started = time.thread_time(), clock()
     ends = started + int(1e9 * (3600 if seconds is None else seconds))
-    waiting = 0
+    waiting = hits = 0
     for connection in opened.values():
         if left == 0:
             break
         left -= 1
-        connection.ask = asks[connection.number % pages]
         connection.sent_at = clock()
         connection.socket.send(connection.ask.request)
         waiting += 1
@@ -153,16 +165,18 @@ def _drive(
                     connection.filled = filled
                     continue
                 head = bytes(buffer[:end])
-                length = heads.get(head)
-                if length is None:
-                    length = heads[head] = _length(head, hit)
-                connection.needed, connection.body_at = end + length, end
+                known = heads.get(head)
+                if known is None:
+                    known = heads[head] = _read_head(head, hit, strict)
+                connection.needed, connection.body_at = end + known[0], end
+                hits += known[1]
             needed, ask = connection.needed, connection.ask
             if filled < needed and got:
                 connection.filled = filled
                 continue
             at = connection.body_at
-            if filled != needed or needed - at != ask.length or not buffer.startswith(ask.body, at, needed):
+            right = needed - at == ask.length and buffer.startswith(ask.body, at, needed)
+            if filled != needed or not (right or not ask.exact):
                 raise WrongAnswer(_difference(ask, bytes(buffer[:filled])))
             now = clock()
             note(now - connection.sent_at)
@@ -177,21 +191,21 @@ def _drive(
             connection.socket.send(ask.request)
     sample.seconds = (clock() - started) / 1e9
     sample.busy = min(1.0, (time.thread_time() - cpu) / sample.seconds)
-    sample.requests = len(sample.latencies_ns)
+    sample.requests, sample.hits = len(sample.latencies_ns), hits
     return sample
 
 
-def _length(head: bytes, hit: bytes) -> int:
-    """Check the head of an answer and return its content length. Raises ``WrongAnswer`` and ``WrongWay``."""
+def _read_head(head: bytes, hit: bytes, strict: bool) -> tuple[int, bool]:
+    """Check the head of an answer; return its content length and whether it is a hit. Raises ``WrongAnswer`` and ``WrongWay``."""
     lower = head.lower()
     if not head.startswith(b"HTTP/1.1 200"):
         raise WrongAnswer(f"not answered with 200: {head[:200]!r}")
-    if hit not in lower:
+    if strict and hit not in lower:
         raise WrongWay(f"no hit ({hit.decode()!r} is missing): {head!r}")
     _, found, after = lower.partition(b"\r\ncontent-length: ")
     if not found:
         raise WrongAnswer(f"no content length: {head!r}")
-    return int(after.partition(b"\r")[0])
+    return int(after.partition(b"\r")[0]), bool(hit) and hit in lower
 
 
 def _difference(ask: Ask, answer: bytes) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from respcache.asgi import Wrapper
 from respcache.core.errors import ConfigurationError
-from respcache.ops.cli.outcome import Failure, Status
 
 MAX_LAYERS = 100
 
@@ -22,23 +21,20 @@ class Target:
     wrapper: Wrapper
 
     def declared_tables(self) -> set[str]:
-        """Return the tables that its cached reads and its resolver declare. Connects to nothing."""
-        try:
-            self.wrapper.prepare()
-        except ConfigurationError as error:
-            raise Failure(Status.FAILED, f"{self.name} does not start: {error}") from None
+        """Return what its cached reads and its resolver declare. Connects to nothing. Raises ``ConfigurationError``."""
+        self.wrapper.prepare()
         cache = self.wrapper.cache
         return {*cache.tables, *cache.resolver.tables}
 
 
 def load(name: str, folder: Path) -> Target:
-    """Import an application; modules are looked for in ``folder`` first. Raises ``Failure``.
+    """Import an application; modules are looked for in ``folder`` first. Raises ``ConfigurationError``.
 
     ``module:app``, or ``module:make()`` for a function that makes it.
     """
     module, separator, attribute = name.partition(":")
     if not separator or not module or not attribute:
-        raise Failure(Status.USAGE, f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() that makes it")
+        raise ConfigurationError(f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() that makes it")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
@@ -47,10 +43,10 @@ def load(name: str, folder: Path) -> Target:
             found = getattr(found, part)
         app = found() if attribute.endswith("()") else found
     except Exception as error:
-        raise Failure(Status.USAGE, f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigurationError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
     wrapper = find_wrapper(app)
     if wrapper is None:
-        raise Failure(Status.USAGE, f"{name} has no cache in it: give what cache.wrap(app) returned, or what stands around it")
+        raise ConfigurationError(f"{name} has no cache in it: give what cache.wrap(app) returned, or what stands around it")
     return Target(name, app, wrapper)
 
 
