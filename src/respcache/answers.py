@@ -6,6 +6,7 @@ These are ASGI ``send`` callables; they own no decisions but those about their m
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from respcache.core import tokens
 from respcache.core.encoding import negotiable, vary
 from respcache.core.errors import AckBarrierOverflow
 from respcache.core.fence import Outcome
@@ -97,9 +98,8 @@ class HeldAnswer:
         self._passing = self.started = True
         held, self._held = self._held, []
         for message in held:
-            if message["type"] == "http.response.start" and self._record.outcome is not Outcome.CONFIRMED:
-                said = (INVALIDATION, self._record.outcome.encode())
-                message = {**message, "headers": [*message.get("headers", ()), said]}
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *_said(self._record)]}
             await self._send(message)
 
     async def send_error(self, message: bytes) -> None:
@@ -109,6 +109,14 @@ class HeldAnswer:
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(message)).encode())]
             await self._send({"type": "http.response.start", "status": 500, "headers": headers})
             await self._send({"type": "http.response.body", "body": message, "more_body": False})
+
+
+def _said(record: Record) -> Headers:
+    """Return what the answer of a request says of its writes."""
+    said: Headers = [] if record.token is None else [(tokens.HEADER, tokens.encode(record.token))]
+    if record.outcome is not Outcome.CONFIRMED:
+        said.append((INVALIDATION, record.outcome.encode()))
+    return said
 
 
 class Marked:

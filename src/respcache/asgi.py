@@ -14,12 +14,14 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from respcache.answers import Headers, HeldAnswer, Marked, Message, Recorder, Send, at_head, send_stored, without_body
+from respcache.core import tokens
 from respcache.core.encoding import accepted, negotiable, shared
 from respcache.core.entry import Entry
 from respcache.core.errors import AckBarrierOverflow, ConfigurationError, Denied, StoreError, UndeclaredRead
 from respcache.core.http_caching import kept
 from respcache.core.identity import Head
 from respcache.core.policy import Invalidation, Policy, canonical
+from respcache.core.tokens import Token
 from respcache.fill.filler import Lead
 from respcache.lookup import Bypass, Look
 from respcache.near.held import Held, Variant
@@ -118,6 +120,23 @@ class Wrapper:
                 return grant
         return cache.prove(plan, aim, held, fence, view, now)
 
+    async def _hit(self, plan: Plan, sent: Token, scope: Scope, send: Send) -> bool:
+        """Answer a request that brings this token from memory, if what is there can be proven."""
+        cache, aim = self.cache, plan.aim
+        if aim is None:
+            return False
+        began = now = cache.clock()
+        aim = cache.heed(aim, sent, now)
+        grant = cache.granted(aim, now)
+        if grant is None or not aim.view_s:
+            grant = await self._prove(plan, aim, grant, now)
+        if grant is None:
+            return False
+        await self._send_hit(grant.held, grant.variant, aim, cache.clock(), began, scope, send)
+        if cache.audit is not None and grant.view is not None and cache.audit.due():
+            self.audit(plan, Look(aim, grant.view, grant.held.entry.certificate, grant.held, outdated=False), scope)
+        return True
+
     async def _serve(self, scope: Scope, key: Key | None, plan: Plan | None, receive: Receive, send: Send) -> None:
         """Handle what is not answered from memory: the long way of a read, writes, and whatever is none of ours."""
         if scope["type"] == "lifespan":
@@ -132,7 +151,13 @@ class Wrapper:
             await self.cache.connect()
             if self.memo is not None and scope["method"] in READS:
                 key = self.memo.key(scope)
-        record = Record()
+        sent = tokens.sent(scope["headers"])
+        if sent is not None and key is not None and plan is None and self.memo is not None:
+            key = self.memo.without_token(key)
+            plan = self.memo.recall(key, self.cache.clock())
+            if plan is not None and await self._hit(plan, sent, scope, send):
+                return
+        record = Record(sent=sent)
         token = current.set(record)
         try:
             if plan is not None:
@@ -219,7 +244,7 @@ class Wrapper:
         if scope["method"] == "HEAD":
             send = without_body(send)
         scope = {**scope, "method": "GET", "query_string": plan.form.query_string}
-        look = await self.cache.look(plan, head)
+        look = await self.cache.look(plan, head, sent=record.sent)
         if key is not None and plan.aim is not None and self.memo is not None:
             self.memo.remember(key, plan)
         if isinstance(look, Bypass):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import msgspec
 
 from respcache.asgi import App, Wrapper
-from respcache.core import keys
+from respcache.core import keys, tokens
 from respcache.core.entry import Entry
 from respcache.core.errors import ConfigurationError
-from respcache.core.fence import Outcome
+from respcache.core.fence import Ack, Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.identity import Head, Resolver
 from respcache.core.policy import DEFAULT_BOUND_S, DEFAULT_TTL_S, MAX_TTL_S, Level, Policy
+from respcache.core.tokens import Token, both
 from respcache.fill.filler import Filler, Lead
 from respcache.identities import Identities
 from respcache.lookup import Bypass, Look, Lookup, Near, as_parameters
@@ -40,6 +41,8 @@ GENERATION_TTL_MS = int((MAX_TTL_S + 3600) * 1000)
 """Longer than the longest entry and its fill: a generation that ends first only makes its tenant cold."""
 
 DEFAULT_NEAR_BYTES = 64 * 1024 * 1024
+
+OUR_OWN = "no answer may depend on it, as requests are recognised without it; take another name"
 
 T = TypeVar("T")
 
@@ -129,6 +132,7 @@ class Cache:
             self.granted, self.candidate, self.prove = self._lookup.granted, self._lookup.candidate, self._lookup.prove
             self.wait_for_view = self._lookup.wait_for_view
             self.read_view, self.variant, self.lasts = self._lookup.read_view, self._lookup.variant, self._lookup.lasts
+            self.heed = self._lookup.heed
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
             if audit_share != 0:
                 self.audit = Audit(
@@ -323,7 +327,7 @@ class Cache:
         # within a fill the value must be as fresh as what is made of it, whose certificate says so for all its time
         view_s = policy.view_s(anonymous=True) if outer is None or outer.reads is None else 0.0
         aim = Aim(tenant, target, policy, figures=figures, view_s=view_s)
-        held = await self._lookup.hit(aim)
+        held = await self._lookup.hit(aim, sent=None if outer is None else outer.sent)
         if held is not None:
             return cast(T, self._take(held.entry, figures, began))
         look = await self._lookup.value(aim)
@@ -431,6 +435,8 @@ class Cache:
         """Note what the routes cache and have it checked. Called at start-up. Raises ``ConfigurationError``."""
         for route in routes:
             if route.policy is not None:
+                if tokens.HEADER in route.key_headers:
+                    raise ConfigurationError(f"GET {route.template} declares the header {tokens.HEADER.decode()}: {OUR_OWN}")
                 self.modules.add(route.policy.module)
                 self.tables.update(route.policy.tables)
                 for table in route.policy.tables:
@@ -453,6 +459,8 @@ class Cache:
             return None
         if isinstance(headers, str) or not all(isinstance(name, str) for name in headers):
             raise ConfigurationError(f"{type(self.resolver).__name__}.headers is {headers!r}: make it a tuple of names")
+        if tokens.HEADER.decode() in map(str.lower, headers):
+            raise ConfigurationError(f"{type(self.resolver).__name__}.headers names {tokens.HEADER.decode()}: {OUR_OWN}")
         others: set[bytes] = set()
         for route in routes:
             others |= route.key_headers
@@ -462,13 +470,13 @@ class Cache:
         self._memos.append(memo)
         return memo
 
-    async def look(self, plan: Plan, head: Head) -> Look | Bypass:
-        """Look for the answer to a request, or say why not."""
+    async def look(self, plan: Plan, head: Head, *, sent: Token | None) -> Look | Bypass:
+        """Look for the answer to a request that brings this token, or say why not."""
         if self.store is None:
             return Bypass("no-store")
         if not self.enabled or (self.switches is not None and plan.policy.module in self.switches.modules):
             return Bypass("off")
-        return await self._lookup.request(plan, head)
+        return await self._lookup.request(plan, head, sent=sent)
 
     async def enter(self, look: Look) -> Entry | Lead | None:
         """Take part in the fill that follows a miss."""
@@ -492,20 +500,23 @@ class Cache:
         if self.store is not None:
             self._await(self._invalidator.bump(tags))
 
-    def _await(self, sent: Awaitable[Outcome] | None) -> None:
+    def _await(self, sent: Awaitable[Ack] | None) -> None:
         """Have the answer of the current request wait for this; None: nothing could be sent."""
         record = current.get()
         if record is not None:
             if sent is None:
-                record.note(Outcome.PENDING)
+                record.note(Ack(Outcome.PENDING))
             else:
                 record.bumps.append(sent)
 
     async def _bump_now(self, tags: Mapping[str, list[str]]) -> bool:
         if self.store is None:
             return True
-        sent = self._invalidator.bump(tags)
-        return sent is not None and await asyncio.shield(sent) is Outcome.CONFIRMED
+        sent, record = self._invalidator.bump(tags), current.get()
+        ack = Ack(Outcome.PENDING) if sent is None else await asyncio.shield(sent)
+        if record is not None:  # whether it holds everywhere is for the caller to say
+            record.token = both(record.token, ack.token)
+        return ack.outcome is Outcome.CONFIRMED
 
     def _count_changes(self, tables: Mapping[str, Collection[str]]) -> None:
         for tenant, names in tables.items():

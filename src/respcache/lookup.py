@@ -22,6 +22,7 @@ from respcache.core.fence import Fence
 from respcache.core.generations import Certificate, Generation, Verdict
 from respcache.core.identity import Claim, Head, Scope
 from respcache.core.policy import Policy
+from respcache.core.tokens import Token, reached
 from respcache.fill.leases import Target
 from respcache.identities import Identities, Known
 from respcache.near.held import Held, Variant
@@ -114,12 +115,16 @@ class Lookup:
         self._stats = stats
         self._generation_ttl_ms = ttl_ms
 
-    async def hit(self, aim: Aim) -> Held | None:
+    async def hit(self, aim: Aim, *, sent: Token | None = None) -> Held | None:
         """Return what this process's memory answers, if that can be proven, else None. At most one round trip, for a view.
 
         For values, and for requests whose bytes are new here. The wrapper and ``turbo`` take the same steps by themselves.
+        ``sent``: the token that the request brings.
         """
-        candidate = self.candidate(aim, self._clock())
+        now = self._clock()
+        if sent is not None:
+            aim = self.heed(aim, sent, now)
+        candidate = self.candidate(aim, now)
         if candidate is None:
             return None
         held, fence, view = candidate
@@ -131,6 +136,13 @@ class Lookup:
             if self._switches.off and self._switches.closed(aim.tenant, aim.policy.module):
                 return None
         return held if self.proves(aim, held, fence, view, self._clock()) else None
+
+    def heed(self, aim: Aim, sent: Token, now: float) -> Aim:
+        """Return the aim for a request that brings this token: a strict one, unless the view that may be used has reached it."""
+        if not aim.view_s:
+            return aim
+        view = self._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s)
+        return aim if view is not None and reached(sent, view) else aim.strict()
 
     def candidate(self, aim: Aim, now: float) -> Candidate | None:
         """Return what this process holds in memory for a request that comes now, and what is needed to prove it."""
@@ -240,13 +252,16 @@ class Lookup:
         if near is not None and near.get(entry_key) is held:
             near.discard(entry_key)
 
-    async def request(self, plan: Plan, head: Head) -> Look | Bypass:
-        """Look for the answer to a request. One round trip when its scope and its tenant's generation are known."""
+    async def request(self, plan: Plan, head: Head, *, sent: Token | None = None) -> Look | Bypass:
+        """Look for the answer to a request, which brings the token ``sent``.
+
+        One round trip when its scope and its tenant's generation are known.
+        """
         try:
             if plan.claim is None:
                 plan.claim = self._identities.resolver.claim(head)
                 plan.known = self._identities.recall(plan.claim)
-            return await self._request(plan, plan.claim)
+            return await self._request(plan, plan.claim, sent)
         except Denied:
             return Bypass("denied")
         except _Fenced:
@@ -322,7 +337,7 @@ class Lookup:
             pace=route,
         )
 
-    async def _request(self, plan: Plan, claim: Claim) -> Look | Bypass:
+    async def _request(self, plan: Plan, claim: Claim, sent: Token | None) -> Look | Bypass:
         identities, policy = self._identities, plan.policy
         if not self._covered(policy):
             return Bypass("no-trigger")
@@ -344,7 +359,7 @@ class Lookup:
             tried, aim = plan.aim, self._aim(plan, known, claim)
             target = aim.target
             if aim is not tried:  # the bytes of the request are new here, its answer need not be
-                held = await self.hit(aim)
+                held = await self.hit(aim, sent=sent)
                 if held is not None and held.proven is not None:
                     return Look(aim, held.proven, held.entry.certificate, held, outdated=False)
             reading = await self._read(target.entry_key, aim.wanted)

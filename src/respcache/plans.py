@@ -9,11 +9,13 @@ worked out anew, for what a resolver knows by other means than its tables (a lis
 Only for resolvers that say which headers they look at (``Resolver.headers``).
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from respcache.core import tokens
 from respcache.core.encoding import Coding
 from respcache.core.fence import Fence
 from respcache.core.generations import Generation
@@ -82,6 +84,13 @@ class Aim:
         self.covered_by: object = None
         self.grant: Grant | None = None
 
+    def strict(self) -> "Aim":
+        """Return one like it whose hits are judged in views that are younger than the request, whatever its level."""
+        other = copy.copy(self)
+        other.view_s, other.lasts = 0.0, False
+        other.grant = None
+        return other
+
 
 class Grant:
     """A hit that was proven (``Lookup.prove``), and everything that the proof rests on, to be compared instead of proven again.
@@ -135,7 +144,7 @@ class Memo:
         self.life = 0
         """Changes when all plans are forgotten: one that was begun before is of no use after."""
         self._claimed = frozenset(claimed)
-        self.wanted = self._claimed.union(others, ALWAYS)
+        self.wanted = self._claimed.union(others, ALWAYS, (tokens.HEADER,))
         self._clock = clock
         self._plans: S3Fifo[Key, Plan] = S3Fifo(MEMO_BYTES)
         self._parts: dict[Any, Any] = {}  # one object for all equal parts of keys: paths and tokens are the same in many
@@ -152,6 +161,11 @@ class Memo:
         if seen and type(seen[0]) is not tuple:  # servers may send lists
             seen = [(name, value) for name, value in seen]
         return (scope["path"], scope["query_string"], scope.get("root_path"), *seen)
+
+    def without_token(self, key: Key) -> Key:
+        """Return the key of the same request without a token. Plans are remembered by such keys alone: a request with a token is
+        not recalled at once, and one that is need not be asked for a token."""
+        return (*key[:3], *(pair for pair in key[3:] if pair[0] != tokens.HEADER))
 
     def narrowed(self, scope: Mapping[str, Any], path: Mapping[str, str]) -> Head:
         """Return of a request what a resolver may look at: a header that it did not name is not there, instead of being missed

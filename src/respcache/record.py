@@ -10,8 +10,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from respcache.core.fence import Outcome
+from respcache.core.fence import Ack, Outcome
 from respcache.core.identity import Scope
+from respcache.core.tokens import Token, both
 
 _ticks = itertools.count(1)
 _BY_SEVERITY = tuple(Outcome)
@@ -34,14 +35,19 @@ class Reads:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """One request, from the moment the wrapper took it. ``open`` holds transactions with uncommitted changes."""
+    """One request, from the moment the wrapper took it. ``open`` holds transactions with uncommitted changes.
+
+    ``sent`` is the token that it brought, ``token`` the one for its answer: None where it has bumped nothing.
+    """
 
     scope: Scope | None = None
+    sent: Token | None = None
+    token: Token | None = None
     reads: Reads | None = None
     wrote: bool = False
     open: set[Any] = field(default_factory=set)
     sessions: list[Any] = field(default_factory=list)
-    bumps: list[Awaitable[Outcome]] = field(default_factory=list)
+    bumps: list[Awaitable[Ack]] = field(default_factory=list)
     outcome: Outcome = Outcome.CONFIRMED
 
     def nested(self) -> "Record":
@@ -53,20 +59,22 @@ class Record:
     def absorb(self, inner: "Record") -> None:
         """Take over what a nested fill did: what it read and wrote, this request read and wrote."""
         self.wrote |= inner.wrote
+        self.note(Ack(inner.outcome, inner.token))
         if self.reads is not None and inner.reads is not None:
             self.reads.tables |= inner.reads.tables
             self.reads.undeclared_sql |= inner.reads.undeclared_sql
             self.reads.old_snapshot |= inner.reads.old_snapshot
 
     async def settle(self) -> None:
-        """Wait until every write of this request so far may be acknowledged; remember what became of its invalidation."""
+        """Wait until every write of this request so far may be acknowledged; remember what its answer has to say."""
         while self.bumps:
             self.note(await self.bumps.pop(0))
 
-    def note(self, outcome: Outcome) -> None:
-        """Remember the worst of what became of this request's invalidations."""
-        if _BY_SEVERITY.index(outcome) > _BY_SEVERITY.index(self.outcome):
-            self.outcome = outcome
+    def note(self, ack: Ack) -> None:
+        """Remember the worst of what became of this request's invalidations, and one token for all of them."""
+        if _BY_SEVERITY.index(ack.outcome) > _BY_SEVERITY.index(self.outcome):
+            self.outcome = ack.outcome
+        self.token = both(self.token, ack.token)
 
 
 current: ContextVar[Record | None] = ContextVar("respcache_record", default=None)

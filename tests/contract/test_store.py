@@ -7,9 +7,9 @@ import pytest
 
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreUnavailable
-from respcache.core.generations import FLOOR, RING_ROWS, Certificate, Generation, Verdict
+from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Certificate, Generation, Verdict
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
-from respcache.stores.base import Lease, Store
+from respcache.stores.base import Bumped, Lease, Store
 
 pytestmark = pytest.mark.anyio
 
@@ -213,6 +213,30 @@ async def test_rows_are_remembered_in_a_ring_and_forgotten_by_the_oldest_first(s
     assert (await view(store, generation=OTHER_GEN)).sequence == 1
 
 
+async def test_a_bump_tells_what_the_generation_has_reached(subject) -> None:
+    """The sequence of this bump under this nonce; with rows that were applied before, one that is no lower than theirs."""
+    store, row = subject.store, "a" * 16
+    await opened(store, N1)
+    server = (await view(store)).server
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(server, Certificate(N1, 1))
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row]) == Bumped(server, Certificate(N1, 2))
+    await bump(store, "T:leads")
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row]) == Bumped(server, Certificate(N1, 3))
+    many = [f"T:t{number}" for number in range(MAX_FIELDS)]
+    assert await store.bump(GEN, tags=many, ttl_ms=HOUR_MS) == Bumped(server, Certificate(N1, 4))
+    assert (await view(store)).certificate() == Certificate(N1, 4)
+
+
+async def test_a_bump_of_no_generation_has_reached_nothing(subject) -> None:
+    """There is none, or it was deleted: its life is over, and views of it know nothing of the bump."""
+    store = subject.store
+    server = (await view(store)).server
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(server)
+    await opened(store)
+    subject.lose_field(GEN, "s")
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(server)
+
+
 # -- epochs ----------------------------------------------------------------------------------------------------------------
 
 E1, E2 = "1" * 16, "2" * 16
@@ -268,7 +292,7 @@ async def test_another_epoch_is_another_server_life(store: Store) -> None:
     assert found.judge(before, []) is Verdict.OTHER_SERVER
     within = await opened(store, N2)
     assert (await view(store)).judge(within, []) is Verdict.VALID
-    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == found.server
+    assert (await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS)).server == found.server
     store.adopt(E2)
     assert (await view(store)).judge(within, []) is Verdict.OTHER_SERVER
     await bump(store, "T:accounts")

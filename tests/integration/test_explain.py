@@ -243,15 +243,20 @@ async def test_what_is_said_of_a_hit(world: World, valkey_url: str) -> None:
 
 
 async def test_a_bounded_hit_is_judged_by_what_this_process_last_knew(world: World, valkey_url: str) -> None:
-    """A write that it has not heard of does not count yet."""
+    """A write that it has not heard of does not count yet, but for who brings its token."""
     await world.served("/bounded")
     await world.stop_rounds()
     with redis.Redis.from_url(valkey_url) as client:
         sequence = client.hincrby(generation_key("acme"), "s", 1)
         client.hset(generation_key("acme"), "T:things", sequence)
+        nonce = client.hget(generation_key("acme"), "n").decode()
     said = await world.agree("hit", "memory", "/bounded")
     assert said.entry is not None
     assert (said.entry.verdict, said.entry.bumped) == ("invalidated", ("T:things",))
+    said = await world.agree("hit", "memory", "/bounded", **{"x-cache-token": f"{nonce}.{sequence - 1}"})
+    assert said.memory is not None
+    assert (said.memory.plan, "header x-cache-token: demands the writes that it names" in said.left_out) == (True, True)
+    await world.agree("miss", "invalidated", "/bounded", **{"x-cache-token": f"{nonce}.{sequence}"})
     await world.agree("miss", "absent", "/things")
 
 

@@ -23,6 +23,7 @@ from respcache import Cache, RedisStore, SingleTenant, cache_list
 from respcache.core.errors import OutboxError, StoreUnavailable
 from respcache.core.fence import DRIFT, MAX_ROWS, MAX_TENANTS
 from respcache.core.keys import EPOCH_KEY, generation_key
+from respcache.stores.base import Bumped
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.rounds import Rounds, boottime
@@ -229,6 +230,23 @@ async def test_a_writer_bumps_the_rows_that_its_transaction_left(one: Process) -
     assert one.rounds.alive, "the fence ended before the test did"
     assert await one.names() == ["new", "new"]
     assert one.cache.figures.of(TENANT, "things").invalidations == 1
+
+
+async def test_the_answer_of_a_write_names_what_its_bump_has_reached(one: Process, valkey_url: str) -> None:
+    """Of one tenant, by the writer itself; where that is not known, a view must be read first; of no rows, nothing."""
+
+    async def token(sql: str, **options: bool) -> str | None:
+        answer = await one.http.post("/run", params={"sql": sql, **options})
+        assert answer.status_code == 200
+        return answer.headers.get("x-cache-token")
+
+    mine = f"{RENAME} WHERE tenant_id = '{TENANT}'"
+    for _ in range(2):
+        given = await token(mine)
+        with redis.Redis.from_url(valkey_url, decode_responses=True) as client:
+            assert given == ".".join(client.hmget(generation_key(TENANT), "n", "s"))
+    assert await token(RENAME) == await token(mine, autocommit=True) == "validate"
+    assert await token(f"{mine} AND id = 0") is None
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
@@ -1232,8 +1250,8 @@ async def test_an_invalidation_by_hand_without_rows_is_confirmed_by_the_server_o
     async def away(*given: Any, **options: Any) -> Any:
         raise OutboxError("away")
 
-    async def elsewhere(*given: Any, **options: Any) -> str:
-        return "another server"
+    async def elsewhere(*given: Any, **options: Any) -> Bumped:
+        return Bumped("another server")
 
     bump = one.store.bump
     one.outbox.note = away  # type: ignore[method-assign]

@@ -230,8 +230,9 @@ async def test_pipelined_answers_keep_their_order(valkey_url: str) -> None:
         get(**{"Connection": "close"}),
         get().replace(b"HTTP/1.1", b"HTTP/1.0"),
         get(**{"Connection": "upgrade", "Upgrade": "h2c"}),
+        get(**{"X-Cache-Token": "0123456789abcdef.7"}),
     ],
-    ids=["head", "body", "chunked", "close", "1.0", "upgrade"],
+    ids=["head", "body", "chunked", "close", "1.0", "upgrade", "token"],
 )
 async def test_what_is_no_plain_get_takes_the_usual_way(valkey_url: str, request_: bytes) -> None:
     """And is answered, from the cache too."""

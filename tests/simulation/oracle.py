@@ -2,7 +2,8 @@
 
 * I1, freshness: a read that begins after a write was acknowledged returns it, or something later.
 * I3, bound: a read that begins at t returns everything that was committed a lease before t, whoever acknowledged it.
-* at level ``bounded``: both, for what was acknowledged or committed the bound earlier than that; and everything that the
+* I4, own writes: a read that brings the token of its client's last write returns whatever that client has written.
+* at level ``bounded``: I1 and I3, for what was acknowledged or committed the bound earlier than that; and everything that the
   same process has acknowledged.
 * no invention: what is returned was committed before the read ended, in that register. What the database has lost counts as
   what survived of the register at that moment, and is not returned any more a lease later.
@@ -39,6 +40,7 @@ class Demand:
     began: float
     acknowledged: Mapping[Register, int]
     overdue: Mapping[Register, int]
+    own: Mapping[Register, int]
     slack_s: float = 0.0
 
 
@@ -100,15 +102,19 @@ class Oracle:
                     self._positions[register][stamp] = survived
         self._losses.append((_now(), {register: len(stamps) - 1 for register, stamps in self._stamps.items()}))
 
-    def demand(self, registers: Sequence[Register], *, by: str = "", slack_s: float = 0.0) -> Demand:
-        """Say what a read that begins now in this process must return at least; others' writes may be missed for the slack."""
+    def demand(
+        self, registers: Sequence[Register], *, by: str = "", own: Mapping[Register, int] | None = None, slack_s: float = 0.0
+    ) -> Demand:
+        """Say what a read that begins now in this process must return at least; others' writes may be missed for the slack, but
+        not the stamps of its ``own``."""
         now = _now()
         overdue = {one: bisect_right(self._times[one], now - self.bound_s - slack_s) - 1 for one in registers}
         acknowledged = {
             one: max(position for when, who, position in self._acknowledged[one] if when <= now - slack_s or who == by)
             for one in registers
         }
-        return Demand(now, acknowledged, overdue, slack_s)
+        mine = {one: self._positions[one][stamp] for one, stamp in (own or {}).items() if one in acknowledged}
+        return Demand(now, acknowledged, overdue, mine, slack_s)
 
     def judge(self, demand: Demand, found: Mapping[Register, int]) -> Violation | None:
         """Judge what a read that ends now returned."""
@@ -124,6 +130,9 @@ class Oracle:
             if position < (least := min([demand.acknowledged[register], *survived])):
                 due = self._stamps[register][least]
                 return self._accuse("I1", f"{register} = {stamp}, and {due} was acknowledged before", register)
+            if position < (least := min([demand.own.get(register, 0), *survived])):
+                due = self._stamps[register][least]
+                return self._accuse("I4", f"{register} = {stamp}, and the client has written {due} before", register)
             if position < (least := min([demand.overdue[register], *survived])):
                 due, since = self._stamps[register][least], self._times[register][least]
                 return self._accuse("I3", f"{register} = {stamp}, and {due} was committed at {since:.4f}", register)

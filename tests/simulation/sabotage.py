@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import respcache.core.fence
+import respcache.lookup
+import respcache.writes.invalidator
 import respcache.writes.rounds
 from respcache.asgi import Wrapper
 from respcache.cache import Cache
@@ -18,9 +20,10 @@ from respcache.core import entry as entries
 from respcache.core.entry import Entry
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
-from respcache.core.fence import Due, Fence, Outcome, Page, Step, by_tenant, next_step
+from respcache.core.fence import Ack, Due, Fence, Outcome, Page, Step, by_tenant, next_step
 from respcache.core.generations import FLOOR, Generation, Verdict
 from respcache.core.keys import EVERYBODY
+from respcache.core.tokens import Token
 from respcache.fill.filler import Filler, Lead
 from respcache.fill.flights import Flight, Flights
 from respcache.fill.leases import Leases, Target
@@ -29,7 +32,7 @@ from respcache.near.held import Held
 from respcache.near.views import Group, Views
 from respcache.plans import Aim, Grant, Plan
 from respcache.record import Record, current
-from respcache.stores.base import Reading
+from respcache.stores.base import Bumped, Reading
 from respcache.stores.memory import MemoryServer
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Rounds, Rows
@@ -88,12 +91,12 @@ async def _open_with_the_same_nonce(lookup: Lookup, tenant: str) -> None:
 
 def _compact_without_floor(
     memory: MemoryServer, generation: str, *, tags: Any, ttl_ms: int, rows: Any, prefix: str, original: Any = MemoryServer.bump
-) -> str:
-    server: str = original(memory, generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix)
+) -> Bumped:
+    bumped: Bumped = original(memory, generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix)
     value, expires = memory.values.get(generation, (None, 0.0))
     if value is not None and set(value) == {"n", "r", "s", FLOOR}:
         memory.values[generation] = ({name: value[name] for name in ("n", "r", "s")}, expires)
-    return server
+    return bumped
 
 
 def _judge_without_digest(lookup: Lookup, aim: Aim, reading: Reading, original: Any = Lookup._judge) -> Look:
@@ -172,7 +175,7 @@ class _Content:
 # -- committing and acknowledging --------------------------------------------------------------------------------------
 
 
-async def _tell_before_commit(schedule: Schedule, process: Process, commit: Commit, rows: Rows) -> Outcome | None:
+async def _tell_before_commit(schedule: Schedule, process: Process, commit: Commit, rows: Rows) -> Record | None:
     record = Record()
     current.set(record)
     schedule.tell(process, rows)
@@ -181,17 +184,17 @@ async def _tell_before_commit(schedule: Schedule, process: Process, commit: Comm
     except DatabaseGone:
         return None
     await record.settle()
-    return record.outcome
+    return record
 
 
 async def _bump_and_do_not_look_at_the_fence(
     invalidator: Invalidator, rounds: Rounds, rows: Rows | None, since: float, original: Any = Invalidator._apply
-) -> Outcome:
+) -> Ack:
     known = rows is not None and not any(tenant == EVERYBODY for tenant, _, _ in rows)
-    if known and None not in (await invalidator._servers(by_tenant(rows or ()))).values():
-        return Outcome.CONFIRMED
-    outcome: Outcome = await original(invalidator, rounds, rows, since)
-    return outcome
+    if known and None not in (await invalidator._bump_all(by_tenant(rows or ()))).values():
+        return Ack(Outcome.CONFIRMED)
+    ack: Ack = await original(invalidator, rounds, rows, since)
+    return ack
 
 
 async def _wait_for_nothing(rounds: Rounds, since: float) -> Outcome:
@@ -239,6 +242,19 @@ def _drop_the_view_only(group: Group) -> None:
 
 def _look_at_no_bound(views: Views, generation: str, tags: Any, *, since: float, original: Any = Views.recent) -> Any:
     return original(views, generation, tags, since=0.0)
+
+
+def _heed_no_token(lookup: Lookup, aim: Aim, sent: Token, now: float) -> Aim:
+    return aim
+
+
+def _reached_by_any_life(token: Token, view: Generation) -> bool:
+    return bool(token) and all(view.sequence >= mark.sequence for mark in token)
+
+
+def _token_of_what_exists(bumped: Mapping[str, Bumped | None], original: Any = respcache.writes.invalidator._token) -> Token:
+    found: Token = original({tenant: one for tenant, one in bumped.items() if one is not None and one.reached is not None})
+    return found
 
 
 def _prove_by_the_fence_alone(lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float) -> bool:
@@ -384,7 +400,23 @@ OUTSIDERS = {"outsider": 3, "dies": 2, "acknowledged": 1}
 SPLIT = ("promotion", "another address", "another address", "cut from the store")
 
 IN_MEMORY = _mix(near_bytes=(1 << 20,), bounded=0.0, calm=(0.3,))
-BOUNDED = _mix(near_bytes=(1 << 20,), bounded=1.0, calm=(0.3,), trouble=(0.0, 0.1))
+BOUNDED = _mix(near_bytes=(1 << 20,), bounded=1.0, tokens=0.0, calm=(0.3,), trouble=(0.0, 0.1))
+TOKENS = replace(BOUNDED, tokens=1.0)
+TOKENS_OF_LOST_GENERATIONS = _mix(
+    "evict",
+    writers={"acknowledged": 1},
+    near_bytes=(1 << 20,),
+    bounded=0.5,
+    tokens=1.0,
+    processes=(3,),
+    leases=(3, 5),
+    least_faults=4,
+    most_faults=8,
+    small_limits=0.0,
+    deferred=0.0,
+    trouble=(0.0,),
+)
+"""Strict reads make generations anew while others still have views of their former lives."""
 BACK_AND_FORTH = _mix(
     "promotion",
     "another address",
@@ -451,6 +483,13 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "a proof outlives its view": Sabotage([(Lookup, "granted", _take_any_grant)], BOUNDED),
     "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
     "a proof needs no view of the request's own": Sabotage([(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY),
+    "a token is not looked at": Sabotage([(Lookup, "heed", _heed_no_token)], TOKENS),
+    "the life that a token names is not looked at": Sabotage(
+        [(respcache.lookup, "reached", _reached_by_any_life)], TOKENS_OF_LOST_GENERATIONS
+    ),
+    "a bump of no generation leaves the token as it was": Sabotage(
+        [(respcache.writes.invalidator, "_token", _token_of_what_exists)], TOKENS_OF_LOST_GENERATIONS
+    ),
     "no fence": Sabotage([(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]),
     "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
     "until is never recorded": Sabotage(

@@ -24,7 +24,8 @@ import respcache.stores.memory
 import respcache.writes.rounds
 import tests.simulation.database
 from respcache.cache import Cache
-from respcache.core.fence import DRIFT, Outcome
+from respcache.core import tokens
+from respcache.core.fence import DRIFT
 from respcache.core.identity import Claim, Head, Scope, SingleTenant
 from respcache.core.policy import Level, Policy
 from respcache.record import Record, current
@@ -103,6 +104,8 @@ class Mix:
     """What a process may keep in memory: nothing, a few values, all."""
     bounded: float = 0.25
     """The share of reads that are of level ``bounded``."""
+    tokens: float = 0.5
+    """The share of these that bring the token of a client who has written."""
 
 
 @dataclass(slots=True)
@@ -153,6 +156,15 @@ async def _answer(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+@dataclass(slots=True, eq=False)
+class Session:
+    """A client that writes one thing after the other, in whatever process: its last token, and what it has been told is done."""
+
+    token: bytes | None = None
+    writes: dict[Register, int] = field(default_factory=dict)
+    busy: bool = False
+
+
 class Process:
     """One process of the application."""
 
@@ -181,7 +193,9 @@ class Process:
             )
         self._wrapped = self.cache.wrap(_answer, _routes(schedule.bound_s))
 
-    async def request(self, tenant: str, query: str, make: Callable[[], Awaitable[Any]], level: Level) -> Any:
+    async def request(
+        self, tenant: str, query: str, make: Callable[[], Awaitable[Any]], level: Level, token: bytes | None
+    ) -> Any:
         """Send a request as a server would, whose handler calls ``make``; return what was answered."""
         self._wrapped.prepare()
         body = b""
@@ -194,7 +208,8 @@ class Process:
             return {"type": "http.request"}
 
         scope = {"type": "http", "method": "GET", "path": f"/{query}/{level}", "query_string": b"", "make": make}
-        await self._wrapped({**scope, "headers": [(b"x-tenant", tenant.encode())]}, receive, send)
+        brought = [] if token is None else [(tokens.HEADER, token)]
+        await self._wrapped({**scope, "headers": [(b"x-tenant", tenant.encode()), *brought]}, receive, send)
         return msgspec.msgpack.decode(body)
 
     @property
@@ -225,6 +240,8 @@ class Schedule:
         self.outsider = Host("outsider")
         self.servers = [Server(self.world, "s0")]
         self.processes: list[Process] = []
+        self.sessions = [Session(), Session()]
+        self.choices = random.Random(f"sessions {seed}")
         self.over = asyncio.Event()
         self.moves_next = False
         self.freezes_next = False
@@ -284,10 +301,12 @@ class Schedule:
     async def _read(self, process: Process, tenant: str, query: str) -> None:
         tables = QUERIES[query]
         registers = [(tenant, table) for table in tables]
-        level, slack_s = Level.STRICT, 0.0
+        level, slack_s, session = Level.STRICT, 0.0, Session()
         if self.rng.random() < self.mix.bounded:
             level, slack_s = Level.BOUNDED, self.bound_s * DRIFT
-        demand = self.oracle.demand(registers, by=process.host.name, slack_s=slack_s)
+            if self.choices.random() < self.mix.tokens:
+                session = self.choices.choice(self.sessions)
+        demand = self.oracle.demand(registers, by=process.host.name, own=session.writes, slack_s=slack_s)
         how = "is served"
 
         async def make() -> dict[str, Any]:
@@ -301,9 +320,10 @@ class Schedule:
             return {"tenant": tenant, "query": query, "values": values}
 
         self.world.counts["reads"] += 1
+        request = current.set(None if session.token is None else Record(sent=tokens.decode(session.token)))
         try:
             if self.rng.random() < 0.5:
-                value = await process.request(tenant, query, make, level)
+                value = await process.request(tenant, query, make, level, session.token)
             else:
                 value = await process.cache.get_or_set(
                     tenant, MODULE, {"query": query}, make, tables=tables, level=level, bound_s=self.bound_s
@@ -311,8 +331,11 @@ class Schedule:
         except DatabaseGone:
             self.world.counts["reads failed"] += 1
             return
-        self.world.counts[f"{level} {how}"] += 1
-        self.world.note(process.host.name, how, tenant, query, value["values"], f"began {demand.began:.4f}", level)
+        finally:
+            current.reset(request)
+        brought = "" if session.token is None else session.token.decode()
+        self.world.counts[f"{level} {how}{' by token' if brought else ''}"] += 1
+        self.world.note(process.host.name, how, tenant, query, value["values"], f"began {demand.began:.4f}", level, brought)
         if (value["tenant"], value["query"]) != (tenant, query):
             self._violated(self.oracle.accuse_isolation((tenant, query), value))
             return
@@ -381,15 +404,19 @@ class Schedule:
             await self._die_in(transaction, commit)
             return
         self.world.counts["writes"] += 1
-        outcome = await self.commit_and_tell(process, commit, self.whole(process, rows))
-        if outcome is None:
+        session = self._begin_session()
+        told = await self.commit_and_tell(process, commit, self.whole(process, rows))
+        session.busy = False
+        if told is None:
             self.world.counts["commits unknown"] += 1
             transaction.abandon()
             return
-        self.world.counts[f"acknowledged: {outcome}"] += 1
+        self.world.counts[f"acknowledged: {told.outcome}"] += 1
         if self.database.deferred:
             known = dict(transaction.writes)
-        self.world.note(process.host.name, "ACKNOWLEDGES", known, outcome)
+        session.token = session.token if told.token is None else tokens.encode(told.token)
+        session.writes.update(known)
+        self.world.note(process.host.name, "ACKNOWLEDGES", known, told.outcome, session.token)
         for register, stamp in known.items():
             self.oracle.acknowledge(register, stamp, by=process.host.name)
         if self.moves_next:
@@ -397,8 +424,15 @@ class Schedule:
         self._probe(transaction)
         self._probe_later(transaction)
 
-    async def commit_and_tell(self, process: Process, commit: Commit, rows: Rows) -> Outcome | None:
-        """Do what the database hooks do. Returns the outcome, or None when COMMIT raised: then nothing is acknowledged."""
+    def _begin_session(self) -> Session:
+        """Choose the client who writes now: one that waits for no answer, or one that is never heard of again."""
+        free = [session for session in self.sessions if not session.busy]
+        session = self.choices.choice(free) if free else Session()
+        session.busy = True
+        return session
+
+    async def commit_and_tell(self, process: Process, commit: Commit, rows: Rows) -> Record | None:
+        """Do what the database hooks do. Returns what the answer says, or None when COMMIT raised: nothing is acknowledged."""
         record = Record()
         token = current.set(record)
         try:
@@ -410,7 +444,7 @@ class Schedule:
                 return None
             self.tell(process, rows)
             await record.settle()
-            return record.outcome
+            return record
         finally:
             current.reset(token)
 

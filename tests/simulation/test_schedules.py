@@ -21,7 +21,17 @@ LEAST_SCHEDULES = 200
 """How many run in any case: what must have happened has happened in these."""
 
 HAPPENED = (
-    *("reads", "hits", "misses", "stores", "joined fills", "bypass: fence", "bypass: store", "bypass: no-trigger"),
+    *(
+        "reads",
+        "hits",
+        "misses",
+        "stores",
+        "joined fills",
+        "bounded is served by token",
+        "bypass: fence",
+        "bypass: store",
+        "bypass: no-trigger",
+    ),
     *("writes", "writes of others", "writers died", "commits unknown", "commits lost", "invalidations by hand"),
     *("acknowledged: confirmed", "acknowledged: pending; safe", "acknowledgements delayed", "rounds", "rounds failed", "epochs"),
     *("rows pruned", "message lost", "message late", "store timeout", *(f"fault: {kind}" for kind in FAULTS)),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from respcache.core.epochs import Epoch
 from respcache.core.errors import StoreError, StoreUnavailable
 from respcache.core.generations import Generation
-from respcache.stores.base import Lease, Reading, ServerInfo
+from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
 from respcache.stores.memory import MemoryServer
 from tests.simulation.loop import Host, VirtualLoop
 
@@ -259,11 +259,11 @@ class Client:
         self._compare(found.server.removeprefix(prefix), connection)
         return found
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
         """See ``Store.bump``."""
         prefix, connection = self._prefix, self._connected()
         self._heard(generation)
-        server = await self._ask(
+        bumped = await self._ask(
             connection,
             "bump",
             lambda memory: memory.bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix),
@@ -271,9 +271,9 @@ class Client:
             tags,
             rows,
         )
-        self._compare(server.removeprefix(prefix), connection)
+        self._compare(bumped.server.removeprefix(prefix), connection)
         self._heard(generation)
-        return server
+        return bumped
 
     async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""

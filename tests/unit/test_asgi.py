@@ -37,6 +37,7 @@ from respcache import (
 )
 from respcache.core.errors import StoreReplyError
 from respcache.core.keys import generation_key
+from respcache.stores.base import Bumped
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
@@ -641,7 +642,7 @@ async def test_a_tenant_whose_invalidation_is_refused_holds_up_no_other() -> Non
     """Each is retried by itself."""
 
     class Refusing(MemoryStore):
-        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
             if generation == generation_key("refused"):
                 raise StoreReplyError("WRONGTYPE")
             return await super().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows)

@@ -7,6 +7,7 @@ import pytest
 
 from respcache.core.errors import StoreUnavailable
 from respcache.core.fence import Due
+from respcache.stores.base import Bumped
 from respcache.writes.bumps import AT_ONCE, Bumps
 
 pytestmark = pytest.mark.anyio
@@ -18,14 +19,14 @@ class Slow:
     def __init__(self) -> None:
         self.now = self.most = 0
 
-    async def bump(self, generation: str, **options: Any) -> str:
+    async def bump(self, generation: str, **options: Any) -> Bumped:
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0)
         self.now -= 1
         if ":t7:" in generation:
             raise StoreUnavailable("away")
-        return "server"
+        return Bumped("server")
 
 
 async def test_thousands_are_sent_in_portions_and_each_is_told_what_became_of_it() -> None:
@@ -35,5 +36,5 @@ async def test_thousands_are_sent_in_portions_and_each_is_told_what_became_of_it
     found = await Bumps(store, generation_ttl_ms=1).send(due)  # type: ignore[arg-type]
     assert list(found) == list(due)
     assert isinstance(found.pop("t7"), StoreUnavailable)
-    assert set(found.values()) == {"server"}
+    assert set(found.values()) == {Bumped("server")}
     assert store.most == AT_ONCE

@@ -52,6 +52,7 @@ from enum import StrEnum
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.generations import RING_ROWS, collapse
 from respcache.core.keys import EVERYBODY
+from respcache.core.tokens import Token
 
 LEASE_S = 2.0
 """L: a process serves for at most this long after the moment that its last round vouches for. Also how old a read may be of
@@ -90,6 +91,15 @@ class Outcome(StrEnum):
     """Not applied yet, but nothing is served from the cache before it is."""
     PENDING = "pending"
     """Without an outbox: other processes may serve old data until it is applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What the answer of a committed write may say: what became of its invalidation, and what its client must see from now on
+    (``core/tokens.py``; None: nothing was bumped)."""
+
+    outcome: Outcome
+    token: Token | None = ()
 
 
 @dataclass(frozen=True, slots=True)

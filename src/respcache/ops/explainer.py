@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from respcache.core import encoding, keys
+from respcache.core import encoding, keys, tokens
 from respcache.core import entry as entries
 from respcache.core.encoding import Coding
 from respcache.core.errors import Denied, NotFound, OperationError, StoreError
@@ -73,6 +73,7 @@ class _Case:
         self._cache = cache
         self._wrapper = wrapper
         self._scope = scope
+        self._sent = tokens.sent(scope["headers"])
         self._access = access
         self._readings: dict[tuple[str, ...], Reading] = {}
 
@@ -84,7 +85,7 @@ class _Case:
         self._note_fence()
         form = canonical(Head(self._scope, path), path, declared=route.parameters, passed=route.passed)
         self.facts["parameters"], self.facts["left_out"] = key_parts(form.parameters), self._left_out(route, form)
-        plan = memo.peek(memo.key(self._scope), cache.clock()) if memo is not None and cache.enabled else None
+        plan = memo.peek(memo.without_token(memo.key(self._scope)), cache.clock()) if memo is not None and cache.enabled else None
         self.facts["memory"] = MemoryFacts(plan=plan is not None)
         if plan is not None and plan.aim is not None:
             self._check(plan.aim.tenant)
@@ -186,6 +187,8 @@ class _Case:
     async def _in_memory(self, aim: Aim) -> Held | None:
         """The short way: ``Lookup.candidate`` and ``proves``, which leave everything as it is."""
         lookup, rounds, now = self._cache._lookup, self._cache.rounds, self._cache.clock()
+        if self._sent is not None:
+            aim = lookup.heed(aim, self._sent, now)
         held = None if self._cache.near is None else self._cache.near.peek(aim.target.entry_key)
         if held is None or not aim.tags or lookup._left_alone(aim) or now >= held.expires_at:
             return None
@@ -339,11 +342,12 @@ class _Case:
             name = header.decode("latin-1")
             if header in route.key_headers:
                 continue
-            said = "says who asks" if name in claimed else "chooses the form only" if header in ALWAYS else "not declared"
+            said = "says who asks" if name in claimed else _HEADERS.get(header, "not declared")
             found.append(f"header {name}: {said}")
         return list(dict.fromkeys(found))
 
 
+_HEADERS = {**dict.fromkeys(ALWAYS, "chooses the form only"), tokens.HEADER: "demands the writes that it names"}
 _PROVEN = {
     Level.STRICT: "nothing that it depends on was written",
     Level.BOUNDED: "nothing that it depends on was written within what the route's bound lets this process know",

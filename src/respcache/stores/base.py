@@ -33,6 +33,15 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Bumped:
+    """What a bump came to: the server life (as in ``Generation.server``) that confirmed it, and what the generation has reached
+    with it, None where there is none (any more)."""
+
+    server: str
+    reached: Certificate | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server says of itself, as text: ``INFO stats`` and ``INFO memory``."""
 
@@ -78,11 +87,11 @@ class Store(Protocol):
         A generation of another server life is replaced. Renews the time to live. One round trip, atomic on one key."""
         ...
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
         """Advance the sequence and stamp it on every tag. Returning means confirmed: applied, or there was no generation
         (nothing depends on it), or one of another server life or epoch, which is deleted. ``rows`` are ids of outbox rows
-        (16 characters each): a bump whose rows were all applied to this generation before does nothing. Returns the server
-        life (as in ``Generation.server``) that confirmed it. One round trip, atomic on one key."""
+        (16 characters each): a bump whose rows were all applied to this generation before does nothing. A view that has reached
+        what is returned holds it. One round trip, atomic on one key."""
         ...
 
     async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:

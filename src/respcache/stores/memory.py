@@ -15,9 +15,9 @@ from typing import Any
 
 from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreError, StoreUnavailable
-from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Generation, read_generation
+from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
-from respcache.stores.base import Lease, Reading, ServerInfo
+from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
 
 MAX_KEYS = 10_000
 
@@ -58,16 +58,16 @@ class MemoryServer:
         self._set(generation, fields, ttl_ms)
         return self.view(generation, (), server=server)
 
-    def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str], prefix: str) -> str:
+    def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str], prefix: str) -> Bumped:
         """See ``Store.bump``."""
         server = prefix + self.identity
         fields = self._get(generation)
         if fields is None:
-            return server
+            return Bumped(server)
         if not _usable(fields, server):
             del self.values[generation]
             self.tell(generation)
-            return server
+            return Bumped(server)
         ring = fields.get("x", b"").decode().split()
         new = [row for row in rows if row not in ring]
         if new or not rows:
@@ -79,7 +79,7 @@ class MemoryServer:
                 fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
         self._set(generation, fields, ttl_ms)
         self.tell(generation)
-        return server
+        return Bumped(server, Certificate(fields["n"], int(fields["s"])))
 
     def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""
@@ -210,7 +210,7 @@ class MemoryStore:
         """See ``Store.open``."""
         return self._reach().open(generation, nonce=nonce, ttl_ms=ttl_ms, prefix=self._prefix)
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
         """See ``Store.bump``."""
         return self._reach().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=self._prefix)
 

@@ -20,7 +20,7 @@ from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, SWITCHES_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text, fields_of
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
-from respcache.stores.base import Lease, Reading, ServerInfo
+from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
 
 MAX_SEEN = 10_000
 """Generations whose last view is kept, to recognise it."""
@@ -115,16 +115,16 @@ class RedisStore:
         self._compare(as_text(identity), learnt)
         return Generation(prefix + learnt, found, prefix + as_text(identity), int(sequence))
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
         """See ``Store.bump``."""
         prefix = self._prefix
         self._heard(generation)  # what is read from now on is read after it; and again when it had to be sent twice
-        identity, learnt = await self._run(
+        (identity, *reached), learnt = await self._run(
             self._bump, generation, prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), BUMPS_CHANNEL, *rows, *tags
         )
         self._heard(generation)
         self._compare(as_text(identity), learnt)
-        return prefix + as_text(identity)
+        return Bumped(prefix + as_text(identity), Certificate(reached[0], int(reached[1])) if reached else None)
 
     async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``: INFO and GET, or one script."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from respcache.core.errors import StoreError
 from respcache.core.fence import Due
 from respcache.core.keys import generation_key
-from respcache.stores.base import Store
+from respcache.stores.base import Bumped, Store
 
 AT_ONCE = 50
 """Bumps that are under way at the same time: about 5 ms of work for this process."""
@@ -23,16 +23,16 @@ class Bumps:
         self._store = store
         self._ttl_ms = generation_ttl_ms
 
-    async def send(self, due: Mapping[str, Due]) -> dict[str, str | StoreError]:
-        """Bump what is due; tell for each tenant which server life has confirmed it, or what went wrong."""
-        found: dict[str, str | StoreError] = {}
+    async def send(self, due: Mapping[str, Due]) -> dict[str, Bumped | StoreError]:
+        """Bump what is due; tell for each tenant what it came to, or what went wrong."""
+        found: dict[str, Bumped | StoreError] = {}
         tenants = list(due)
         for start in range(0, len(tenants), AT_ONCE):
             portion = tenants[start : start + AT_ONCE]
             found.update(zip(portion, await asyncio.gather(*(self._one(tenant, due[tenant]) for tenant in portion)), strict=True))
         return found
 
-    async def _one(self, tenant: str, due: Due) -> str | StoreError:
+    async def _one(self, tenant: str, due: Due) -> Bumped | StoreError:
         try:
             return await self._store.bump(generation_key(tenant), tags=due.tags, ttl_ms=self._ttl_ms, rows=due.rows)
         except StoreError as error:

@@ -20,11 +20,12 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from respcache.core.errors import InvalidationPending, OutboxError, StoreError
-from respcache.core.fence import Due, Outcome, by_tenant, too_many
+from respcache.core.fence import Ack, Due, Outcome, by_tenant, too_many
 from respcache.core.generations import FLOOR, collapse
 from respcache.core.keys import EVERYBODY
+from respcache.core.tokens import Token, both
 from respcache.ops.stats import Stats
-from respcache.stores.base import Store
+from respcache.stores.base import Bumped, Store
 from respcache.writes.bumps import Bumps
 from respcache.writes.rounds import Rounds, Rows
 
@@ -46,7 +47,7 @@ class Invalidator:
         self._stats = stats
         self._rounds = rounds
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: set[asyncio.Future[Outcome]] = set()
+        self._tasks: set[asyncio.Future[Ack]] = set()
         self._lock = threading.Lock()
         self._in_flight = 0
         self._pending: dict[str, int] = {}  # tenant -> how often it failed; bounded by the tenants that wrote in an outage
@@ -75,7 +76,7 @@ class Invalidator:
         if self._pending:
             self._retry()
 
-    def bump(self, changes: Changes) -> Awaitable[Outcome] | None:
+    def bump(self, changes: Changes) -> Awaitable[Ack] | None:
         """Begin to bump, from any thread; await in the cache's loop what becomes of it. One round trip, all tenants at once.
 
         With an outbox, rows are left there first. None without a running cache: the tenants then stay vetoed until there is
@@ -92,7 +93,7 @@ class Invalidator:
         rounds = self._rounds
         return self._begin(lambda: self._note(rounds, tags))
 
-    def committed(self, rows: Rows | None) -> Awaitable[Outcome] | None:
+    def committed(self, rows: Rows | None) -> Awaitable[Ack] | None:
         """Begin to bump what a transaction left in the outbox; to be called, from any thread, after its COMMIT returned.
 
         None for ``rows`` means that they are not known (a COMMIT that raised, AUTOCOMMIT): a round has to find them. Without
@@ -135,21 +136,21 @@ class Invalidator:
     def _started(self) -> bool:
         return self._loop is not None and not self._loop.is_closed()
 
-    def _begin(self, send: Callable[[], Awaitable[Outcome]]) -> Awaitable[Outcome]:
+    def _begin(self, send: Callable[[], Awaitable[Ack]]) -> Awaitable[Ack]:
         loop = self._loop
         assert loop is not None
         with self._lock:
             self._in_flight += 1
         counted = self._counted(send)
         if _running_loop() is loop:
-            task: asyncio.Future[Outcome] = asyncio.ensure_future(counted)
+            task: asyncio.Future[Ack] = asyncio.ensure_future(counted)
         else:
             task = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(counted, loop), loop=loop)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _counted(self, send: Callable[[], Awaitable[Outcome]]) -> Outcome:
+    async def _counted(self, send: Callable[[], Awaitable[Ack]]) -> Ack:
         try:
             return await send()
         finally:
@@ -159,7 +160,7 @@ class Invalidator:
 
     # -- with an outbox ------------------------------------------------------------------------------------------------
 
-    async def _note(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]]) -> Outcome:
+    async def _note(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]]) -> Ack:
         """Make bumps that no transaction has left rows for as durable as the others, then apply them."""
         since = rounds.clock()
         try:
@@ -169,56 +170,56 @@ class Invalidator:
             return await self._bump_without_rows(rounds, tags, since)
         return await self._apply(rounds, rows, rounds.clock())
 
-    async def _bump_without_rows(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float) -> Outcome:
+    async def _bump_without_rows(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float) -> Ack:
         """Bump what no round will ever find. Only the server that fences name can confirm it."""
-        servers = await self._servers({tenant: Due(names) for tenant, names in tags.items()})
-        if not self._vouched(rounds, servers):
+        bumped = await self._bump_all({tenant: Due(names) for tenant, names in tags.items()})
+        if not self._vouched(rounds, bumped):
             await rounds.safe(since)  # meanwhile a round may find out which server it is
-            if not self._vouched(rounds, servers):
+            if not self._vouched(rounds, bumped):
                 self._remember(tags)
-                return Outcome.PENDING
-        return Outcome.CONFIRMED
+                return Ack(Outcome.PENDING)
+        return Ack(Outcome.CONFIRMED, _token(bumped))
 
-    async def _apply(self, rounds: Rounds, rows: Rows | None, since: float) -> Outcome:
+    async def _apply(self, rounds: Rounds, rows: Rows | None, since: float) -> Ack:
         """Bump, and tell when the write may be acknowledged. ``since``: a moment after its COMMIT."""
         if rows is not None and not too_many(rows) and not any(tenant == EVERYBODY for tenant, _, _ in rows):
-            servers = await self._servers(by_tenant(rows))
-            confirmed = set(servers.values())
-            if len(confirmed) == 1 and (server := confirmed.pop()) is not None:
+            bumped = await self._bump_all(by_tenant(rows))
+            servers = {None if one is None else one.server for one in bumped.values()}
+            if len(servers) == 1 and (server := servers.pop()) is not None:
                 rounds.applied(rows, server)
-            if self._vouched(rounds, servers):
-                return Outcome.CONFIRMED
-            self._stats.unconfirmed_invalidations += list(servers.values()).count(None)
+            if self._vouched(rounds, bumped):
+                return Ack(Outcome.CONFIRMED, _token(bumped))
+            self._stats.unconfirmed_invalidations += list(bumped.values()).count(None)
         self._stats.acknowledgements_delayed += 1
-        return await rounds.safe(since)
+        return Ack(await rounds.safe(since))
 
-    def _vouched(self, rounds: Rounds, servers: Mapping[str, str | None]) -> bool:
+    def _vouched(self, rounds: Rounds, bumped: Mapping[str, Bumped | None]) -> bool:
         """Whether all of these bumps were confirmed by the server that our fence names, while it stands."""
         fence, now = rounds.fence, rounds.clock()
-        return all(server is not None and fence.allows(server, now) for server in servers.values())
+        return all(one is not None and fence.allows(one.server, now) for one in bumped.values())
 
     # -- without one ---------------------------------------------------------------------------------------------------
 
-    async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> Outcome:
+    async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> Ack:
         failed: Iterable[str] = tags
         try:
-            servers = await self._servers({tenant: Due(names) for tenant, names in tags.items()})
-            failed = [tenant for tenant, server in servers.items() if server is None]
+            bumped = await self._bump_all({tenant: Due(names) for tenant, names in tags.items()})
+            failed = [tenant for tenant, one in bumped.items() if one is None]
         finally:
             if failed:
                 self._remember(failed)
-        return Outcome.PENDING if failed else Outcome.CONFIRMED
+        return Ack(Outcome.PENDING) if failed else Ack(Outcome.CONFIRMED, _token(bumped))
 
-    async def _servers(self, due: Mapping[str, Due]) -> dict[str, str | None]:
-        """Bump; return for each tenant the server life that confirmed it, or None."""
-        found: dict[str, str | None] = {}
-        for tenant, server in (await self._bumps.send(due)).items():
-            if isinstance(server, StoreError):
+    async def _bump_all(self, due: Mapping[str, Due]) -> dict[str, Bumped | None]:
+        """Bump; return for each tenant what it came to, or None where that is not confirmed."""
+        found: dict[str, Bumped | None] = {}
+        for tenant, one in (await self._bumps.send(due)).items():
+            if isinstance(one, StoreError):
                 if self._rounds is None and tenant not in self._pending:
-                    log.warning("invalidation of tenant %s is not confirmed (%s); bypassing it until it is", tenant, server)
+                    log.warning("invalidation of tenant %s is not confirmed (%s); bypassing it until it is", tenant, one)
                 found[tenant] = None
             else:
-                found[tenant] = server
+                found[tenant] = one
         return found
 
     def _remember(self, tenants: Iterable[str]) -> None:
@@ -231,7 +232,7 @@ class Invalidator:
     async def _demand_floor(self, tenant: str) -> bool:
         """Invalidate all of a tenant, so that it holds for all processes. Returns whether that succeeded."""
         if self._rounds is None:
-            return (await self._servers({tenant: Due((FLOOR,))}))[tenant] is not None
+            return (await self._bump_all({tenant: Due((FLOOR,))}))[tenant] is not None
         try:
             rows = await self._rounds.outbox.note([(tenant, FLOOR)])
         except OutboxError:
@@ -265,6 +266,14 @@ class Invalidator:
                 if not waiter.done():
                     waiter.set_result(None)
             self._waiters.clear()
+
+
+def _token(bumped: Mapping[str, Bumped | None]) -> Token | None:
+    """Return what a view must have reached to hold all of these bumps."""
+    token: Token | None = None
+    for one in bumped.values():
+        token = both(token, () if one is None or one.reached is None else (one.reached,))
+    return token
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

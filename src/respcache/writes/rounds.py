@@ -401,7 +401,7 @@ class Rounds:
         for found in (await self.bumps.send(due)).values():
             if isinstance(found, StoreError):
                 raise found
-            if found != self._epoch.server:
+            if found.server != self._epoch.server:
                 raise StoreUnavailable("the server has changed in the middle of a round")
 
     async def _claim(self, page: Page, identity: str) -> None:

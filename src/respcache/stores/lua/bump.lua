@@ -1,5 +1,6 @@
 -- KEYS: generation. ARGV: epoch prefix, ttl in ms, highest number of fields, how many rows the ring holds, number of row ids,
--- channel, row ids, tags. Returns the identity of this server life. Whatever was changed is published, if that is permitted.
+-- channel, row ids, tags. Returns {identity of this server life, nonce, sequence that the generation has reached}, the first
+-- alone where there is no generation (any more). Whatever was changed is published, if that is permitted.
 -- No generation: nothing depends on it. One of another server life or epoch, one that lost a part of its head (its sequence
 -- would begin again under the same nonce), or a foreign value: it is deleted. Row ids that were all applied before: nothing is
 -- left to do. Otherwise the sequence advances and stands on every tag. Too many fields are forgotten by raising the floor to
@@ -9,16 +10,16 @@ local head = redis.pcall('HMGET', KEYS[1], 'r', 'n', 's', 'x')
 if head.err or head[1] ~= ARGV[1] .. id or not head[2] or not string.match(head[3] or '', '^%d+$') then
   redis.call('DEL', KEYS[1])
   redis.pcall('PUBLISH', ARGV[6], KEYS[1])
-  return id
+  return {id}
 end
-local rows, ring, new = tonumber(ARGV[5]), head[4] or '', ''
+local rows, ring, new, sequence = tonumber(ARGV[5]), head[4] or '', '', head[3]
 for i = 7, 6 + rows do
   if not string.find(ring, ARGV[i], 1, true) then
     new = new .. ' ' .. ARGV[i]
   end
 end
 if rows == 0 or new ~= '' then
-  local sequence = redis.call('HINCRBY', KEYS[1], 's', 1)
+  sequence = redis.call('HINCRBY', KEYS[1], 's', 1)
   for i = 7 + rows, #ARGV do
     redis.call('HSET', KEYS[1], ARGV[i], sequence)
   end
@@ -32,4 +33,4 @@ if rows == 0 or new ~= '' then
   redis.pcall('PUBLISH', ARGV[6], KEYS[1])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return id
+return {id, head[2], sequence}
