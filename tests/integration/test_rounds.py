@@ -460,7 +460,7 @@ async def test_a_fence_granted_while_the_store_is_asked_does_not_count(one: Proc
         assert await one.said() == "respcache; fwd=bypass; detail=fence"
     else:
         (plan,) = (slot.value for slot in one.app.memo._plans._slots.values())
-        assert await one.cache.hit(plan.aim) is None
+        assert await one.cache._lookup.hit(plan.aim) is None
 
 
 async def test_only_the_authority_is_served(

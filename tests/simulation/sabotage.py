@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import respcache.core.fence
-import respcache.lookup
-import respcache.writes.invalidator
 import respcache.writes.rounds
 from respcache.asgi import Wrapper
 from respcache.cache import Cache
@@ -248,15 +246,6 @@ def _heed_no_token(lookup: Lookup, aim: Aim, sent: Token, now: float) -> Aim:
     return aim
 
 
-def _reached_by_any_life(token: Token, view: Generation) -> bool:
-    return bool(token) and all(view.sequence >= mark.sequence for mark in token)
-
-
-def _token_of_what_exists(bumped: Mapping[str, Bumped | None], original: Any = respcache.writes.invalidator._token) -> Token:
-    found: Token = original({tenant: one for tenant, one in bumped.items() if one is not None and one.reached is not None})
-    return found
-
-
 def _prove_by_the_fence_alone(lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float) -> bool:
     return fence is None or fence.allows(view.server, now)
 
@@ -402,21 +391,6 @@ SPLIT = ("promotion", "another address", "another address", "cut from the store"
 IN_MEMORY = _mix(near_bytes=(1 << 20,), bounded=0.0, calm=(0.3,))
 BOUNDED = _mix(near_bytes=(1 << 20,), bounded=1.0, tokens=0.0, calm=(0.3,), trouble=(0.0, 0.1))
 TOKENS = replace(BOUNDED, tokens=1.0)
-TOKENS_OF_LOST_GENERATIONS = _mix(
-    "evict",
-    writers={"acknowledged": 1},
-    near_bytes=(1 << 20,),
-    bounded=0.5,
-    tokens=1.0,
-    processes=(3,),
-    leases=(3, 5),
-    least_faults=4,
-    most_faults=8,
-    small_limits=0.0,
-    deferred=0.0,
-    trouble=(0.0,),
-)
-"""Strict reads make generations anew while others still have views of their former lives."""
 BACK_AND_FORTH = _mix(
     "promotion",
     "another address",
@@ -484,12 +458,6 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
     "a proof needs no view of the request's own": Sabotage([(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY),
     "a token is not looked at": Sabotage([(Lookup, "heed", _heed_no_token)], TOKENS),
-    "the life that a token names is not looked at": Sabotage(
-        [(respcache.lookup, "reached", _reached_by_any_life)], TOKENS_OF_LOST_GENERATIONS
-    ),
-    "a bump of no generation leaves the token as it was": Sabotage(
-        [(respcache.writes.invalidator, "_token", _token_of_what_exists)], TOKENS_OF_LOST_GENERATIONS
-    ),
     "no fence": Sabotage([(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]),
     "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
     "until is never recorded": Sabotage(
