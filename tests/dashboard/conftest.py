@@ -1,8 +1,10 @@
 """The dashboard as the CRM mounts it: in process, and with a browser on a running system of several workers."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,12 +79,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
                 workers.append(subprocess.Popen(command, env={**system.environment, **servers}, stdout=log, stderr=log))
             bases.append(f"http://127.0.0.1:{port}")
         made = Stage(system, [system.base, *bases])
-        for base in bases:
-            _until_up(base)
-        for worker in range(WORKERS):
+        for base, worker in zip(bases, workers, strict=True):
+            _until_up(base, worker)
+        for number in range(WORKERS):
             for tenant in ("acme", "globex"):
                 for path in ("/api/accounts", "/api/leads", "/api/opportunities/stats", "/api/accounts"):
-                    assert made.ask("GET", path, tenant=tenant, worker=worker).status_code == 200
+                    assert made.ask("GET", path, tenant=tenant, worker=number).status_code == 200
         yield made
     finally:
         for worker in workers:
@@ -92,10 +94,13 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         system.end()
 
 
-def _until_up(base: str) -> None:
-    transport = httpx2.HTTPTransport(retries=200)  # half a second apart, at most
-    with httpx2.Client(transport=transport, timeout=30) as client:
-        assert client.get(f"{base}/api/system/health").status_code == 200
+def _until_up(base: str, worker: "subprocess.Popen[bytes]") -> None:
+    while worker.poll() is None:
+        with contextlib.suppress(httpx2.HTTPError):
+            if httpx2.get(f"{base}/api/system/health").status_code == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{base} did not start")
 
 
 @pytest.fixture(scope="module")
