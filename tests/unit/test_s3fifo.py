@@ -413,3 +413,40 @@ def test_a_hundred_thousand_operations_leave_no_garbage() -> None:
         blocks.append(sys.getallocatedblocks())
     assert len(cache) <= 1_000
     assert abs(blocks[-1] - blocks[1]) < 2_000, blocks
+
+
+def test_a_slot_that_somebody_holds_on_to_says_when_its_item_goes() -> None:
+    """Evicted from either queue, discarded, too large, all forgotten: without a value; replaced: with the new one."""
+    cache = cache_with(range(100), uses=2)
+    cache.put(7, -7, size_bytes=1)
+    slots = {key: slot for key in range(100) if (slot := cache.slot(key)) is not None}
+    assert (len(slots), slots[7].value, cache.slot(100)) == (100, -7, None)
+    scan(cache, range(1_000, 1_010))
+    on_trial = {key: slot for key in range(1_000, 1_010) if (slot := cache.slot(key)) is not None}
+    cache.discard(50)
+    cache.resize(51, 11)
+    cache.put(52, 52, size_bytes=11)
+    assert [slots[key].value for key in (50, 51, 52)] == [None, None, None]
+    for key in range(2_000, 3_000):
+        cache.put(key, key, size_bytes=1)
+        use(cache, range(key, key + 1), TRIAL_USES)
+    assert kept(cache, range(100)) == 0
+    assert [slot.value for slot in (*slots.values(), *on_trial.values()) if slot.value is not None] == []
+    last = cache.slot(2_999)
+    assert last is not None
+    assert last.value == 2_999
+    cache.clear()
+    assert last.value is None
+
+
+def test_looking_at_a_slot_is_no_use() -> None:
+    """Whoever holds on to it counts by himself, and that counts."""
+    cache = cache_with(range(10))
+    for key in range(5):
+        slot = cache.slot(key)
+        assert slot is not None
+        slot.frequency = TRIAL_USES
+    for key in range(10):
+        cache.slot(key)
+    scan(cache, range(1_000, 1_200))
+    assert (kept(cache, range(5)), kept(cache, range(5, 10))) == (5, 0)

@@ -181,3 +181,18 @@ async def test_the_number_of_tenants_is_bounded(link: Link, views: Views, monkey
         assert len(views._groups) <= 16
     link.answer(0)
     await asyncio.gather(*readings)
+
+
+async def test_who_holds_on_to_a_group_that_goes_learns_of_it(link: Link, views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells it any more of a bump: its view is not to be used again, and a new group begins without one."""
+    monkeypatch.setattr(views_module, "MAX_GROUPS", 8)
+    reading = views.read(GEN, TAGS)
+    await turn()
+    found = link.answer(0)
+    assert await reading is found
+    group = views.group(GEN)
+    assert group.view is found
+    for number in range(8):
+        views.group(f"tenant:{number}:~gen")
+    assert views.group(GEN) is not group
+    assert (group.view, group.asked_at, views.group(GEN).view) == (None, float("-inf"), None)

@@ -101,7 +101,8 @@ class S3Fifo(Generic[K, V]):
         slot = self._slots.get(key)
         if slot is not None:
             self.resize(key, size_bytes)
-            slot.value = value
+            if key in self._slots:
+                slot.value = value
         elif self._fits(size_bytes):
             missed = self._ghosts.discard(hash(key))
             self._make_room(size_bytes)
