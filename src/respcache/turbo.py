@@ -298,6 +298,8 @@ class _Turbo(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection if it was idle for so long, else look again later: hits move no timer."""
+        if self.transport.is_closing():  # a cycle whose client has left is never complete
+            return
         left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if self.cycle is not None and not self.cycle.response_complete:
             self._arm(self.timeout_keep_alive)

@@ -443,6 +443,22 @@ async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(one: Pr
     assert await one.said() == "respcache; fwd=bypass; detail=fence"
 
 
+@pytest.mark.parametrize(("lost", "why"), [("fence", "fence"), ("tables", "no-trigger")])
+async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(one: Process, lost: str, why: str) -> None:
+    """The view is still the one of the proof, and the fence of the proof would have lasted."""
+    await one.stop_rounds()
+    rounds, granted = one.rounds, one.rounds.fence
+    rounds.fence = type(granted)(granted.server, rounds.clock() + 3600)
+    assert all(["; hit" in await one.said() for _ in range(2)])
+    (aim,) = (plan.aim for plan in one.app.memo.plans())
+    assert one.cache.granted(aim, one.cache.clock()) is aim.grant is not None
+    if lost == "fence":
+        rounds.fence = type(granted)()
+    else:
+        rounds._cover(frozenset())
+    assert await one.said() == f"respcache; fwd=bypass; detail={why}"
+
+
 @pytest.mark.parametrize("where", ["store", "memory"])
 async def test_a_fence_granted_while_the_store_is_asked_does_not_count(one: Process, where: str) -> None:
     """It knows of writes that the reply does not."""

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import random
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +17,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from crm.embedded import EmbeddedValkey, free_port
 from respcache import Cache, Claim, ConfigurationError, Denied, Head, RedisStore, Scope, cache_list, turbo
 from respcache.asgi import Wrapper
+from respcache.plans import MAX_AGE_S
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
@@ -49,6 +53,8 @@ class Server:
     def __init__(self, url: str, **options: Any) -> None:
         self.calls: list[str] = []
         self.version = 0
+        self.waiting = 0
+        self.gate = asyncio.Event()
         self.cache = Cache(RedisStore(url), secret=SECRET, resolver=Callers(), audit_share=0)
         app = FastAPI()
 
@@ -71,6 +77,16 @@ class Server:
         async def slow() -> Response:
             await asyncio.sleep(1.3)  # longer than the connection may idle: that is the server's clock
             return Response(b"slow")
+
+        @app.get("/gated")
+        async def gated() -> Response:
+            self.waiting += 1
+            await self.gate.wait()
+            return Response(b"gated")
+
+        @app.post("/unread")
+        async def unread() -> Response:
+            return Response(b"not read")
 
         self.wrapped = self.cache.wrap(app)
         counted = self.wrapped
@@ -369,3 +385,203 @@ async def test_a_switch_counts_for_who_waits_for_a_view(valkey_url: str, name: s
 
         server.cache.store.view = off
         assert "detail=off" in (await wire.ask(get()))[1]["cache-status"]
+
+
+# -- requests that are known by their bytes ------------------------------------------------------------------------------
+
+
+async def packets(wire: Wire, *parts: bytes) -> None:
+    """Send each for the server to read by itself."""
+    for part in parts:
+        wire.send(part)
+        for _ in range(4):  # turns of the loop that both run in
+            await asyncio.sleep(0)
+
+
+def only(server: Server) -> Any:
+    """Return the server's end of the one connection there is."""
+    (protocol,) = server.uvicorn.server_state.connections
+    return protocol
+
+
+async def test_a_request_cut_anywhere_is_one_request(valkey_url: str) -> None:
+    """Whatever comes first of it, the rest is not taken for a request, even when it was seen before."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        request = get("/kept")
+        await warm(wire, request)
+        for cut in range(1, len(request)):
+            await packets(wire, request[:cut], request[cut:])
+            assert (await wire.answer())[2] == ROWS
+        for rest in (request[1:], request[10:], request[-2:] + request):
+            async with Wire(server.port) as other:
+                await packets(other, rest)
+                status, _, body = await other.answer()
+                assert (status, body == ROWS) in ((404, False), (405, False), (400, False), (200, True))
+                assert (status == 200) == rest.endswith(request)
+        for rest in (request[1:], request[10:], b"xy" + request):
+            assert rest not in only_class(server).known
+
+
+def only_class(server: Server) -> Any:
+    """Return the protocol class of a server."""
+    return server.uvicorn.config.http_protocol_class
+
+
+async def test_requests_in_one_packet_are_as_many_every_time(valkey_url: str) -> None:
+    """The packet was seen before, and the plan of its last request was found: it is still not that one request."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        one, other = get("/kept"), get("/kept", user="bob")
+        await warm(wire, one, other)
+        for _ in range(4):
+            wire.send(one, other)
+            assert [(await wire.answer())[2] == ROWS for _ in range(2)] == [True, True]
+            await packets(wire, one + other[:20], other[20:])
+            assert [(await wire.answer())[2] == ROWS for _ in range(2)] == [True, True]
+            await packets(wire, one[:20], one[20:] + other)
+            assert [(await wire.answer())[2] == ROWS for _ in range(2)] == [True, True]
+        assert (await wire.ask(get("/rows?page=5")))[2].startswith(b"0 5 ")
+
+
+async def test_a_body_that_reads_like_a_request_is_none(valkey_url: str) -> None:
+    """Neither one that the application reads, nor the rest of one that it answered without reading it."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        request = get("/kept")
+        await warm(wire, request)
+        length = {"Content-Length": str(len(request))}
+        await packets(wire, get("/echo", method="POST", **length), request)
+        assert (await wire.answer())[2] == request
+        wire.send(get("/unread", method="POST", **length))
+        assert (await wire.answer())[2] == b"not read"
+        await packets(wire, request, get("/rows?page=4"))
+        assert (await wire.answer())[2].startswith(b"0 4 ")
+
+
+async def test_a_known_request_waits_for_its_turn(valkey_url: str) -> None:
+    """Behind one that the application is at, and behind one that waits for a view."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get("/kept"), get("/rows?page=1"))
+        wire.send(get("/gated"))
+        while not server.waiting:
+            await asyncio.sleep(0)
+        await packets(wire, get("/kept"))
+        server.gate.set()
+        assert [(await wire.answer())[2] for _ in range(2)] == [b"gated", ROWS]
+        await packets(wire, get("/rows?page=1"), get("/kept"))
+        assert [(await wire.answer())[2][:4] for _ in range(2)] == [b"0 1 ", ROWS[:4]]
+
+
+async def test_a_plan_that_ends_is_made_anew_also_where_the_bytes_are_known(valkey_url: str) -> None:
+    """A token's end, or a minute: whatever a proof says."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        requests = get(), get("/kept")
+        await warm(wire, *requests)
+        resolver: Any = server.cache.resolver
+        resolver.claim = lambda head: (_ for _ in ()).throw(Denied("ended"))
+        assert all(["; hit" in (await wire.ask(request))[1]["cache-status"] for request in requests])
+        clock = server.cache.clock
+        server.cache.clock = lambda: clock() + MAX_AGE_S
+        for request in requests:
+            assert "detail=denied" in (await wire.ask(request))[1]["cache-status"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_requests_in_any_packets_are_answered_as_by_uvicorn(valkey_url: str, seed: int) -> None:
+    """In their order, each by its own answer: hits, misses, bodies that read like requests, empty lines, cut anywhere."""
+    rng = random.Random(seed)
+    hits = [get("/kept"), get("/kept", user="bob"), get("/rows?page=1"), get("/rows?page=2", user="bob")]
+    inner = rng.choice(hits)
+    chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner)
+    others = [
+        get("/echo", method="POST", **{"Content-Length": str(len(inner))}) + inner,
+        get("/echo", method="PUT", **{"Transfer-Encoding": "chunked"}) + chunk,
+        get("/kept", **{"Content-Length": str(len(inner))}) + inner,
+        get("/kept", **{"Transfer-Encoding": "chunked"}) + chunk,
+        get("/kept", **{"X-Other": "header"}),
+        get("/kept", user="nobody"),
+        b"\r\n" + hits[0],
+        get("/kept", method="HEAD"),
+        get("/missing"),
+    ]
+    async with serving(valkey_url) as fast, serving(valkey_url, turbo=False) as plain:
+        for server in (fast, plain):
+            async with Wire(server.port) as wire:
+                await warm(wire, *hits)
+        for _ in range(25):
+            requests = [rng.choice(hits if rng.random() < 0.7 else others) for _ in range(rng.randrange(1, 7))]
+            stream = b"".join(requests)
+            borders = [sum(map(len, requests[:number])) for number in range(1, len(requests))]
+            cuts = sorted(
+                {*rng.sample(borders, rng.randint(0, len(borders))), *rng.sample(range(1, len(stream)), rng.randint(0, 3))}
+            )
+            parts = [stream[first:last] for first, last in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+            answers = []
+            for server in (fast, plain):
+                async with Wire(server.port) as wire:
+                    await packets(wire, *parts)
+                    got = [await wire.answer(head_only=request.startswith(b"HEAD")) for request in requests]
+                    answers.append([(status, unmarked(headers), body) for status, headers, body in got])
+            assert answers[0] == answers[1], parts
+
+
+def unmarked(headers: dict[str, str]) -> dict[str, str]:
+    """Return headers without what differs from one moment to the next."""
+    return {name: value for name, value in headers.items() if name not in ("date", "cache-status", "age")}
+
+
+# -- connections that idle -----------------------------------------------------------------------------------------------
+
+
+async def test_hits_keep_a_connection_open_and_nothing_else_does(valkey_url: str) -> None:
+    """The timer goes off for the first of them, and is set again for the last."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get("/kept"))
+        protocol = only(server)
+        timer = protocol.timeout_keep_alive_task
+        await wire.ask(get("/kept"))
+        assert protocol.timeout_keep_alive_task is timer
+        protocol.timeout_keep_alive_handler()
+        assert protocol.timeout_keep_alive_task is not timer
+        assert protocol.timeout_keep_alive_task.when() <= protocol._idle_since + protocol.timeout_keep_alive + 0.001
+        assert "; hit" in (await wire.ask(get("/kept")))[1]["cache-status"]
+        protocol._idle_since -= protocol.timeout_keep_alive
+        protocol.timeout_keep_alive_handler()
+        assert await wire.reader.read() == b""
+        timer.cancel()
+
+
+async def test_an_idle_connection_is_closed_after_its_last_hit(valkey_url: str) -> None:
+    """By its own timer."""
+    async with serving(valkey_url, timeout_keep_alive=1) as server, Wire(server.port) as wire:
+        await warm(wire, get("/kept"))
+        assert "; hit" in (await wire.ask(get("/kept")))[1]["cache-status"]
+        last = asyncio.get_running_loop().time()
+        assert await wire.reader.read() == b""
+        assert asyncio.get_running_loop().time() - last > 0.9
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_connection_that_waits_for_a_view_is_not_idle(valkey_url: str, *, leaves: bool) -> None:
+    """However long it waits; one whose client is gone sets no timer any more."""
+    async with serving(valkey_url) as server:
+        wire = await Wire(server.port).__aenter__()
+        await warm(wire, get())
+        protocol, view, held = only(server), server.cache.store.view, []
+        server.cache.store.view = lambda *arguments: held.append(arguments)
+        wire.send(get())
+        while not held:
+            await asyncio.sleep(0)
+        protocol._idle_since -= protocol.timeout_keep_alive
+        if leaves:
+            linger = struct.pack("ii", 1, 0)  # a reset, not an orderly end
+            wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            wire.writer.transport.abort()
+            while server.uvicorn.server_state.connections:
+                await asyncio.sleep(0)
+        timer = protocol.timeout_keep_alive_task
+        protocol.timeout_keep_alive_handler()
+        assert (protocol.timeout_keep_alive_task is timer) == leaves
+        server.cache.store.view = view
+        view(*held[0])
+        if not leaves:
+            assert "; hit" in (await wire.answer())[1]["cache-status"]
+            await wire.__aexit__()

@@ -5,6 +5,7 @@ import gzip
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -16,7 +17,7 @@ from respcache import Cache, Claim, ConfigurationError, Denied, Head, Level, Mem
 from respcache.core.encoding import zstd
 from respcache.core.errors import StoreError
 from respcache.core.generations import Generation
-from respcache.plans import MAX_AGE_S
+from respcache.plans import MAX_AGE_S, Aim
 from respcache.stores.memory import MemoryServer
 
 pytestmark = pytest.mark.anyio
@@ -70,9 +71,12 @@ class World:
         self.made = 0
         self.body = b""
         self.headers: dict[str, str] = {}
+        self.varied = "a"
         app = FastAPI()
         for level in Level:
             app.get(f"/{level}")(cache_list("things", level=level, ttl=100, bound_s=2.0)(self._handler(level)))
+        varied = cache_list("things", level="ttl", ttl=100, varies_by=lambda scope: self.varied)
+        app.get("/varied")(varied(self._handler("varied")))
         resolver = options.pop("resolver", SingleTenant("public"))
         self.cache = Cache(self.store, secret=SECRET, resolver=resolver, clock=self.clock, audit_share=0, **options)
         self.wrapped = self.cache.wrap(app)
@@ -406,6 +410,119 @@ async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
         for go in going:
             go()
         assert await first == "own rows miss"
+
+
+# -- proofs that are remembered ------------------------------------------------------------------------------------------
+
+LEVELS = pytest.mark.parametrize("level", ["strict", "bounded", "ttl"])
+
+
+async def proven(world: World, level: str) -> Aim:
+    """Have a hit proven and that remembered; return where it leads."""
+    world.body = b"proven"
+    for _ in range(2):
+        await world.get(f"/{level}")
+    aim = next(plan.aim for plan in world.wrapped.memo.plans() if plan.route.template == f"/{level}")
+    assert aim is not None
+    assert world.cache.granted(aim, world.clock()) is aim.grant is not None
+    world.body = b"made anew"
+    return aim
+
+
+@LEVELS
+async def test_a_pending_invalidation_ends_a_proof(level: str) -> None:
+    """The store still shows the view of the proof: it does not know of the write."""
+
+    class Refusing(Counting):
+        refuses = False
+
+        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+            if self.refuses:
+                raise StoreError("refused")
+            return await super().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows)
+
+    store = Refusing()
+    async with running(World(store)) as world:
+        await proven(world, level)
+        store.refuses = True
+        await world.write()
+        assert world.cache.pending_tenants == ("public",)
+        for _ in range(2):
+            assert "detail=pending-invalidation" in (await world.http.get(f"/{level}")).headers["cache-status"]
+        store.refuses = False
+        await world.cache.settled()
+        assert await world.get(f"/{level}") == "made anew miss"
+
+
+@LEVELS
+@pytest.mark.parametrize("switch", [{}, {"tenant_id": "public"}, {"module": "things"}], ids=["everything", "tenant", "module"])
+async def test_a_switch_ends_a_proof(world: World, level: str, switch: dict[str, str]) -> None:
+    """Also where nobody is asked; another tenant's ends none."""
+    await proven(world, level)
+    await world.cache.disable(**switch)
+    for _ in range(2):
+        assert "detail=off" in (await world.http.get(f"/{level}")).headers["cache-status"]
+    await world.cache.enable(**switch)
+    await world.cache.disable(tenant_id="other")
+    assert await world.get(f"/{level}") == "proven hit"
+
+
+@LEVELS
+async def test_a_proof_ends_with_its_entry(world: World, level: str) -> None:
+    """Dropped from memory, all of memory dropped, or another entry in its place: what is there now is served."""
+    aim = await proven(world, level)
+    near = world.cache.near
+    assert near is not None
+    for drop in (lambda: near.discard(aim.target.entry_key), near.clear):
+        drop()
+        assert world.cache.granted(aim, world.clock()) is None
+        world.store.reads.clear()
+        assert await world.get(f"/{level}") == "proven hit"
+        assert world.store.reads == [aim.target.entry_key]
+        assert await world.get(f"/{level}") == "proven hit"
+        assert world.store.reads == [aim.target.entry_key]
+    held = near.get(aim.target.entry_key)
+    assert held is not None
+    world.cache._lookup.hold(aim.target, replace(held.entry, body=b"another"), remaining_ms=50_000, proven=held.proven)
+    assert await world.get(f"/{level}") == "another hit"
+
+
+@LEVELS
+async def test_a_proof_ends_when_the_entry_does(world: World, level: str) -> None:
+    """Not a view later."""
+    aim = await proven(world, level)
+    world.store.server.values.pop(aim.target.entry_key)
+    assert aim.grant is not None
+    world.clock.now = aim.grant.held.expires_at
+    assert await world.get(f"/{level}") == "made anew miss"
+
+
+async def test_a_proof_of_level_bounded_ends_with_the_bound(world: World) -> None:
+    """It counts from the view's question, not from the proof; views that are read for others renew it."""
+    world.store.deaf = True
+    await proven(world, "bounded")
+    began = world.clock.now
+    aim = next(plan.aim for plan in world.wrapped.memo.plans())
+    assert aim is not None
+    world.clock.now = began + 1.5
+    aim.grant = None
+    assert await world.get("/bounded") == "proven hit"
+    assert aim.grant is not None
+    await world.write(by=MemoryStore(world.store.server))
+    world.clock.now = began + 1.99
+    assert await world.get("/bounded") == "proven hit"
+    world.clock.now = began + 2.01
+    assert await world.get("/bounded") == "made anew miss"
+
+
+async def test_what_an_answer_varies_by_is_asked_for_every_request(world: World) -> None:
+    """It may change without a word to any table: no proof is remembered over it."""
+    world.body = b"of a"
+    assert [await world.get("/varied") for _ in range(3)] == ["of a miss", "of a hit", "of a hit"]
+    world.varied, world.body = "b", b"of b"
+    assert [await world.get("/varied") for _ in range(3)] == ["of b miss", "of b hit", "of b hit"]
+    world.varied = "a"
+    assert await world.get("/varied") == "of a hit"
 
 
 # -- in which form -----------------------------------------------------------------------------------------------------
