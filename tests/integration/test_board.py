@@ -383,3 +383,23 @@ async def test_a_board_is_set_up_with_care(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigurationError, match=r"respcache\[dashboard\]"):
         Board("redis://127.0.0.1")
     Board(None)
+
+
+async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``asyncio.wait_for`` of Python 3.11 does when both happen in one tick: once, then it would go on for ever."""
+    begun = asyncio.Event()
+
+    async def publish(self: Board) -> bool:
+        begun.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            return True
+        return False
+
+    monkeypatch.setattr(Board, "publish", publish)
+    worker = Worker(None)
+    worker.board.start()
+    await begun.wait()
+    async with asyncio.timeout(20):
+        await worker.board.close()

@@ -237,12 +237,15 @@ class Board:
         return True
 
     async def _keep_publishing(self) -> None:
-        while True:
+        own = asyncio.current_task()
+        while self._publishing is own:  # ends here where a client swallows the cancellation, as wait_for may
             began = time.thread_time()
             try:
                 await self.publish()
             except Exception:
                 log.exception("figures could not be published")
+            if self._publishing is not own:
+                return
             spent_s = time.thread_time() - began  # with what else the event loop did meanwhile: who is busy publishes less often
             await asyncio.sleep(max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME)) * random.uniform(0.9, 1.1))
 
