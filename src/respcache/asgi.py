@@ -27,6 +27,7 @@ from respcache.lookup import Bypass, Look
 from respcache.near.held import Held, Variant
 from respcache.ops.audit import Hit
 from respcache.ops.stats import SAMPLE_MASK
+from respcache.ops.tracing import Trace
 from respcache.plans import Aim, Grant, Key, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route, Table
@@ -279,7 +280,8 @@ class Wrapper:
             held = HeldAnswer(send, record)
             await self._hold(scope, receive, held, Marked(held, forward, "detail=not-shareable"))
         else:
-            await self._fill(route, policy, look, entered, forward, scope, receive, send, record)
+            with self.cache.tracing.fill(tenant=look.aim.tenant, module=policy.module, route=route.template) as trace:
+                await self._fill(route, policy, look, entered, forward, scope, receive, send, record, trace)
 
     async def _fill(
         self,
@@ -292,6 +294,7 @@ class Wrapper:
         receive: Receive,
         send: Send,
         record: Record,
+        trace: Trace,
     ) -> None:
         """Run the handler, store and share what it answers if that may be, and send it.
 
@@ -309,12 +312,14 @@ class Wrapper:
                 refused = "length"
             if refused is not None:
                 figures.refuse(refused)
+                trace(refused)
                 lead.land(None)
                 self._complain(refused, record, policy, route)
                 return refused
             seconds = self.cache.clock() - started
             lead.land(_entry(look, lead, policy, status, headers, body, round(seconds * 1000)))
             figures.store(size_bytes=len(body), seconds=seconds)
+            trace("stored")
             return None
 
         held, seen = HeldAnswer(send, record), route.key_headers | {ACCEPT}

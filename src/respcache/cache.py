@@ -24,6 +24,7 @@ from respcache.near.s3fifo import S3Fifo
 from respcache.near.views import Views
 from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
 from respcache.ops.stats import SAMPLE_MASK, VALUE, Figures, Stats
+from respcache.ops.tracing import Trace, Tracing
 from respcache.plans import Aim, Memo, Plan
 from respcache.record import Reads, Record, current
 from respcache.routing import Route
@@ -85,6 +86,7 @@ class Cache:
         self.clock = clock
         self.resolver = resolver
         self.figures = Stats()
+        self.tracing = Tracing()
         self.strict_reads = strict_reads
         self.board = board
         self.modules: set[str] = set()
@@ -200,6 +202,7 @@ class Cache:
         if self.rounds is not None:
             await self.rounds.close()
         await self.store.close()
+        self.tracing.store(None)
 
     # -- switches ------------------------------------------------------------------------------------------------------
 
@@ -355,9 +358,12 @@ class Cache:
             return cast(T, _decode(entered.body))
         if entered is None:
             return await make()
-        return await self._make(make, policy, look, entered, outer)
+        with self.tracing.fill(tenant=look.aim.tenant, module=policy.module, route=VALUE + policy.module) as trace:
+            return await self._make(make, policy, look, entered, outer, trace)
 
-    async def _make(self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, lead: Lead, outer: Record | None) -> T:
+    async def _make(
+        self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, lead: Lead, outer: Record | None, trace: Trace
+    ) -> T:
         record = Record(reads=Reads()) if outer is None else outer.nested()
         token = current.set(record)
         started = self.clock()
@@ -385,6 +391,7 @@ class Cache:
                 value = _decode(body)
             else:
                 look.aim.figures.refuse("value")
+            trace("stored" if storable else "value")
             return value
         finally:
             lead.land(None)
@@ -447,6 +454,15 @@ class Cache:
             check(self.tables, by_tenant=True)
             check(self.resolver.tables, by_tenant=False)
         self._say_uncovered()
+
+    def trace(self, tracing: Tracing) -> None:
+        """Tell a tracer of fills, invalidations and outages of the store from here on (``respcache.ops.otel``)."""
+        self.tracing = tracing
+        if self.store is not None:
+            self._invalidator.tracing = tracing
+            if self.rounds is not None:
+                self.rounds.tracing = tracing
+            getattr(self.store, "watch", _unwatched)(tracing.store)
 
     def add_check(self, check: TableCheck) -> None:
         """Have declared tables checked at start-up, by who knows the database."""
@@ -544,6 +560,10 @@ class Cache:
         if module is not None:
             name = keys.module_switch(keys.check_module(module))
         return self.switches is not None and await self.switches.turn(name, off=off)
+
+
+def _unwatched(changed: Callable[[Exception | None], None]) -> None:
+    """Of a store that is never away."""
 
 
 def _decode(body: bytes) -> Any:

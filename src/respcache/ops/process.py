@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CHUNK = 25
 """Tenants that are worked on before the event loop gets its turn: well under a millisecond."""
 
+ATTEMPTS = 3
+
 T = TypeVar("T")
 
 
@@ -104,6 +106,17 @@ def sheet_of(cache: "Cache", survey: Survey, *, process: str, started_at: float)
     return Sheet(_describe(cache, process, started_at), survey.routes, survey.writes, findings)
 
 
+def sheet_at_once(cache: "Cache", *, process: str, started_at: float) -> Sheet:
+    """The same for whoever has no event loop, in any thread: what changes while it is read is read again."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return sheet_of(cache, survey_at_once(cache.figures), process=process, started_at=started_at)
+        except RuntimeError:  # a dict or a set grew while it was walked over
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
 def chunks(items: Iterable[T]) -> Iterator[list[T]]:
     """Split work into portions of ``CHUNK``."""
     rest = iter(items)
@@ -118,7 +131,7 @@ def _describe(cache: "Cache", process: str, started_at: float) -> Process:
         host=socket.gethostname(),
         pid=os.getpid(),
         started_at=started_at,
-        library=_library(),
+        library=library_version(),
         python=platform.python_version(),
         enabled=cache.enabled,
         available=cache.store is not None and cache.store.available,
@@ -137,10 +150,11 @@ def _describe(cache: "Cache", process: str, started_at: float) -> Process:
     )
 
 
-def _library() -> str:
+def library_version() -> str:
+    """Return the version of this library; empty where it runs from its source."""
     try:
         return version("respcache")
-    except PackageNotFoundError:  # run from its source
+    except PackageNotFoundError:
         return ""
 
 

@@ -24,7 +24,7 @@ from respcache.core.errors import AccessRefused, ConfigurationError
 from respcache.ops import metrics
 from respcache.ops.access import Access
 from respcache.ops.metrics import Metric, Reading, Sample, Tenants, worker_of
-from respcache.ops.process import sheet_of, survey_at_once
+from respcache.ops.process import sheet_at_once
 from respcache.ops.stats import BOUNDS_S, Histogram
 
 try:
@@ -74,7 +74,7 @@ class Collector:
 
     def collect(self) -> Iterator[Family]:
         """Yield the metrics. Costs no round trip."""
-        sheet = sheet_of(self._cache, survey_at_once(self._cache.figures), process=self._id, started_at=self._started_at)
+        sheet = sheet_at_once(self._cache, process=self._id, started_at=self._started_at)
         for metric in metrics.OF_WORKERS:
             family = _family(metric, worker=True)
             for sample in metric.read(sheet):

@@ -61,6 +61,7 @@ class Link:
         self._listener: Listener | None = None
         self._trying: asyncio.Task[None] | None = None
         self._cause = StoreUnavailable("not connected yet")
+        self._watch: Callable[[StoreUnavailable | None], None] = lambda cause: None
         self._said: set[type[Exception]] = set()
         self._pause_s = 0.0
         self._up_since: float | None = None
@@ -119,6 +120,10 @@ class Link:
         self._listener = Listener(channel, heard, lost)
         if self._connection is not None:
             self._subscribe(self._connection, self._listener)
+
+    def watch(self, changed: Callable[[StoreUnavailable | None], None]) -> None:
+        """Have a plain function called at every change: with what is wrong while down, None when up. One watcher."""
+        self._watch = changed
 
     def send(self, *commands: Command) -> None:
         """Send one batch without waiting for replies; does nothing while the link is down or too busy."""
@@ -202,6 +207,7 @@ class Link:
         self._up_since = asyncio.get_running_loop().time()
         self._said.clear()
         log.info("cache server %s is up (identity %s)", self.url, connection.identity[:8])
+        call_safely(self._watch, None)
         if self._listener is not None:
             self._subscribe(connection, self._listener)
         return True
@@ -226,6 +232,7 @@ class Link:
         kind = Refused if isinstance(cause, Refused) else StoreUnavailable
         if kind not in self._said:
             log.warning("cache server %s is down: %s; requests go on without it, reconnecting", self.url, cause)
+            call_safely(self._watch, cause)
         self._said |= {kind, StoreUnavailable}
 
 

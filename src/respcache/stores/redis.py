@@ -55,6 +55,11 @@ class RedisStore:
         """Whether there is a connection now."""
         return self._link.up
 
+    @property
+    def url(self) -> ServerURL:
+        """Where the server is."""
+        return self._link.url
+
     def counters(self) -> dict[str, int]:
         """Return errors (replies), timeouts, commands sent and reconnects so far."""
         return self._link.counters()
@@ -107,6 +112,10 @@ class RedisStore:
         """See ``Store.listen``: a channel on which ``BUMP`` publishes. Without the permission for it, only ours are heard."""
         self._heard = heard
         self._link.listen(BUMPS_CHANNEL, lambda payload: heard(payload.decode("utf-8", "replace")), lost)
+
+    def watch(self, changed: Callable[[StoreUnavailable | None], None]) -> None:
+        """Have ``changed`` called when the server goes away, with what is wrong, and with None when it is back. One watcher."""
+        self._link.watch(changed)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""

@@ -25,6 +25,7 @@ from respcache.core.generations import FLOOR, collapse
 from respcache.core.keys import EVERYBODY
 from respcache.core.tokens import Token, both
 from respcache.ops.stats import Stats
+from respcache.ops.tracing import Tracing
 from respcache.stores.base import Bumped, Store
 from respcache.writes.bumps import Bumps
 from respcache.writes.rounds import Rounds, Rows
@@ -46,6 +47,7 @@ class Invalidator:
         self._bumps = Bumps(store, generation_ttl_ms=generation_ttl_ms) if rounds is None else rounds.bumps
         self._stats = stats
         self._rounds = rounds
+        self.tracing = Tracing()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Future[Ack]] = set()
         self._lock = threading.Lock()
@@ -89,9 +91,9 @@ class Invalidator:
                     self._pending[tenant] = self._pending.get(tenant, 0) + 1
             return None
         if self._rounds is None:
-            return self._begin(lambda: self._send(tags))
+            return self._begin(lambda: self._send(tags), tenants=len(tags))
         rounds = self._rounds
-        return self._begin(lambda: self._note(rounds, tags))
+        return self._begin(lambda: self._note(rounds, tags), tenants=len(tags))
 
     def committed(self, rows: Rows | None) -> Awaitable[Ack] | None:
         """Begin to bump what a transaction left in the outbox; to be called, from any thread, after its COMMIT returned.
@@ -102,7 +104,10 @@ class Invalidator:
         rounds = self._rounds
         assert rounds is not None
         since = rounds.clock()
-        return self._begin(lambda: self._apply(rounds, rows, since)) if self._started() else None
+        if not self._started():
+            return None
+        tenants = None if rows is None else len({tenant for tenant, _, _ in rows})
+        return self._begin(lambda: self._apply(rounds, rows, since), tenants=tenants)
 
     async def settled(self, *, timeout_s: float) -> None:
         """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when that takes longer."""
@@ -136,12 +141,12 @@ class Invalidator:
     def _started(self) -> bool:
         return self._loop is not None and not self._loop.is_closed()
 
-    def _begin(self, send: Callable[[], Awaitable[Ack]]) -> Awaitable[Ack]:
+    def _begin(self, send: Callable[[], Awaitable[Ack]], *, tenants: int | None) -> Awaitable[Ack]:
         loop = self._loop
         assert loop is not None
         with self._lock:
             self._in_flight += 1
-        counted = self._counted(send)
+        counted = self._counted(send, tenants)
         if _running_loop() is loop:
             task: asyncio.Future[Ack] = asyncio.ensure_future(counted)
         else:
@@ -150,9 +155,12 @@ class Invalidator:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _counted(self, send: Callable[[], Awaitable[Ack]]) -> Ack:
+    async def _counted(self, send: Callable[[], Awaitable[Ack]], tenants: int | None) -> Ack:
         try:
-            return await send()
+            with self.tracing.invalidation(tenants=tenants, cause="write") as trace:
+                ack = await send()
+                trace(ack.outcome)
+            return ack
         finally:
             with self._lock:
                 self._in_flight -= 1

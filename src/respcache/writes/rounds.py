@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import OutboxError, OutboxMissing, StoreError, StoreUnavailable
 from respcache.core.fence import DRIFT, MAX_ROWS, PERIOD_S, Due, Fence, Outcome, Page, Step, by_tenant, next_step, outdated
+from respcache.ops.tracing import Tracing
 from respcache.stores.base import Store
 from respcache.writes.bumps import Bumps
 
@@ -117,6 +118,7 @@ class Rounds:
         self.pending_rows = 0
         self.pending_s = 0.0
         self.problem = "no round has been completed yet"
+        self.tracing = Tracing()
         self._store = store
         self._ttl_ms = generation_ttl_ms
         self._period_s = period_s
@@ -398,11 +400,15 @@ class Rounds:
     async def _bump(self, due: Mapping[str, Due]) -> None:
         """Bump what is due. Raises unless all of it was confirmed by this very server life, in this epoch."""
         assert self._epoch is not None
-        for found in (await self.bumps.send(due)).values():
-            if isinstance(found, StoreError):
-                raise found
-            if found.server != self._epoch.server:
-                raise StoreUnavailable("the server has changed in the middle of a round")
+        if not due:
+            return
+        with self.tracing.invalidation(tenants=len(due), cause="outbox") as trace:
+            for found in (await self.bumps.send(due)).values():
+                if isinstance(found, StoreError):
+                    raise found
+                if found.server != self._epoch.server:
+                    raise StoreUnavailable("the server has changed in the middle of a round")
+            trace(Outcome.CONFIRMED)
 
     async def _claim(self, page: Page, identity: str) -> None:
         now = self.clock()
