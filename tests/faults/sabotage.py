@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from respcache import turbo
+from respcache.core.errors import StoreError
 from respcache.core.fence import Fence, Outcome
 from respcache.core.generations import Generation, Verdict
-from respcache.lookup import Candidate
-from respcache.near.held import Variant
+from respcache.near.held import Held
 from respcache.near.views import Tags, Views
 from respcache.plans import Aim, Plan
 from respcache.resp.connection import Connection
@@ -101,14 +101,17 @@ def _no_push() -> None:
 
 
 def _no_view_below() -> None:
-    """Send below ASGI what lies in memory, whatever the view says."""
+    """Send below ASGI what lies in memory, whatever the view says that was read for it."""
+    land = turbo._Turbo._land
 
-    def form(self: Any, plan: Plan, aim: Aim, candidate: Candidate, view: Generation, now: float) -> Variant | None:
-        held = candidate[0]
-        held.proven = view
-        return held.variants.get(plan.coding) or self.wrapper.cache.variant(aim, held, plan.coding)
+    def land_unjudged(
+        self: Any, request: Any, plan: Plan, aim: Aim, grant: Any, held: Held, fence: Any, result: Generation | StoreError
+    ) -> None:
+        if isinstance(result, Generation):
+            held.proven = aim.proven = result
+        land(self, request, plan, aim, grant, held, fence, result)
 
-    turbo._Turbo._form = form  # type: ignore[method-assign]
+    turbo._Turbo._land = land_unjudged  # type: ignore[method-assign]
 
 
 SABOTAGES: dict[str, Callable[[], None]] = {

@@ -44,7 +44,8 @@ async def test_no_promise_is_broken_while_everything_else_is(tmp_path: Path) -> 
     assert result.failed == []
     assert result.ok, (result.failures, result.alarms)
     for way in ("hit", "hit below ASGI", "bounded hit", "bounded hit below ASGI", "ttl hit"):
-        assert result.report.how[way] > 20
+        assert result.report.how[way] > 0
+    assert sum(count for way, count in result.report.how.items() if "hit" in way) > 200
     assert result.report.how["bypass"] > 0
     assert result.report.writes > 50
     assert sum(count > 0 for count in result.faults.values()) >= 5
