@@ -34,12 +34,13 @@ from crm.routes import (
 from crm.routes import (
     settings as tenant_settings,
 )
-from crm.settings import Settings
+from crm.settings import Settings, shown
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.asgi import Wrapper
 from respcache.ops.admin import Admin
 from respcache.ops.board import Board
 from respcache.ops.dashboard import Dashboard
+from respcache.ops.postgres import PostgresTrail
 from respcache.ops.prometheus import Endpoint
 from respcache.resp.url import ServerURL
 from respcache.writes.postgres import PostgresOutbox
@@ -114,10 +115,13 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     board = Board(None if url == "none" else url)
     cache, watching = watched_cache(settings, engine, url, resolver=resolver, strict_reads=strict_reads, board=board)
 
+    trail = PostgresTrail(engine)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         watching.close()
+        await trail.close()
         await engine.dispose()
 
     app = FastAPIOffline(
@@ -137,7 +141,7 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         app.include_router(routes.router)
     gate = CrmGate(reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours)
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
-    app.state.cache_admin = Admin(cache, board)
+    app.state.cache_admin = Admin(cache, board, trail, settings=shown(settings))
     app.state.dashboard = Dashboard(app.state.cache_admin, gate)
     app.mount("/cache", app.state.dashboard)
     if cache.store is not None:

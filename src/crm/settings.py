@@ -1,18 +1,22 @@
 """Settings from the environment, and the secrets that are made where none are given."""
 
+import os
 import secrets
 import stat
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from crm.embedded import write_private
 from respcache.core.errors import ConfigurationError
+from respcache.ops.configuration import Setting
 
 MIN_SECRET = 32
 MIN_DISTINCT = 10
+SECRETS = ("jwt_secret", "respcache_key", "metrics_token")
 KNOWN_WORDS = ("changeme", "change-me", "secret", "password", "default", "development")
 """What secrets of tutorials are made of."""
 
@@ -51,7 +55,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_weak_secrets(self) -> "Settings":
-        for name in ("jwt_secret", "respcache_key", "metrics_token"):
+        for name in SECRETS:
             value: SecretStr | None = getattr(self, name)
             if value is None:
                 if self.environment == "production" and name != "metrics_token":
@@ -72,6 +76,27 @@ class Settings(BaseSettings):
         missing = [name for name in ("jwt_secret", "respcache_key") if getattr(self, name) is None]
         given: dict[str, Any] = {name: SecretStr(stored_secret(self.data_dir, name.upper())) for name in missing}
         return self.model_copy(update=given)
+
+
+def shown(settings: Settings) -> list[Setting]:
+    """Return the settings as operators see them: addresses without passwords, of secrets only whether they are set."""
+    found = []
+    for name in Settings.model_fields:
+        value, variable = getattr(settings, name), name.upper()
+        source = variable if os.environ.get(variable) else "argument" if name in settings.model_fields_set else "default"
+        if name in SECRETS:
+            value = "not set" if value is None else "set"
+        elif isinstance(value, SecretStr):
+            value = _address(value.get_secret_value())
+        found.append(Setting(name=variable, value="not set" if value is None else str(value), source=source))
+    return found
+
+
+def _address(url: str) -> str:
+    """Return of an address what is no secret: where it leads."""
+    parts = urlsplit(url)
+    port = "" if parts.port is None else f":{parts.port}"
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}" if parts.scheme else url
 
 
 def stored_secret(folder: Path, name: str) -> str:

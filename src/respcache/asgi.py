@@ -158,7 +158,7 @@ class Wrapper:
             plan = self.memo.recall(key, self.cache.clock())
             if plan is not None and await self._hit(plan, sent, scope, send):
                 return
-        record = Record(sent=sent)
+        record = Record(sent=sent, request=scope)
         token = current.set(record)
         try:
             if plan is not None:

@@ -26,7 +26,7 @@ from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
 from respcache.ops.stats import SAMPLE_MASK, VALUE, Figures, Stats
 from respcache.ops.tracing import Trace, Tracing
 from respcache.plans import Aim, Memo, Plan
-from respcache.record import Reads, Record, current
+from respcache.record import Reads, Record, cause, current
 from respcache.routing import Route
 from respcache.stores.base import Store
 from respcache.switches import Switches
@@ -35,6 +35,7 @@ from respcache.writes.rounds import Outbox, Rounds, Rows, boottime
 
 if TYPE_CHECKING:
     from respcache.ops.board import Board
+    from respcache.ops.feed import Reporter
 
 log = logging.getLogger("respcache")
 
@@ -88,15 +89,19 @@ class Cache:
         self.figures = Stats()
         self.tracing = Tracing()
         self.strict_reads = strict_reads
+        self.schema_version = schema_version
+        self.near_bytes = near_bytes
+        self.audit_share = audit_share
         self.board = board
         self.modules: set[str] = set()
         self.tables: set[str] = set()
         self._readers: dict[str, set[str]] = {}  # of each table: the modules whose answers depend on it
-        self._enabled = enabled
+        self.configured = enabled
         self._said: set[str] = set()
         self._memos: list[Memo] = []
         self._checks: list[TableCheck] = []
         self.wrapper: Wrapper | None = None
+        self.feed: Reporter | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
         self.rounds: Rounds | None = None
@@ -143,7 +148,7 @@ class Cache:
                     lookup=self._lookup,
                     rounds=self.rounds,
                     stats=self.figures,
-                    invalidate=self._bump_now,
+                    invalidate=lambda tags: self._bump_now(tags, why="audit"),
                     enabled=lambda: self.enabled,
                 )
 
@@ -193,6 +198,8 @@ class Cache:
         if self.store is None or self.switches is None or not self._connected:
             return
         self._connected = False
+        if self.feed is not None:
+            await self.feed.close()
         if self.board is not None:
             await self.board.close()
         await self.switches.close()
@@ -209,7 +216,7 @@ class Cache:
     @property
     def enabled(self) -> bool:
         """Whether this process looks into the cache at all."""
-        return self._enabled and self.switches is not None and not self.switches.everything
+        return self.configured and self.switches is not None and not self.switches.everything
 
     def serves(self, aim: Aim) -> bool:
         """Whether this process looks into the cache for this tenant and module."""
@@ -464,6 +471,18 @@ class Cache:
                 self.rounds.tracing = tracing
             getattr(self.store, "watch", _unwatched)(tracing.store)
 
+    def report(self, feed: "Reporter") -> None:
+        """Have what this process invalidates reported."""
+        self.feed = feed
+        if self.store is not None:
+            self._invalidator.told = feed.note
+        if self.rounds is not None:
+            self.rounds.told = feed.found
+
+    def readers(self, tables: Iterable[str]) -> set[str]:
+        """Return the modules whose answers depend on any of these tables."""
+        return set().union(*(self._readers.get(name, ()) for name in tables))
+
     def add_check(self, check: TableCheck) -> None:
         """Have declared tables checked at start-up, by who knows the database."""
         self._checks.append(check)
@@ -471,7 +490,7 @@ class Cache:
     def memo(self, routes: Sequence[Route]) -> Memo | None:
         """Make the memo of the plans for these routes, if the resolver says which headers it looks at."""
         headers: Collection[str] | None = getattr(self.resolver, "headers", None)
-        if headers is None or self.store is None or not self._enabled:
+        if headers is None or self.store is None or not self.configured:
             return None
         if isinstance(headers, str) or not all(isinstance(name, str) for name in headers):
             raise ConfigurationError(f"{type(self.resolver).__name__}.headers is {headers!r}: make it a tuple of names")
@@ -525,10 +544,14 @@ class Cache:
             else:
                 record.bumps.append(sent)
 
-    async def _bump_now(self, tags: Mapping[str, list[str]]) -> bool:
+    async def _bump_now(self, tags: Mapping[str, list[str]], *, why: str | None = None) -> bool:
         if self.store is None:
             return True
-        sent, record = self._invalidator.bump(tags), current.get()
+        why_token = cause.set(why or cause.get())
+        try:
+            sent, record = self._invalidator.bump(tags), current.get()
+        finally:
+            cause.reset(why_token)
         ack = Ack(Outcome.PENDING) if sent is None else await asyncio.shield(sent)
         if record is not None:  # whether it holds everywhere is for the caller to say
             record.token = both(record.token, ack.token)
@@ -536,7 +559,7 @@ class Cache:
 
     def _count_changes(self, tables: Mapping[str, Collection[str]]) -> None:
         for tenant, names in tables.items():
-            for module in set().union(*(self._readers.get(name, ()) for name in names)):
+            for module in self.readers(names):
                 self.figures.at(tenant, module).invalidations += 1
 
     def _say_uncovered(self) -> None:

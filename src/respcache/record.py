@@ -5,7 +5,7 @@ the same object (a value set by them would not come back, a change to the object
 """
 
 import itertools
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,12 +49,21 @@ class Record:
     sessions: list[Any] = field(default_factory=list)
     bumps: list[Awaitable[Ack]] = field(default_factory=list)
     outcome: Outcome = Outcome.CONFIRMED
+    request: Mapping[str, Any] | None = None
+    """The ASGI scope, for the feed."""
 
     def nested(self) -> "Record":
         """Begin a fill within this request: its own reads, the same transactions and bumps."""
         alive = [session for session in (begun() for begun in self.sessions) if session is not None]
         held = any(len(session.identity_map) > 0 for session in alive)  # objects read before the capture, given out again
-        return Record(scope=self.scope, reads=Reads(old_snapshot=held), open=self.open, sessions=self.sessions, bumps=self.bumps)
+        return Record(
+            scope=self.scope,
+            reads=Reads(old_snapshot=held),
+            open=self.open,
+            sessions=self.sessions,
+            bumps=self.bumps,
+            request=self.request,
+        )
 
     def absorb(self, inner: "Record") -> None:
         """Take over what a nested fill did: what it read and wrote, this request read and wrote."""
@@ -78,6 +87,8 @@ class Record:
 
 
 current: ContextVar[Record | None] = ContextVar("respcache_record", default=None)
+cause: ContextVar[str | None] = ContextVar("respcache_cause", default=None)
+"""Why something is invalidated, where it is not the request's work: for the feed."""
 
 
 def bind_scope(scope: Scope) -> None:

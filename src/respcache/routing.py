@@ -60,6 +60,12 @@ class Table:
             return fixed if fixed is not None else self._first(path, "GET")
         return self._first(path, method)
 
+    def template(self, scope: Mapping[str, Any]) -> str | None:
+        """Return the template of the route of any request, cached or not. Not for the way of a hit."""
+        method, path = scope["method"], _route_path(scope)
+        matching = (route for route in self.routes if method in route.methods or not route.methods)
+        return next((route.template for route in matching if route.pattern.match(path)), None)
+
     def _first(self, path: str, method: str) -> tuple[Route, Mapping[str, str]] | None:
         for route in self._ordered:
             if method in route.methods or not route.methods:

@@ -22,7 +22,7 @@ from crm.embedded import EmbeddedPostgres
 from crm.migrations import configuration, upgrade
 from crm.settings import Settings
 from respcache.writes import triggers
-from respcache.writes.alembic import CreateOutbox, DropOutbox, UnwatchTable, WatchTable
+from respcache.writes.alembic import CreateOutbox, CreateTrail, DropOutbox, DropTrail, UnwatchTable, WatchTable
 from respcache.writes.triggers import EVENTS, Watched
 
 from ..conftest import administer
@@ -140,8 +140,13 @@ def test_the_reference_names_the_operations_with_their_options() -> None:
         DropOutbox(),
         WatchTable(Watched("accounts")),
         UnwatchTable("accounts", before=Watched("accounts")),
+        CreateTrail(),
+        DropTrail(),
     )
-    names = ("create_respcache_outbox", "drop_respcache_outbox", "watch_table", "unwatch_table")
+    names = (
+        "create_respcache_outbox", "drop_respcache_outbox", "watch_table", "unwatch_table", "create_respcache_trail",
+        "drop_respcache_trail",
+    )  # fmt: skip
     of = dict(zip(map(type, operations), names, strict=True))
     listed = dict(re.findall(r"^\| `op\.(\w+\(.*?\))` \| `op\.(\w+)` \|", REFERENCE, re.MULTILINE))
     assert listed == {signature(of[type(one)]): of[type(one.reverse())] for one in operations}

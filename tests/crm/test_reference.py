@@ -85,7 +85,8 @@ def test_keys_are_those_that_the_code_builds() -> None:
     listed.pop("key", None)
     built = {
         keys.entry_key("abc", "leads", "count", DIGEST), keys.lease_key("abc", "leads", "count", DIGEST),
-        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY,
+        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY, keys.FEED_KEY,
+        keys.FED_KEY,
         keys.PROCESSES_KEY, keys.figures_key("0123456789abcdef"), keys.tenants_key("0123456789abcdef"),
         keys.routes_key("0123456789abcdef"), keys.series_key(7),
     }  # fmt: skip

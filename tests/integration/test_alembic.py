@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from crm.migrations import configuration
 from respcache.core.errors import ConfigurationError
 from respcache.core.keys import SHARED
+from respcache.ops.trail import create_trail
 from respcache.writes import triggers
 from respcache.writes.alembic import include_name
 from respcache.writes.postgres import PostgresOutbox
@@ -231,11 +232,11 @@ def test_the_printed_statements_do_the_same(existing: Database) -> None:
         run(config, steps, sql=True)
         return buffer.getvalue()
 
-    existing.execute(printed(command.upgrade, "0002:0003"))
+    existing.execute(printed(command.upgrade, "0002:0004"))
     command.check(configuration(existing.url))
     existing.execute(TOUCH)
     assert existing.values(LEFT) == [f"{ACME} T:accounts"]
-    existing.execute(printed(command.downgrade, "0003:0002"))
+    existing.execute(printed(command.downgrade, "0004:0002"))
     assert existing.values(OURS) == []
     assert existing.row(STORED) == stored
 
@@ -393,6 +394,25 @@ def test_without_the_option_nothing_is_compared(project: Project, database: Data
     assert project.differences() == []
 
 
+def test_the_trail_is_proposed_where_it_is_wanted_and_not_dropped_because_no_model_has_it(
+    project: Project, database: Database
+) -> None:
+    """With the option only; and it is no watched table, though it has a trigger."""
+    project.declare(WATCHED)
+    project.options["respcache_trail"] = True
+    wanted = project.revise("wanted")
+    assert "op.create_respcache_trail()" in wanted
+    assert "op.drop_respcache_trail()" in wanted
+    database.execute("INSERT INTO respcache_trail (act, name, role, details) VALUES ('purge', 'abe', 'operator', '{}')")
+    del project.options["respcache_trail"], project.options["include_name"]
+    assert project.differences() == []
+    project.options["respcache_trail"] = False
+    assert "op.drop_respcache_trail()" in project.revise("unwanted")
+    assert [name for name in database.values(OURS) if "trail" in name] == []
+    project.back()
+    assert database.values("SELECT count(*) FROM respcache_trail") == [0]
+
+
 @pytest.mark.parametrize("missing", [OUTBOX, FENCE])
 def test_half_an_outbox_is_refused(project: Project, database: Database, missing: str) -> None:
     """No operation makes a whole of it without losing rows that may be needed."""
@@ -422,7 +442,7 @@ def test_any_name_is_written_and_run_as_it_is(project: Project, database: Databa
     project.table(name, column)
     project.declare([Watched(name, tenant_column=column)])
     project.revise("cached")
-    table, tenant = triggers._name(name), triggers._name(column)
+    table, tenant = triggers.quoted(name), triggers.quoted(column)
     database.execute(f"INSERT INTO {table} ({tenant}) VALUES ('a')")
     assert database.values(LEFT) == [f"a T:{name}"]
     project.back()
@@ -471,12 +491,13 @@ async def test_the_rights_in_the_reference_are_enough(empty_database_url: str) -
     """For everything that a process asks of outbox and fence, and for the writes of others."""
     page = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
     grants = re.findall(r"^GRANT .*? TO app;", page, re.MULTILINE)
-    assert len(grants) == 3
+    assert len(grants) == 4
     owner = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
     await owner.execute("CREATE TABLE accounts (tenant_id text)")
     statements: list[str] = []
     triggers.create_outbox(statements.append)
     triggers.create_triggers(statements.append, [Watched("accounts")])
+    create_trail(statements.append)
     for statement in (
         "CREATE ROLE app LOGIN PASSWORD 'only-for-tests'",
         "GRANT USAGE ON SCHEMA public TO app; GRANT INSERT ON accounts TO app",

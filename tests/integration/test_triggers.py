@@ -195,13 +195,13 @@ async def test_any_name_of_a_table_leaves_its_own_tag(database: asyncpg.Connecti
     """Quotes in it, or so long that the name of its function would be cut off to that of another table."""
     names = [one, other]
     for name in names:
-        await database.execute(f"CREATE TABLE {triggers._name(name)} (tenant_id text)")
+        await database.execute(f"CREATE TABLE {triggers.quoted(name)} (tenant_id text)")
     await run(database, lambda execute: triggers.create_triggers(execute, map(Watched, names)))
     for name in names:
-        await database.execute(f"INSERT INTO {triggers._name(name)} VALUES ('a')")
+        await database.execute(f"INSERT INTO {triggers.quoted(name)} VALUES ('a')")
         assert await left(database) == [("a", f"T:{name}")]
     await run(database, lambda execute: triggers.drop_triggers(execute, names))
-    await database.execute(f"INSERT INTO {triggers._name(one)} VALUES ('a')")
+    await database.execute(f"INSERT INTO {triggers.quoted(one)} VALUES ('a')")
     assert await left(database) == []
 
 

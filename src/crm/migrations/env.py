@@ -35,6 +35,7 @@ def run(connection: Connection) -> None:
         compare_type=True,
         include_name=include_name,
         respcache_tables=watched_tables(),
+        respcache_trail=True,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -13,6 +13,8 @@
 | respcache:~tenants:{process}                 | hash   | its figures of each tenant                          | a minute       |
 | respcache:~routes:{process}                  | hash   | its figures of each tenant, by route                | a minute       |
 | respcache:~series:{bucket}                   | hash   | what happened everywhere in ten seconds             | 70 minutes     |
+| respcache:~feed                              | stream | the last invalidations, for whoever looks on        | a day          |
+| respcache:~fed                               | zset   | ids of the outbox rows that are in it               | minutes        |
 
 ``{kind}`` is list, detail, count or settings. ``{process}`` is 16 hexadecimal digits that a process makes when it starts,
 ``{bucket}`` the Unix time divided by ten. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
@@ -37,6 +39,8 @@ EVERYBODY = "~all"
 SWITCHES_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"
 PROCESSES_KEY = "respcache:~procs"
+FEED_KEY = "respcache:~feed"
+FED_KEY = "respcache:~fed"
 BUMPS_CHANNEL = "respcache:~bumps"
 """Where every bump is published: the key of the generation; and what an operator deleted: the key of the entry. Not a key."""
 

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from respcache.core.errors import ConfigurationError, InvalidOperation, NotFound
+from respcache.core.errors import ConfigurationError, InvalidOperation, NotFound, StoreError
 from respcache.core.keys import EntryKey, check_module, read_entry_key
 from respcache.ops import search
 from respcache.ops.access import Access
 from respcache.ops.board import MAX_MINUTES, Board, Order
+from respcache.ops.configuration import Setting, settings_of
 from respcache.ops.explain import Asked, Explanation
 from respcache.ops.explainer import explain
-from respcache.ops.feed import Feed
+from respcache.ops.feed import Feed, Reporter
 from respcache.ops.figures import Overview, Row, Switches, module_rows, policies_of, route_rows, row
 from respcache.ops.keyspace import Keyspace, MemoryKeys, ServerKeys
 from respcache.ops.search import Body, Inspection, KeyPage, Sample
 from respcache.ops.stats import OTHER
 from respcache.ops.trail import Act, LogTrail, Trail
+from respcache.record import cause
 from respcache.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -38,16 +40,6 @@ MAX_ROWS = 1_000
 
 MAX_SWITCHES = 1_000
 """Tenants and modules that can be off at the same time."""
-
-
-class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """One value of the configuration and where it comes from."""
-
-    name: str
-    value: str
-    """``set`` or ``not set`` of secrets."""
-    source: str
-    """``default``, ``argument``, or what the application says: the name of an environment variable, a file."""
 
 
 class Purge(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +72,8 @@ class Admin:
         self._board = board or cache.board or _local_board(cache)
         self._trail: Trail = LogTrail() if trail is None else trail
         self._settings = tuple(settings)
+        self._feed = Reporter(cache, self._board)
+        cache.report(self._feed)
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
@@ -193,8 +187,7 @@ class Admin:
 
     async def feed(self, access: Access, *, after: str = "", tenant: str | None = None, limit: int = 100) -> Feed:
         """Return what was invalidated after an event (``""``: the last ones), at most ``limit``. Returns at once."""
-        access.within(tenant)
-        return Feed(events=[], last=after, processes="this")
+        return await self._feed.read(tenant=access.within(tenant), after=after, limit=_bounded(limit))
 
     async def trail(self, access: Access, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> list[Act]:
         """Return acts, the newest first; of a tenant's admin, those that concern the tenant. Raises ``NotTrailed``."""
@@ -227,14 +220,22 @@ class Admin:
             return await self._count(made)
         await self._write_down(access, "purge", owner, module=module, key=key)
         if key is not None:
-            deleted = await self._space().delete(key)
+            try:
+                deleted = await self._space().delete(key)
+            except StoreError as error:
+                await self._write_down(access, "failed", owner, key=key, problem=str(error))
+                raise
             if self._cache.near is not None:
                 self._cache.near.discard(key)
             return msgspec.structs.replace(made, entries=deleted, complete=True, confirmed=True)
-        if module is None:
-            confirmed = await self._cache.invalidate_all_tenant(owner)
-        else:
-            confirmed = await self._cache.invalidate_tenant_cache(owner, module)
+        token = cause.set(f"purge by {access.name}")
+        try:
+            if module is None:
+                confirmed = await self._cache.invalidate_all_tenant(owner)
+            else:
+                confirmed = await self._cache.invalidate_tenant_cache(owner, module)
+        finally:
+            cause.reset(token)
         return msgspec.structs.replace(made, confirmed=confirmed)
 
     async def switch(self, access: Access, *, off: bool, tenant: str | None = None, module: str | None = None) -> Switches:
@@ -269,7 +270,7 @@ class Admin:
     async def configuration(self, access: Access) -> list[Setting]:
         """Return the values that are in force, and where each comes from. For those who reach all tenants."""
         access.demand_everything("the configuration")
-        return list(self._settings)
+        return [*settings_of(self._cache), *self._settings]
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 

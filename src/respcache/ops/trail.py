@@ -1,6 +1,7 @@
 """The trail: who did what to the cache, written down before it is done and never changed.
 
-``ops/postgres.py`` keeps it in the application's database, ``LogTrail`` in the log.
+``ops/postgres.py`` keeps it in the application's database, in a table that ``create_trail`` makes (an operation of
+``writes/alembic.py``); ``LogTrail`` keeps it in the log.
 """
 
 import logging
@@ -9,6 +10,12 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import msgspec
+
+from respcache.writes.triggers import Execute, quoted
+
+TRAIL = "respcache_trail"
+GUARD = "append_only"
+"""The trigger of the table. Its name is none of those by which a watched table is known."""
 
 MAX_REMEMBERED = 1_000
 """Acts that a ``LogTrail`` can show again."""
@@ -64,3 +71,38 @@ class LogTrail:
         """See ``Trail.latest``."""
         found = (act for act in reversed(self._acts) if before is None or act.id < before)
         return [act for act in found if tenant is None or act.tenant == tenant][:limit]
+
+
+def create_trail(execute: Execute, *, schema: str = "public") -> None:
+    """Create the table of the trail, to which rows can only be added: UPDATE, DELETE and TRUNCATE are refused to everybody.
+
+    Also under ``session_replication_role = replica``; not to who may drop the trigger, so the application should not own the
+    table. It needs INSERT and SELECT.
+    """
+    table, function = f"{quoted(schema)}.{TRAIL}", f"{quoted(schema)}.{TRAIL}_{GUARD}"
+    execute(f"""
+        CREATE TABLE {table} (
+            id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            act text NOT NULL,
+            name text NOT NULL,
+            role text NOT NULL,
+            tenant text,
+            details jsonb NOT NULL
+        )""")
+    execute(f"CREATE INDEX {TRAIL}_tenant ON {table} (tenant, id)")
+    execute(f"""
+        CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION USING MESSAGE = '{TRAIL} is append only: ' || TG_OP || ' is refused';
+        END $$""")
+    execute(f"""
+        CREATE TRIGGER {GUARD} BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
+        FOR EACH STATEMENT EXECUTE FUNCTION {function}()""")
+    execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {GUARD}")
+
+
+def drop_trail(execute: Execute, *, schema: str = "public") -> None:
+    """Drop the table, and with it all that was written down."""
+    execute(f"DROP TABLE {quoted(schema)}.{TRAIL}")
+    execute(f"DROP FUNCTION {quoted(schema)}.{TRAIL}_{GUARD}()")

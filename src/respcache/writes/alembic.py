@@ -1,4 +1,4 @@
-"""Operations for alembic that install and remove the outbox and its triggers, and have ``--autogenerate`` write them.
+"""Operations for alembic that install and remove the outbox, its triggers and the trail, and have ``--autogenerate`` write them.
 
 In ``env.py``::
 
@@ -8,6 +8,7 @@ In ``env.py``::
     context.configure(
         ...,
         respcache_tables=watched(Base.metadata, TABLES_THAT_CACHED_READS_DECLARE),
+        respcache_trail=True,
         include_name=respcache.writes.alembic.include_name,
     )
 
@@ -16,7 +17,8 @@ A revision then says what is missing in the database and what is too much::
     op.create_respcache_outbox()
     op.watch_table("accounts", tenant_column="tenant_id", shared=False)
 
-An empty list has everything removed again; without the option nothing of it is compared. A table counts as watched when its
+An empty list has everything removed again, and so has ``respcache_trail=False`` with the trail (``ops/trail.py``); without the
+options nothing of it is compared. A table counts as watched when its
 four triggers are there, fire always, and run the very function that would be made today: so another tenant column shows,
 a trigger that was dropped or disabled, and also a release of this library that writes another function. ``watch_table``
 mends all of these.
@@ -24,7 +26,7 @@ mends all of these.
 Tables are first unwatched and then dropped, first created and then watched; a downgrade is the reverse. Where the old
 function is not recognised, it ends unwatched instead: what reads the table is then not cached.
 
-The outbox and the fence are in no metadata: alembic is kept from proposing to drop them, in every schema. ``include_name``
+Outbox, fence and trail are in no metadata: alembic is kept from proposing to drop them, in every schema. ``include_name``
 spares it reading them at all, which SQLAlchemy warns of, as it does not know their types. Another schema than ``public``,
 for them and for the tables, is named by ``respcache_schema`` and by ``schema=`` of each operation.
 """
@@ -41,17 +43,20 @@ from alembic.util import DispatchPriority, PriorityDispatchResult
 from sqlalchemy import text
 
 from respcache.core.errors import ConfigurationError
+from respcache.ops import trail
+from respcache.ops.trail import TRAIL
 from respcache.writes import triggers
 from respcache.writes.triggers import EVENTS, FENCE, OUTBOX, Watched
 
 PUBLIC = "public"
+OURS = (OUTBOX, FENCE, TRAIL)
 IMPORT = f"import {__name__}  # noqa: F401  (op.watch_table)"
 """What a revision needs to know the operations by."""
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
-    """Leave out outbox and fence: for ``context.configure(include_name=...)``."""
-    return type_ != "table" or name not in (OUTBOX, FENCE)
+    """Leave out our own tables: for ``context.configure(include_name=...)``."""
+    return type_ != "table" or name not in OURS
 
 
 @Operations.register_operation("create_respcache_outbox")
@@ -152,6 +157,48 @@ class UnwatchTable(MigrateOperation):
         return ("unwatch_table", self.table)
 
 
+@Operations.register_operation("create_respcache_trail")
+@dataclass(eq=False)
+class CreateTrail(MigrateOperation):
+    """Create the trail of what operators do."""
+
+    schema: str = PUBLIC
+
+    @classmethod
+    def create_respcache_trail(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
+        """Create the trail; rights on it are the migration's to grant (``ops.trail.create_trail``)."""
+        operations.invoke(cls(schema))
+
+    def reverse(self) -> "DropTrail":
+        """Return the operation that undoes this one."""
+        return DropTrail(self.schema)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return what ``alembic check`` prints."""
+        return ("create_respcache_trail", self.schema)
+
+
+@Operations.register_operation("drop_respcache_trail")
+@dataclass(eq=False)
+class DropTrail(MigrateOperation):
+    """Drop the trail."""
+
+    schema: str = PUBLIC
+
+    @classmethod
+    def drop_respcache_trail(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
+        """Drop the trail, with all that is written in it."""
+        operations.invoke(cls(schema))
+
+    def reverse(self) -> CreateTrail:
+        """Return the operation that undoes this one."""
+        return CreateTrail(self.schema)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return what ``alembic check`` prints."""
+        return ("drop_respcache_trail", self.schema)
+
+
 @Operations.implementation_for(CreateOutbox)
 def _create_outbox(operations: Operations, operation: CreateOutbox) -> None:
     triggers.create_outbox(_execute(operations), schema=operation.schema)
@@ -170,6 +217,16 @@ def _watch_table(operations: Operations, operation: WatchTable) -> None:
 @Operations.implementation_for(UnwatchTable)
 def _unwatch_table(operations: Operations, operation: UnwatchTable) -> None:
     triggers.drop_triggers(_execute(operations), [operation.table], schema=operation.schema)
+
+
+@Operations.implementation_for(CreateTrail)
+def _create_trail(operations: Operations, operation: CreateTrail) -> None:
+    trail.create_trail(_execute(operations), schema=operation.schema)
+
+
+@Operations.implementation_for(DropTrail)
+def _drop_trail(operations: Operations, operation: DropTrail) -> None:
+    trail.drop_trail(_execute(operations), schema=operation.schema)
 
 
 def _execute(operations: Operations) -> triggers.Execute:
@@ -199,6 +256,16 @@ def _render_unwatch_table(context: AutogenContext, operation: UnwatchTable) -> s
     return _line(context, "unwatch_table", [repr(operation.table)], operation.schema)
 
 
+@renderers.dispatch_for(CreateTrail)
+def _render_create_trail(context: AutogenContext, operation: CreateTrail) -> str:
+    return _line(context, "create_respcache_trail", [], operation.schema)
+
+
+@renderers.dispatch_for(DropTrail)
+def _render_drop_trail(context: AutogenContext, operation: DropTrail) -> str:
+    return _line(context, "drop_respcache_trail", [], operation.schema)
+
+
 def _line(context: AutogenContext, name: str, arguments: list[str], schema: str) -> str:
     context.imports.add(IMPORT)
     given = ", ".join(arguments if schema == PUBLIC else [*arguments, f"schema={schema!r}"])
@@ -208,14 +275,17 @@ def _line(context: AutogenContext, name: str, arguments: list[str], schema: str)
 @comparators.dispatch_for("autogenerate", qualifier="postgresql", priority=DispatchPriority.LAST, subgroup="respcache")
 def _compare(context: AutogenContext, upgrade: UpgradeOps) -> PriorityDispatchResult:
     """Put around alembic's own operations what the database lacks of outbox and triggers, or has too much."""
-    own = [operation for operation in upgrade.ops if getattr(operation, "table_name", None) not in (OUTBOX, FENCE)]
+    own = [operation for operation in upgrade.ops if getattr(operation, "table_name", None) not in OURS]
+    schema = context.opts.get("respcache_schema", PUBLIC)
     wanted: Iterable[Watched] | None = context.opts.get("respcache_tables")
-    if wanted is None:
-        upgrade.ops[:] = own
-    else:
-        schema = context.opts.get("respcache_schema", PUBLIC)
+    before: list[MigrateOperation] = []
+    after: list[MigrateOperation] = []
+    if wanted is not None:
         before, after = _differences(context, {watched.table: watched for watched in wanted}, schema)
-        upgrade.ops[:] = [*before, *own, *after]
+    with_trail: bool | None = context.opts.get("respcache_trail")
+    if with_trail is not None and with_trail != context.inspector.has_table(TRAIL, schema=schema):
+        after.append(CreateTrail(schema) if with_trail else DropTrail(schema))
+    upgrade.ops[:] = [*before, *own, *after]
     return PriorityDispatchResult.CONTINUE
 
 

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,9 @@ RETRY_MOST_S = 1.0
 Changes = Mapping[str, Collection[str]]
 """Tags by tenant."""
 
+Told = Callable[[Rows, Outcome, float], None]
+"""Hears what was bumped (tenant, tag, id of the row or nothing), what came of it, and how many seconds after the COMMIT."""
+
 
 class Invalidator:
     """Bumps generations after commits. One per cache, bound to the event loop in which ``start`` was called."""
@@ -57,6 +61,8 @@ class Invalidator:
         """Tenants that this process must leave the cache alone for, now and whenever it is looked at."""
         self._retrying: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
+        self.told: Told | None = None
+        """Hears what became of each invalidation."""
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -91,7 +97,7 @@ class Invalidator:
                     self._pending[tenant] = self._pending.get(tenant, 0) + 1
             return None
         if self._rounds is None:
-            return self._begin(lambda: self._send(tags), tenants=len(tags))
+            return self._begin(lambda: self._telling(_without_ids(tags), self._send(tags)), tenants=len(tags))
         rounds = self._rounds
         return self._begin(lambda: self._note(rounds, tags), tenants=len(tags))
 
@@ -107,7 +113,7 @@ class Invalidator:
         if not self._started():
             return None
         tenants = None if rows is None else len({tenant for tenant, _, _ in rows})
-        return self._begin(lambda: self._apply(rounds, rows, since), tenants=tenants)
+        return self._begin(lambda: self._telling(rows or (), self._apply(rounds, rows, since)), tenants=tenants)
 
     async def settled(self, *, timeout_s: float) -> None:
         """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when that takes longer."""
@@ -155,6 +161,17 @@ class Invalidator:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def _telling(self, rows: Rows, sending: Awaitable[Ack]) -> Ack:
+        """Tell what became of an invalidation, and how long that took."""
+        began = time.monotonic()
+        ack = await sending
+        if self.told is not None and rows:
+            try:
+                self.told(rows, ack.outcome, time.monotonic() - began)
+            except Exception:
+                log.exception("an invalidation could not be reported")
+        return ack
+
     async def _counted(self, send: Callable[[], Awaitable[Ack]], tenants: int | None) -> Ack:
         try:
             with self.tracing.invalidation(tenants=tenants, cause="write") as trace:
@@ -175,8 +192,8 @@ class Invalidator:
             rows = await rounds.outbox.note([(tenant, tag) for tenant, names in tags.items() for tag in names])
         except OutboxError as error:
             log.warning("an invalidation cannot be kept in the database (%s)", error)
-            return await self._bump_without_rows(rounds, tags, since)
-        return await self._apply(rounds, rows, rounds.clock())
+            return await self._telling(_without_ids(tags), self._bump_without_rows(rounds, tags, since))
+        return await self._telling(rows, self._apply(rounds, rows, rounds.clock()))
 
     async def _bump_without_rows(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float) -> Ack:
         """Bump what no round will ever find. Only the server that fences name can confirm it."""
@@ -282,6 +299,10 @@ def _token(bumped: Mapping[str, Bumped | None]) -> Token | None:
     for one in bumped.values():
         token = both(token, () if one is None or one.reached is None else (one.reached,))
     return token
+
+
+def _without_ids(tags: Mapping[str, Iterable[str]]) -> Rows:
+    return [(tenant, tag, "") for tenant, names in tags.items() for tag in names]
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -48,6 +48,43 @@ UNDEFINED = ("42P01", "3F000")
 """Codes of the errors that a table or a schema is not there."""
 
 
+class OwnConnections:
+    """Connections to the database of an application's engine, with its settings, in a pool of their own: what is asked over them
+    waits for no request, and no hook of the application's engine sees it. Each statement is its own transaction."""
+
+    def __init__(self, engine: AsyncEngine, *, deadline_s: float) -> None:
+        self._shared = engine
+        self._deadline_s = deadline_s
+        self._engine: AsyncEngine | None = None
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[AsyncConnection]:
+        """Take a connection for one call. Raises ``TimeoutError`` after the deadline, and what the driver raises."""
+        async with asyncio.timeout(self._deadline_s):
+            engine = self._engine or await self._make_engine()
+            async with engine.connect() as connection:
+                yield connection
+
+    async def close(self) -> None:
+        """Disconnect."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.dispose()
+
+    async def _make_engine(self) -> AsyncEngine:
+        """Make an engine whose pool has the settings and listeners of the shared one, which is connected first.
+
+        The first connection of an engine sets up its dialect. A copy of the pool that connects before would do that in its
+        place, and what the application connects meanwhile would not wait for it and fail.
+        """
+        async with self._shared.connect():
+            pass
+        if self._engine is None:  # another call may have been faster
+            pool = self._shared.sync_engine.pool.recreate()
+            self._engine = create_async_engine(self._shared.url, pool=pool, isolation_level="AUTOCOMMIT")
+        return self._engine
+
+
 class PostgresOutbox:
     """The outbox in the database of ``engine`` (see ``writes/triggers.py``), shared by all processes of an application.
 
@@ -68,8 +105,7 @@ class PostgresOutbox:
         self.lease_s = lease_s
         self._deadline_s = deadline_s
         self._retention_s = retention_s
-        self._shared = engine
-        self._engine: AsyncEngine | None = None
+        self._connections = OwnConnections(engine, deadline_s=deadline_s)
         outbox, fence = f'"{schema}".{OUTBOX}', f'"{schema}".{FENCE}'
         self.own_rows = f"SELECT current_setting('{setting(schema)}', true)"
         """What a transaction asks before its COMMIT: what its own statements left. It needs no right and no outbox."""
@@ -150,9 +186,7 @@ class PostgresOutbox:
 
     async def close(self) -> None:
         """Disconnect."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.dispose()
+        await self._connections.close()
 
     async def _run(self, statement: Any, values: dict[str, Any]) -> None:
         async with self._connected() as connection:
@@ -166,29 +200,14 @@ class PostgresOutbox:
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
         """Take a connection for one call: bounded in time, its failures as ``OutboxError``."""
         try:
-            async with asyncio.timeout(self._deadline_s):
-                engine = self._engine or await self._make_engine()
-                async with engine.connect() as connection:
-                    yield connection
+            async with self._connections.connected() as connection:
+                yield connection
         except TimeoutError:
             raise OutboxError(f"the database did not answer within {self._deadline_s} s") from None
         except (SQLAlchemyError, OSError) as error:
             cause = getattr(error, "orig", None) or error
             kind = OutboxMissing if getattr(cause, "sqlstate", None) in UNDEFINED else OutboxError
             raise kind(str(cause).partition("\n")[0]) from error
-
-    async def _make_engine(self) -> AsyncEngine:
-        """Make an engine whose pool has the settings and listeners of the shared one, which is connected first.
-
-        The first connection of an engine sets up its dialect. A copy of the pool that connects before would do that in its
-        place, and what the application connects meanwhile would not wait for it and fail.
-        """
-        async with self._shared.connect():
-            pass
-        if self._engine is None:  # another call may have been faster
-            pool = self._shared.sync_engine.pool.recreate()
-            self._engine = create_async_engine(self._shared.url, pool=pool, isolation_level="AUTOCOMMIT")
-        return self._engine
 
 
 _PAGE = """

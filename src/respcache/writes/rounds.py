@@ -119,6 +119,8 @@ class Rounds:
         self.pending_s = 0.0
         self.problem = "no round has been completed yet"
         self.tracing = Tracing()
+        self.told: Callable[[Rows, Outcome, float], None] | None = None
+        """Hears what rounds found and bumped, and how long ago the oldest of it was written."""
         self._store = store
         self._ttl_ms = generation_ttl_ms
         self._period_s = period_s
@@ -304,7 +306,10 @@ class Rounds:
                 self.problem = "another process has made an epoch"
                 return False
         else:
-            await self._bump(by_tenant([row for row in page.rows if row[2] not in self._applied]))
+            found = [row for row in page.rows if row[2] not in self._applied]
+            await self._bump(by_tenant(found))
+            if found and self.told is not None:
+                self.told(found, Outcome.CONFIRMED, page.oldest_s + self.clock() - m0)
             self._cursor = page.cursor
             for _, _, row in page.rows:
                 self._applied.pop(row, None)

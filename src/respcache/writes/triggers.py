@@ -105,7 +105,7 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
             END IF;
         END$$""")
     execute(f"""
-        CREATE TABLE {_name(schema)}.{OUTBOX} (
+        CREATE TABLE {quoted(schema)}.{OUTBOX} (
             xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
             tenant text NOT NULL,
             tag text NOT NULL,
@@ -114,7 +114,7 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
             PRIMARY KEY (xid, tenant, tag)
         )""")
     execute(f"""
-        CREATE TABLE {_name(schema)}.{FENCE} (
+        CREATE TABLE {quoted(schema)}.{FENCE} (
             one boolean PRIMARY KEY DEFAULT true CHECK (one),
             authority text,
             effective_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -123,22 +123,22 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
             horizon_at timestamptz NOT NULL DEFAULT clock_timestamp(),
             pruned xid8 NOT NULL DEFAULT '0'
         )""")
-    execute(f"INSERT INTO {_name(schema)}.{FENCE} DEFAULT VALUES")
+    execute(f"INSERT INTO {quoted(schema)}.{FENCE} DEFAULT VALUES")
 
 
 def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
     """Drop outbox and fence: nothing is cached from then on. Drop the triggers first: they would make every write fail."""
-    execute(f"DROP TABLE {_name(schema)}.{OUTBOX}, {_name(schema)}.{FENCE}")
+    execute(f"DROP TABLE {quoted(schema)}.{OUTBOX}, {quoted(schema)}.{FENCE}")
 
 
 def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
     """Create the triggers of these tables; also to replace them when the tenant column of a table has changed."""
     for watched in tables:
-        function = f"{_name(schema)}.{_name(function_name(watched.table))}"
+        function = f"{quoted(schema)}.{quoted(function_name(watched.table))}"
         execute(f"""
             CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
             LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $${body(watched, schema=schema)}$$""")
-        table = f"{_name(schema)}.{_name(watched.table)}"
+        table = f"{quoted(schema)}.{quoted(watched.table)}"
         for event in EVENTS:
             execute(f"""
                 CREATE OR REPLACE TRIGGER respcache_{event} AFTER {event.upper()} ON {table} {_TRANSITIONS[event]}
@@ -150,8 +150,8 @@ def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "pub
     """Drop the triggers of these tables: what reads them is not cached from then on."""
     for table in tables:
         for event in EVENTS:  # a table that was renamed runs the function of its former name
-            execute(f"DROP TRIGGER IF EXISTS respcache_{event} ON {_name(schema)}.{_name(table)}")
-        execute(f"DROP FUNCTION IF EXISTS {_name(schema)}.{_name(function_name(table))}() CASCADE")
+            execute(f"DROP TRIGGER IF EXISTS respcache_{event} ON {quoted(schema)}.{quoted(table)}")
+        execute(f"DROP FUNCTION IF EXISTS {quoted(schema)}.{quoted(function_name(table))}() CASCADE")
 
 
 def body(watched: Watched, *, schema: str = "public") -> str:
@@ -162,12 +162,12 @@ def body(watched: Watched, *, schema: str = "public") -> str:
         if watched.tenant_column is None:
             tenants = [f"SELECT {_text(SHARED)} AS tenant FROM {name}" for name in rows]
         else:
-            column = _name(watched.tenant_column)
+            column = quoted(watched.tenant_column)
             tenants = [f"SELECT coalesce({column}::text, {_text(SHARED)}) AS tenant FROM {name}" for name in rows]
             tenants += [f"SELECT {_text(SHARED)} FROM {name}" for name in rows if watched.shared]
         return f"{insert} SELECT DISTINCT changed.tenant, {tag} FROM ({' UNION ALL '.join(tenants)}) AS changed {rest}"
 
-    insert = f"WITH noted AS (INSERT INTO {_name(schema)}.{OUTBOX} AS outbox (tenant, tag)"
+    insert = f"WITH noted AS (INSERT INTO {quoted(schema)}.{OUTBOX} AS outbox (tenant, tag)"
     rest = """ON CONFLICT (xid, tenant, tag) DO UPDATE SET id = EXCLUDED.id, at = EXCLUDED.at
                     WHERE outbox.xmin <> EXCLUDED.xid::xid
                     RETURNING outbox.tenant, outbox.tag, outbox.id)
@@ -199,6 +199,11 @@ def setting(schema: str = "public") -> str:
     return f"respcache.rows_{re.sub(r'[^A-Za-z0-9_]', '_', schema)}"
 
 
+def quoted(identifier: str) -> str:
+    """Return a name as it stands in SQL."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
 _TRANSITIONS = {
     "insert": "REFERENCING NEW TABLE AS new_rows",
     "update": "REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows",
@@ -213,10 +218,6 @@ def function_name(table: str) -> str:
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name
     return FUNCTION + hashlib.md5(table.encode(), usedforsecurity=False).hexdigest()
-
-
-def _name(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
 
 
 def _text(value: str) -> str:

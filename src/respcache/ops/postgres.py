@@ -1,0 +1,81 @@
+"""The trail in PostgreSQL: rows that are added and never changed (``ops/trail.py`` makes the table, and what guards it)."""
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from respcache.core.errors import ConfigurationError, NotTrailed
+from respcache.ops.trail import TRAIL, Act
+from respcache.writes.postgres import OwnConnections
+
+DEADLINE_S = 2.0
+
+
+class PostgresTrail:
+    """The trail in the database of ``engine``, over connections of its own. Close it when the application ends."""
+
+    def __init__(self, engine: AsyncEngine, *, schema: str = "public", deadline_s: float = DEADLINE_S) -> None:
+        if not re.fullmatch(r"\w+", schema):
+            raise ConfigurationError(f"schema {schema!r} must be letters, digits and '_'")
+        self._connections = OwnConnections(engine, deadline_s=deadline_s)
+        self._deadline_s = deadline_s
+        table = f'"{schema}".{TRAIL}'
+        self._append = text(_APPEND.format(table=table))
+        self._latest = text(_LATEST.format(table=table))
+
+    async def append(self, act: Act) -> None:
+        """See ``Trail.append``. One round trip, committed when it returns."""
+        given = {"act": act.act, "name": act.name, "role": act.role, "tenant": act.tenant}
+        details = msgspec.json.encode(act.details).decode()
+        async with self._connected() as connection:
+            await connection.execute(self._append, {**given, "details": details})
+
+    async def latest(self, *, tenant: str | None, limit: int, before: int | None) -> list[Act]:
+        """See ``Trail.latest``. One round trip."""
+        given = {"tenant": tenant, "limit": limit, "before": before}
+        async with self._connected() as connection:
+            rows = (await connection.execute(self._latest, given)).all()
+        return [
+            Act(
+                act=row.act,
+                name=row.name,
+                role=row.role,
+                tenant=row.tenant,
+                details=msgspec.json.decode(row.details),
+                id=row.id,
+                at=row.at,
+            )
+            for row in rows
+        ]
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._connections.close()
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        """Take a connection for one call: bounded in time, its failures as ``NotTrailed``."""
+        try:
+            async with self._connections.connected() as connection:
+                yield connection
+        except TimeoutError:
+            raise NotTrailed(f"the trail: the database did not answer within {self._deadline_s} s") from None
+        except (SQLAlchemyError, OSError) as error:
+            cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
+            raise NotTrailed(f"the trail cannot be reached: {cause}") from error
+
+
+_APPEND = """
+INSERT INTO {table} (act, name, role, tenant, details) VALUES (:act, :name, :role, :tenant, CAST(CAST(:details AS text) AS jsonb))
+"""
+
+_LATEST = """
+SELECT id, at, act, name, role, tenant, CAST(details AS text) AS details FROM {table}
+WHERE (CAST(:tenant AS text) IS NULL OR tenant = :tenant) AND (CAST(:before AS bigint) IS NULL OR id < :before)
+ORDER BY id DESC LIMIT :limit
+"""

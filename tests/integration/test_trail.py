@@ -1,0 +1,223 @@
+"""The trail in a real database: rows are added and never changed, by nobody; and what cannot be written down is not done."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from crm.embedded import EmbeddedPostgres
+from respcache import Cache, ConfigurationError, MemoryStore, SingleTenant
+from respcache.core.errors import NotTrailed
+from respcache.ops.access import Access, Role
+from respcache.ops.admin import Admin
+from respcache.ops.postgres import PostgresTrail
+from respcache.ops.trail import MAX_REMEMBERED, TRAIL, Act, LogTrail, Trail, create_trail, drop_trail
+
+pytestmark = pytest.mark.anyio
+ROOT = Access(name="root", role=Role.OPERATOR)
+ROWS = f"SELECT string_agg({TRAIL}::text, ' ' ORDER BY id) FROM {TRAIL}"  # noqa: S608 - our own name
+
+
+def statements(*, schema: str = "public") -> list[str]:
+    found: list[str] = []
+    create_trail(found.append, schema=schema)
+    return found
+
+
+@pytest.fixture
+async def psql(empty_database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
+    for statement in statements():
+        await connection.execute(statement)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def engine(empty_database_url: str) -> AsyncIterator[AsyncEngine]:
+    made = create_async_engine(empty_database_url)
+    yield made
+    await made.dispose()
+
+
+@pytest.fixture
+async def kept(psql: asyncpg.Connection, engine: AsyncEngine) -> AsyncIterator[PostgresTrail]:
+    made = PostgresTrail(engine)
+    yield made
+    await made.close()
+
+
+def act(number: int, tenant: str | None = None) -> Act:
+    return Act(
+        act="purge", name=f"somebody {number}", role="operator", tenant=tenant, details={"number": number, "ü": ["'", None]}
+    )
+
+
+async def test_acts_come_back_as_they_were_with_number_and_time(kept: PostgresTrail) -> None:
+    """The newest first."""
+    for number in range(3):
+        await kept.append(act(number))
+    found = await kept.latest(tenant=None, limit=10, before=None)
+    assert [one.details for one in found] == [act(number).details for number in (2, 1, 0)]
+    assert [one.id for one in found] == sorted((one.id for one in found), reverse=True)
+    assert all(one.at is not None and one.at.tzinfo is not None for one in found)
+    assert (found[0].act, found[0].name, found[0].role, found[0].tenant) == ("purge", "somebody 2", "operator", None)
+
+
+@pytest.mark.parametrize("where", ["database", "log"])
+async def test_a_part_of_the_trail(where: str, kept: PostgresTrail) -> None:
+    """Of one tenant, so many, before an act: the same in the database and in the log."""
+    trail: Trail = kept if where == "database" else LogTrail()
+    for number in range(6):
+        await trail.append(act(number, tenant=("acme", "globex", None)[number % 3]))
+    everything = await trail.latest(tenant=None, limit=10, before=None)
+    assert [one.details["number"] for one in everything] == [5, 4, 3, 2, 1, 0]
+    assert [one.details["number"] for one in await trail.latest(tenant="acme", limit=10, before=None)] == [3, 0]
+    assert [one.details["number"] for one in await trail.latest(tenant=None, limit=2, before=everything[1].id)] == [3, 2]
+    assert [one.details["number"] for one in await trail.latest(tenant="globex", limit=1, before=everything[1].id)] == [1]
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"UPDATE {TRAIL} SET name = 'nobody'",  # noqa: S608 - our own name
+        f"DELETE FROM {TRAIL}",  # noqa: S608
+        f"DELETE FROM {TRAIL} WHERE id < 0",  # noqa: S608
+        f"TRUNCATE {TRAIL}",
+        f"TRUNCATE {TRAIL} RESTART IDENTITY CASCADE",
+        f"INSERT INTO {TRAIL} (id, act, name, role, details) VALUES (1, 'x', 'x', 'x', '{{}}')",  # noqa: S608
+        f"WITH gone AS (DELETE FROM {TRAIL} RETURNING *) INSERT INTO {TRAIL} (act, name, role, details) "  # noqa: S608
+        "SELECT act, 'nobody', role, details FROM gone",
+    ],
+)
+async def test_what_is_written_stays_as_it_is(kept: PostgresTrail, psql: asyncpg.Connection, statement: str, role: str) -> None:
+    """Also for its owner, a superuser, and for a session in which ordinary triggers do not fire."""
+    await kept.append(act(1))
+    before = await psql.fetchval(ROWS)
+    await psql.execute(f"SET session_replication_role = {role}")
+    with pytest.raises(asyncpg.PostgresError, match=r"append only: (UPDATE|DELETE|TRUNCATE) is refused|non-DEFAULT value"):
+        await psql.execute(statement)
+    assert await psql.fetchval(ROWS) == before
+
+
+async def test_it_is_made_in_any_schema_and_goes_away_as_a_whole(psql: asyncpg.Connection, engine: AsyncEngine) -> None:
+    """Nothing of it is left."""
+    await psql.execute("CREATE SCHEMA other")
+    for statement in statements(schema="other"):
+        await psql.execute(statement)
+    kept = PostgresTrail(engine, schema="other")
+    await kept.append(act(1))
+    assert len(await kept.latest(tenant=None, limit=10, before=None)) == 1
+    assert await psql.fetchval(ROWS) is None
+    await kept.close()
+    found: list[str] = []
+    drop_trail(found.append, schema="other")
+    for statement in found:
+        await psql.execute(statement)
+    left = "SELECT count(*) FROM pg_class WHERE relname LIKE 'respcache%' AND relnamespace = 'other'::regnamespace"
+    assert await psql.fetchval(left) == 0
+    assert await psql.fetchval("SELECT count(*) FROM pg_proc WHERE pronamespace = 'other'::regnamespace") == 0
+    with pytest.raises(ConfigurationError, match=r"a\.b"):
+        PostgresTrail(engine, schema="a.b")
+
+
+async def test_the_rights_in_the_reference_are_enough_and_change_nothing(
+    psql: asyncpg.Connection, empty_database_url: str
+) -> None:
+    """INSERT and SELECT."""
+    await psql.execute("DROP ROLE IF EXISTS trailer; CREATE ROLE trailer LOGIN PASSWORD 'trailer'")
+    await psql.execute("GRANT USAGE ON SCHEMA public TO trailer")
+    await psql.execute(f"GRANT INSERT, SELECT ON {TRAIL} TO trailer")
+    url = empty_database_url.partition("@")
+    engine = create_async_engine(f"postgresql+asyncpg://trailer:trailer@{url[2]}")
+    kept = PostgresTrail(engine)
+    await kept.append(act(1))
+    assert len(await kept.latest(tenant=None, limit=10, before=None)) == 1
+    await kept.close()
+    await engine.dispose()
+    await psql.execute("DROP OWNED BY trailer; DROP ROLE trailer")
+
+
+async def test_the_log_keeps_a_bounded_number_in_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """And writes all of them, one line of JSON each."""
+    caplog.set_level("INFO", "respcache.trail")
+    trail = LogTrail()
+    for number in range(MAX_REMEMBERED + 5):
+        await trail.append(act(number))
+    assert len(await trail.latest(tenant=None, limit=10_000, before=None)) == MAX_REMEMBERED
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == MAX_REMEMBERED + 5
+    assert '"name":"somebody 7"' in lines[7]
+
+
+# -- what cannot be written down -------------------------------------------------------------------------------------------
+
+
+async def acts_of(admin: Admin, key: str) -> list[Any]:
+    """Try every act; return what each came to."""
+    found = []
+    for attempt in (
+        admin.purge(ROOT, tenant="t"),
+        admin.purge(ROOT, tenant="t", module="numbers"),
+        admin.purge(ROOT, key=key),
+        admin.switch(ROOT, off=True),
+        admin.switch(ROOT, off=True, tenant="t"),
+        admin.switch(ROOT, off=True, module="numbers"),
+        admin.reveal(ROOT, key),
+    ):
+        try:
+            found.append(type(await attempt))
+        except NotTrailed as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("accident", ["stopped", "no table", "no right"])
+async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, accident: str) -> None:
+    """The database is away, or not migrated, or refuses."""
+    server = EmbeddedPostgres(tmp_path / "postgres", password="only-for-tests", durable=False).start()
+    engine = create_async_engine(server.url("postgres"))
+    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0)
+    made = 0
+
+    async def make() -> int:
+        nonlocal made
+        made += 1
+        return made
+
+    try:
+        connection = await asyncpg.connect(server.url("postgres").replace("+asyncpg", ""))
+        if accident != "no table":
+            for statement in statements():
+                await connection.execute(statement)
+        if accident == "no right":
+            refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'no right'; END$$"
+            await connection.execute(refuse)
+            await connection.execute(f"CREATE TRIGGER refuse BEFORE INSERT ON {TRAIL} EXECUTE FUNCTION refuse()")
+        await connection.close()
+        trail = PostgresTrail(engine)
+        admin = Admin(cache, trail=trail)
+        await cache.connect()
+        await cache.get_or_set("t", "numbers", {}, make)
+        await cache.get_or_set("t", "numbers", {}, make)
+        (facts,) = (await admin.keys(ROOT, tenant="t")).keys
+        if accident == "stopped":
+            server.stop()
+        said = await acts_of(admin, facts.key)
+        assert all(isinstance(one, str) and "trail" in one for one in said), said
+        assert cache.switches is not None
+        assert cache.switches.off == frozenset()
+        assert await cache.get_or_set("t", "numbers", {}, make) == 1
+        assert [one.key for one in (await admin.keys(ROOT, tenant="t")).keys] == [facts.key]
+        if accident != "no right":
+            with pytest.raises(NotTrailed):
+                await admin.trail(ROOT)
+        await cache.close()
+        await trail.close()
+    finally:
+        await engine.dispose()
+        server.remove()
