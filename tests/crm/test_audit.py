@@ -12,6 +12,7 @@ import pytest
 
 from respcache.ops import audit as audits
 from respcache.ops.audit import DEFAULT_SHARE, Audit
+from respcache.stores.base import Bumped
 
 from .conftest import MODULES, NEW, SINGULAR, Crm
 
@@ -135,8 +136,8 @@ async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm) -> None:
     assert rounds is not None
     await crm.save(*(crm.account("acme", f"Acorn {number}") for number in range(5)))
 
-    async def do_nothing(*_: Any, **__: Any) -> str:
-        return rounds.fence.server
+    async def do_nothing(*_: Any, **__: Any) -> Bumped:
+        return Bumped(rounds.fence.server)
 
     busy = [
         *(reader(crm, name, ["/api/accounts", "/api/leads", "/api/tasks"]) for name in READERS),
