@@ -7,13 +7,17 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, RedisError
 
+from respcache import Cache, SingleTenant
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
 from respcache.core.generations import Certificate
-from respcache.core.keys import SWITCHES_KEY, entry_key, generation_key, lease_key
-from respcache.ops.acl import DATA_PLANE, ROLES
+from respcache.core.keys import PROCESSES_KEY, SWITCHES_KEY, entry_key, generation_key, lease_key
+from respcache.ops.access import Access, Role
+from respcache.ops.acl import ADMINISTRATION, DATA_PLANE, ROLES
+from respcache.ops.admin import Admin
+from respcache.ops.board import Board
 from respcache.stores.base import Lease
 from respcache.stores.redis import RedisStore
 
@@ -102,6 +106,74 @@ def test_the_user_of_the_application_is_refused_everything_else(valkey_url: str,
     """Other commands, other keys, other channels."""
     with redis.Redis.from_url(log_in_as(valkey_url, DATA_PLANE)) as client, pytest.raises(NoPermissionError):
         client.execute_command(*words)
+
+
+async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
+    """Have a board and an ``Admin`` do everything that they do; return what went wrong, nothing if nothing did."""
+    board, other = (Board(as_user, deadline_s=LONG_S) for _ in range(2))
+    cache, neighbour = (
+        Cache(
+            RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S),
+            secret=b"x" * 32, resolver=SingleTenant("public"), audit_share=0, board=one,
+        )
+        for one in (board, other)
+    )  # fmt: skip
+    facade, root = Admin(cache), Access(name="root", role=Role.OPERATOR)
+
+    async def make() -> str:
+        return "made"
+
+    await cache.connect()
+    await neighbour.connect()
+    try:
+        await cache.get_or_set("public", "books", {"number": 1}, make)
+        for one in (board, other):
+            if not await one.publish():
+                return one.problem
+        admin.sadd(PROCESSES_KEY, "0" * 16)  # one that has ended
+        await board._prune()
+        if admin.sismember(PROCESSES_KEY, "0" * 16):
+            return "what has ended is not forgotten"
+        for seen in (await board.fleet(), await board.tenant("public"), await board.tenants(), await board.series(1)):
+            if seen.problem:
+                return seen.problem
+        if (await facade.overview(root)).server is None:
+            return "the server does not say how it is"
+        if len((await board.fleet()).processes) != 2:
+            return "the other process is not seen"
+        keys = (await facade.keys(root, tenant="public")).keys
+        if len(keys) != 1 or not isinstance(keys[0].size_bytes, int) or (await facade.sample(root)).sampled != 1:
+            return "the stored value is not found"
+        purged = await facade.purge(root, key=keys[0].key)
+        return "" if purged.confirmed and purged.entries == 1 else "the key is still there"
+    except (StoreError, RedisError) as error:
+        return str(error) or type(error).__name__
+    finally:
+        await cache.close()
+        await neighbour.close()
+
+
+def elsewhere(url: str) -> str:
+    """Return the address of another database of the server: it must be selected."""
+    return url.removesuffix("/0") + "/1"
+
+
+@pytest.mark.anyio
+async def test_the_user_of_administration_can_do_all_that_is_done(valkey_url: str) -> None:
+    """Figures of all processes, search, purge of a key; nothing is left when the process closes."""
+    url = elsewhere(valkey_url)
+    with redis.Redis.from_url(url) as client:
+        assert await operate(url, log_in_as(url, ADMINISTRATION), client) == ""
+        assert list(client.scan_iter("respcache:~figures:*")) == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("right", [f"+{name}" for name in ADMINISTRATION.commands if name != "config|get"])
+async def test_administration_has_no_right_too_much(valkey_url: str, right: str) -> None:
+    """Without any single one something fails; the server's configuration is for the doctor."""
+    url = elsewhere(valkey_url)
+    with redis.Redis.from_url(url) as client:
+        assert await operate(url, log_in_as(url, ADMINISTRATION, without=right), client) != ""
 
 
 def test_the_command_prints_each_rule_as_a_line_that_the_server_takes(respcache: Run, valkey_url: str) -> None:

@@ -37,6 +37,7 @@ def fits(printed: str, expected: str) -> bool:
 def run(system: System, work: Path, page: str) -> list[str]:
     """Run a page in one shell on a system; return what does not print what the page says."""
     text = (DOCS / page).read_text().replace("http://localhost:4001", system.base).replace(".venv/bin/python", sys.executable)
+    text = text.replace(".venv/bin/respcache", str(Path(sys.executable).with_name("respcache")))
     asked = commands(text)
     script = "".join(f"{command}\nprintf '{END}'\n" for command, _ in asked)
     environment = {**system.environment, "COLUMNS": "500", "LC_ALL": "C.UTF-8"}
@@ -61,7 +62,7 @@ def run(system: System, work: Path, page: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("page", ["curl.md", "operations.md"])
+@pytest.mark.parametrize("page", ["curl.md", "operations.md", "cli.md"])
 def test_every_command_of_a_page_prints_what_the_page_says(start: Start, tmp_path: Path, page: str) -> None:
     """On fresh demo data, once again where a busy machine let the cache server answer too late: such an answer is a bypass."""
     wrong = run(start().ready(), tmp_path / "first", page)

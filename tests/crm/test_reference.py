@@ -19,6 +19,7 @@ from respcache.core import errors, keys
 from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
 from respcache.ops.board import Board
+from respcache.ops.cli.config import READ
 from respcache.ops.prometheus import Endpoint
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
@@ -147,6 +148,13 @@ def test_environment_is_that_of_the_settings() -> None:
     listed.pop("variable", None)
     fields = Settings.model_fields
     assert listed == {name.upper(): "unset" if field.default is None else str(field.default) for name, field in fields.items()}
+
+
+def test_environment_of_the_command_is_what_it_reads() -> None:
+    """Names and defaults."""
+    (listed,) = tables("## Environment of the command")
+    listed.pop("variable", None)
+    assert listed == {name: default or "unset" for name, (default, _) in READ.items()}
 
 
 def test_commands_are_those_of_the_parser() -> None:

@@ -92,4 +92,18 @@ DATA_PLANE = Role(
     channels=(BUMPS_CHANNEL,),
 )
 
-ROLES = {"application": DATA_PLANE}
+ADMINISTRATION = Role(
+    "respcache-admin",
+    "administration: the board of figures, the search of keys (Board(url)), and respcache doctor",
+    on_keys=(
+        "del", "exists", "expire", "get", "getrange", "hget", "hgetall", "hincrby", "hlen", "hset", "pttl", "sadd", "set",
+        "srandmember", "srem", "strlen",
+    ),
+    plain=dict.fromkeys(
+        ("config|get", "dbsize", "exec", "info", "multi", "publish", "scan", "select", "time"), ()
+    ),
+    channels=(BUMPS_CHANNEL,),
+)  # fmt: skip
+"""Nobody tries it call by call: ``plain`` only names what it may."""
+
+ROLES = {"application": DATA_PLANE, "administration": ADMINISTRATION}

@@ -35,48 +35,75 @@ def stats(out: Output, client: Client, *, by: str, tenant: str | None, module: s
 
 def _problems(overview: Document) -> list[str]:
     """Say what keeps the cache from serving, and what must never happen."""
-    switches, fence, audit = overview["switches"], overview["fence"], overview["audit"]
     found = []
     if not overview["available"]:
         found.append("the cache's server is away: everything comes from the handlers")
-    if switches["everything"]:
-        found.append("the cache is switched off for all processes: POST api/switch, or the dashboard, switches it on")
-    elif not switches["enabled"]:
-        found.append("this process serves nothing from the cache: it was started with enabled=False")
-    if fence is not None and not fence["alive"]:
-        found.append(f"no fence: nothing is served from the cache. {fence['problem'] or 'No round has been completed yet'}")
-    if fence is not None and fence["unsound_tables"]:
-        found.append(f"not cached, as triggers are not sound: {', '.join(fence['unsound_tables'])}")
-    if audit is not None and audit["stale"] + audit["leaks"]:
-        found.append(f"the audit found {audit['stale']} stale answers and {audit['leaks']} leaks: see its findings")
+    if overview["switches"]["everything"]:
+        found.append("the cache is switched off for all processes: the dashboard, or POST api/switch, switches it on")
+    for process in overview["processes"]:
+        name, fence = f"{process['host']}:{process['pid']}", process["fence"]
+        if not process["enabled"] and not overview["switches"]["everything"]:
+            found.append(f"{name} serves nothing from the cache: it was started with enabled=False")
+        if not process["available"] and overview["available"]:
+            found.append(f"{name} has no connection to the cache's server")
+        if fence is not None and not fence["alive"]:
+            found.append(
+                f"{name} has no fence, so serves nothing from the cache: {fence['problem'] or 'no round is completed yet'}"
+            )
+    unsound = {table for process in overview["processes"] if process["fence"] for table in process["fence"]["unsound_tables"]}
+    if unsound:
+        found.append(f"not cached, as their triggers are not sound: {', '.join(sorted(unsound))}; respcache doctor says why")
+    if overview["findings"]:
+        found.append(f"the audit found {len(overview['findings'])} wrong answers lately: docs/operations.md says what now")
     return found
 
 
 def _render(out: Output, client: Client, overview: Document, problems: Sequence[str]) -> None:
-    totals, switches, fence, audit = overview["totals"], overview["switches"], overview["fence"], overview["audit"]
+    totals, switches, server = overview["totals"], overview["switches"], overview["server"]
     off = [*(["everything"] if switches["everything"] else []), *switches["tenants"], *switches["modules"]]
+    why = f": {overview['problem']}" if overview["problem"] else ""
     pairs: list[tuple[str, Any]] = [
-        ("application", f"{client.url} (figures of {overview['figures_of']})"),
-        ("server", Text("up", "green") if overview["available"] else Text("away", "bold red")),
+        ("application", f"{client.url}, figures of {overview['figures_of']}{why}"),
+        ("server", _server(overview["available"], server)),
         ("switched off", ", ".join(off) or "nothing"),
         ("requests", f"{totals['requests']:,}: {totals['hits']:,} hits, {totals['misses']:,} misses, "
                      f"{sum(totals['bypasses'].values()):,} bypasses"),
         ("hit ratio", share(totals["hits"], totals["hits"] + totals["misses"])),
-        ("hits", Text.assemble("p50 ", span(totals["hit_p50_s"]), ", p95 ", span(totals["hit_p95_s"]))),
-        ("misses", Text.assemble("p50 ", span(totals["miss_p50_s"]), ", p95 ", span(totals["miss_p95_s"]))),
-        ("saved", Text.assemble(span(totals["saved_s"]), " of handlers' time, by estimate")),
-        ("invalidations", f"{totals['invalidations']:,}; pending for {len(overview['pending_tenants'])} tenants here"),
     ]  # fmt: skip
-    if fence is not None:
-        alive = Text("alive", "green") if fence["alive"] else Text("none", "bold red")
-        waiting = f"{fence['pending_rows']:,} rows of the outbox wait, the oldest for {fence['pending_s']:.1f} s"
-        said = waiting if fence["pending_rows"] else "nothing waits in the outbox"
-        pairs.append(("fence", Text.assemble(alive, ", age ", span(fence["age_s"]), "; ", said)))
-    if audit is not None:
-        pairs.append(("audit", f"{audit['audits']:,} answers made anew: {audit['stale']} stale, {audit['leaks']} leaks"))
+    if overview["tenant"] is None:
+        pairs += [
+            ("hits", Text.assemble("p50 ", span(totals["hit_p50_s"]), ", p95 ", span(totals["hit_p95_s"]))),
+            ("misses", Text.assemble("p50 ", span(totals["miss_p50_s"]), ", p95 ", span(totals["miss_p95_s"]))),
+            ("saved", Text.assemble(span(totals["saved_s"]), " of handlers' time, by estimate")),
+        ]
+    pairs.append(("invalidations", f"{totals['invalidations']:,}; {len(overview['pending_tenants'])} tenants pending"))
     out.pairs(pairs)
+    if overview["processes"]:
+        out.say()
+        columns = ("process", "in memory>", "of>", "entries>", "fence age>", "outbox waits>", "errors>", "audits>")
+        out.table(columns, map(_process, overview["processes"]))
     for problem in problems:
         out.say(f"! {problem}", "bold red")
+
+
+def _server(available: bool, server: Document | None) -> Text:
+    state = ("up", "green") if available else ("away", "bold red")
+    if server is None:
+        return Text.assemble(state)
+    limit = size(server["memory_limit_bytes"]) if server["memory_limit_bytes"] else "no limit"
+    return Text.assemble(
+        state, f", {server['name']} {server['version']}, ", size(server["memory_bytes"]), " of ", limit,
+        f" ({server['memory_policy']}), {server['keys']:,} keys, {server['evicted_keys']:,} evicted",
+    )  # fmt: skip
+
+
+def _process(process: Document) -> tuple[Any, ...]:
+    fence, audit = process["fence"], process["audit"]
+    return (
+        f"{process['host']}:{process['pid']}", size(process["near_bytes"]), size(process["near_limit_bytes"]),
+        process["near_entries"], span(fence and fence["age_s"]), fence and fence["pending_rows"], process["errors"],
+        audit and audit["audits"],
+    )  # fmt: skip
 
 
 def _row(row: Document) -> tuple[Any, ...]:
