@@ -32,11 +32,14 @@ class JsonRows(ColumnElement[str]):
 
 
 class JsonCounts(JsonRows):
-    """A statement of values and their counts (columns ``value`` and ``count``) as the text of a JSON object."""
+    """A statement of values and their counts (columns ``value`` and ``count``) as the text of a JSON object, in their order.
+
+    Else PostgreSQL could change its plan, and an answer that is made anew would not be the stored one.
+    """
 
     __visit_name__ = "json_counts"
     inherit_cache = True
-    made = "coalesce(json_object_agg(record.value, record.count)::text, '{}')"
+    made = "coalesce(json_object_agg(record.value, record.count ORDER BY record.value)::text, '{}')"
 
 
 @compiles(JsonRows)
