@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_config_shows_no_secret(ask: Ask) -> None:
     local = {one["name"]: (one["value"], one["source"]) for one in report["environment"]}
     assert local["REDIS_CACHE_URL"] == ("redis://me:***@h/1", "environment")
     assert (local["RESPCACHE_KEY"], local["REDIS_URL"]) == (("set", "environment"), ("not set", "default"))
-    assert report["application"] is not None
+    assert report["application"]
 
 
 def on_a_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple[int, str]:
@@ -243,11 +244,18 @@ def test_a_purge_asks_for_the_name_of_the_tenant(
     assert ("nothing was purged" in shown) == (status == 4)
 
 
-def test_tail_ends_when_it_is_not_to_follow(ask: Ask) -> None:
-    """One document a line."""
-    done = ask("tail", "--no-follow", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert all(json.loads(line)["id"] for line in done.stdout.splitlines())
+def test_tail_tells_of_a_write_and_ends_when_it_is_not_to_follow(ask: Ask, system: System, tokens: dict[str, str]) -> None:
+    """With its cause; one document a line. The feed is published in the background, so it is looked at until it is there."""
+    headers = {"authorization": f"Bearer {tokens['admin']}"}
+    httpx2.post(f"{system.base}/api/accounts", json={"name": "Acorn"}, headers=headers).raise_for_status()
+    deadline = time.monotonic() + 30
+    while True:
+        done = ask("tail", "--no-follow", "--module", "accounts", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        if "POST /api/accounts" in [json.loads(line)["cause"] for line in done.stdout.splitlines()]:
+            break
+        assert time.monotonic() < deadline, done.stdout
+    assert "POST /api/accounts" in ask("tail", "--no-follow").stdout
 
 
 def test_an_invalidation_is_told_in_one_line() -> None:
