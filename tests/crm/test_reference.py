@@ -18,8 +18,10 @@ from respcache import Cache
 from respcache.core import errors, keys
 from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
+from respcache.ops.admin import Admin
 from respcache.ops.board import Board
 from respcache.ops.cli.config import READ
+from respcache.ops.postgres import PostgresTrail
 from respcache.ops.prometheus import Endpoint
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
@@ -33,6 +35,7 @@ DIGEST = bytes(range(16))
 OPTIONS = {
     "Cache": Cache, "RedisStore": respcache.RedisStore, "MemoryStore": respcache.MemoryStore, "cache_list": respcache.cache_list,
     "Endpoint": Endpoint, "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": Board,
+    "Admin": Admin, "PostgresTrail": PostgresTrail,
 }  # fmt: skip
 OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORECASE)
 

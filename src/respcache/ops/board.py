@@ -118,7 +118,7 @@ class Board:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     async def fleet(self) -> Fleet:
-        """Return all processes that live and their figures, and what the server says of itself. Two round trips."""
+        """Return all processes that live and their figures, and what the server says of itself. Three round trips."""
         sheets, server, problem = await self.sheets()
         routes = fleet.by_route(sheets)
         modules = fleet.by_module(routes, (writes for sheet in sheets for writes in sheet.writes))
@@ -132,7 +132,7 @@ class Board:
         return Fleet(processes, totals, times, modules, routes, findings, server, bool(problem), problem)
 
     async def sheets(self) -> tuple[list[Sheet], Server | None, str]:
-        """Return what each process that lives says of itself, and the server; and why these are not all. Two round trips."""
+        """Return what each process that lives says of itself, and the server; and why these are not all. Three round trips."""
         sheets, server, problem = await self._others()
         own = await self._sheet()
         return sheets if own is None else [*sheets, own], server, problem
@@ -151,7 +151,7 @@ class Board:
         return fleet.of_tenant(tenant, rows, alone=bool(problem), problem=problem)
 
     async def tenants(self, *, order: Order = "requests", offset: int = 0, limit: int = 100) -> Tenants:
-        """Return some tenants, the largest first (by name: alphabetically). One round trip per process, and one.
+        """Return some tenants, the largest first (by name: alphabetically). One round trip per process, and two.
 
         Of this process too as they were last published, where they can be read. What belongs to no tenant, or to those beyond
         the bound, is the tenant ``stats.OTHER``.
@@ -172,7 +172,7 @@ class Board:
         return Tenants(chosen, len(found), bool(problem), problem)
 
     async def tenants_by_process(self) -> dict[str, dict[str, Totals]]:
-        """Return all tenants of each process that lives, by its id. One round trip per process, and one."""
+        """Return all tenants of each process that lives, by its id. One round trip per process, and two."""
         found: dict[str, dict[str, Totals]] = {}
         try:
             async for process, name, totals in self._published_totals():
