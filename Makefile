@@ -34,7 +34,7 @@ faults: $(STAMP) ## Break servers and processes under load and check every read:
 model: $(STAMP) ## Check the protocol's models (needs spin and a C compiler)
 	@$(VENV)/bin/python models/run.py $(ARGS)
 
-bench: $(VENV)/.installed-bench ## Measure beside every peer: QUICK=1; or BENCH=hits, outage, outbox
+bench: $(VENV)/.installed-bench ## Measure beside every peer: QUICK=1; or BENCH=hits, outage, outbox, metrics, replay, resp
 	@$(VENV)/bin/python bench/$(or $(BENCH),run).py $(if $(QUICK),--quick) $(ARGS)
 
 $(VENV)/.installed-bench: $(STAMP)

@@ -83,9 +83,9 @@ def missing(factory: str) -> str | None:
     return None
 
 
-def make_cache(url: str, *, name: str = "bench", near_bytes: int = NEAR_BYTES) -> Cache:
+def make_cache(url: str, *, name: str = "bench", near_bytes: int = NEAR_BYTES, **options: Any) -> Cache:
     """Make a cache for these callers. Lanes of different names share no entries."""
-    options: dict[str, Any] = {"near_bytes": near_bytes} if NEAR else {}
+    options |= {"near_bytes": near_bytes} if NEAR else {}
     return Cache(RedisStore(url), secret=SECRET, resolver=Callers(), schema_version=name, **options)
 
 

@@ -18,6 +18,7 @@ from respcache.core.encoding import zstd
 from respcache.core.errors import StoreError
 from respcache.core.generations import Generation
 from respcache.plans import MAX_AGE_S, Aim
+from respcache.stores.base import Bumped
 from respcache.stores.memory import MemoryServer
 
 pytestmark = pytest.mark.anyio
@@ -436,7 +437,7 @@ async def test_a_pending_invalidation_ends_a_proof(level: str) -> None:
     class Refusing(Counting):
         refuses = False
 
-        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> str:
+        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
             if self.refuses:
                 raise StoreError("refused")
             return await super().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows)

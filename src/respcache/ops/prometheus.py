@@ -5,7 +5,7 @@
 One scrape of any process reports the figures of all that share its board, so one address is enough, the one that balances the
 load. The endpoint is closed: it answers those who send the scrape token, or a token of somebody who may look at all tenants.
 
-What a scrape costs is the event loop's time, in portions well under two milliseconds between which requests go on.
+What a scrape costs is the event loop's time, in portions of a few milliseconds between which requests go on.
 
 Needs prometheus-client: the extra ``respcache[prometheus]``.
 """
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("respcache")
 
 MIN_TOKEN = 16
-PORTION = 200
+PORTION = 50
 """Samples that are written before the event loop gets its turn."""
 
 FAMILIES: dict[str, Any] = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
