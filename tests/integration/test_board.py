@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from respcache.ops import board as module
 from respcache.ops import fleet
 from respcache.ops.audit import Finding
 from respcache.ops.board import Board
+from respcache.ops.fleet import BUCKET_S
 from respcache.ops.process import CHUNK, survey_of
 from respcache.ops.stats import OTHER
 
@@ -38,6 +40,19 @@ class Worker:
         figures = self.cache.figures.at(tenant, module, route)
         figures.hits += hits
         figures.misses += misses
+
+
+class ClockOf:
+    """The clocks of a process at another time of the day."""
+
+    thread_time = staticmethod(time.thread_time)
+
+    def __init__(self, at: float) -> None:
+        self._at = at
+
+    def time(self) -> float:
+        """Return that time."""
+        return self._at
 
 
 @asynccontextmanager
@@ -196,7 +211,29 @@ async def test_figures_come_back_with_the_server(make_valkey: Callable[..., Embe
         assert (found.alone, found.totals.hits, len(found.processes)) == (False, 112, 2)
         assert (await two.board.tenant("globex")).totals.hits == 2
         assert [row.totals.hits for row in (await two.board.tenants()).tenants] == [110, 2]
-        assert sum(point.hits for point in (await two.board.series()).points) == 0, "what happened meanwhile is a gap, not a peak"
+        assert sum(point.hits for point in (await two.board.series()).points) == 100, "what the server had not been told"
+
+
+async def test_what_happens_during_an_outage_is_in_the_series_when_it_happened(
+    make_valkey: Callable[..., EmbeddedValkey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all processes, once the server is back: no gap, and no peak after it. What was sent is not sent again."""
+    server, began = make_valkey(), int(time.time())
+    async with workers(server.url, server.url, deadline_s=0.1) as (one, two):
+        one.count("acme", hits=5)
+        assert await one.board.publish()
+        server.freeze()
+        for worker, ago_s, hits in ((one, 60, 10), (two, 120, 20)):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "time", ClockOf(began - ago_s))
+                worker.count("acme", hits=hits)
+                assert not await worker.board.publish()
+        server.thaw()
+        for worker in (one, two) * 2:
+            assert await worker.board.publish()
+        found = {point.at: point.hits for point in (await two.board.series()).points if point.hits}
+        assert {ago_s: found.pop((began - ago_s) // BUCKET_S * BUCKET_S) for ago_s in (60, 120)} == {60: 10, 120: 20}
+        assert list(found.values()) == [5]
 
 
 async def test_a_frozen_server_holds_up_nobody_but_who_asks(make_valkey: Callable[..., EmbeddedValkey]) -> None:

@@ -5,7 +5,8 @@ connection of its own: by route, and of each tenant that changed. What happened 
 here is on the way of a request, and nothing depends on it: while the server is away there are figures of this process only, and
 that is said. Whoever stops publishing is left out after ``DEAD_AFTER_S``, by the time to live of its key: clocks need not agree.
 
-Deltas of the series are sent at most once: what happened while the server was away is a gap in it, not a peak after it.
+Deltas of the series are sent at most once. What happened while the server was away is sent when it is back, for the moments at
+which it happened: no gap in the series, and no peak after it.
 
 Needs redis-py, which is for administration only: the extra ``respcache[dashboard]``.
 """
@@ -81,6 +82,7 @@ class Board:
         self._shown = False  # something of this process may be on the server
         self._counted: dict[str, int] = {}
         self._own: dict[int, dict[str, int]] = {}  # the series of this process, by bucket
+        self._unsent: dict[int, dict[str, int]] = {}  # what of it the server has not been told
 
     def __repr__(self) -> str:
         return f"Board({self._place})"
@@ -226,7 +228,7 @@ class Board:
         if self.client is None:
             return False
         try:
-            await self._send(self._cache, survey, delta)
+            await self._send(self._cache, survey)
         except self._faults as error:
             if not self.problem:
                 log.info("figures are not published: %s", error)
@@ -249,7 +251,7 @@ class Board:
             spent_s = time.thread_time() - began  # with what else the event loop did meanwhile: who is busy publishes less often
             await asyncio.sleep(max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME)) * random.uniform(0.9, 1.1))
 
-    async def _send(self, cache: "Cache", survey: Survey, delta: Mapping[str, int]) -> None:
+    async def _send(self, cache: "Cache", survey: Survey) -> None:
         tenants, routes = keys.tenants_key(self.id), keys.routes_key(self.id)
         pipeline = self._pipeline()
         pipeline.time()
@@ -258,15 +260,19 @@ class Board:
         (now, _), *there = await pipeline.execute()
         if not all(there):  # a server that lost them: a restart, an eviction, FLUSHALL
             self._published.clear()
-        series = keys.series_key(now // BUCKET_S)
         pipeline = self._pipeline(transaction=True)
         pipeline.sadd(keys.PROCESSES_KEY, self.id)
         pipeline.expire(keys.PROCESSES_KEY, FIGURES_TTL_S)
         sheet = sheet_of(cache, survey, process=self.id, started_at=self._started_at)
         pipeline.set(keys.figures_key(self.id), fleet.encode(sheet), ex=FIGURES_TTL_S)
-        for name, more in delta.items():
-            pipeline.hincrby(series, name, more)
-        pipeline.expire(series, SERIES_TTL_S)
+        ahead_s = now - int(time.time())
+        unsent, self._unsent = self._unsent, {}  # whatever becomes of this: at most once
+        for bucket, fields in unsent.items():
+            middle = bucket * BUCKET_S + BUCKET_S // 2
+            series = keys.series_key((middle + ahead_s) // BUCKET_S)
+            for name, more in fields.items():
+                pipeline.hincrby(series, name, more)
+            pipeline.expire(series, SERIES_TTL_S)
         self._shown = True
         await pipeline.execute()
         await self._send_tenants(cache.figures, survey.events)
@@ -303,11 +309,12 @@ class Board:
     def _note(self, delta: Mapping[str, int]) -> None:
         """Add to the series of this process."""
         bucket = int(time.time()) // BUCKET_S
-        fields = self._own.setdefault(bucket, {})
-        for name, more in delta.items():
-            fields[name] = fields.get(name, 0) + more
-        for old in [known for known in self._own if known < bucket - SERIES_TTL_S // BUCKET_S]:
-            del self._own[old]
+        for series in (self._own, self._unsent):
+            fields = series.setdefault(bucket, {})
+            for name, more in delta.items():
+                fields[name] = fields.get(name, 0) + more
+            for old in [known for known in series if known < bucket - SERIES_TTL_S // BUCKET_S]:
+                del series[old]
 
     async def _sheet(self) -> Sheet | None:
         """What this process would publish now."""
