@@ -1,14 +1,18 @@
 """The dashboard as the CRM mounts it: in process, and with a browser on a running system of several workers."""
 
+import asyncio
 import contextlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import httpx2
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
@@ -21,6 +25,8 @@ from tests.crm.system import System
 __all__ = ["crm"]
 
 CHROMIUM = Path("/usr/bin/chromium")
+NO_BROWSER = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium")
+ROOT, ADMIN, MANAGER = "root@crm.example", "admin@acme.example", "manager@acme.example"
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -41,6 +47,7 @@ class Stage:
 
     system: System
     bases: list[str]
+    database_url: str
     tokens: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @property
@@ -62,6 +69,40 @@ class Stage:
         headers = {"authorization": f"Bearer {self.token(tenant, role)}"}
         return httpx2.request(method, self.bases[worker] + path, headers=headers, timeout=30, **more)  # type: ignore[arg-type]
 
+    def status(self, path: str, *, tenant: str, worker: int = 0) -> str:
+        """Return what an answer says of the cache."""
+        return self.ask("GET", path, tenant=tenant, worker=worker).headers["cache-status"]
+
+    def know(self, what: str, *, tenant: str = "", role: str = "superadmin", **query: str) -> Any:
+        """Ask the dashboard's own API."""
+        answer = self.ask("GET", f"/cache/api/{what}", tenant=tenant, role=role, params=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def tenant(self, name: str) -> str:
+        """Return a tenant's id."""
+        return next(id for id, called in self.know("me")["tenants"].items() if called == name)
+
+    def key(self, path: str, *, tenant: str) -> str:
+        """Have an answer stored, and return its key."""
+        assert self.ask("GET", path, tenant=tenant).status_code == 200
+        headers = {"authorization": f"Bearer {self.token(tenant)}"}
+        asked = {"path": path, "headers": headers}
+        return str(self.ask("POST", "/cache/api/explain", tenant="", role="superadmin", json=asked).json()["key"])
+
+    def psql(self, statement: str, *arguments: object) -> None:
+        """Write into the database as nobody that the cache knows of; in a thread, as the browser's event loop is in this one."""
+
+        async def run() -> None:
+            connection = await asyncpg.connect(self.database_url.replace("+asyncpg", ""))
+            try:
+                await connection.execute(statement, *arguments)
+            finally:
+                await connection.close()
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, run()).result()
+
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
@@ -78,7 +119,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
                 command = [sys.executable, "-m", "crm", "serve"]
                 workers.append(subprocess.Popen(command, env={**system.environment, **servers}, stdout=log, stderr=log))
             bases.append(f"http://127.0.0.1:{port}")
-        made = Stage(system, [system.base, *bases])
+        made = Stage(system, [system.base, *bases], state["database_url"])
         for base, worker in zip(bases, workers, strict=True):
             _until_up(base, worker)
         for number in range(WORKERS):
@@ -92,6 +133,21 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         for worker in workers:
             worker.wait(30)
         system.end()
+
+
+def until(said: Callable[[], bool]) -> bool:
+    """Look again and again until something is so; False if it is not in time."""
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while time.monotonic() < deadline:
+        if said():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def main(page: Page) -> str:
+    """Return what a page says."""
+    return page.locator("main").inner_text()
 
 
 def _until_up(base: str, worker: "subprocess.Popen[bytes]") -> None:

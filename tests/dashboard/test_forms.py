@@ -7,7 +7,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from respcache.core.errors import NotTrailed
 from respcache.ops.dashboard import gate, layout, live
+from respcache.ops.postgres import PostgresTrail
 from tests.crm.conftest import PASSWORD, Crm
 
 pytestmark = pytest.mark.anyio
@@ -173,6 +175,54 @@ async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) 
         page = (await person.get(path)).text
         assert "globex" not in page.lower(), path
         assert globex not in page, path
+
+
+@pytest.mark.parametrize("typed", ["", "acm", "ACME", "globex", "accounts"])
+async def test_a_purge_needs_what_stands_there(crm: Crm, person: Person, typed: str) -> None:
+    """Anything else purges nothing, is not written down, and is kept in the form."""
+    await crm.as_user("abe").get("/api/accounts")
+    await person.sign_in("root")
+    token = await person.csrf("purge?tenant=acme")
+    answer = await person.post("purge", csrf=token, tenant="acme", module="accounts", confirmation=typed)
+    assert answer.status_code == 400
+    assert "Nothing was purged" in answer.text
+    assert f'data-confirm="acme" value="{typed}"' in answer.text
+    assert "; hit" in (await crm.as_user("abe").get("/api/accounts")).headers["cache-status"]
+    assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
+
+
+async def test_what_cannot_be_written_down_is_not_done(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A purge, a switch, a look at a body: the page says so, and nothing has happened."""
+    await crm.as_user("abe").get("/api/accounts")
+    (key,) = (one["key"] for one in (await crm.as_user("abe").get("/cache/api/keys?module=accounts")).json()["keys"])
+    await person.sign_in("abe")
+    token = await person.csrf("purge")
+
+    async def fail(*_: object) -> None:
+        raise NotTrailed("the trail is away")
+
+    monkeypatch.setattr(PostgresTrail, "append", fail)
+    for path, form in (
+        ("purge", {"module": "accounts", "confirmation": "acme"}),
+        ("purge", {"key": key, "confirmation": key[-8:]}),
+        ("switches", {"off": "yes", "tenant": "acme"}),
+        (f"key?key={key}", {}),
+    ):
+        answer = await person.post(path, csrf=token, **form)
+        assert answer.status_code == 503, path
+        assert "the trail is away" in answer.text
+        assert "revealed" not in answer.text
+        assert "; hit" in (await crm.as_user("abe").get("/api/accounts")).headers["cache-status"], path
+
+
+async def test_the_content_policy_lets_nothing_else_in(person: Person) -> None:
+    """On every page: nothing unless it is named, nothing inline, nothing from elsewhere, in no frame."""
+    for path in ("sign-in", "nothing", "static/0/app.js"):
+        policy = (await person.get(path)).headers["content-security-policy"]
+        rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+        assert rules.pop("default-src") == "'none'"
+        assert {"frame-ancestors", "base-uri", "form-action", "script-src"} <= set(rules)
+        assert set(rules.values()) == {"'self'", "'none'"}
 
 
 async def test_everything_is_switched_off_by_typing_it(crm: Crm, person: Person) -> None:

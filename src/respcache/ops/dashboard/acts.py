@@ -160,6 +160,7 @@ class Acts:
             "modules": self._admin.module_names(),
             "tenant_called": "" if tenant is None else viewer.name(tenant),
             "confirmation": _confirmation(viewer, tenant, key) if counted else "",
+            "typed": given.get("confirmation", "") if problem else "",
         }
         return self._page(request, "purge", viewer, problem, **shown)
 
@@ -181,14 +182,22 @@ class Acts:
                 raise InvalidOperation("name a tenant or a module")
             switches = await self._admin.switch(viewer.access, off=off, tenant=tenant, module=module)
         except (InvalidOperation, NotTrailed, StoreError) as error:
-            return await self._switches_answer(request, viewer, await self._admin.switches(viewer.access), problem=error)
+            switches, typed = await self._admin.switches(viewer.access), form.get("confirmation", "")
+            return await self._switches_answer(request, viewer, switches, problem=error, typed=typed)
         return await self._switches_answer(request, viewer, switches, done="off" if off else "on")
 
     async def _switches_answer(
-        self, request: Request, viewer: Viewer, switches: Any, *, done: str = "", problem: Exception | None = None
+        self,
+        request: Request,
+        viewer: Viewer,
+        switches: Any,
+        *,
+        done: str = "",
+        typed: str = "",
+        problem: Exception | None = None,
     ) -> Response:
         modules = self._admin.module_names()
-        return self._page(request, "switches", viewer, problem, switches=switches, done=done, modules=modules)
+        return self._page(request, "switches", viewer, problem, switches=switches, done=done, typed=typed, modules=modules)
 
     # -- looking closer ------------------------------------------------------------------------------------------------
 

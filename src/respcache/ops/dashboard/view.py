@@ -39,6 +39,8 @@ class State(msgspec.Struct, frozen=True):
     value: str
     sub: str = ""
     tone: str = ""
+    share: float | None = None
+    """Of one, where it is a part of something: drawn as a bar."""
 
 
 Column = list[float | None]
@@ -118,9 +120,9 @@ def tenant_tiles(row: Row) -> list[Tile]:
     ]
 
 
-def texts(shown: Sequence[Tile | State]) -> dict[str, list[str]]:
-    """Return value, subtitle and tone by name, for what is on the page already."""
-    return {one.id: [one.value, one.sub, getattr(one, "tone", "")] for one in shown}
+def texts(shown: Sequence[Tile | State]) -> dict[str, list[str | float | None]]:
+    """Return value, subtitle, tone and share by name, for what is on the page already."""
+    return {one.id: [one.value, one.sub, getattr(one, "tone", ""), getattr(one, "share", None)] for one in shown}
 
 
 def _server(overview: Overview) -> list[State]:
@@ -134,7 +136,7 @@ def _server(overview: Overview) -> list[State]:
     tight = "warn" if server.memory_policy == "noeviction" and limit else ""
     return [
         State("server", "Cache server", f"{server.name} {server.version}", f"up {words.span(server.uptime_s)}", "good"),
-        State("memory", "Memory", words.size(used), of, tight or tone),
+        State("memory", "Memory", words.size(used), of, tight or tone, used / limit if limit else None),
         State("evictions", "Evicted", words.number(server.evicted_keys), f"of {words.number(server.keys)} keys now"),
     ]
 

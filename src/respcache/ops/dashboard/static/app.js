@@ -157,13 +157,14 @@
   }
 
   function write(texts) {
-    for (const [id, [value, sub, tone]] of Object.entries(texts)) {
+    for (const [id, [value, sub, tone, share]] of Object.entries(texts)) {
       const place = one(`[data-tile="${id}"], [data-state="${id}"]`);
       if (!place) continue;
       set(one("[data-value]", place), value);
       set(one("[data-sub]", place), sub);
       const dot = one(".dot", place);
       if (dot) dot.className = `dot ${tone}`;
+      if (share != null) one(".share rect", place)?.setAttribute("width", `${100 * share}%`);
     }
   }
 
