@@ -115,6 +115,14 @@ def describe_routes(app: Any, resolver: Resolver) -> list[Route]:
     return routes
 
 
+def before_cached(routes: Sequence[Any]) -> Iterator[Any]:
+    """Yield the applications of those routes and mounts that lead to a cached endpoint: middlewares may stand in them."""
+    for route in _effective(routes):
+        original = getattr(route, "original_route", route)
+        if hasattr(getattr(original, "endpoint", None), _POLICY) or any(before_cached(getattr(original, "routes", None) or ())):
+            yield original.app
+
+
 def _attach(
     kind: str,
     module: str,

@@ -249,7 +249,7 @@ class Lookup:
 
     def _drop(self, entry_key: str, held: Held) -> None:
         near = self._near
-        if near is not None and near.get(entry_key) is held:
+        if near is not None and near.peek(entry_key) is held:
             near.discard(entry_key)
 
     async def request(self, plan: Plan, head: Head, *, sent: Token | None = None) -> Look | Bypass:
@@ -463,9 +463,12 @@ class Lookup:
         return held
 
     def pack(self, target: Target, held: Held, body: bytes) -> None:
-        """Keep the compressed form of what is held, too."""
+        """Keep the compressed form of what is held, too. A hit that was proven with the plain one meanwhile is proven anew."""
         held.pack(body)
-        self._resize(target, held)
+        near = self._near
+        if near is not None and near.peek(target.entry_key) is held:
+            near.renew(target.entry_key)
+            near.resize(target.entry_key, held.size_bytes)
 
     def variant(self, aim: Aim, held: Held, coding: Coding) -> Variant | None:
         """Make a form of what is held that it does not have yet; None, and it is dropped, where its bytes are damaged."""
@@ -481,7 +484,7 @@ class Lookup:
 
     def _resize(self, target: Target, held: Held) -> None:
         near = self._near
-        if near is not None and near.get(target.entry_key) is held:
+        if near is not None and near.peek(target.entry_key) is held:
             near.resize(target.entry_key, held.size_bytes)
 
 

@@ -26,6 +26,7 @@ from respcache.asgi import Wrapper
 from respcache.core.errors import ConfigurationError, StoreError
 from respcache.core.fence import Fence
 from respcache.core.generations import Generation
+from respcache.fastapi import before_cached
 from respcache.lookup import Look
 from respcache.near.held import Held
 from respcache.near.s3fifo import S3Fifo
@@ -99,8 +100,8 @@ class _Turbo(HttpToolsProtocol):
     skips: frozenset[str]
     known: S3Fifo[bytes, Plan]
     recognised: S3Fifo[Key, Plan]
-    checked: set[int]
-    """Applications that uvicorn was seen to serve: whether they are the one that this was made for, checked once each."""
+    checked: set[tuple[int, str]]
+    """What uvicorn was seen to serve: whether it is the one application that this was made for, under one path."""
 
     _between = True
     """Whether the parser stands between two requests."""
@@ -112,15 +113,21 @@ class _Turbo(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Look at what uvicorn really serves, once (asyncio.Protocol)."""
-        if id(self.app) not in self.checked:
+        served = id(self.app), self.root_path
+        if served not in self.checked:
             try:
-                if _wrapper_of(self.app, self.skips | HARMLESS) is not self.wrapper:
-                    raise ConfigurationError("uvicorn serves another application than the one that turbo.protocol was given")
+                self._check_served()
             except ConfigurationError:
                 transport.close()
                 raise
-            self.checked.add(id(self.app))
+            self.checked.add(served)
         super().connection_made(transport)
+
+    def _check_served(self) -> None:
+        if _wrapper_of(self.app, self.skips | HARMLESS) is not self.wrapper:
+            raise ConfigurationError("uvicorn serves another application than the one that turbo.protocol was given")
+        if any(path != self.root_path for _, path in self.checked):
+            raise ConfigurationError(f"another server has root_path {self.root_path!r}: give it a turbo.protocol of its own")
 
     def data_received(self, data: bytes) -> None:
         """Answer a request whose bytes are known, else have them parsed (asyncio.Protocol).
@@ -398,9 +405,12 @@ def _wrapper_of(app: Any, skips: frozenset[str]) -> Wrapper:
 
 
 def _inside(app: Any) -> Iterator[type]:
-    """Name the middlewares within a wrapped application: those of Starlette's list, and plain ASGI layers."""
+    """Name the middlewares within a wrapped application, and within its mounts and routes that lead to a cached endpoint: those
+    of Starlette's lists, and plain ASGI layers."""
     while app is not None:
         yield from (getattr(middleware.cls, "__wrapped__", middleware.cls) for middleware in getattr(app, "user_middleware", ()))
+        for mounted in before_cached(getattr(app, "routes", ())):
+            yield from _inside(mounted)
         inner = getattr(app, "app", None)
         if inner is not None:
             yield type(app)

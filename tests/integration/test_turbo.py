@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Mount, Route
 
 from crm.embedded import EmbeddedValkey, free_port
 from respcache import Cache, Claim, ConfigurationError, Denied, Head, RedisStore, Scope, cache_list, turbo
@@ -324,6 +327,67 @@ def test_it_does_not_start_with_a_middleware_that_nobody_declared() -> None:
     turbo.protocol(outside, skips=["starlette.middleware.gzip.GZipMiddleware"])
     with pytest.raises(ConfigurationError, match="not wrapped"):
         turbo.protocol(FastAPI())
+
+
+class Passes:
+    """A middleware that does nothing."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("where", ["mounted application", "mount", "route"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_middleware_of_a_mount_or_route_is_asked_about_where_it_stands_before_a_cached_endpoint(
+    where: str, *, cached: bool
+) -> None:
+    """Others, such as those of a mounted dashboard, are skipped by nothing."""
+
+    async def things(request: Request) -> Response:
+        return Response(b"")
+
+    if cached:
+        things = cache_list("things", parameters=[])(things)
+    around, inner = [Middleware(Passes)], FastAPI()
+    route = Route("/things", things, middleware=around if where == "route" else None)
+    if where == "mounted application":
+        inner.add_middleware(Passes)
+    inner.router.routes.append(route)
+    app = Starlette(routes=[Mount("/inner", inner, middleware=around if where == "mount" else None)])
+    wrapped = Cache(None, secret=SECRET, resolver=Callers()).wrap(app)
+    if cached:
+        with pytest.raises(ConfigurationError, match="Passes"):
+            turbo.protocol(wrapped)
+    turbo.protocol(wrapped, skips=[] if not cached else ["Passes"])
+
+
+async def test_two_servers_under_two_paths_need_a_protocol_each(valkey_url: str) -> None:
+    """What is recognised by its bytes on one of them must not be taken for the same on the other."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        await warm(wire, get())
+        one = uvicorn.Config(server.wrapped, http=server.uvicorn.config.http, root_path="/api", log_config=None)
+        with pytest.raises(ConfigurationError, match="root_path '/api'"):
+            Closing.connect(one)
+        one.root_path = ""
+        Closing.connect(one)
+
+
+class Closing(asyncio.Transport):
+    """A transport of nothing."""
+
+    @classmethod
+    def connect(cls, config: uvicorn.Config) -> None:
+        """Make the protocol of a new connection."""
+        if not config.loaded:
+            config.load()
+        made: Any = config.http_protocol_class
+        made(config=config, server_state=uvicorn.server.ServerState(), app_state={}).connection_made(cls())
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def test_it_does_not_start_where_nothing_could_be_recognised() -> None:

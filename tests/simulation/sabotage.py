@@ -68,7 +68,7 @@ def _mix(*faults: str, writers: Mapping[str, int] | None = None, **others: Any) 
 
 
 async def _make_then_capture(
-    cache: Cache, make: Any, policy: Any, look: Look, lead: Lead, outer: Any, original: Any = Cache._make
+    cache: Cache, make: Any, policy: Any, look: Look, lead: Lead, *others: Any, original: Any = Cache._make
 ) -> Any:
     async def made() -> Any:
         value = await make()
@@ -80,7 +80,7 @@ async def _make_then_capture(
         lead.certificate = reading.generations[0].certificate() or lead.certificate
         return value
 
-    return await original(cache, made, policy, look, lead, outer)
+    return await original(cache, made, policy, look, lead, *others)
 
 
 async def _open_with_the_same_nonce(lookup: Lookup, tenant: str) -> None:
@@ -440,20 +440,39 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "the fence is looked at after the answer": Sabotage(
         [(Lookup, "_read", _read_then_look_at_the_fence), (Lookup, "proves", _prove_by_the_present_fence)],
         _mix(
-            *("database out of reach", "slow store"),
+            "database out of reach",
             processes=(1,),
-            writers=OUTSIDERS,
+            writers={"outsider": 1},
             trouble=(0.1,),
-            most_faults=12,
+            least_faults=1,
+            most_faults=2,
+            leases=(8, 14),
+            looks=60,
+            small_limits=0.0,
+            deferred=0.0,
             near_bytes=(0,),
             bounded=0.0,
         ),
     ),
     "a request joins a reading that has left": Sabotage([(Group, "_leave", _leave_with_the_door_open)], IN_MEMORY),
     "what lies in memory is not judged": Sabotage([(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY),
-    "the bound of a view is not looked at": Sabotage([(Views, "recent", _look_at_no_bound)], BOUNDED),
+    "the bound of a view is not looked at": Sabotage(
+        [(Views, "recent", _look_at_no_bound)],
+        replace(BOUNDED, processes=(2,), writers={"acknowledged": 1}, trouble=(0.1,), most_faults=0, leases=(8, 14), calm=(1.0,)),
+    ),
     "a view outlives the bumps of its own process": Sabotage([(Views, "expire", _hear_nothing)], BOUNDED),
-    "a reading under way outlives them": Sabotage([(Group, "expire", _drop_the_view_only)], BOUNDED),
+    "a reading under way outlives them": Sabotage(
+        [(Group, "expire", _drop_the_view_only)],
+        replace(
+            BOUNDED,
+            faults={"slow store": 1},
+            processes=(1,),
+            writers={"acknowledged": 1},
+            trouble=(0.0,),
+            least_faults=8,
+            most_faults=12,
+        ),
+    ),
     "a proof outlives its view": Sabotage([(Lookup, "granted", _take_any_grant)], BOUNDED),
     "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
     "a proof needs no view of the request's own": Sabotage([(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY),
@@ -475,7 +494,15 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "the cursor outlives the epoch": Sabotage([(Rounds, "_adopt", _keep_the_cursor)], BACK_AND_FORTH),
     "what was applied outlives the epoch": Sabotage(
         [(Rounds, "_adopt", _keep_what_was_applied)],
-        replace(BACK_AND_FORTH, retention=(300.0,), writers={"acknowledged": 1}, calm=(10.0,)),
+        replace(
+            BACK_AND_FORTH,
+            faults={"promotion": 1, "another address": 1, "another address after a write": 3},
+            least_faults=10,
+            most_faults=14,
+            retention=(300.0,),
+            writers={"acknowledged": 1},
+            calm=(10.0,),
+        ),
     ),
     "a round goes on when a bump failed": Sabotage(
         [(Rounds, "_bump", _go_on_when_a_bump_fails)], _mix("cut from the store", "slow store", trouble=(0.02, 0.05))

@@ -106,6 +106,8 @@ class Mix:
     """The share of reads that are of level ``bounded``."""
     tokens: float = 0.5
     """The share of these that bring the token of a client who has written."""
+    looks: int = 6
+    """How many read at a process that comes back from an accident."""
 
 
 @dataclass(slots=True)
@@ -533,7 +535,7 @@ class Schedule:
 
     def look_around(self, process: Process, within_s: float) -> None:
         """Have many read at a process that comes back from an accident."""
-        for _ in range(6):
+        for _ in range(self.mix.looks):
             delay_s = self.rng.random() * within_s
             self.world.after(delay_s, self._read_now, process, self.rng.choice(self.tenants), self.rng.choice(list(QUERIES)))
 

@@ -531,9 +531,9 @@ async def test_what_an_answer_varies_by_is_asked_for_every_request(world: World)
 ROWS = b"[" + b", ".join(b'{"id": %d, "name": "a row of the list"}' % number for number in range(200)) + b"]"
 
 
-async def coded(world: World, accept: str) -> httpx2.Response:
+async def coded(world: World, accept: str, path: str = "/strict") -> httpx2.Response:
     """Ask for codings, and return the answer as it came."""
-    request = world.http.build_request("GET", "/strict", headers={"accept-encoding": accept})
+    request = world.http.build_request("GET", path, headers={"accept-encoding": accept})
     answer = await world.http.send(request, stream=True)
     answer.raw = b"".join([part async for part in answer.aiter_raw()])
     await asyncio.sleep(0)
@@ -560,6 +560,30 @@ async def test_hits_are_sent_as_the_client_accepts_them(near_bytes: int) -> None
         assert len(found["zstd"].raw) < len(ROWS) / 3
         if near_bytes:
             assert gzip.decompress(found["gzip"].raw) == ROWS
+
+
+@pytest.mark.parametrize("level", list(Level))
+async def test_who_is_served_before_an_answer_is_compressed_gets_it_compressed_from_then_on(world: World, level: Level) -> None:
+    """A proof that was made with the plain form ends when there is a compressed one."""
+    world.body = ROWS
+    lookup = world.cache._lookup
+    pack, held_back = lookup.pack, list[Any]()
+    lookup.pack = lambda *given: held_back.append(given)  # type: ignore[method-assign,func-returns-value]
+    for _ in range(3):
+        assert (await coded(world, "zstd", f"/{level}")).raw == ROWS
+    pack(*held_back[0])
+    assert zstd.decompress((await coded(world, "zstd", f"/{level}")).raw) == ROWS
+    assert world.made == 1
+
+
+async def test_what_a_fill_does_with_its_answer_counts_as_no_use(world: World) -> None:
+    """Compressed, sent and resized, yet asked for once: such entries must go before those that are asked for again."""
+    world.body = ROWS
+    await coded(world, "gzip")
+    assert world.cache.near is not None
+    assert [slot.frequency for slot in world.cache.near._slots.values()] == [0]
+    await coded(world, "gzip")
+    assert [slot.frequency for slot in world.cache.near._slots.values()] == [1]
 
 
 async def test_what_is_kept_in_the_store_is_the_compressed_form(world: World) -> None:

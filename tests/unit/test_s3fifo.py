@@ -439,6 +439,24 @@ def test_a_slot_that_somebody_holds_on_to_says_when_its_item_goes() -> None:
     assert last.value is None
 
 
+@pytest.mark.parametrize("uses", [0, TRIAL_USES])
+def test_a_renewed_item_keeps_its_place_and_its_uses_in_a_slot_of_its_own(uses: int) -> None:
+    """In small and in main; the former slot is empty; what is not kept is not renewed."""
+    cache, plain = cache_with(range(90), uses=uses), cache_with(range(90), uses=uses)
+    for one in (cache, plain):
+        scan(one, range(500, 511))
+    assert kept(cache, range(90)) == (90 if uses else 89)
+    former = [slot for key in range(90) if (slot := cache.slot(key)) is not None]
+    for key in range(600):
+        cache.renew(key)
+    assert {slot.value for slot in former} == {None}
+    assert cache.size_bytes == plain.size_bytes
+    for one in (cache, plain):
+        scan(one, range(1_000, 1_950))
+    assert [key in cache for key in range(2_000)] == [key in plain for key in range(2_000)]
+    assert kept(cache, range(90)) == (90 if uses else 0)
+
+
 def test_looking_at_a_slot_is_no_use() -> None:
     """Whoever holds on to it counts by himself, and that counts."""
     cache = cache_with(range(10))

@@ -24,6 +24,7 @@ What goes is taken out of its queue at once (``OrderedDict`` unlinks in constant
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from copy import copy
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -92,6 +93,12 @@ class S3Fifo(Generic[K, V]):
         """Return where an item is kept, without using it. Whoever holds on to that counts uses by himself, and looks whether
         the item is still there: its value is None from the moment that it goes."""
         return self._slots.get(key)
+
+    def renew(self, key: K) -> None:
+        """Move an item, if it is kept, to a slot of its own: for whoever holds on to the former one, it is gone."""
+        slot = self._slots.get(key)
+        if slot is not None:
+            self._slots[key] = self._queue_of(key).slots[key] = slot.moved()
 
     def put(self, key: K, value: V, *, size_bytes: int) -> None:
         """Keep a value, unless it is too large. One that replaces another takes over its place and its uses.
@@ -183,6 +190,12 @@ class Slot(Generic[V]):
         self.value: V | None = value
         self.size_bytes = size_bytes
         self.frequency = 0
+
+    def moved(self) -> "Slot[V]":
+        """Return another slot with all that this one has, which is empty from now on."""
+        other = copy(self)
+        self.value = None
+        return other
 
 
 class _Queue(Generic[K, V]):

@@ -37,7 +37,7 @@ LOST_AUTHORITY_S = 30.0
 MAX_STEPS = 6
 """Repetitions of a round that has changed what it is decided by (a new epoch, a claim, ``until``) before it gives up."""
 
-BACKLOG_S = 2.0
+BACKLOG_S = 0.5
 """How often the rows that wait are counted while the store is away."""
 
 Rows = Sequence[tuple[str, str, str]]
