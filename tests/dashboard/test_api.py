@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from starlette.routing import Mount
 
-from respcache.ops.dashboard import api, gate
+from respcache.ops.dashboard import api, gate, live
 from respcache.ops.dashboard.app import HEADERS
 from tests.crm.conftest import PASSWORD, Crm
 
@@ -197,3 +197,25 @@ async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
     name, data = first.splitlines()
     assert name == "event: figures"
     assert json.loads(data.removeprefix("data: "))["text"]["workers"][0] == "1"
+
+
+@pytest.mark.parametrize("change", [{"status": "inactive"}, {"role": "manager"}, {"role": "employee"}])
+async def test_a_stream_ends_when_its_viewer_may_something_else(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    """The gate is asked again and again; the page is loaded anew then, as whoever its viewer is by now."""
+    monkeypatch.setattr(live, "ASK_GATE_S", 0.0)
+    monkeypatch.setattr(live, "FIGURES_S", 0.01)
+    token = crm.as_user("abe").headers["authorization"].split()[1]
+    transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
+    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}) as client:
+        stream = asyncio.create_task(client.get("/cache/live"))
+        while not crm.app.app.state.dashboard.streams:
+            await asyncio.sleep(0.01)
+        async with crm.session() as session, session.begin():
+            user = await session.get(type(crm.users["abe"]), crm.users["abe"].id)
+            for name, value in change.items():
+                setattr(user, name, value)
+        async with asyncio.timeout(60):
+            answer = await stream
+    assert answer.text.endswith("event: end\ndata: {}\n\n")

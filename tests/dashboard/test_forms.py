@@ -191,6 +191,24 @@ async def test_a_purge_needs_what_stands_there(crm: Crm, person: Person, typed: 
     assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
 
 
+async def test_a_body_is_shown_to_who_reveals_it_only(crm: Crm, person: Person) -> None:
+    """Not with the key's page, not to a viewer, and that it was revealed is in the trail."""
+    await crm.save(crm.account("globex", "Hidden Acorns"))
+    assert "Hidden Acorns" in (await crm.as_user("gus").get("/api/accounts")).text
+    (key,) = (one["key"] for one in (await crm.as_user("gus").get("/cache/api/keys?module=accounts")).json()["keys"])
+    for name, shown in (("max", False), ("gus", True)):
+        await person.sign_in(name)
+        token = await person.csrf("")
+        page = await person.get("key", params={"key": key})
+        assert page.status_code == 200
+        assert "Hidden Acorns" not in page.text
+        answer = await person.post(f"key?key={key}", csrf=token)
+        assert ("Hidden Acorns" in answer.text) is shown, name
+        await person.post("sign-out", csrf=token)
+    acts = (await crm.as_user("root").get("/cache/api/trail")).json()
+    assert [(act["act"], act["name"], act["details"]) for act in acts] == [("reveal", "gus@x.example", {"key": key})]
+
+
 async def test_what_cannot_be_written_down_is_not_done(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     """A purge, a switch, a look at a body: the page says so, and nothing has happened."""
     await crm.as_user("abe").get("/api/accounts")
