@@ -1,16 +1,22 @@
 """Sessions, cookies and forms: what is refused, whatever a browser sends."""
 
+import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import pytest
 
+from crm.app import create_app
+from crm.embedded import EmbeddedValkey
+from crm.models import Tenant
+from crm.settings import Settings
 from respcache.core.errors import NotTrailed
 from respcache.ops.dashboard import gate, layout, live
 from respcache.ops.postgres import PostgresTrail
-from tests.crm.conftest import PASSWORD, Crm
+from tests.crm.conftest import PASSWORD, SECRET, Crm, populate
 
 pytestmark = pytest.mark.anyio
 
@@ -145,6 +151,8 @@ async def test_a_viewer_can_do_nothing_by_hand_either(crm: Crm, person: Person) 
     ):
         answer = await person.post(path, csrf=token, **form)
         assert answer.status_code in (403, 404), path
+    for path in ("purge", "purge?tenant=globex", "switches"):
+        assert (await person.get(path)).status_code == 403, path
     assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
 
 
@@ -152,6 +160,7 @@ async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) 
     """By no address and no form; what is everybody's is refused."""
     await crm.as_user("gus").get("/api/accounts")
     globex = str(crm.tenants["globex"].id)
+    (key,) = (one["key"] for one in (await crm.as_user("gus").get("/cache/api/keys?module=accounts")).json()["keys"])
     await person.sign_in("abe")
     token = await person.csrf("purge")
     for path in (
@@ -159,7 +168,10 @@ async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) 
         f"modules?tenant={globex}",
         f"feed?tenant={globex}",
         f"live?tenant={globex}",
+        f"live/feed?tenant={globex}",
         f"purge?tenant={globex}",
+        f"purge?key={key}",
+        f"key?key={key}",
     ):
         assert (await person.get(path)).status_code == 404, path
     for path in ("tenants", "latency", "configuration"):
@@ -171,6 +183,9 @@ async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) 
     ):
         assert (await person.post("switches", csrf=token, **form)).status_code in (403, 404), form
     assert (await person.post("purge", csrf=token, tenant=globex, confirmation="globex")).status_code == 404
+    assert (await person.post("purge", csrf=token, key=key, confirmation=key[-8:])).status_code == 404
+    assert (await person.post(f"key?key={key}", csrf=token)).status_code == 404
+    assert "; hit" in (await crm.as_user("gus").get("/api/accounts")).headers["cache-status"]
     for path in ("", "modules", "keys", "feed", "trail"):
         page = (await person.get(path)).text
         assert "globex" not in page.lower(), path
@@ -189,6 +204,42 @@ async def test_a_purge_needs_what_stands_there(crm: Crm, person: Person, typed: 
     assert f'data-confirm="acme" value="{typed}"' in answer.text
     assert "; hit" in (await crm.as_user("abe").get("/api/accounts")).headers["cache-status"]
     assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
+
+
+async def test_a_tenant_can_be_purged_while_the_server_is_away(
+    database_url: str, make_valkey: Callable[..., EmbeddedValkey]
+) -> None:
+    """Nothing can be counted then, and the page says so; it is done as soon as it can be."""
+    server = make_valkey()
+    app = create_app(Settings(database_url=database_url, redis_cache_url=server.url, jwt_secret=SECRET, respcache_key=SECRET))
+    made = Crm(app, app.app.state.cache)
+    await made.cache.connect()
+    app.prepare()
+    await populate(made)
+    person = Person(made)
+    await person.sign_in("root")
+    server.stop()
+    page = await person.get("purge?tenant=acme")
+    assert page.status_code == 200
+    assert "An unknown number of answers" in page.text
+    token = await person.csrf("purge?tenant=acme")
+    answer = await person.post("purge", csrf=token, tenant="acme", confirmation="acme")
+    assert "Not confirmed yet" in answer.text
+    assert [act["act"] for act in (await made.as_user("root").get("/cache/api/trail")).json()] == ["purge"]
+    assert (await person.get(f"purge?key=tenant:{made.tenants['acme'].id}:leads:list:{'0' * 32}")).status_code == 503
+    await person.http.aclose()
+    await made.cache.close()
+    await app.app.state.sessions.kw["bind"].dispose()
+
+
+async def test_what_is_of_no_tenant_is_called_so(crm: Crm, person: Person) -> None:
+    """And leads nowhere. The feed is a little behind."""
+    await crm.save(Tenant(id=uuid4(), slug="initech", name="Initech", settings={}))
+    await person.sign_in("root")
+    async with asyncio.timeout(60):
+        while "shared data" not in (page := await person.get("feed")).text:
+            await asyncio.sleep(0.05)
+    assert "~shared" not in page.text
 
 
 async def test_a_body_is_shown_to_who_reveals_it_only(crm: Crm, person: Person) -> None:
@@ -266,13 +317,15 @@ async def test_files_of_pages_may_be_kept_and_change_their_address(person: Perso
         assert (answer.status_code, answer.headers["cache-control"]) == (404, "no-store"), path
 
 
-async def test_pages_hold_nothing_inline(person: Person) -> None:
-    """No script, no style, no handler: what the content policy would refuse anyway."""
+async def test_pages_with_nothing_to_show_hold_nothing_inline(person: Person) -> None:
+    """No script, no style, no handler: what the content policy would refuse anyway. Before the first request they say so."""
     await person.sign_in("root")
     for _, places in layout.NAVIGATION:
         for place in places:
-            page = (await person.get(place.path)).text
-            assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", page), place.path
+            answer = await person.get(place.path)
+            assert answer.status_code == 200, place.path
+            assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", answer.text), place.path
+            assert "<table" not in answer.text or "<td" in answer.text, place.path
 
 
 async def test_a_gate_that_fails_lets_nobody_in(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from respcache.core.errors import InvalidOperation, NotTrailed, OperationError, StoreError
-from respcache.ops.admin import Admin
+from respcache.ops.admin import Admin, Purge
 from respcache.ops.dashboard import gate, words
 from respcache.ops.dashboard.api import word_for
 from respcache.ops.dashboard.gate import Door, TooManyAttempts, Viewer
@@ -138,8 +138,17 @@ class Acts:
         tenant, module, key = _target(viewer, given)
         counted = None
         if key or tenant or (viewer.access.tenant and "module" in given):
-            counted = await self._admin.purge(viewer.access, tenant=tenant, module=module, key=key, dry_run=True)
+            counted = await self._counted(viewer, tenant=tenant, module=module, key=key)
         return self._purge_answer(request, viewer, given, counted=counted, problem=problem)
+
+    async def _counted(self, viewer: Viewer, *, tenant: str | None, module: str | None, key: str | None) -> Purge:
+        """Count what a purge concerns; where that cannot be known, a tenant can be purged all the same."""
+        try:
+            return await self._admin.purge(viewer.access, tenant=tenant, module=module, key=key, dry_run=True)
+        except StoreError:
+            if key is not None:
+                raise
+            return Purge(tenant=viewer.access.within(tenant) or "", module=module, key=None, dry_run=True)
 
     def _purge_answer(
         self,

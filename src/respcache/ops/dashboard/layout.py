@@ -112,6 +112,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters.update(words.FILTERS)
+        self._templates.globals["nobodys"] = words.NOBODYS
 
     def page(
         self, request: Request, template: str, *, viewer: Viewer | None, at: str = "", status: int = 200, **context: Any

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from respcache.core.generations import FLOOR, module_tag, table_tag
+from respcache.core.keys import EVERYBODY, SHARED
 
 NOTHING = "–"
 _BIG = ((1e9, "G"), (1e6, "M"), (1e4, "k"))
@@ -11,6 +12,9 @@ _SPANS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 OUTCOMES = {"hit": "good", "miss": "warn", "bypass": "accent"}
+NOBODYS = {SHARED: "shared data", EVERYBODY: "all tenants"}
+"""What stands where else a tenant stands."""
+
 VERDICTS = {
     "valid": "Valid",
     "no-generation": "Cold: no generation",
