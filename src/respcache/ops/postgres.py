@@ -6,10 +6,9 @@ from contextlib import asynccontextmanager
 
 import msgspec
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from respcache.core.errors import ConfigurationError, NotTrailed
+from respcache.core.errors import ConfigurationError, NotTrailed, OutboxError
 from respcache.ops.trail import TRAIL, Act
 from respcache.writes.postgres import OwnConnections
 
@@ -23,7 +22,6 @@ class PostgresTrail:
         if not re.fullmatch(r"\w+", schema):
             raise ConfigurationError(f"schema {schema!r} must be letters, digits and '_'")
         self._connections = OwnConnections(engine, deadline_s=deadline_s)
-        self._deadline_s = deadline_s
         table = f'"{schema}".{TRAIL}'
         self._append = text(_APPEND.format(table=table))
         self._latest = text(_LATEST.format(table=table))
@@ -63,11 +61,8 @@ class PostgresTrail:
         try:
             async with self._connections.connected() as connection:
                 yield connection
-        except TimeoutError:
-            raise NotTrailed(f"the trail: the database did not answer within {self._deadline_s} s") from None
-        except (SQLAlchemyError, OSError) as error:
-            cause = str(getattr(error, "orig", None) or error).partition("\n")[0]
-            raise NotTrailed(f"the trail cannot be reached: {cause}") from error
+        except OutboxError as error:
+            raise NotTrailed(f"the trail: {error}") from error
 
 
 _APPEND = """

@@ -59,11 +59,18 @@ class OwnConnections:
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[AsyncConnection]:
-        """Take a connection for one call. Raises ``TimeoutError`` after the deadline, and what the driver raises."""
-        async with asyncio.timeout(self._deadline_s):
-            engine = self._engine or await self._make_engine()
-            async with engine.connect() as connection:
-                yield connection
+        """Take a connection for one call: bounded in time, its failures as ``OutboxError``."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                engine = self._engine or await self._make_engine()
+                async with engine.connect() as connection:
+                    yield connection
+        except TimeoutError:
+            raise OutboxError(f"the database did not answer within {self._deadline_s} s") from None
+        except (SQLAlchemyError, OSError) as error:
+            cause = getattr(error, "orig", None) or error
+            kind = OutboxMissing if getattr(cause, "sqlstate", None) in UNDEFINED else OutboxError
+            raise kind(str(cause).partition("\n")[0]) from error
 
     async def close(self) -> None:
         """Disconnect."""
@@ -103,7 +110,6 @@ class PostgresOutbox:
         if not re.fullmatch(r"\w+", schema):
             raise ConfigurationError(f"schema {schema!r} must be letters, digits and '_'")
         self.lease_s = lease_s
-        self._deadline_s = deadline_s
         self._retention_s = retention_s
         self._connections = OwnConnections(engine, deadline_s=deadline_s)
         outbox, fence = f'"{schema}".{OUTBOX}', f'"{schema}".{FENCE}'
@@ -169,7 +175,7 @@ class PostgresOutbox:
     async def note(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
         """Leave rows for (tenant, tag) in a transaction of their own: for what no trigger sees. Returns (tenant, tag, id)."""
         found = []
-        async with self._connected() as connection:
+        async with self._connections.connected() as connection:
             for tenant, tag in pairs:
                 found.append(tuple((await connection.execute(self._note, {"tenant": tenant, "tag": tag})).one()))
         return found
@@ -179,7 +185,7 @@ class PostgresOutbox:
 
         Three round trips.
         """
-        async with self._connected() as connection:
+        async with self._connections.connected() as connection:
             await connection.execute(self._move_horizon, {"retention": self._retention_s})
             deletes = (self._delete, self._delete_foreign)
             return sum([(await connection.execute(delete, {"limit": MAX_DELETED})).rowcount for delete in deletes])
@@ -189,25 +195,12 @@ class PostgresOutbox:
         await self._connections.close()
 
     async def _run(self, statement: Any, values: dict[str, Any]) -> None:
-        async with self._connected() as connection:
+        async with self._connections.connected() as connection:
             await connection.execute(statement, values)
 
     async def _one(self, statement: Any, values: dict[str, Any]) -> Any:
-        async with self._connected() as connection:
+        async with self._connections.connected() as connection:
             return (await connection.execute(statement, values)).one_or_none()
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[AsyncConnection]:
-        """Take a connection for one call: bounded in time, its failures as ``OutboxError``."""
-        try:
-            async with self._connections.connected() as connection:
-                yield connection
-        except TimeoutError:
-            raise OutboxError(f"the database did not answer within {self._deadline_s} s") from None
-        except (SQLAlchemyError, OSError) as error:
-            cause = getattr(error, "orig", None) or error
-            kind = OutboxMissing if getattr(cause, "sqlstate", None) in UNDEFINED else OutboxError
-            raise kind(str(cause).partition("\n")[0]) from error
 
 
 _PAGE = """
