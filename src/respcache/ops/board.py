@@ -137,7 +137,9 @@ class Board:
         """Return what each process that lives says of itself, and the server; and why these are not all. Three round trips."""
         sheets, server, problem = await self._others()
         own = await self._sheet()
-        return sheets if own is None else [*sheets, own], server, problem
+        if own is not None:
+            sheets.append(own)
+        return sorted(sheets, key=lambda sheet: sheet.process.id), server, problem
 
     async def tenant(self, tenant: str) -> TenantFigures:
         """Return the figures of one tenant, by module and route; zeros for one that nobody has seen. Two round trips."""
@@ -378,7 +380,7 @@ class Board:
 
     async def _members(self) -> list[str]:
         self._check()
-        return [name.decode() for name in await self.client.srandmember(keys.PROCESSES_KEY, MAX_PROCESSES)]
+        return sorted(name.decode() for name in await self.client.srandmember(keys.PROCESSES_KEY, MAX_PROCESSES))
 
     async def _server(self) -> Server | None:
         """Return what the server says of itself, if it lets us ask."""

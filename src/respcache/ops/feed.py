@@ -261,7 +261,7 @@ class Reporter:
 
 
 def _by_tenant(rows: Rows) -> dict[str, tuple[list[str], list[str]]]:
-    """Sort rows by tenant: tags and ids."""
+    """Sort rows by tenant, in the order of their names: tags and ids."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for tenant, tag, row in rows:
         tags, ids = found.setdefault(tenant, ([], []))
@@ -269,7 +269,7 @@ def _by_tenant(rows: Rows) -> dict[str, tuple[list[str], list[str]]]:
             tags.append(tag)
         if row and len(ids) < MAX_IDS:
             ids.append(row)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _marking(noted: Sequence[_Noted]) -> Callable[[Any], Awaitable[list[bool]]]:

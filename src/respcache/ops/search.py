@@ -176,7 +176,7 @@ async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> 
         largest=nlargest(TOP, found, attrgetter("size_bytes")),
         costliest=nlargest(TOP, found, attrgetter("fill_ms")),
         ttl=_histogram([facts.ttl_left_s for facts in found]),
-        modules=dict(modules.most_common()),
+        modules=dict(sorted(modules.items(), key=lambda item: (-item[1], item[0]))),
     )
 
 
@@ -281,7 +281,8 @@ def _doubted(facts: EntryFacts, entry: Entry, view: Generation, named: EntryKey,
 
 
 def _entries(names: Iterable[str]) -> list[str]:
-    return [name for name in names if keys.read_entry_key(name) is not None]
+    """Choose those of entries, in the order of their names: that of SCAN is another one on every server."""
+    return sorted(name for name in names if keys.read_entry_key(name) is not None)
 
 
 def _facts(stored: Stored) -> KeyFacts | None:
