@@ -155,7 +155,10 @@ def test_a_purge_says_what_it_would_do_and_does_it(ask: Ask, system: System, tok
         (("explain", "/api/accounts", "-H", "hidden-one"), "root", 2),
         (("keys", "--limit", "0"), "root", 2),
         (("stats", "--by", "colours"), "root", 2),
+        (("stats", "--by", "tenants", "--module", "accounts"), "root", 2),
         (("status", "--url", "ftp://127.0.0.1"), "root", 2),
+        (("status", "--url", "http://me:hidden-one@127.0.0.1:1/cache"), "root", 2),
+        (("status", "--url", "http://127.0.0.1:1/cache?x=1"), "root", 2),
         (("status", "--url", "http://127.0.0.1:1/cache"), "root", 3),
         (("status", "--url", "{base}/nowhere"), "root", 3),
     ],
@@ -189,6 +192,61 @@ def test_a_token_comes_from_a_file_that_nobody_else_can_read(
     assert respcache("status", "--token-file", str(tmp_path / "none"), RESPCACHE_URL=url).returncode == 2
     without = respcache("status", RESPCACHE_URL=url)
     assert (without.returncode, "RESPCACHE_TOKEN" in without.stderr) == (4, True)
+
+
+@pytest.mark.parametrize("token", ["hidden-one\nmore", "hidden-one more", "hidden-öne", ""])
+def test_a_token_that_cannot_be_one_is_not_shown(respcache: Run, token: str) -> None:
+    """Nor sent: nobody is asked."""
+    done = respcache("status", RESPCACHE_URL="http://127.0.0.1:1/cache", RESPCACHE_TOKEN=token)
+    assert (done.returncode, done.stdout) == (2 if token else 3, "")
+    assert "hidden" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_token_that_nobody_knows_is_refused_with_what_to_do(respcache: Run, system: System) -> None:
+    """The fix is a new one."""
+    done = respcache("status", RESPCACHE_URL=f"{system.base}/cache", RESPCACHE_TOKEN="wrong")
+    assert (done.returncode, "set RESPCACHE_TOKEN anew" in done.stderr) == (4, True)
+
+
+def test_a_search_shows_no_more_than_was_asked_for_in_the_order_of_names(
+    ask: Ask, system: System, tokens: dict[str, str]
+) -> None:
+    """And says when there is more."""
+    for limit in range(1, 9):
+        httpx2.get(f"{system.base}/api/leads?limit={limit}", headers={"authorization": f"Bearer {tokens['admin']}"})
+    everything = document(ask("keys", "--json"))
+    names = [one["key"] for one in everything["keys"]]
+    assert (names == sorted(names), everything["complete"], len(names) > 1) == (True, True, True)
+    part = document(ask("keys", "--limit", "1", "--json"))
+    assert (len(part["keys"]), part["complete"], part["looked_at"] <= part["total"]) == (1, False, True)
+    assert "there may be more: --limit 10" in ask("keys", "--limit", "1").stdout
+
+
+def test_a_tenant_is_looked_for_as_it_was_spelt(ask: Ask) -> None:
+    """Also where an address would end."""
+    done = ask("stats", "--by", "tenants", "--tenant", "no?body")
+    assert (done.returncode, "no tenant 'no?body'" in done.stderr) == (1, True)
+
+
+def test_a_purge_of_nobody_is_doubted(ask: Ask) -> None:
+    """It is done, as applications need not name all of their tenants; a key that is gone is said to be gone."""
+    done = ask("purge", "--tenant", "amce", "--dry-run")
+    assert (done.returncode, "names no tenant 'amce'" in done.stderr) == (0, True)
+    assert ask("purge", "--tenant", "Acme", "--dry-run").stderr == ""
+    key = first_key(ask)
+    assert "it holds everywhere" in ask("purge", "--key", key, "--yes").stdout
+    assert "is not on the server any more" in ask("purge", "--key", key, "--yes").stdout
+
+
+@pytest.mark.parametrize(
+    "given", ["host=h password=hidden-one", "me:hidden-one@h/db", "//me:hidden-one@h/db", "redis://me@h?password=hidden-one"]
+)
+def test_an_address_that_is_none_is_not_shown(respcache: Run, given: str) -> None:
+    """It may hold a password in a form that nobody knows."""
+    done = respcache("config", "--json", DATABASE_URL=given)
+    assert "hidden-one" not in done.stdout
+    assert [one["source"] for one in document(done)["environment"] if one["name"] == "DATABASE_URL"] == ["environment"]
 
 
 def test_config_shows_no_secret(ask: Ask) -> None:
@@ -256,6 +314,19 @@ def test_tail_tells_of_a_write_and_ends_when_it_is_not_to_follow(ask: Ask, syste
             break
         assert time.monotonic() < deadline, done.stdout
     assert "POST /api/accounts" in ask("tail", "--no-follow").stdout
+
+
+def test_the_last_lines_of_a_module_are_of_that_module(ask: Ask, system: System, tokens: dict[str, str]) -> None:
+    """However many of others came after them."""
+    ask("purge", "--tenant", "acme", "--module", "contacts", "--yes")
+    ask("purge", "--tenant", "acme", "--module", "leads", "--yes")
+    deadline = time.monotonic() + 30
+    while "leads" not in ask("tail", "--no-follow", "-n", "1").stdout:
+        assert time.monotonic() < deadline
+    (event,) = [
+        json.loads(line) for line in ask("tail", "--no-follow", "-n", "1", "--module", "contacts", "--json").stdout.splitlines()
+    ]
+    assert event["modules"] == ["contacts"]
 
 
 def test_an_invalidation_is_told_in_one_line() -> None:

@@ -208,7 +208,7 @@ def test_clocks_and_networks_are_judged() -> None:
 
     def judged(host: str, skew_s: float) -> dict[str, str]:
         report = Report("cache")
-        server = Server("cache", ServerURL.parse(f"redis://:x@{host}"), {}, None, skew_s)
+        server = Server("REDIS_CACHE_URL", ServerURL.parse(f"redis://:x@{host}"), {}, None, skew_s)
         servers._check_clock(report, server)
         servers._check_encryption(report, server, "REDIS_CACHE_URL")
         return {one.check: one.level for one in report.findings}
@@ -307,16 +307,22 @@ def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://a:hidden-one@127.0.0.1:1/x", "nonsense", "postgresql://postgres:hidden-one@127.0.0.1:{port}/bare"]
-)
+    "url",
+    [
+        "postgresql://a:hidden-one@127.0.0.1:1/x", "nonsense", "postgresql://postgres:hidden-one@127.0.0.1:{port}/bare",
+        "postgresql://a:hidden-one@127.0.0.1:word/x", "postgresql+nothing://a:hidden-one@127.0.0.1/x",
+        "postgresql+psycopg2://a:hidden-one@127.0.0.1/x", "sqlite:///hidden-one",
+    ],
+)  # fmt: skip
 def test_a_database_that_cannot_be_had_is_a_fault(
     respcache: Run, environment: Environment, postgres_server: EmbeddedPostgres, url: str
 ) -> None:
-    """Nobody there, no address, a wrong password: never shown."""
+    """Nobody there, no address, a wrong password, a driver that is not here or cannot be used: never shown."""
     environment["DATABASE_URL"] = url.format(port=postgres_server.port)
     done = respcache("doctor", "--json", **environment)
     assert done.returncode == 1
-    assert any(one["about"] == "database" and one["level"] == "fault" for one in document(done)["findings"])
+    (found,) = [one for one in document(done)["findings"] if one["about"] == "database" and one["level"] == "fault"]
+    assert found["check"] == ("reachable" if ":1/" in url or "bare" in url else "address")
     assert "hidden-one" not in done.stdout + done.stderr
 
 
@@ -408,7 +414,7 @@ def test_what_people_see_says_why_and_how_to_mend(respcache: Run, environment: E
     at = next(number for number, line in enumerate(lines) if "FAULT" in line)
     assert re.fullmatch(r"  FAULT +eviction +noeviction", lines[at])
     assert lines[at + 1].strip().startswith("why ")
-    assert re.fullmatch(r" +mend  valkey-cli -h 127\.0\.0\.1 -p \d+ CONFIG SET maxmemory-policy allkeys-lru; .*", lines[at + 2])
+    assert re.fullmatch(r' +mend  valkey-cli -u "\$REDIS_CACHE_URL" CONFIG SET maxmemory-policy allkeys-lru; .*', lines[at + 2])
     assert re.fullmatch(r"\d+ checks: 1 faults, \d+ warnings", lines[-1])
 
 

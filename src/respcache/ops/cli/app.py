@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STATUSES = "Exit status: 0 ok, 1 check failed, 2 usage, 3 unreachable, 4 refused."
 DEFAULT_URL = "http://localhost:4001/cache"
+MAX_KEYS = 100_000
 
 app = typer.Typer(
     name="respcache",
@@ -97,7 +98,7 @@ def stats(
 def keys(
     tenant: Tenant = None,
     module: Module = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=100_000, help="how many at most")] = 100,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=MAX_KEYS, help="how many at most")] = 100,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,

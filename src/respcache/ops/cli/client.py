@@ -1,6 +1,7 @@
 """The client of the dashboard's JSON API (``ops/dashboard/api.py``): one connection, one token, failures as exit statuses."""
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,8 +53,12 @@ class Client:
             parsed = httpx2.URL(url.rstrip("/") + "/")
         except httpx2.InvalidURL as error:
             raise Failure(Status.USAGE, f"--url {url!r} cannot be read: {error}") from None
-        if parsed.scheme not in ("http", "https") or not parsed.host:
+        if parsed.userinfo:
+            raise Failure(Status.USAGE, "--url holds a user or a password: leave them out, the token is in RESPCACHE_TOKEN")
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise Failure(Status.USAGE, f"--url {url!r} must be like http://localhost:4001/cache")
+        if token is not None and not re.fullmatch(r"[!-~]+", token):
+            raise Failure(Status.USAGE, "the token holds blanks or characters that no token has: give it whole and alone")
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self.url = parsed
         self.token = token
@@ -94,6 +99,8 @@ class Client:
         said = document.get("message") if isinstance(document, dict) else None
         if code == 401 and self.token is None:
             return Failure(Status.REFUSED, "a token is needed: set RESPCACHE_TOKEN, or give --token-file")
+        if code == 401:
+            return Failure(Status.REFUSED, f"{self.url} does not know the token, or it has ended: set RESPCACHE_TOKEN anew")
         if not isinstance(said, str) or not isinstance(document, dict) or "error" not in document:
             where = f"{answer.request.url} answered {code}"
             hint = "is that where the dashboard is mounted? set --url or RESPCACHE_URL"

@@ -50,6 +50,11 @@ def _local() -> Iterator[dict[str, Any]]:
 
 
 def without_password(url: str) -> str:
-    """Return an address with its password, and what stands in its query, left out; also one that is not encoded rightly."""
+    """Return an address with its password, and what stands in its query, left out; also one that is not encoded rightly.
+
+    Of what is no address (``host=h password=p``) nothing is returned but that it is set.
+    """
+    if "://" not in url.partition("@")[0]:
+        return "set" if "@" in url or "=" in url else url
     hidden = re.sub(r"^([\w+]+://)([^:@/]*):?.*@", r"\1\2:***@", url, flags=re.DOTALL)
     return hidden.partition("?")[0]

@@ -50,8 +50,10 @@ def _render(out: Output, findings: Sequence[Finding], faults: int, warnings: int
     about = ""
     for finding in findings:
         if finding.about != about:
+            if about and out.terminal:
+                out.say()
             about = finding.about
-            out.say(f"\n{about}" if out.terminal else about, "bold")
+            out.say(about, "bold")
         mark, style = MARKS[finding.level]
         out.say(Text.assemble("  ", (f"{mark:<8}", style), f" {finding.check:<15} ", finding.found))
         if finding.level is not Level.OK:

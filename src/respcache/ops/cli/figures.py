@@ -2,16 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from rich.text import Text
 
 from respcache.ops.cli.client import Client
-from respcache.ops.cli.outcome import Status
+from respcache.ops.cli.outcome import Failure, Status
 from respcache.ops.cli.output import Output, share, size, span
 
 Document = Mapping[str, Any]
 
+MAX_TENANTS = 1_000
+"""The largest, if there are more."""
+
 COLUMNS = ("requests>", "hit ratio>", "hits>", "misses>", "bypasses>", "writes>", "hit p95>", "miss p95>", "saved>", "sent>")
+OF_PROCESSES = (
+    "process", "in memory>", "of>", "entries>", "fence age>", "outbox waits>", "tenants pending>", "errors>", "audits>",
+)  # fmt: skip
 
 
 def status(out: Output, client: Client) -> Status:
@@ -24,9 +31,12 @@ def status(out: Output, client: Client) -> Status:
 
 def stats(out: Output, client: Client, *, by: str, tenant: str | None, module: str | None) -> Status:
     """Print figures by tenant, module or route."""
-    rows = client.get(by) if by == "tenants" else client.get(by, tenant=tenant)
-    if by == "tenants" and tenant is not None:
-        rows = [client.get(f"tenants/{tenant}")]
+    if by == "tenants":
+        if module is not None:
+            raise Failure(Status.USAGE, "--by tenants adds all modules up: leave --module out, or take --by modules --tenant")
+        rows = client.get(by, limit=MAX_TENANTS) if tenant is None else [client.get(f"tenants/{quote(tenant, safe='')}")]
+    else:
+        rows = client.get(by, tenant=tenant)
     if module is not None:
         rows = [row for row in rows if (row["module"] or row["name"]) == module]
     out.emit(rows, lambda: out.table((by.removesuffix("s"), *COLUMNS), map(_row, rows), empty="no figures yet"))
@@ -40,13 +50,18 @@ def _problems(overview: Document) -> list[str]:
         found.append("the cache's server is away: everything comes from the handlers")
     if overview["switches"]["everything"]:
         found.append("the cache is switched off for all processes: the dashboard, or POST api/switch, switches it on")
+    elif overview["available"] and not overview["switches"]["enabled"] and not overview["processes"]:
+        found.append("the process that answered serves nothing from the cache: it was started with enabled=False")
+    if overview["tenant"] in overview["switches"]["tenants"]:
+        found.append(f"tenant {overview['tenant']} is switched off")
     for process in overview["processes"]:
         name, fence = f"{process['host']}:{process['pid']}", process["fence"]
         if not process["enabled"] and not overview["switches"]["everything"]:
             found.append(f"{name} serves nothing from the cache: it was started with enabled=False")
-        if not process["available"] and overview["available"]:
-            found.append(f"{name} has no connection to the cache's server")
-        if fence is not None and not fence["alive"]:
+        if not process["available"]:
+            if overview["available"]:
+                found.append(f"{name} has no connection to the cache's server")
+        elif fence is not None and not fence["alive"]:
             found.append(
                 f"{name} has no fence, so serves nothing from the cache: {fence['problem'] or 'no round is completed yet'}"
             )
@@ -54,7 +69,11 @@ def _problems(overview: Document) -> list[str]:
     if unsound:
         found.append(f"not cached, as their triggers are not sound: {', '.join(sorted(unsound))}; respcache doctor says why")
     if overview["findings"]:
-        found.append(f"the audit found {len(overview['findings'])} wrong answers lately: docs/operations.md says what now")
+        last = overview["findings"][-1]
+        found.append(
+            f"the audit found wrong answers ({len(overview['findings'])} are kept), the last one {last['kind']}: {last['route']} "
+            f"of tenant {last['tenant']}, at {last['at'][:19]}; docs/operations.md says what now"
+        )
     return found
 
 
@@ -80,8 +99,7 @@ def _render(out: Output, client: Client, overview: Document, problems: Sequence[
     out.pairs(pairs)
     if overview["processes"]:
         out.say()
-        columns = ("process", "in memory>", "of>", "entries>", "fence age>", "outbox waits>", "errors>", "audits>")
-        out.table(columns, map(_process, overview["processes"]))
+        out.table(OF_PROCESSES, map(_process, overview["processes"]))
     for problem in problems:
         out.say(f"! {problem}", "bold red")
 
@@ -101,9 +119,16 @@ def _process(process: Document) -> tuple[Any, ...]:
     fence, audit = process["fence"], process["audit"]
     return (
         f"{process['host']}:{process['pid']}", size(process["near_bytes"]), size(process["near_limit_bytes"]),
-        process["near_entries"], span(fence and fence["age_s"]), fence and fence["pending_rows"], process["errors"],
+        process["near_entries"], span(fence and fence["age_s"]), _waiting(fence), process["pending_tenants"], process["errors"],
         audit and audit["audits"],
     )  # fmt: skip
+
+
+def _waiting(fence: Document | None) -> Any:
+    """Say how many rows of the outbox wait, and for how long the oldest."""
+    if fence is None or not fence["pending_rows"]:
+        return fence and fence["pending_rows"]
+    return Text.assemble(f"{fence['pending_rows']:,}, for ", span(fence["pending_s"]))
 
 
 def _row(row: Document) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """What a command prints: tables for people, one JSON document for programs (one a line where it does not end).
 
 Colours only on a terminal, and not with NO_COLOR (https://no-color.org); in a pipe nothing is cut off and no line is broken.
+What was stored came from requests of others: control characters of it are shown as pictures, and never reach the terminal.
 """
 
 import json
@@ -20,6 +21,9 @@ from respcache.ops.cli.outcome import Failure, Status
 
 UNBROKEN = 10_000
 """Columns of an output that is no terminal: more than any line has."""
+
+PICTURES = {**{code: 0x2400 + code for code in range(32)}, 127: 0x2421, **dict.fromkeys(range(128, 160), 0xFFFD)}
+"""What stands for a control character."""
 
 
 class Output:
@@ -65,14 +69,22 @@ class Output:
 
     def say(self, text: Text | str = "", style: str = "") -> None:
         """Print a line of text as it stands."""
-        self._console.print(Text(text, style) if isinstance(text, str) else text, soft_wrap=True)
+        self._console.print(harmless(Text(text, style) if isinstance(text, str) else text), soft_wrap=True)
         self._console.file.flush()
+
+    def note(self, message: str) -> None:
+        """Say on standard error what whoever reads the output should know."""
+        self._complain(message, "yellow")
+
+    def body(self, text: str) -> None:
+        """Print a text of many lines: to a program exactly as it is."""
+        print("\n".join(line.translate(PICTURES) for line in text.split("\n")) if self.terminal else text, flush=True)
 
     def pairs(self, rows: Iterable[tuple[str, Any]]) -> None:
         """Print names and values."""
         grid = Table.grid(padding=(0, 2, 0, 0))
         for name, value in rows:
-            grid.add_row(Text(name, "bold"), shown(value))
+            grid.add_row(harmless(Text(name, "bold")), harmless(shown(value)))
         self._print(grid)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing") -> None:
@@ -82,7 +94,7 @@ class Output:
             right = column.endswith(">")
             made.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
         for row in rows:
-            made.add_row(*(shown(value) for value in row))
+            made.add_row(*(harmless(shown(value)) for value in row))
         if made.row_count:
             self._print(made)
         else:
@@ -98,8 +110,18 @@ class Output:
     def _fail(self, status: Status, message: str) -> None:
         if self.as_json:
             print(_json({"error": {"status": status.name.lower(), "message": message}}, indent=2), flush=True)
-        _console(sys.stderr).print(Text.assemble(("respcache: ", "bold red"), message), soft_wrap=True)
+        self._complain(message, "bold red")
         raise typer.Exit(status)
+
+    def _complain(self, message: str, style: str) -> None:
+        _console(sys.stderr).print(harmless(Text.assemble(("respcache: ", style), message)), soft_wrap=True)
+
+
+def harmless(text: Text) -> Text:
+    """Put pictures in place of control characters."""
+    made = text.copy()
+    made.plain = text.plain.translate(PICTURES)
+    return made
 
 
 def shown(value: Any) -> Text:

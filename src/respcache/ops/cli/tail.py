@@ -20,19 +20,22 @@ STYLES = {"confirmed": "green", "pending; safe": "yellow", "pending": "bold red"
 
 def run(out: Output, client: Client, *, tenant: str | None, module: str | None, lines: int, follow: bool) -> Status:
     """Print the last events, and, if asked to, those that follow until Ctrl-C. In JSON, one document a line."""
-    last = ""
-    count = lines
-    while True:
-        feed = client.get("feed", after=last, tenant=tenant, limit=count)
-        last = feed["last"]
-        for event in feed["events"]:
-            if module is None or module in event["modules"] or event["everything"]:
-                out.line(event, _line(event))
-        if not follow:
-            return Status.OK
-        if len(feed["events"]) < count:
+    feed = client.get("feed", tenant=tenant, limit=lines if module is None else MAX_EVENTS)
+    if feed["processes"] != "all":
+        out.note("the cache's server is away or is none: these are the invalidations of the process that answered")
+    for event in _chosen(feed, module)[-lines:]:
+        out.line(event, _line(event))
+    while follow:
+        if len(feed["events"]) < MAX_EVENTS:
             time.sleep(PAUSE_S)
-        count = MAX_EVENTS
+        feed = client.get("feed", after=feed["last"], tenant=tenant, limit=MAX_EVENTS)
+        for event in _chosen(feed, module):
+            out.line(event, _line(event))
+    return Status.OK
+
+
+def _chosen(feed: Document, module: str | None) -> list[Document]:
+    return [event for event in feed["events"] if module is None or module in event["modules"] or event["everything"]]
 
 
 def _line(event: Document) -> Text:

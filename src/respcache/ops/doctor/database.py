@@ -39,14 +39,19 @@ async def examine(report: Report, url: str | None, *, schema: str, tables: Colle
             "export DATABASE_URL=postgresql://USER:PASSWORD@HOST:5432/DATABASE",
         )  # fmt: skip
         return
+    form = "export DATABASE_URL=postgresql://USER:PASSWORD@HOST:5432/DATABASE"
     try:
         parsed = _with_driver(url)
-    except ArgumentError:
-        form = "export DATABASE_URL=postgresql://USER:PASSWORD@HOST:5432/DATABASE"
+    except (ArgumentError, ValueError):
         report.fault("address", "DATABASE_URL cannot be read", "nothing can connect to it", form)
         return
-    place = f"{parsed.host}:{parsed.port or 5432}/{parsed.database}"
-    engine = create_async_engine(parsed, connect_args=_deadlines(parsed))
+    place = f"{parsed.host or 'localhost'}:{parsed.port or 5432}/{parsed.database or ''}"
+    try:
+        engine = create_async_engine(parsed, connect_args=_deadlines(parsed))
+    except (ImportError, SQLAlchemyError):
+        found = f"{parsed.drivername}:// is no driver for PostgreSQL that is installed here and works with asyncio"
+        report.fault("address", found, "the outbox cannot be used with it", form)
+        return
     try:
         async with engine.connect() as connection:
             version = await _check_server(report, connection, place)
@@ -201,7 +206,7 @@ async def _check_triggers(
         report.warn(
             "triggers", "which tables cached reads declare is not known here: only those with triggers are checked",
             "a table without triggers is not cached at all",
-            "respcache doctor --app MODULE:APP, --tables a,b, or --url of the running application",
+            "respcache doctor --app MODULE:APP, or --tables a,b",
         )  # fmt: skip
         tables = page.tables | page.unsound
     found = {row.name: row for row in await connection.execute(text(_TRIGGERS), {"schema": schema})}
@@ -276,7 +281,7 @@ SELECT c.relname AS name, c.relispartition AS is_partition,
        EXISTS (SELECT FROM pg_inherits i JOIN pg_class child ON child.oid = i.inhrelid
                WHERE (i.inhrelid = c.oid OR i.inhparent = c.oid) AND NOT child.relispartition) AS inherits,
        array_agg(t.tgname ORDER BY t.tgname) FILTER (WHERE t.oid IS NOT NULL) AS names,
-       array_agg(DISTINCT p.proname) FILTER (WHERE p.oid IS NOT NULL) AS functions,
+       array_agg(DISTINCT p.proname ORDER BY p.proname) FILTER (WHERE p.oid IS NOT NULL) AS functions,
        bool_and(t.tgenabled = 'A') AS always
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
      LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname LIKE 'respcache\\_%' LEFT JOIN pg_proc p ON p.oid = t.tgfoid

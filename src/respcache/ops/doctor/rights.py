@@ -9,7 +9,7 @@ from respcache.ops.acl import Probe, Role
 from respcache.ops.doctor.findings import Report
 
 
-def check(report: Report, client: redis.Redis, role: Role, *, user: str, cli: str) -> None:
+def check(report: Report, client: redis.Redis, role: Role, *, user: str) -> None:
     """Say what this user lacks of the role's rights. A round trip for each."""
     lacking = [right for probe in role.probes() if (right := _lacking(client, probe)) is not None]
     if not lacking:
@@ -20,7 +20,9 @@ def check(report: Report, client: redis.Redis, role: Role, *, user: str, cli: st
     why = "what a process may not do fails: the cache is bypassed, or invalidations are not confirmed"
     if all(right[0] == "&" or right in ("+publish", "+subscribe") for right in rights):
         why = "what other processes write is noticed later: in memory by the next look at the server"
-    report.fault("rights", f"user {user} lacks {' '.join(rights)}", why, f"{cli} ACL SETUSER {user} {quoted}")
+    report.fault(
+        "rights", f"user {user} lacks {' '.join(rights)}", why, f"valkey-cli -u ADMINISTRATOR_URL ACL SETUSER {user} {quoted}"
+    )
 
 
 def _lacking(client: redis.Redis, probe: Probe) -> str | None:

@@ -34,18 +34,19 @@ EVICTS = ("allkeys-", "volatile-")
 class Server:
     """What a server said of itself. ``config`` is None where this user may not ask."""
 
-    name: str
+    variable: str
+    """Of the environment: it holds the address."""
     url: ServerURL
     info: Mapping[str, Any]
     config: Mapping[str, str] | None
     skew_s: float
     epoch: Epoch | None = None
     cli: str = field(init=False)
+    """The command that talks to it, with the password that the environment holds."""
 
     def __post_init__(self) -> None:
-        place = f"-s {self.url.path}" if self.url.path else f"-h {self.url.host} -p {self.url.port}"
         user = f" --user {self.url.user}" if self.url.user else ""
-        self.cli = f"valkey-cli {place}{user}{' --tls' if self.url.tls else ''}"
+        self.cli = f"valkey-cli -s {self.url.path}{user}" if self.url.path else f'valkey-cli -u "${self.variable}"'
 
     @property
     def identity(self) -> str:
@@ -75,7 +76,7 @@ def examine(report: Report, url: str | None, *, variable: str, memory: bool, rol
     with _connected(report, url, parsed, variable) as client:
         if client is None:
             return None
-        server = _ask(report.about, parsed, client)
+        server = _ask(variable, parsed, client)
         report.ok("reachable", f"{parsed}, {_kind(server.info)} {server.version}")
         _check_version(report, server)
         _check_role(report, server)
@@ -86,7 +87,7 @@ def examine(report: Report, url: str | None, *, variable: str, memory: bool, rol
         _check_connections(report, server)
         _check_clock(report, server)
         if role is not None:
-            rights.check(report, client, role, user=parsed.user or "default", cli=server.cli)
+            rights.check(report, client, role, user=parsed.user or "default")
             server.epoch = _epoch(client)
         return server
 
@@ -154,14 +155,14 @@ def _client(url: str) -> redis.Redis:
     )
 
 
-def _ask(name: str, url: ServerURL, client: redis.Redis) -> Server:
+def _ask(variable: str, url: ServerURL, client: redis.Redis) -> Server:
     info: Any = {}
     config: Any = None
     with suppress(redis.ResponseError):
         info = client.info()
     with suppress(redis.ResponseError):
         config = client.config_get("*")
-    return Server(name, url, info, config, _skew_s(client))
+    return Server(variable, url, info, config, _skew_s(client))
 
 
 def _skew_s(client: redis.Redis) -> float:
