@@ -2,11 +2,8 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from respcache.asgi import App, Wrapper
 from respcache.core import keys, tokens
@@ -19,17 +16,18 @@ from respcache.core.policy import DEFAULT_BOUND_S, DEFAULT_TTL_S, MAX_TTL_S, Lev
 from respcache.core.tokens import Token, both
 from respcache.fill.filler import Filler, Lead
 from respcache.identities import Identities
-from respcache.lookup import Bypass, Look, Lookup, Near, as_parameters
+from respcache.lookup import Bypass, Look, Lookup, Near
 from respcache.near.s3fifo import S3Fifo
 from respcache.near.views import Views
 from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
-from respcache.ops.stats import SAMPLE_MASK, VALUE, Figures, Stats
-from respcache.ops.tracing import Trace, Tracing
+from respcache.ops.stats import Stats
+from respcache.ops.tracing import Tracing
 from respcache.plans import Aim, Memo, Plan
-from respcache.record import Reads, Record, cause, current
+from respcache.record import cause, current
 from respcache.routing import Route
 from respcache.stores.base import Store
 from respcache.switches import Switches
+from respcache.values import Values
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Outbox, Rounds, Rows, boottime
 
@@ -141,6 +139,7 @@ class Cache:
             self.read_view, self.variant, self.lasts = self._lookup.read_view, self._lookup.variant, self._lookup.lasts
             self.heed = self._lookup.heed
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
+            self._values = Values(self._lookup, self._filler, stats=self.figures, clock=clock)
             if audit_share != 0:
                 self.audit = Audit(
                     share=audit_share,
@@ -331,80 +330,7 @@ class Cache:
             outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
         if self.store is None or not self.enabled or isinstance(outer, Rerun):
             return await make()
-        began, route = self.clock(), VALUE + module
-        target = self._lookup.target(policy, tenant=tenant, route=route, fingerprint=b"", parameters=as_parameters(key))
-        figures = self.figures.at(tenant, module, route)
-        # within a fill the value must be as fresh as what is made of it, whose certificate says so for all its time
-        view_s = policy.view_s(anonymous=True) if outer is None or outer.reads is None else 0.0
-        aim = Aim(tenant, target, policy, figures=figures, view_s=view_s)
-        held = await self._lookup.hit(aim, sent=None if outer is None else outer.sent)
-        if held is not None:
-            return cast(T, self._take(held.entry, figures, began))
-        look = await self._lookup.value(aim)
-        if isinstance(look, Bypass):
-            figures.bypass(look.reason)
-            return await make()
-        if look.entry is not None:
-            return cast(T, self._take(look.entry, figures, began))
-        figures.misses += 1
-        value = await self._fill(make, policy, look, outer)
-        figures.times.misses.observe(self.clock() - began)
-        return value
-
-    def _take(self, entry: Entry, figures: Figures, began: float) -> Any:
-        """Return the value of a hit, and count it."""
-        figures.hits += 1
-        if figures.hits & SAMPLE_MASK == figures.phase:
-            figures.sample(self.clock() - began, entry.fill_ms)
-        return _decode(entry.body)
-
-    async def _fill(self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, outer: Record | None) -> T:
-        entered = await self._filler.enter(look.target, view=look.view, certificate=look.certificate)
-        if isinstance(entered, Entry):
-            look.aim.figures.collapsed += 1
-            return cast(T, _decode(entered.body))
-        if entered is None:
-            return await make()
-        with self.tracing.fill(tenant=look.aim.tenant, module=policy.module, route=VALUE + policy.module) as trace:
-            return await self._make(make, policy, look, entered, outer, trace)
-
-    async def _make(
-        self, make: Callable[[], Awaitable[T]], policy: Policy, look: Look, lead: Lead, outer: Record | None, trace: Trace
-    ) -> T:
-        record = Record(reads=Reads()) if outer is None else outer.nested()
-        token = current.set(record)
-        started = self.clock()
-        try:
-            value = await make()
-            reads = record.reads
-            assert reads is not None
-            storable = not (record.wrote or reads.undeclared_sql or reads.old_snapshot) and reads.tables.issubset(policy.tables)
-            if storable:
-                seconds = self.clock() - started
-                body = msgspec.msgpack.encode(value)
-                lead.land(
-                    Entry(
-                        lead.certificate,
-                        look.target.digest,
-                        int(time.time() * 1000),
-                        int(policy.ttl_s * 1000),
-                        round(seconds * 1000),
-                        200,
-                        (),
-                        body,
-                    )
-                )
-                look.aim.figures.store(size_bytes=len(body), seconds=seconds)
-                value = _decode(body)
-            else:
-                look.aim.figures.refuse("value")
-            trace("stored" if storable else "value")
-            return value
-        finally:
-            lead.land(None)
-            current.reset(token)
-            if outer is not None:
-                outer.absorb(record)
+        return await self._values.get(tenant, policy, key, make)
 
     # -- looking at it -------------------------------------------------------------------------------------------------
 
@@ -466,7 +392,7 @@ class Cache:
         """Tell a tracer of fills, invalidations and outages of the store from here on (``respcache.ops.otel``)."""
         self.tracing = tracing
         if self.store is not None:
-            self._invalidator.tracing = tracing
+            self._invalidator.tracing = self._values.tracing = tracing
             if self.rounds is not None:
                 self.rounds.tracing = tracing
             getattr(self.store, "watch", _unwatched)(tracing.store)
@@ -587,7 +513,3 @@ class Cache:
 
 def _unwatched(changed: Callable[[Exception | None], None]) -> None:
     """Of a store that is never away."""
-
-
-def _decode(body: bytes) -> Any:
-    return msgspec.msgpack.decode(body)

@@ -13,7 +13,6 @@ from typing import Any
 import respcache.core.fence
 import respcache.writes.rounds
 from respcache.asgi import Wrapper
-from respcache.cache import Cache
 from respcache.core import entry as entries
 from respcache.core.entry import Entry
 from respcache.core.epochs import Cursor, Epoch
@@ -32,6 +31,7 @@ from respcache.plans import Aim, Grant, Plan
 from respcache.record import Record, current
 from respcache.stores.base import Bumped, Reading
 from respcache.stores.memory import MemoryServer
+from respcache.values import Values
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Rounds, Rows
 from tests.simulation.database import Database, DatabaseGone, FenceRow, Row, SimulatedOutbox, Snapshot
@@ -68,19 +68,18 @@ def _mix(*faults: str, writers: Mapping[str, int] | None = None, **others: Any) 
 
 
 async def _make_then_capture(
-    cache: Cache, make: Any, policy: Any, look: Look, lead: Lead, *others: Any, original: Any = Cache._make
+    values: Values, make: Any, look: Look, lead: Lead, *others: Any, original: Any = Values._make
 ) -> Any:
     async def made() -> Any:
         value = await make()
-        assert cache.store is not None
         try:
-            reading = await cache.store.read(None, [(look.target.generation_key, look.target.tags)])
+            reading = await values._lookup._store.read(None, [(look.target.generation_key, look.target.tags)])
         except StoreError:
             return value
         lead.certificate = reading.generations[0].certificate() or lead.certificate
         return value
 
-    return await original(cache, made, policy, look, lead, *others)
+    return await original(values, made, look, lead, *others)
 
 
 async def _open_with_the_same_nonce(lookup: Lookup, tenant: str) -> None:
@@ -406,7 +405,7 @@ BACK_AND_FORTH = _mix(
 """One process that comes back to a server on which nobody has bumped meanwhile."""
 
 SABOTAGES: Mapping[str, Sabotage] = {
-    "capture after the read": Sabotage([(Cache, "_make", _make_then_capture)]),
+    "capture after the read": Sabotage([(Values, "_make", _make_then_capture)]),
     "the same nonce for every generation": Sabotage([(Lookup, "_open", _open_with_the_same_nonce)], _mix("evict", "flush")),
     "compaction without raising the floor": Sabotage([(MemoryServer, "bump", _compact_without_floor)], _mix(small_limits=1.0)),
     "the digest is not compared": Sabotage([(Lookup, "_judge", _judge_without_digest)], _mix("copy an entry")),

@@ -18,9 +18,11 @@ from typing import Any
 
 import msgspec
 
+import respcache.asgi
 import respcache.cache
 import respcache.core.fence
 import respcache.stores.memory
+import respcache.values
 import respcache.writes.rounds
 import tests.simulation.database
 from respcache.cache import Cache
@@ -726,7 +728,8 @@ def run(seed: int, mix: Mix | None = None) -> Result:
         stack.enter_context(replaced(logging.getLogger("respcache"), "disabled", True))
         stack.enter_context(_limits(random.Random(f"limits {seed}"), chosen))
         runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualLoop))
-        stack.enter_context(replaced(respcache.cache, "time", _VirtualTime(runner)))
+        for module in (respcache.asgi, respcache.values):
+            stack.enter_context(replaced(module, "time", _VirtualTime(runner)))
         random.seed(seed)
         schedule = runner.run(_run(seed, chosen))
         return Result(seed, schedule.oracle.violations, schedule.world.trace, schedule.world.counts)
