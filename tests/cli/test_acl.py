@@ -9,6 +9,7 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError, RedisError
 
+from crm.embedded import EmbeddedValkey
 from respcache import Cache, SingleTenant
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
@@ -106,6 +107,13 @@ def test_the_user_of_the_application_is_refused_everything_else(valkey_url: str,
     """Other commands, other keys, other channels."""
     with redis.Redis.from_url(log_in_as(valkey_url, DATA_PLANE)) as client, pytest.raises(NoPermissionError):
         client.execute_command(*words)
+
+
+def test_other_channels_are_refused_whatever_the_server_allows_by_itself(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """Redis 6.2 gives a user that was reset all channels."""
+    url = make_valkey(acl_pubsub_default="allchannels").url
+    with redis.Redis.from_url(log_in_as(url, DATA_PLANE)) as client, pytest.raises(NoPermissionError):
+        client.publish("other", "x")
 
 
 async def operate(url: str, as_user: str, admin: redis.Redis) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,10 @@ def test_a_missing_right_is_named_and_granted_by_what_is_said(
     found = finding(done, "cache", "rights", "fault")
     assert said in found["found"]
     finding(done, "cache", "configuration", "warning")  # this user may not see it
-    grant = found["mend"].partition(" ACL ")[2].replace("'", "")
+    grant = found["mend"].partition(" ACL ")[2]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {grant}"], capture_output=True, text=True, check=True).stdout.split()
     with redis.Redis.from_url(valkey_url) as client:
-        client.execute_command("ACL", *grant.split())
+        client.execute_command("ACL", *words)
     finding(respcache("doctor", "--json", **environment), "cache", "rights", "ok")
 
 

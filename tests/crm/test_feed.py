@@ -10,11 +10,12 @@ import pytest
 import redis
 
 from crm.app import create_app
+from crm.embedded import EmbeddedValkey
 from crm.settings import Settings
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.core.errors import InvalidOperation, NotFound
 from respcache.core.fence import Outcome
-from respcache.core.keys import FEED_KEY
+from respcache.core.keys import FED_KEY, FEED_KEY
 from respcache.ops import feed as feeds
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
@@ -219,6 +220,11 @@ async def test_what_is_too_much_is_counted(crm: Crm, valkey_url: str, monkeypatc
     assert (event.skipped, event.everything) == (0, True)
     with redis.Redis.from_url(valkey_url) as client:
         assert 0 < client.ttl(FEED_KEY) <= feeds.TTL_S
+        client.zadd(FED_KEY, {"long ago": 1})
+        reporter.note([("one", "T:leads", "a row")], Outcome.CONFIRMED, 0.1, by="a row")
+        (event,) = await caused(admin, "a row")
+        assert 0 < client.ttl(FED_KEY) <= feeds.FED_S
+        assert (client.zscore(FED_KEY, "a row") is not None, client.zscore(FED_KEY, "long ago")) == (True, None)
         client.xadd(FEED_KEY, {"e": "what is this"})
         client.xadd(FEED_KEY, {"other": "x"})
         assert (await admin.feed(ROOT)).events[-1] == event
@@ -254,6 +260,35 @@ async def test_no_write_waits_for_the_feed(away: str) -> None:
     assert len((await reporter.read(tenant=None, after=part.events[4].id, limit=10)).events) == 5
     await cache.close()
     silent.close()
+
+
+async def test_what_could_not_be_sent_is_counted(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+    """In the next event that can."""
+    server = make_valkey()
+    board = Board(server.url)
+    reporter = Reporter(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board)
+    server.stop()
+    reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by="lost")
+    await reporter.close()
+    server.start()
+    reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by="told")
+    await reporter.close()
+    events = (await reporter.read(tenant=None, after="", limit=10)).events
+    assert [(event.cause, event.skipped) for event in events] == [("told", 1)]
+    await board.close()
+
+
+async def test_without_a_server_a_bounded_number_is_remembered() -> None:
+    """The last ones; of tenants in the order of their names."""
+    reporter = Reporter(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), Board())
+    for number in range(feeds.MAX_REMEMBERED + 10):
+        reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by=f"{number}")
+        await reporter.read(tenant=None, after="", limit=1)
+    reporter.note([("b", "*", ""), ("a", "*", "")], Outcome.CONFIRMED, 0.1, by="two")
+    events = (await reporter.read(tenant=None, after="", limit=1000)).events
+    assert len(events) == feeds.MAX_REMEMBERED
+    assert [event.tenant for event in events[-3:]] == ["t", "a", "b"]
+    await reporter.close()
 
 
 async def test_a_report_that_fails_fails_no_write(crm: Crm) -> None:

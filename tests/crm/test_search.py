@@ -81,6 +81,8 @@ async def test_a_search_says_what_each_key_is_and_how_far_it_looked(stored: Stor
     assert (facts.tenant, facts.module, facts.kind) == (stored.acme, "leads", "list")
     assert 0 < facts.ttl_left_s <= 180
     assert 0 <= facts.age_s < 60
+    found = [one.key for one in (await stored.admin.keys(VIEWER)).keys]
+    assert found == sorted(found)
     assert facts.fill_ms >= 0
 
 

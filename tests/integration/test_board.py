@@ -358,6 +358,17 @@ async def test_every_key_has_a_time_to_live(valkey_url: str, client: Any) -> Non
         assert all(0 < ttl <= (4200 if ":~series:" in key else 60) for key, ttl in found.items()), found
 
 
+async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody can ask for any more is dropped."""
+    async with workers(None) as (one,):
+        start = time.time()
+        for at in (start - 2 * module.SERIES_TTL_S, start):
+            monkeypatch.setattr(module, "time", ClockOf(at))
+            one.count("acme", hits=1)
+            await one.board.publish()
+        assert list(one.board._own) == [int(start) // BUCKET_S]
+
+
 async def test_the_process_is_left_its_time(valkey_url: str) -> None:
     """With many tenants the event loop gets its turn between two portions of them."""
     async with workers(valkey_url) as (one,):

@@ -427,6 +427,7 @@ async def test_what_is_switched_off(world: World, switch: dict[str, str], warm: 
         await world.served()
     await world.cache.disable(**switch)
     said = await world.agree("bypass", "off")
+    assert (switch.get("module") or switch.get("tenant_id") or "the cache") in said.why
     assert said.switches == tuple(world.cache.switches.off)
     await world.cache.enable(**switch)
     await world.served()
@@ -444,6 +445,19 @@ async def test_no_fence(world: World, warm: bool) -> None:
     said = await world.agree("bypass", "fence")
     assert said.fence is not None
     assert not said.fence.alive
+
+
+async def test_no_fence_and_no_server(world: World) -> None:
+    """The reason is that which the request is given."""
+    await world.served()
+    await world.stop_rounds()
+    world.forget_entries()
+    await world.store.close()
+    async with asyncio.timeout(20):
+        while world.cache.rounds.alive:
+            await asyncio.sleep(0.01)
+    said = await world.explain()
+    assert f"detail={said.reason}" in await world.get()
 
 
 async def test_a_fence_for_another_server(world: World) -> None:
@@ -532,6 +546,21 @@ async def test_explaining_changes_nothing(world: World, valkey_url: str) -> None
         for user in ("ann", "abe", "gus", "root", "stranger"):
             await world.explain(path, **{"x-user": user})
     assert state() == before
+
+
+async def test_explaining_looks_once(world: World, valkey_url: str) -> None:
+    """At an entry, whatever is said of it."""
+    await world.served()
+    await world.stop_rounds()
+    world.forget_entries()
+    with redis.Redis.from_url(valkey_url) as client:
+
+        def looks() -> int:
+            return int(client.info("commandstats")["cmdstat_pttl"]["calls"])
+
+        before = looks()
+        assert (await world.explain()).reason == "store"
+        assert looks() == before + 1
 
 
 async def test_a_tenants_admin_gets_requests_of_the_own_tenant_explained_only(world: World) -> None:

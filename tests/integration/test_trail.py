@@ -142,6 +142,17 @@ async def test_the_rights_in_the_reference_are_enough_and_change_nothing(
     await psql.execute("DROP OWNED BY trailer; DROP ROLE trailer")
 
 
+async def test_a_table_that_is_locked_is_not_waited_for(psql: asyncpg.Connection, engine: AsyncEngine) -> None:
+    """Longer than the deadline, which is named."""
+    kept = PostgresTrail(engine, deadline_s=0.2)
+    await kept.latest(tenant=None, limit=1, before=None)
+    async with psql.transaction():
+        await psql.execute(f"LOCK TABLE {TRAIL}")
+        with pytest.raises(NotTrailed, match=r"the trail: the database did not answer within 0\.2 s"):
+            await kept.append(act(1))
+    await kept.close()
+
+
 async def test_the_log_keeps_a_bounded_number_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     """And writes all of them, one line of JSON each."""
     caplog.set_level("INFO", "respcache.trail")

@@ -166,6 +166,16 @@ async def test_other_processes_notice_within_a_second_by_themselves() -> None:
         assert await there.get("/things/strict", "b") == "hit"
 
 
+async def test_a_process_that_starts_follows_at_once() -> None:
+    """It looks before it answers anything."""
+    async with processes(1) as (here,):
+        await here.cache.disable(tenant_id="a")
+        late = Process(here.cache.store.server)
+        await late.cache.connect()
+        assert late.cache.switches.off == {"tenant:a"}
+        await late.cache.close()
+
+
 async def test_decisions_made_while_the_store_is_away_are_told_later_and_each_by_itself() -> None:
     """They hold here at once, and undo nothing that others decided meanwhile."""
     async with processes(2) as (here, there):

@@ -357,8 +357,4 @@ _PROVEN = {
 
 def _within(switch: str, access: Access) -> bool:
     """Whether a switch concerns what is within reach."""
-    return (
-        access.tenant is None
-        or switch in (keys.tenant_switch(access.tenant), keys.EVERYTHING)
-        or not switch.startswith(keys.tenant_switch(""))
-    )
+    return access.tenant is None or switch == keys.tenant_switch(access.tenant) or not switch.startswith(keys.tenant_switch(""))

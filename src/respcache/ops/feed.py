@@ -280,7 +280,7 @@ def _marking(noted: Sequence[_Noted]) -> Callable[[Any], Awaitable[list[bool]]]:
         pipeline = client.pipeline(transaction=False)
         marked = [position for position, one in enumerate(noted) if one.rows]
         for position in marked:
-            pipeline.zadd(FED_KEY, dict.fromkeys(noted[position].rows, seconds), nx=True)
+            pipeline.zadd(FED_KEY, dict.fromkeys(noted[position].rows, seconds))
         pipeline.zremrangebyscore(FED_KEY, 0, seconds - FED_S)
         pipeline.expire(FED_KEY, FED_S)
         replies = await pipeline.execute()
