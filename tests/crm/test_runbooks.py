@@ -103,9 +103,27 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         system.end()
 
 
-def switch_off(stage: Stage) -> None:
-    headers = {"authorization": f"Bearer {stage.environment['RESPCACHE_TOKEN']}"}
-    httpx2.post(f"{stage.system.base}/cache/api/switch", json={"off": True}, headers=headers).raise_for_status()
+def root(stage: Stage) -> dict[str, str]:
+    return {"authorization": f"Bearer {stage.environment['RESPCACHE_TOKEN']}"}
+
+
+def switch(stage: Stage, **body: bool | str) -> None:
+    httpx2.post(f"{stage.system.base}/cache/api/switch", json=body, headers=root(stage)).raise_for_status()
+
+
+def write_without_a_trace(stage: Stage) -> None:
+    stage.sql("""
+        BEGIN;
+        UPDATE accounts SET name = 'unheard of ' || id WHERE tenant_id = (SELECT id FROM tenants WHERE slug = 'acme');
+        DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id();
+        COMMIT
+    """)
+    stage.until(lambda: stage.read() != "" and found(stage))
+
+
+def found(stage: Stage) -> bool:
+    overview = httpx2.get(f"{stage.system.base}/cache/api/overview", headers=root(stage)).json()
+    return bool(overview["findings"])
 
 
 def fill_up(stage: Stage) -> None:
@@ -144,7 +162,7 @@ def nothing(stage: Stage) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
-    "RespcacheSwitchedOff": (switch_off, nothing),
+    "RespcacheSwitchedOff": (lambda stage: switch(stage, off=True), nothing),
     "RespcacheMemoryNearlyFull": (fill_up, make_room),
     "RespcachePendingInvalidations": (fill_up, make_room),
     "RespcacheStoreDown": (take_the_server_away, lambda stage: stage.freeze(signal.SIGCONT)),
@@ -152,14 +170,12 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
     "RespcacheTablesUnwatched": (
         disable_a_trigger, lambda stage: stage.sql("ALTER TABLE accounts ENABLE ALWAYS TRIGGER respcache_insert"),
     ),
+    "RespcacheWrongAnswer": (write_without_a_trace, lambda stage: switch(stage, off=False, module="accounts")),
 }  # fmt: skip
 """What makes the condition of an alert true, and what ends it where the page has no command for that."""
 
-LEFT_OUT = {"RespcacheWrongAnswer"}
-"""A wrong answer cannot be made at will."""
 
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in RUNBOOKS.glob("*.md") if path.stem not in LEFT_OUT))
+@pytest.mark.parametrize("name", sorted(path.stem for path in RUNBOOKS.glob("*.md")))
 def test_every_command_of_a_runbook_prints_what_it_says(stage: Stage, name: str) -> None:
     """While the condition of its alert is true, and after it was mended as the page says."""
     breaks, mends = BROKEN.get(name, (nothing, nothing))
