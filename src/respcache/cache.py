@@ -461,7 +461,7 @@ class Cache:
         if self.store is not None:
             self._await(self._invalidator.bump(tags))
 
-    def _await(self, sent: Awaitable[Ack] | None) -> None:
+    def _await(self, sent: asyncio.Future[Ack] | None) -> None:
         """Have the answer of the current request wait for this; None: nothing could be sent."""
         record = current.get()
         if record is not None:

@@ -4,8 +4,9 @@ The wrapper puts a mutable ``Record`` into a context variable before it calls th
 the same object (a value set by them would not come back, a change to the object does). It owns no I/O.
 """
 
+import asyncio
 import itertools
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Record:
     wrote: bool = False
     open: set[Any] = field(default_factory=set)
     sessions: list[Any] = field(default_factory=list)
-    bumps: list[Awaitable[Ack]] = field(default_factory=list)
+    bumps: list[asyncio.Future[Ack]] = field(default_factory=list)
     outcome: Outcome = Outcome.CONFIRMED
     request: Mapping[str, Any] | None = None
     """The ASGI scope, for the feed."""
@@ -75,9 +76,16 @@ class Record:
             self.reads.old_snapshot |= inner.reads.old_snapshot
 
     async def settle(self) -> None:
-        """Wait until every write of this request so far may be acknowledged; remember what its answer has to say."""
+        """Wait until every write of this request so far may be acknowledged; remember what its answer has to say.
+
+        Who is cancelled meanwhile takes no bump along, and whoever settles at the same time waits for it too.
+        """
         while self.bumps:
-            self.note(await self.bumps.pop(0))
+            sent = self.bumps[0]
+            await asyncio.wait([sent])
+            if self.bumps and self.bumps[0] is sent:
+                self.bumps.pop(0)
+            self.note(sent.result())
 
     def note(self, ack: Ack) -> None:
         """Remember the worst of what became of this request's invalidations, and one token for all of them."""

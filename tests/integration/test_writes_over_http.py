@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from respcache import Cache, RedisStore, SingleTenant, UndeclaredRead, cache_list, invalidate_cache
+from respcache.core.fence import Ack, Outcome
 from respcache.record import Record, current
 from respcache.writes.sqlalchemy import watch
 
@@ -336,3 +337,38 @@ async def test_a_slow_read_in_one_process_overtaken_by_a_write_in_another_is_nev
         await other.close()
         watching.close()
         await elsewhere.dispose()
+
+
+async def test_a_request_that_is_cancelled_while_its_answer_waits_takes_no_bump_along(world: World) -> None:
+    """Not even in the moment of the COMMIT, when nothing of the bump has been sent yet."""
+
+    @world.app.post("/change")
+    async def change() -> None:
+        async with AsyncSession(world.engine) as session:
+            async with session.begin():
+                await rename(session, "new")
+            request = asyncio.current_task()
+            assert request is not None
+            request.cancel()
+            record = current.get()
+            assert record is not None
+            await record.settle()
+
+    await world.warm()
+    changing = asyncio.create_task(world.http.post("/change"))
+    await asyncio.wait([changing])
+    assert changing.cancelled()
+    await world.cache.settled()
+    assert await world.names() == ["new"]
+
+
+async def test_two_who_settle_at_once_wait_for_the_same_bumps() -> None:
+    """A child task that settles first does not let the answer out before."""
+    sent = asyncio.get_running_loop().create_future()
+    record = Record(bumps=[sent])
+    both = [asyncio.create_task(record.settle()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert not any(settling.done() for settling in both)
+    sent.set_result(Ack(Outcome.PENDING))
+    await asyncio.gather(*both)
+    assert (record.bumps, record.outcome) == ([], Outcome.PENDING)

@@ -84,7 +84,7 @@ class Invalidator:
         if self._pending:
             self._retry()
 
-    def bump(self, changes: Changes) -> Awaitable[Ack] | None:
+    def bump(self, changes: Changes) -> asyncio.Future[Ack] | None:
         """Begin to bump, from any thread; await in the cache's loop what becomes of it. One round trip, all tenants at once.
 
         With an outbox, rows are left there first. None without a running cache: the tenants then stay vetoed until there is
@@ -101,7 +101,7 @@ class Invalidator:
         rounds = self._rounds
         return self._begin(lambda: self._note(rounds, tags), tenants=len(tags))
 
-    def committed(self, rows: Rows | None) -> Awaitable[Ack] | None:
+    def committed(self, rows: Rows | None) -> asyncio.Future[Ack] | None:
         """Begin to bump what a transaction left in the outbox; to be called, from any thread, after its COMMIT returned.
 
         None for ``rows`` means that they are not known (a COMMIT that raised, AUTOCOMMIT): a round has to find them. Without
@@ -147,7 +147,7 @@ class Invalidator:
     def _started(self) -> bool:
         return self._loop is not None and not self._loop.is_closed()
 
-    def _begin(self, send: Callable[[], Awaitable[Ack]], *, tenants: int | None) -> Awaitable[Ack]:
+    def _begin(self, send: Callable[[], Awaitable[Ack]], *, tenants: int | None) -> asyncio.Future[Ack]:
         loop = self._loop
         assert loop is not None
         with self._lock:
