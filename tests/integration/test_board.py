@@ -236,6 +236,23 @@ async def test_what_happens_during_an_outage_is_in_the_series_when_it_happened(
         assert list(found.values()) == [5]
 
 
+async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
+    make_valkey: Callable[..., EmbeddedValkey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a busy process, or what happened would seem to have happened much later."""
+    for name, value in {"PERIOD_S": 0.01, "MOST_PERIOD_S": 1000.0, "MOST_SHARE_OF_TIME": 1e-6}.items():
+        monkeypatch.setattr(module, name, value)
+    server = make_valkey()
+    async with workers(server.url, deadline_s=0.05) as (one,):
+        server.freeze()
+        one.board.start()
+        for number in range(3):
+            one.count("acme", hits=1)
+            async with asyncio.timeout(30):
+                while sum(point.hits for point in (await one.board.series()).points) <= number:
+                    sum(range(10_000))
+
+
 async def test_a_frozen_server_holds_up_nobody_but_who_asks(make_valkey: Callable[..., EmbeddedValkey]) -> None:
     """For a deadline. Afterwards everything is as before."""
     server = make_valkey()

@@ -243,14 +243,15 @@ class Board:
     async def _keep_publishing(self) -> None:
         own = asyncio.current_task()
         while self._publishing is own:  # ends here where a client swallows the cancellation, as wait_for may
-            began = time.thread_time()
+            began, waited = time.thread_time(), False
             try:
-                await self.publish()
+                waited = not await self.publish() and self.client is not None
             except Exception:
                 log.exception("figures could not be published")
             if self._publishing is not own:
                 return
-            spent_s = time.thread_time() - began  # with what else the event loop did meanwhile: who is busy publishes less often
+            # with what else the event loop did meanwhile: who is busy publishes less often; who waited in vain, as often as ever
+            spent_s = 0.0 if waited else time.thread_time() - began
             await asyncio.sleep(max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME)) * random.uniform(0.9, 1.1))
 
     async def _send(self, cache: "Cache", survey: Survey) -> None:
