@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export PORT DATA_DIR DATABASE_URL REDIS_CACHE_URL
 
-.PHONY: help install run test test-cache faults model bench lint clean
+.PHONY: help install run demo test test-cache faults model bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this
@@ -21,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: $(STAMP) ## Start the CRM with its servers and demo data on http://localhost:4001
 	@$(VENV)/bin/python -m crm run
+
+demo: $(STAMP) ## The same with traffic and outages of the cache's server: see http://localhost:4001/cache; ARGS="--rate 20 --minutes 5"
+	@$(VENV)/bin/python -m crm demo $(ARGS)
 
 test: $(STAMP) ## Run the tests on servers that they start themselves
 	@$(VENV)/bin/pytest

@@ -3,45 +3,27 @@
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
-import os
-import socket
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from crm.embedded import (
-    VALKEY_PORT,
-    EmbeddedPostgres,
-    EmbeddedServer,
-    EmbeddedValkey,
-    ServerFailed,
-    free_port,
-    start_on_free_port,
-    write_private,
-)  # fmt: skip
-from crm.settings import Settings, stored_secret
+from crm.embedded import ServerFailed
+from crm.launch import STATE_FILE, CommandFailed, cache_url, launched, port_to_serve
+from crm.settings import Settings
 from respcache.core.errors import ConfigurationError, StoreError
 from respcache.resp.connection import visit
 from respcache.resp.url import ServerURL
 
-STATE_FILE = "running.json"
 MODULE_NAMES = ("accounts", "leads", "contacts", "bizdevsources", "opportunities", "activities", "documents", "tasks")
-DATABASE = "crm"
 COMMAND_S = 10.0
-
-
-class CommandFailed(Exception):
-    """A command cannot do what it was asked; the message says why and what to do."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,33 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Start what is needed, then serve until Ctrl-C; stop what was started."""
     from crm.auth import development_token
-    from crm.demo import seed_if_empty
-    from crm.migrations import upgrade
 
     settings = Settings().with_secrets()
-    port = _port(settings)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    with _only_one(settings.data_dir), _servers(settings) as settings:
-        assert settings.database_url is not None
+    port = port_to_serve(settings)
+    with launched(settings, port) as system:
+        settings, token = system.settings, ""
         assert settings.jwt_secret is not None
-        url = settings.database_url.get_secret_value()
-        upgrade(url)
-        said = asyncio.run(seed_if_empty(url)) if settings.environment == "development" else "no demo data in production"
-        state = settings.data_dir / STATE_FILE
-        write_private(
-            state, json.dumps({"database_url": url, "port": port, "pid": os.getpid(), "cache_url": _cache_url(settings)})
-        )
-        try:
-            token = ""
-            if settings.environment == "development":
-                with contextlib.suppress(LookupError):
-                    token = asyncio.run(
-                        development_token(url, settings.jwt_secret.get_secret_value(), tenant="acme", role="admin")
-                    )
-            _say_hello(settings, port, said, token)
-            _serve(settings, port)
-        finally:
-            state.unlink(missing_ok=True)
+        if settings.environment == "development":
+            secret = settings.jwt_secret.get_secret_value()
+            with contextlib.suppress(LookupError):
+                token = asyncio.run(development_token(system.database_url, secret, tenant="acme", role="admin"))
+        _say_hello(settings, port, system.data, token)
+        _serve(settings, port)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -102,7 +69,7 @@ def serve(options: argparse.Namespace) -> None:
         raise CommandFailed(
             "serve starts no servers: set DATABASE_URL and REDIS_CACHE_URL (or 'none'), or use `python -m crm run`"
         )
-    _serve(settings, _port(settings))
+    _serve(settings, port_to_serve(settings))
 
 
 def token(options: argparse.Namespace) -> None:
@@ -130,7 +97,14 @@ def migrate(options: argparse.Namespace) -> None:
     print("the database has the newest schema")
 
 
-def demo(options: argparse.Namespace) -> None:
+def demo(options: argparse.Namespace) -> int:
+    """Start everything with traffic and outages of the cache server, and say what comes of it, until Ctrl-C."""
+    from crm.demo_run import run_demo
+
+    return run_demo(options)
+
+
+def demo_data(options: argparse.Namespace) -> None:
     """Put demo data into an empty database."""
     from crm.demo import seed_if_empty
 
@@ -188,6 +162,32 @@ def test_cache(options: argparse.Namespace) -> int:
     return check(options)
 
 
+def _number(most: float) -> Callable[[str], float]:
+    """Read a number of the command line: above 0, up to the given one."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {most:g}")
+        return value
+
+    return number
+
+
+def _add_demo_options(command: argparse.ArgumentParser) -> None:
+    def number(name: str, default: float | None, most: float, meaning: str) -> None:
+        command.add_argument(name, type=_number(most), default=default, metavar="N", help=meaning)
+
+    number("--minutes", None, 10_000, "end after so many minutes (default: at Ctrl-C)")
+    number("--rate", 60, 1_000, "requests a second, on average (default: 60)")
+    command.add_argument("--seed", type=int, default=1, help="of what chance decides (default: 1)")
+    command.add_argument("--no-outage", action="store_true", help="let the cache's server run all the time")
+    number("--first-outage", 90, 86_400, "seconds before the first outage (default: 90)")
+    number("--outage-every", 180, 86_400, "seconds from one outage to the next (default: 180)")
+    number("--outage-seconds", 10, 600, "how long an outage lasts (default: 10)")
+    command.add_argument("--json", action="store_true", help="print the summary as one JSON document; all else to standard error")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m crm", description="The CRM backend. Settings come from the environment; see README.md."
@@ -207,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--role", default="admin", choices=["employee", "manager", "admin", "superadmin"])
     command.add_argument("--hours", type=float, default=12.0, help="how long it is valid (default: 12)")
     add("migrate", migrate)
-    add("demo", demo)
+    _add_demo_options(add("demo", demo))
+    add("demo-data", demo_data)
     command = add("import", import_files)
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument("--tenant", required=True, help="slug of the tenant")
@@ -230,72 +231,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--other-tenant", default="globex")
     command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     return parser
-
-
-@contextlib.contextmanager
-def _servers(settings: Settings) -> Iterator[Settings]:
-    """Start a Valkey and a PostgreSQL where no URL names one; yield settings that name them; stop them in the end."""
-    started: list[EmbeddedServer] = []
-    found: dict[str, SecretStr] = {}
-    try:
-        if settings.redis_cache_url is None:
-            directory, password = settings.data_dir.resolve() / "valkey", stored_secret(settings.data_dir, "VALKEY_PASSWORD")
-            valkey = start_on_free_port(partial(EmbeddedValkey, directory, password=password), VALKEY_PORT)
-            started.append(valkey)
-            if valkey.port != VALKEY_PORT:
-                print(f"port {VALKEY_PORT} is taken: Valkey listens on {valkey.port}")
-            found["redis_cache_url"] = SecretStr(valkey.url)
-        elif not settings.without_cache:
-            ServerURL.parse(settings.redis_cache_url.get_secret_value())
-        if settings.database_url is None:
-            directory, password = settings.data_dir.resolve() / "postgres", stored_secret(settings.data_dir, "POSTGRES_PASSWORD")
-            postgres = start_on_free_port(partial(EmbeddedPostgres, directory, password=password))
-            started.append(postgres)
-            asyncio.run(_make_database(postgres.url("postgres").replace("+asyncpg", "")))
-            found["database_url"] = SecretStr(postgres.url(DATABASE))
-        yield settings.model_copy(update=found)
-    finally:
-        for server in reversed(started):
-            server.stop()
-
-
-async def _make_database(url: str) -> None:
-    import asyncpg
-
-    connection = await asyncpg.connect(url)
-    try:
-        if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", DATABASE):
-            await connection.execute(f'CREATE DATABASE "{DATABASE}"')
-    finally:
-        await connection.close()
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Refuse a second system on one data folder."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CommandFailed(f"a system already runs on {folder}: stop it, or give another folder with DATA_DIR=...") from None
-        yield
-
-
-def _port(settings: Settings) -> int:
-    """Return the port to serve on: the given one or an error, the default one or another that is said."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            if "port" in settings.model_fields_set:
-                raise CommandFailed(
-                    f"port {settings.port} cannot be had ({error.strerror}): give another with PORT=..."
-                ) from None
-            port = free_port()
-            print(f"port {settings.port} is taken: serving on {port} (choose one with PORT=...)")
-            return port
-    return settings.port
 
 
 class _Server(uvicorn.Server):
@@ -339,7 +274,7 @@ def _database_url(settings: Settings) -> str:
 def _cache_of_database(settings: Settings) -> str | None:
     """Return the cache that belongs to the database that is meant."""
     if settings.redis_cache_url is not None or settings.database_url is not None:
-        return _cache_url(settings)
+        return cache_url(settings)
     url: str | None = _running(settings)["cache_url"]
     return url
 
@@ -355,14 +290,10 @@ def _running(settings: Settings) -> dict[str, Any]:
     return state
 
 
-def _cache_url(settings: Settings) -> str | None:
-    return None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
-
-
 def _say_hello(settings: Settings, port: int, said: str, token: str) -> None:
     """Tell what runs where, without passwords, and what to try."""
     base = f"http://localhost:{port}"
-    url = _cache_url(settings)
+    url = cache_url(settings)
     cache = "none" if url is None or settings.without_cache else str(ServerURL.parse(url))
     database = settings.database_url.get_secret_value().rpartition("@")[2] if settings.database_url else "?"
     lines = ["", f"  CRM         {base}    documentation: {base}/docs", f"  data        {settings.data_dir.resolve()}    {said}"]

@@ -1,6 +1,7 @@
 """Demo data: the same every time, related, and like what a CRM holds. It is put into an empty database only."""
 
 import random
+from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid5
@@ -14,13 +15,26 @@ from crm.auth import hash_password
 PASSWORD = "demo-password"  # noqa: S105 - of made-up users in a development database
 NAMESPACE = UUID("5f0c0f3e-6f0e-4b7c-9a53-7a3d1f6f2b11")
 PRESENT = datetime(2026, 11, 1, 9, 0, tzinfo=UTC)
-TENANTS = {
+Sized = tuple[str, int, str]
+"""Of a tenant: name, number of accounts, who sees what."""
+
+TENANTS: dict[str, Sized] = {
     "acme": ("Acme Industries", 1200, "shared"),
     "globex": ("Globex Corporation", 900, "hierarchical"),
     "initech": ("Initech Software", 400, "shared"),
     "umbra": ("Umbra Logistics", 300, "hierarchical"),
     "wonka": ("Wonka Foods", 250, "shared"),
 }
+SMALL_TENANTS: dict[str, Sized] = {
+    slug: (f"{slug.title()} {trade}", size, "hierarchical" if number % 3 == 0 else "shared")
+    for number, (slug, trade, size) in enumerate((
+        ("aurora", "Optics", 160), ("bramble", "Bakery", 140), ("cobalt", "Metals", 120), ("dovetail", "Design", 100),
+        ("ember", "Energy", 90), ("fathom", "Freight", 80), ("garnet", "Glass", 70), ("hazel", "Hotels", 60),
+        ("indigo", "Media", 50), ("jasper", "Motors", 40), ("kestrel", "Labs", 30), ("lotus", "Clinics", 20),
+    ))
+}  # fmt: skip
+"""More of them, for the demo with traffic alone."""
+
 TEAMS = (("Sales", None), ("Sales North", "Sales"), ("Sales South", "Sales"), ("Partners", None))
 FIRST = (
     "Ada", "Alan", "Barbara", "Carlos", "Chen", "Dana", "Edsger", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal",
@@ -57,7 +71,7 @@ SOURCES = ("website", "referral", "event", "cold call", "partner", "newsletter")
 JOBS = ("CEO", "CTO", "Buyer", "Head of Sales", "Engineer", "Office manager", "Consultant")
 
 
-async def seed_if_empty(database_url: str) -> str:
+async def seed_if_empty(database_url: str, tenants: Mapping[str, Sized] = TENANTS) -> str:
     """Insert the demo data unless there are tenants already; return a line that says what is there."""
     engine = create_async_engine(database_url)
     try:
@@ -66,11 +80,11 @@ async def seed_if_empty(database_url: str) -> str:
                 accounts = await connection.scalar(select(func.count()).select_from(m.Account))
                 return f"data found: {accounts} accounts"
             password = hash_password(PASSWORD)
-            for slug in TENANTS:
-                await _Maker(slug, password).insert(connection)
+            for slug, sized in tenants.items():
+                await _Maker(slug, sized, password).insert(connection)
             await _insert(connection, m.Employee, [_employee("root", None, "superadmin", None, password, "Root")])
             await connection.execute(text("ANALYZE"))  # or the first minute's plans are those of empty tables
-        return f"demo data made: {len(TENANTS)} tenants ({', '.join(TENANTS)})"
+        return f"demo data made: {len(tenants)} tenants ({', '.join(tenants)})"
     finally:
         await engine.dispose()
 
@@ -83,9 +97,9 @@ def key(*parts: object) -> UUID:
 class _Maker:
     """Makes the rows of one tenant from a seeded source of chance."""
 
-    def __init__(self, slug: str, password: str) -> None:
+    def __init__(self, slug: str, sized: Sized, password: str) -> None:
         self.slug = slug
-        self.name, self.size, self.mode = TENANTS[slug]
+        self.name, self.size, self.mode = sized
         self.tenant = key(slug)
         self.chance = random.Random(slug)
         self.password = password

@@ -101,20 +101,30 @@ class EmbeddedServer:
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
-    def _spawn(self, command: list[str], *, log: IO[bytes], user: int | None = None, cwd: Path | None = None) -> None:
+    def _spawn(
+        self, command: list[str], *, log: IO[bytes], user: int | None = None, cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=cwd or self.directory,
-            env=_environment(),
+            env=_environment() if environment is None else environment,
             start_new_session=True,
             preexec_fn=_die_with_parent(self.stop_signal),
             **_as_user(user),
         )
 
     def _await(self, ready: Callable[[], bool]) -> None:
+        try:
+            self._await_ready(ready)
+        except KeyboardInterrupt:  # nobody else knows of it yet
+            self.stop()
+            raise
+
+    def _await_ready(self, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_DEADLINE_S
         while not ready():
             if not self.running:

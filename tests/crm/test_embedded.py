@@ -160,3 +160,20 @@ def test_a_port_that_is_taken_between_look_and_bind_is_replaced(
     assert (len(tried), server.port) == (2, tried[1])
     with pytest.raises(ServerFailed, match="nonsense"):
         start_on_free_port(partial(EmbeddedValkey, folder / "valkey", settings={"maxmemory-policy": "nonsense"}))
+
+
+def test_a_server_whose_start_is_interrupted_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else knows of it yet."""
+    server = EmbeddedValkey(tmp_path)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupted() -> bool:
+        assert server.process is not None
+        started.append(server.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server, "_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    assert started[0].poll() is not None
+    assert not server.running

@@ -1,0 +1,261 @@
+"""``python -m crm demo`` as a newcomer meets it, and the memory by which its traffic finds answers that are too old."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx2
+import pytest
+
+from crm.auth import issue_token
+from crm.commands import main
+from crm.demo_figures import Figures
+from crm.demo_memory import VERSION, Memory, stale_record, stale_rows
+from crm.demo_traffic import LOOKS, WRITES, Person, Traffic
+from crm.embedded import EmbeddedPostgres, free_port
+
+from .conftest import SECRET, Crm
+from .system import clean
+from .test_commands import all_gone
+
+OUTAGES = ("--first-outage", "2", "--outage-every", "3", "--outage-seconds", "1")
+OFTEN = {"home", "list", "record", "page", "filter", "create"}
+"""What happens within seconds; the rest may come later."""
+
+
+class Demo:
+    """A demo in a process of its own."""
+
+    def __init__(self, data: Path, *options: str, **environment: str) -> None:
+        self.data = data
+        self.port = int(environment.get("PORT") or free_port())
+        self.said = data.with_suffix(".said")
+        self.summary = data.with_suffix(".json")
+        surroundings = {**clean(), "DATA_DIR": str(data), "PORT": str(self.port), **environment}
+        with self.said.open("wb") as said, self.summary.open("wb") as summary:
+            command = [sys.executable, "-m", "crm", "demo", "--json", *options]
+            self.process = subprocess.Popen(command, env=surroundings, stdout=summary, stderr=said, start_new_session=True)
+
+    def until(self, text: str) -> None:
+        """Wait until it says something."""
+        while text not in self.said.read_text():
+            assert self.process.poll() is None, self.said.read_text()
+            time.sleep(0.05)
+
+    def children(self) -> list[int]:
+        """Return the processes that it started."""
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def interrupt(self) -> int:
+        """Press Ctrl-C; return the exit status."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def end(self) -> None:
+        """Leave nothing."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        EmbeddedPostgres(self.data / "demo" / "postgres", password="").find().remove()
+
+
+@pytest.fixture
+def start_demo(tmp_path: Path) -> Iterator[Any]:
+    demos: list[Demo] = []
+
+    def make(*options: str, **environment: str) -> Demo:
+        demos.append(Demo(tmp_path / f"data{len(demos)}", *options, **environment))
+        return demos[-1]
+
+    yield make
+    for demo in demos:
+        demo.end()
+
+
+def free(port: int) -> bool:
+    """Whether nobody listens on a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_demo_shows_traffic_and_outages_without_a_fault_and_ends_with_ctrl_c(start_demo: Any) -> None:
+    """Reads and writes of all kinds, a stopped and a frozen server, nothing failed, nothing stale; nothing stays behind."""
+    demo = start_demo(*OUTAGES, "--rate", "40")
+    demo.until("is started again")
+    demo.until("goes on")
+    children = demo.children()
+    assert len(children) == 3
+    assert demo.interrupt() == 0, demo.said.read_text()
+    assert all_gone(children)
+    assert free(demo.port)
+    summary = json.loads(demo.summary.read_text())
+    assert (summary["failed"], summary["stale"], summary["problems"]) == (0, 0, [])
+    assert summary["outages"][:2] == ["stopped", "frozen"]
+    assert summary["kinds"].keys() >= OFTEN
+    assert summary["times"]["hit"]["count"] > 0
+    assert summary["times_in_outages"]["database"]["count"] > 0
+    assert (summary["writes"] > 0, summary["compared"] > 0, len(summary["tenants"]) > 5) == (True, True, True)
+    said = demo.said.read_text()
+    assert f"http://localhost:{demo.port}/cache" in said
+    assert "root@crm.example" in said
+    assert "Traceback" not in said
+    assert not (demo.data / "demo" / "running.json").exists()
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(start_demo: Any) -> None:
+    """No server, no port, no traceback."""
+    demo = start_demo()
+    demo.until("starting")
+    while not (children := demo.children()):
+        assert demo.process.poll() is None
+    assert demo.interrupt() == 1
+    assert all_gone(children)
+    assert "Traceback" not in demo.said.read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--rate", "0"), ("--rate", "many"), ("--minutes", "-1"), ("--outage-seconds", "nan"), ("--seed", "x"), ("--loud",)],
+    ids=" ".join,
+)
+def test_wrong_options_are_exit_status_2(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+    """Before anything is started."""
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *options])
+    assert (ended.value.code, options[0] in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"DATABASE_URL": "postgresql://u:hidden@127.0.0.1:1/x"}, "unset DATABASE_URL"),
+        ({"REDIS_CACHE_URL": "none"}, "unset REDIS_CACHE_URL"),
+        (
+            {"ENVIRONMENT": "production", "JWT_SECRET": "0123456789abcdef" * 4, "RESPCACHE_KEY": "fedcba9876543210" * 4},
+            "production",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_servers_of_others_and_a_production_system_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
+) -> None:
+    """With the way out in the message, and before anything is made."""
+    for name, value in {"DATA_DIR": str(tmp_path / "data"), **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["demo"]) == 1
+    said = capsys.readouterr().err
+    assert (words in said, "hidden" in said) == (True, False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_taken_port_is_a_clear_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a server is started."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("DATA_DIR", str(tmp_path))
+        monkeypatch.setenv("PORT", str(taken.getsockname()[1]))
+        assert main(["demo"]) == 1
+    assert "PORT=" in capsys.readouterr().err
+    assert not (tmp_path / "demo" / "valkey").exists()
+
+
+@pytest.mark.parametrize(("wrong", "status"), [("nothing", 0), ("fail", 1), ("note_stale", 1)])
+def test_a_failed_request_or_a_stale_answer_is_exit_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: str, status: int
+) -> None:
+    """And is told in both forms of the summary."""
+    figures = Figures()
+    figures.answered("hit", 1.0, tenant="acme", outage=False)
+    if wrong == "fail":
+        figures.fail("GET /x: 500", outage=True)
+    elif wrong == "note_stale":
+        figures.note_stale("GET /x", ["leads a is missing"])
+    monkeypatch.setattr("crm.demo_run._run", lambda console, options: figures)
+    assert main(["demo", "--json"]) == status
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == status
+    assert main(["demo"]) == status
+    assert ("GET /x" in capsys.readouterr().out) == bool(status)
+
+
+# -- which answers are too old -----------------------------------------------------------------------------------------
+
+
+def row(name: str, made: str, version: int = 1) -> dict[str, Any]:
+    return {"id": name, "created_at": made, VERSION: version}
+
+
+def test_an_answer_older_than_a_confirmed_write_is_noticed() -> None:
+    """A version, a new record, a deleted one; and nothing else is."""
+    memory = Memory()
+    memory.add("leads", row("a", "t1"))
+    memory.add("leads", row("b", "t2"))
+    old = [row("b", "t2"), row("a", "t1")]
+    assert not [*stale_rows(memory.look("leads"), old, first=50)]
+    mine = memory.find("leads", "a")
+    assert mine is not None
+    mine.sent = 2
+    before = memory.look("leads")
+    memory.written(mine)
+    assert not [*stale_rows(before, old, first=50)], "it was asked for before the write was confirmed"
+    assert [*stale_rows(memory.look("leads"), old)] == ["leads a is shown in version 1, not 2"]
+    memory.add("leads", row("c", "t3"))
+    assert "leads c is missing" in [*stale_rows(memory.look("leads"), old, first=50)]
+    mine.ending = True
+    memory.ended(mine)
+    assert "leads a is shown although it is gone" in [*stale_rows(memory.look("leads"), old)]
+    assert [*stale_record(mine, mine.known, gone=True, row=row("a", "t1", 2))]
+    assert not [*stale_record(mine, mine.known, gone=True, row=None)]
+
+
+def test_what_a_list_need_not_show_is_not_missed() -> None:
+    """What is older than a full page, what is being deleted, and on pages that are not the first one."""
+    memory = Memory()
+    memory.add("leads", row("a", "t1"))
+    newer = [row("y", "t3"), row("x", "t2")]
+    assert not [*stale_rows(memory.look("leads"), newer, first=2)]
+    assert not [*stale_rows(memory.look("leads"), newer)]
+    assert [*stale_rows(memory.look("leads"), newer, first=3)] == ["leads a is missing"]
+    taken = memory.take("leads", Random(1))
+    assert taken is not None
+    assert memory.take("leads", Random(1)) is None, "one write at a time"
+    taken.ending = True
+    assert not [*stale_rows(memory.look("leads"), newer, first=3)]
+
+
+WRITTEN = ("create", "change", "delete", "convert", "promote")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+async def test_traffic_notices_a_cache_that_is_not_told_of_writes(crm: Crm, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """Where writes are answered before the cache knows of them, answers are stale and counted; else none, whatever is done."""
+    monkeypatch.setattr("crm.demo_traffic.THINK_S", 0.02)
+    monkeypatch.setattr("crm.demo_traffic.WRITES", dict.fromkeys(WRITES, 4))
+    if not told:
+        monkeypatch.setattr(crm.cache, "committed", lambda rows: None)
+    figures = Figures()
+    users = {"acme": [Person("acme", name, issue_token(SECRET, crm.users[name], hours=1)) for name in ("abe", "ann")]}
+    transport = httpx2.ASGITransport(crm.app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", timeout=30) as client:
+        traffic = Traffic(client, users, figures, rate=200, seed=1)
+        running = asyncio.create_task(traffic.run())
+        while figures.kinds.keys() < {*LOOKS, "home", *WRITTEN} and not figures.stale:
+            await asyncio.sleep(0.01)
+        traffic.stop()
+        await running
+    assert figures.failed == 0, figures.problems
+    assert (figures.stale == 0) is told, figures.problems
+    assert figures.right is told
