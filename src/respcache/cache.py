@@ -330,6 +330,8 @@ class Cache:
             outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
         if self.store is None or not self.enabled or isinstance(outer, Rerun):
             return await make()
+        if outer is not None:
+            await outer.settle()  # what this request has written itself is seen
         return await self._values.get(tenant, policy, key, make)
 
     # -- looking at it -------------------------------------------------------------------------------------------------

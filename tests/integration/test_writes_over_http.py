@@ -372,3 +372,46 @@ async def test_two_who_settle_at_once_wait_for_the_same_bumps() -> None:
     sent.set_result(Ack(Outcome.PENDING))
     await asyncio.gather(*both)
     assert (record.bumps, record.outcome) == ([], Outcome.PENDING)
+
+
+async def test_a_value_holds_what_its_request_has_written_before(world: World) -> None:
+    """The answer of the write, made of it, is no older than the write."""
+
+    async def read() -> list[str]:
+        async with AsyncSession(world.engine) as session:
+            return list(await session.scalars(select(Thing.name)))
+
+    async def value() -> list[str]:
+        return await world.cache.get_or_set(TENANT, "things", {}, read, tables=["things"])
+
+    @world.app.post("/change")
+    async def change() -> list[str]:
+        async with AsyncSession(world.engine) as session:
+            async with session.begin():
+                await rename(session, "new")
+            return await value()
+
+    assert [await value(), await value()] == [["x"], ["x"]]
+    assert (await world.http.post("/change")).json() == ["new"]
+
+
+async def test_a_value_made_of_uncommitted_rows_is_not_cached(world: World) -> None:
+    """They may be rolled back, which invalidates nothing."""
+
+    async def value(session: AsyncSession) -> list[str]:
+        async def read() -> list[str]:
+            return list(await session.scalars(select(Thing.name)))
+
+        return await world.cache.get_or_set(TENANT, "things", {}, read, tables=["things"])
+
+    @world.app.post("/change")
+    async def change() -> list[str]:
+        async with AsyncSession(world.engine) as session:
+            await rename(session, "uncommitted")
+            seen = await value(session)
+            await session.rollback()
+        return seen
+
+    assert (await world.http.post("/change")).json() == ["uncommitted"]
+    async with AsyncSession(world.engine) as session:
+        assert await value(session) == ["x"]

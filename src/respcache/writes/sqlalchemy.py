@@ -326,7 +326,8 @@ class Watch:
         if transaction.began < reads.captured_at:
             session = transaction.session() if transaction.session is not None else None
             held = session is not None and len(session.identity_map) > 0
-            reads.old_snapshot |= held or _isolation(connection) in _OLD_SNAPSHOTS
+            # in a transaction that may have written, rows are seen that nobody else will see if it is rolled back
+            reads.old_snapshot |= held or transaction.doubtful or _isolation(connection) in _OLD_SNAPSHOTS
 
     def _say_misspelt(self, tenant: str, table: str) -> None:
         if self._cache.first_time(f"misspelt: {table}"):
