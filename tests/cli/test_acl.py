@@ -13,6 +13,7 @@ from crm.embedded import EmbeddedValkey
 from respcache import Cache, SingleTenant
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
+from respcache.core.fence import Outcome
 from respcache.core.generations import Certificate
 from respcache.core.keys import PROCESSES_KEY, SWITCHES_KEY, entry_key, generation_key, lease_key
 from respcache.ops.access import Access, Role
@@ -152,6 +153,12 @@ async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
         keys = (await facade.keys(root, tenant="public")).keys
         if len(keys) != 1 or not isinstance(keys[0].size_bytes, int) or (await facade.sample(root)).sampled != 1:
             return "the stored value is not found"
+        facade._feed.note([("public", "*", "a row")], Outcome.CONFIRMED, 0.1, by="somebody")
+        await facade._feed.close()
+        for after in ("", "0-0"):
+            feed = await facade.feed(root, after=after)
+            if feed.processes != "all" or [event.cause for event in feed.events] != ["somebody"]:
+                return "the feed is not that of all"
         purged = await facade.purge(root, key=keys[0].key)
         return "" if purged.confirmed and purged.entries == 1 else "the key is still there"
     except (StoreError, RedisError) as error:

@@ -94,10 +94,10 @@ DATA_PLANE = Role(
 
 ADMINISTRATION = Role(
     "respcache-admin",
-    "administration: the board of figures, the search of keys (Board(url)), and respcache doctor",
+    "administration: the board of figures, the search of keys, the feed (Board(url)), and respcache doctor",
     on_keys=(
         "del", "exists", "expire", "get", "getrange", "hget", "hgetall", "hincrby", "hlen", "hset", "pttl", "sadd", "set",
-        "srandmember", "srem", "strlen",
+        "srandmember", "srem", "strlen", "xadd", "xrange", "xrevrange", "zadd", "zremrangebyscore",
     ),
     plain=dict.fromkeys(
         ("config|get", "dbsize", "exec", "info", "multi", "publish", "scan", "select", "time"), ()
