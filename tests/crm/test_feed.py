@@ -18,9 +18,11 @@ from respcache.core.fence import Outcome
 from respcache.core.keys import FED_KEY, FEED_KEY
 from respcache.ops import feed as feeds
 from respcache.ops.access import Access, Role
+from respcache.ops.acl import ADMINISTRATION
 from respcache.ops.admin import Admin
 from respcache.ops.board import Board
 from respcache.ops.feed import MAX_AT_ONCE, Event, Reporter
+from tests.cli.conftest import log_in_as
 
 from .conftest import NEW, SECRET, Crm
 
@@ -275,6 +277,20 @@ async def test_what_could_not_be_sent_is_counted(make_valkey: Callable[..., Embe
     await reporter.close()
     events = (await reporter.read(tenant=None, after="", limit=10)).events
     assert [(event.cause, event.skipped) for event in events] == [("told", 1)]
+    await board.close()
+
+
+async def test_what_was_to_be_counted_is_counted_again(valkey_url: str) -> None:
+    """Where the server refuses the event that said it."""
+    board = Board(log_in_as(valkey_url, ADMINISTRATION, without="+xadd"))
+    reporter = Reporter(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board)
+    reporter.note([(f"t{number}", "*", "") for number in range(MAX_AT_ONCE + 5)], Outcome.CONFIRMED, 0.1, by="lost")
+    await reporter.close()
+    log_in_as(valkey_url, ADMINISTRATION)
+    reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by="told")
+    await reporter.close()
+    (event,) = (await reporter.read(tenant=None, after="", limit=10)).events
+    assert (event.cause, event.skipped) == ("told", MAX_AT_ONCE + 5)
     await board.close()
 
 

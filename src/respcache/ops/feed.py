@@ -210,13 +210,15 @@ class Reporter:
         if self._board.client is None:
             self._keep([*own, *found])
             return
+        untold = len(own)
         try:
             new = await self._board.ask(_marking([*own, *found]))
             fresh = [one for one, is_new in zip(found, new[len(own) :], strict=True) if is_new]
             events = self._keep([*own, *fresh])
+            untold = sum(1 + event.skipped for event in events)
             await self._board.ask(_adding(events))
         except StoreError:
-            self._skipped += len(own)
+            self._skipped += untold
 
     def _ripe(self) -> int:
         """Say how much of what was found has been held for long enough."""
