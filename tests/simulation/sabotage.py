@@ -432,7 +432,10 @@ SABOTAGES: Mapping[str, Sabotage] = {
         [(Schedule, "rows_of_unknown_outcome", _rows_before_commit)], _mix(writers={"unknown": 2, "acknowledged": 1})
     ),
     "what deferred triggers write is not waited for": Sabotage([(Schedule, "whole", lambda schedule, process, rows: rows)]),
-    "rows are told apart by their transaction": Sabotage([(Database, "new_id", _id_of_transaction)]),
+    "rows are told apart by their transaction": Sabotage(
+        [(Database, "new_id", _id_of_transaction)],
+        _mix("freeze", processes=(2,), trouble=(0.02,), writers={"acknowledged": 1}, least_faults=4, deferred=0.0),
+    ),
     "the fence counts from the end of the round": Sabotage(
         [(Rounds, "_grant", _grant_from_the_end)], _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10)
     ),
