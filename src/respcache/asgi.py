@@ -384,6 +384,8 @@ def _late_refusal(record: Record, policy: Policy, route: Route, scope: Scope, he
         return "undeclared-sql"
     if not reads.tables.issubset(policy.tables):
         return "undeclared-table"
+    if not reads.modules <= {policy.module}:
+        return "other-module"
     if reads.old_snapshot:
         return "old-snapshot"
     length = next((value for name, value in headers if name.lower() == b"content-length"), None)

@@ -318,7 +318,8 @@ class Cache:
 
         The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables`` are those that ``make``
         reads; the same rules hold as for responses. Made but not cached: when ``make`` raises (for its caller only), writes,
-        or reads an undeclared table, and whenever the store is away.
+        or reads an undeclared table, and whenever the store is away. What is made of a value without ``tables`` is cached in the
+        same module only: an invalidation of its module would not reach others.
         """
         ttl_s = DEFAULT_TTL_S[kind] if ttl_s is None else ttl_s
         policy = Policy(module, kind, ttl_s, tuple(tables), level=Level.of(level, module), bound_s=bound_s)
@@ -327,6 +328,7 @@ class Cache:
         if outer is not None and outer.reads is not None:
             same = outer.scope is not None and outer.scope.tenant == tenant
             outer.reads.tables.update(tables)
+            outer.reads.modules.update(() if tables else (module,))
             outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
         if self.store is None or not self.enabled or isinstance(outer, Rerun):
             return await make()

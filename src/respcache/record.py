@@ -26,10 +26,14 @@ def tick() -> int:
 
 @dataclass(slots=True, eq=False)
 class Reads:
-    """What the database hooks saw while a response was being made to be stored."""
+    """What the database hooks saw while a response was being made to be stored.
+
+    ``modules`` are those of values that it was made of and that nothing but their module invalidates.
+    """
 
     captured_at: int = field(default_factory=tick)
     tables: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
     undeclared_sql: bool = False
     old_snapshot: bool = False
 
@@ -72,6 +76,7 @@ class Record:
         self.note(Ack(inner.outcome, inner.token))
         if self.reads is not None and inner.reads is not None:
             self.reads.tables |= inner.reads.tables
+            self.reads.modules |= inner.reads.modules
             self.reads.undeclared_sql |= inner.reads.undeclared_sql
             self.reads.old_snapshot |= inner.reads.old_snapshot
 

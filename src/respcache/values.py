@@ -79,7 +79,8 @@ class Values:
             value = await make()
             reads = record.reads
             assert reads is not None
-            storable = not (record.wrote or reads.undeclared_sql or reads.old_snapshot) and reads.tables.issubset(policy.tables)
+            covered = reads.tables.issubset(policy.tables) and reads.modules <= {policy.module}
+            storable = covered and not (record.wrote or reads.undeclared_sql or reads.old_snapshot)
             if storable:
                 seconds = self._clock() - started
                 body = msgspec.msgpack.encode(value)

@@ -415,3 +415,31 @@ async def test_a_value_made_of_uncommitted_rows_is_not_cached(world: World) -> N
     assert (await world.http.post("/change")).json() == ["uncommitted"]
     async with AsyncSession(world.engine) as session:
         assert await value(session) == ["x"]
+
+
+@pytest.mark.parametrize(("module", "reason"), [("settings", "detail=other-module"), ("things", "stored")])
+async def test_an_answer_made_of_a_value_that_only_its_module_invalidates_is_of_that_module(
+    world: World, module: str, reason: str
+) -> None:
+    """Also where another value, in between, was made of it."""
+    kept = ["old"]
+
+    async def read() -> str:
+        return kept[0]
+
+    async def value() -> str:
+        return await world.cache.get_or_set(TENANT, module, {}, read)
+
+    @world.app.get("/made")
+    @cache_list("things", tables=["things"])
+    async def made() -> str:
+        return await world.cache.get_or_set(TENANT, "things", {}, value, tables=["things"])
+
+    @world.app.post("/set")
+    @invalidate_cache(module)
+    async def change() -> None:
+        kept[0] = "new"
+
+    assert reason in (await world.http.get("/made")).headers["cache-status"]
+    await world.http.post("/set")
+    assert (await world.http.get("/made")).json() == "new"
