@@ -30,7 +30,7 @@ class Route:
         """Describe a route by its template: ``/things/{id}`` (a segment) or ``/files/{path:path}`` (the rest)."""
         pattern = re.sub(r"\\\{(\w+)(:path)?\\\}", lambda m: f"(?P<{m[1]}>{'.*' if m[2] else '[^/]+'})", re.escape(template))
         parameters = in_order(policy.parameters or ()) if policy else ()
-        return cls(template, re.compile(f"^{pattern}$"), frozenset(methods), policy, parameters=parameters)
+        return cls(template, re.compile(rf"{pattern}\Z"), frozenset(methods), policy, parameters=parameters)
 
     @property
     def key_headers(self) -> frozenset[bytes]:

@@ -201,7 +201,9 @@ class _Turbo(HttpToolsProtocol):
         return plan
 
     def _recall(self, memo: Memo, key: Key, seen: Headers, now: float) -> Plan | None:
-        """Ask the wrapper's memo."""
+        """Ask the wrapper's memo. Not for the absolute form of an address, nor for what is none at all."""
+        if not self.url.startswith(b"/"):
+            return None
         parsed = httptools.parse_url(self.url)
         path = parsed.path.decode("ascii")
         path = self.root_path + (unquote(path) if "%" in path else path)

@@ -266,6 +266,16 @@ async def test_what_is_no_plain_get_takes_the_usual_way(valkey_url: str, request
         assert "hit" in headers["cache-status"]
 
 
+@pytest.mark.parametrize("address", ["http://host", "http://host:99999/rows"])
+async def test_an_address_that_is_none_is_no_fault_of_ours(
+    valkey_url: str, caplog: pytest.LogCaptureFixture, address: str
+) -> None:
+    """Uvicorn says what is wrong with it; whoever sends it writes no traceback into our log."""
+    async with serving(valkey_url) as server, Wire(server.port) as wire:
+        assert (await wire.ask(get(address)))[0] == 400
+    assert not [record for record in caplog.records if record.name == "respcache"]
+
+
 async def test_a_store_that_stops_answering_fails_no_request(make_valkey: Callable[[], EmbeddedValkey]) -> None:
     """Those who wait for a view go to the application, with the connection in order afterwards."""
     valkey = make_valkey()

@@ -881,6 +881,20 @@ async def test_any_asgi_application_can_be_wrapped() -> None:
         assert "cache-status" not in (await http.get("/other")).headers
 
 
+async def test_a_path_with_a_line_break_at_its_end_is_another_path() -> None:
+    """What an application answers for it is not served for the route."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = b"the route" if scope["path"] == "/plans" else b"another"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"))
+    async with client(cache.wrap(app, [Route.of("/plans", Policy("plans", "list", 60))]), cache) as http:
+        assert (await http.get("/plans%0A")).text == "another"
+        assert (await http.get("/plans")).text == "the route"
+
+
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
