@@ -199,6 +199,31 @@ async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
     assert json.loads(data.removeprefix("data: "))["text"]["workers"][0] == "1"
 
 
+async def test_streams_of_a_tenants_admin_are_of_the_tenant(crm: Crm) -> None:
+    """Figures and invalidations, though nobody names the tenant."""
+    await crm.as_user("abe").get("/api/accounts")
+    for _ in range(3):
+        await crm.as_user("gus").get("/api/accounts")
+    for name in ("abe", "gus"):
+        assert (await crm.as_user(name).post("/api/accounts", json={"name": "Acorn"})).status_code == 201
+    ids = {tenant(crm, slug) for slug in ("acme", "globex")}
+    async with asyncio.timeout(60):
+        while not ids <= {event["tenant"] for event in (await get(crm, "root", "feed")).json()["events"]}:
+            await asyncio.sleep(0.05)
+    token = crm.as_user("abe").headers["authorization"].split()[1]
+    transport = httpx2.ASGITransport(crm.app)
+    crm.app.app.state.dashboard.close()  # so that each stream ends with what it begins with
+    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}) as client:
+        figures, feed = (await client.get("/cache/live")).text, (await client.get("/cache/live/feed")).text
+    text = json.loads(figures.split("data: ")[1])["text"]
+    assert text["requests"][0] == "1"
+    assert "server" not in text
+    rows = json.loads(feed.split("data: ")[1])["html"]
+    assert "POST /api/accounts" in rows
+    assert "globex" not in rows
+    assert tenant(crm, "globex") not in rows
+
+
 @pytest.mark.parametrize("change", [{"status": "inactive"}, {"role": "manager"}, {"role": "employee"}])
 async def test_a_stream_ends_when_its_viewer_may_something_else(
     crm: Crm, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
