@@ -48,8 +48,6 @@ class Switches:
 
     async def poll(self) -> None:
         """Tell the store our decisions, if there are any, and take over what it says."""
-        if not self._store.available:
-            return
         decisions = self._decisions
         try:
             off = await self._store.switch(dict(self._unsaid))

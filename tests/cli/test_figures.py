@@ -77,6 +77,8 @@ async def test_a_process_that_was_started_without_its_cache_is_named(access: Acc
     process = await running.process()
     (problem,) = _problems(await running.overview(access))
     assert problem.startswith(who.format(name=f"{process.host}:{process.pid}") + "serves nothing from the cache: it was started")
+    (problem,) = _problems(await running.overview(OWN, available=False))
+    assert "server is away" in problem
     await running.cache.close()
 
 

@@ -386,6 +386,12 @@ async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.Monk
         assert list(one.board._own) == [int(start) // BUCKET_S]
 
 
+def test_who_has_much_to_publish_publishes_less_often() -> None:
+    """Yet often enough to be known to live."""
+    assert [module._pause_s(spent_s) for spent_s in (0.001, 0.05, 60.0)] == [2.0, 5.0, 10.0]
+    assert module.MOST_PERIOD_S * 1.1 < module.DEAD_AFTER_S
+
+
 async def test_the_process_is_left_its_time(valkey_url: str) -> None:
     """With many tenants the event loop gets its turn between two portions of them."""
     async with workers(valkey_url) as (one,):

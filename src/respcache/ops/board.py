@@ -252,7 +252,7 @@ class Board:
                 return
             # with what else the event loop did meanwhile: who is busy publishes less often; who waited in vain, as often as ever
             spent_s = 0.0 if waited else time.thread_time() - began
-            await asyncio.sleep(max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME)) * random.uniform(0.9, 1.1))
+            await asyncio.sleep(_pause_s(spent_s) * random.uniform(0.9, 1.1))
 
     async def _send(self, cache: "Cache", survey: Survey) -> None:
         tenants, routes = keys.tenants_key(self.id), keys.routes_key(self.id)
@@ -406,6 +406,11 @@ class Board:
 
     def _told(self, error: Exception) -> str:
         return str(error) if isinstance(error, _Alone) else f"{self._place}: {error or type(error).__name__}"
+
+
+def _pause_s(spent_s: float) -> float:
+    """Say how long to wait after a publication that took so much time."""
+    return max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME))
 
 
 class _Alone(Exception):
