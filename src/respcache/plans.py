@@ -39,6 +39,9 @@ PLAN_BYTES = 2048
 
 ALWAYS = frozenset({b"accept-encoding"})
 
+UNSEEN = frozenset({"client", "extensions", "http_version", "method", "scheme", "server"})
+"""Of a scope (ASGI 3.0): what differs between requests that have one plan."""
+
 Key = tuple[Any, ...]
 
 
@@ -168,10 +171,11 @@ class Memo:
         return (*key[:3], *(pair for pair in key[3:] if pair[0] != tokens.HEADER))
 
     def narrowed(self, scope: Mapping[str, Any], path: Mapping[str, str]) -> Head:
-        """Return of a request what a resolver may look at: a header that it did not name is not there, instead of being missed
-        when the request is recognised."""
+        """Return of a request what a resolver may look at: a header that it did not name is not there, nor what belongs to the
+        connection, instead of being missed when the request is recognised."""
         headers = [(name, value) for name, value in scope["headers"] if name in self._claimed]
-        return Head({**scope, "headers": headers}, path)
+        kept = {name: value for name, value in scope.items() if name not in UNSEEN}
+        return Head({**kept, "headers": headers}, path)
 
     def recall(self, key: Key, now: float) -> Plan | None:
         """Return the plan of such requests, if there is one that has not ended."""

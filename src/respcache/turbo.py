@@ -217,6 +217,8 @@ class _Turbo(HttpToolsProtocol):
     def _safely(self, plan: Plan, now: float, data: bytes | None) -> bool:
         try:
             return self._answer(plan, now, data)
+        except StoreError:  # no view is to be had
+            return False
         except Exception:
             log.exception("a request could not be answered below ASGI")
             return False

@@ -297,6 +297,24 @@ async def test_a_store_that_stops_answering_fails_no_request(make_valkey: Callab
                 await asyncio.sleep(0.02)
 
 
+async def test_while_the_store_is_away_requests_write_nothing_into_the_log(
+    make_valkey: Callable[[], EmbeddedValkey], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They take the usual way; the outage is said once, by the link."""
+    valkey = make_valkey()
+    async with serving(valkey.url) as server, Wire(server.port) as wire:
+        await warm(wire, get())
+        valkey.kill()
+        async with asyncio.timeout(20):
+            while server.cache.store is not None and server.cache.store.available:
+                await asyncio.sleep(0.005)
+        answers = [await wire.ask(get()) for _ in range(3)]
+        assert {(status, headers["cache-status"].split("; ", 1)[1]) for status, headers, _ in answers} == {
+            (200, "fwd=bypass; detail=store")
+        }
+    assert not [record for record in caplog.records if record.name == "respcache"]
+
+
 async def test_a_client_that_leaves_while_a_view_is_read_harms_nobody(valkey_url: str) -> None:
     """Its answer goes nowhere; others on other connections get theirs."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:

@@ -666,6 +666,20 @@ async def test_a_header_that_a_resolver_did_not_name_is_not_there_for_it() -> No
             assert "detail=denied" in answer.headers["cache-status"]
 
 
+async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_callers_are_recognised() -> None:
+    """Who is told by an address would be taken for the next one who asks the same."""
+
+    class ByAddress(People):
+        def claim(self, head: Head) -> Claim:
+            addresses.append(head.scope.get("client"))
+            return Claim("ann", "public")
+
+    addresses: list[Any] = []
+    async with running(World(resolver=ByAddress())) as world:
+        await world.get()
+    assert addresses == [None]
+
+
 def test_one_name_in_place_of_a_tuple_is_refused() -> None:
     """A missing comma would make a set of letters."""
 
