@@ -19,6 +19,11 @@ def acts(stage: Stage) -> list[tuple[str, str]]:
     return [(act["name"], act["act"]) for act in stage.know("trail")]
 
 
+def comes(stage: Stage, what: str, path: str, *, tenant: str, worker: int = 0) -> bool:
+    """Whether a worker comes to say something of the cache."""
+    return until(lambda: what in stage.status(path, tenant=tenant, worker=worker))
+
+
 def said(page: Page) -> str:
     """Return what a page answers to an act."""
     return page.locator("main .said").first.inner_text()
@@ -33,7 +38,7 @@ def test_a_purge_is_counted_confirmed_and_written_down(
     faults.expected.append((400, "/cache/purge"))
     path, before = "/api/tasks?limit=3", acts(stage)
     for worker in range(WORKERS):
-        assert until(lambda worker=worker: "; hit" in stage.status(path, tenant=tenant, worker=worker))
+        assert comes(stage, "; hit", path, tenant=tenant, worker=worker)
     page = sign_in(mail, java_script_enabled=scripts)
     page.locator("nav.nav").get_by_role("link", name="Purge").click()
     if mail == ROOT:
@@ -85,14 +90,12 @@ def test_a_tenant_is_switched_off_and_on_by_its_admin_and_all_workers_follow(
     page.get_by_role("button", name="Switch off").click()
     assert "Switched off" in said(page)
     for worker in range(WORKERS):
-        off = lambda worker=worker: "fwd=bypass" in stage.status("/api/accounts", tenant="acme", worker=worker)  # noqa: E731
-        assert until(off)
-    assert until(lambda: "; hit" in stage.status("/api/accounts", tenant="globex"))
+        assert comes(stage, "fwd=bypass", "/api/accounts", tenant="acme", worker=worker)
+    assert comes(stage, "; hit", "/api/accounts", tenant="globex")
     page.get_by_role("button", name="Switch on").click()
     assert "Switched on" in said(page)
     for worker in range(WORKERS):
-        on = lambda worker=worker: "; hit" in stage.status("/api/accounts", tenant="acme", worker=worker)  # noqa: E731
-        assert until(on)
+        assert comes(stage, "; hit", "/api/accounts", tenant="acme", worker=worker)
     assert acts(stage) == [(ADMIN, "switch"), (ADMIN, "switch"), *before]
 
 
@@ -104,13 +107,13 @@ def test_a_module_is_switched_off_and_on_for_all_tenants(sign_in: Open, stage: S
     leads = page.locator("tr", has=page.get_by_role("cell", name="leads", exact=True))
     leads.get_by_role("button", name="Switch off").click()
     assert "Switched off" in said(page)
-    assert until(lambda: "fwd=bypass" in stage.status("/api/leads", tenant="acme", worker=2))
-    assert until(lambda: "; hit" in stage.status("/api/accounts", tenant="acme", worker=2))
+    assert comes(stage, "fwd=bypass", "/api/leads", tenant="acme", worker=2)
+    assert comes(stage, "; hit", "/api/accounts", tenant="acme", worker=2)
     other = sign_in(ADMIN, java_script_enabled=scripts)
     other.goto("/cache/switches")
     expect(other.locator("main")).to_contain_text("Switched off by an operator")
     leads.get_by_role("button", name="Switch on").click()
-    assert until(lambda: "; hit" in stage.status("/api/leads", tenant="acme", worker=2))
+    assert comes(stage, "; hit", "/api/leads", tenant="acme", worker=2)
 
 
 def test_everything_is_switched_off_by_typing_it(sign_in: Open, stage: Stage, faults: Faults) -> None:
@@ -129,7 +132,7 @@ def test_everything_is_switched_off_by_typing_it(sign_in: Open, stage: Stage, fa
     everything.get_by_role("button", name="Switch off").click()
     assert until(lambda: "; hit" not in stage.status("/api/leads", tenant="globex", worker=1))
     everything.get_by_role("button", name="Switch on").click()
-    assert until(lambda: "; hit" in stage.status("/api/leads", tenant="globex", worker=1))
+    assert comes(stage, "; hit", "/api/leads", tenant="globex", worker=1)
 
 
 @with_and_without_scripts
