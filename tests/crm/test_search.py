@@ -9,7 +9,7 @@ import redis
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.core.errors import AccessRefused, InvalidOperation, NotFound, StoreUnavailable
 from respcache.core.keys import generation_key
-from respcache.ops import search
+from respcache.ops import keyspace, search
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
 from respcache.ops.board import Board
@@ -120,6 +120,18 @@ async def test_a_search_for_what_cannot_be_is_refused(stored: Stored, wrong: dic
     for limit in (0, 1_001):
         with pytest.raises(InvalidOperation, match=str(limit)):
             await stored.admin.keys(ROOT, limit=limit)
+
+
+async def test_one_command_goes_through_a_bounded_number_of_keys(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands go through more and more of them, up to an end."""
+    monkeypatch.setattr(keyspace, "FIRST_BATCH", 1)
+    monkeypatch.setattr(keyspace, "MOST_BATCH", 2)
+    with redis.Redis.from_url(valkey_url) as client:
+        client.mset({f"key {number}": "x" for number in range(500)})
+    board = Board(valkey_url)
+    walk = await keyspace.ServerKeys(board).walk("nothing", cursor="", enough=1, most=9)
+    assert (walk.looked_at, walk.cursor != "") == (9, True)
+    await board.close()
 
 
 async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(stored: Stored) -> None:
