@@ -302,7 +302,7 @@ class Wrapper:
         """
         if ACCEPT not in route.key_headers:
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != ACCEPT]}
-        record.reads = Reads()
+        record.reads = Reads(look.aim.tenant)
         started = self.cache.clock()
         figures = look.aim.figures
 

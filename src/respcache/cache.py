@@ -326,10 +326,10 @@ class Cache:
         tenant = keys.check_tenant(tenant_id)
         outer = current.get()
         if outer is not None and outer.reads is not None:
-            same = outer.scope is not None and outer.scope.tenant == tenant
             outer.reads.tables.update(tables)
             outer.reads.modules.update(() if tables else (module,))
-            outer.reads.undeclared_sql |= not same  # another tenant's generation does not cover the outer answer
+            # another tenant's generation does not cover what is made of this
+            outer.reads.undeclared_sql |= outer.reads.tenant != tenant
         if self.store is None or not self.enabled or isinstance(outer, Rerun):
             return await make()
         if outer is not None:

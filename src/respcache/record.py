@@ -28,9 +28,10 @@ def tick() -> int:
 class Reads:
     """What the database hooks saw while a response was being made to be stored.
 
-    ``modules`` are those of values that it was made of and that nothing but their module invalidates.
+    ``tenant`` is whose it is; ``modules`` are those of values that it was made of and that nothing but their module invalidates.
     """
 
+    tenant: str | None = None
     captured_at: int = field(default_factory=tick)
     tables: set[str] = field(default_factory=set)
     modules: set[str] = field(default_factory=set)
@@ -57,13 +58,13 @@ class Record:
     request: Mapping[str, Any] | None = None
     """The ASGI scope, for the feed."""
 
-    def nested(self) -> "Record":
-        """Begin a fill within this request: its own reads, the same transactions and bumps."""
+    def nested(self, tenant: str) -> "Record":
+        """Begin the fill of a value of a tenant within this request: its own reads, the same transactions and bumps."""
         alive = [session for session in (begun() for begun in self.sessions) if session is not None]
         held = any(len(session.identity_map) > 0 for session in alive)  # objects read before the capture, given out again
         return Record(
             scope=self.scope,
-            reads=Reads(old_snapshot=held),
+            reads=Reads(tenant, old_snapshot=held),
             open=self.open,
             sessions=self.sessions,
             bumps=self.bumps,

@@ -72,7 +72,7 @@ class Values:
     async def _make(self, make: Make[T], look: Look, lead: Lead, outer: Record | None, trace: Trace) -> T:
         """Make the value, store and share it if that may be."""
         policy, figures = look.aim.policy, look.aim.figures
-        record = Record(reads=Reads()) if outer is None else outer.nested()
+        record = Record(reads=Reads(look.aim.tenant)) if outer is None else outer.nested(look.aim.tenant)
         token = current.set(record)
         started = self._clock()
         try:

@@ -529,7 +529,7 @@ async def test_objects_loaded_before_the_capture_are_not_stored(engine: AsyncEng
             record.reads = Reads()
             await session.execute(select(Account))
             assert record.reads.old_snapshot
-            inner = record.nested()
+            inner = record.nested("t")
             assert inner.reads is not None
             assert inner.reads.old_snapshot
             assert held is not None

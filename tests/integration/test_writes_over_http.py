@@ -443,3 +443,51 @@ async def test_an_answer_made_of_a_value_that_only_its_module_invalidates_is_of_
     assert reason in (await world.http.get("/made")).headers["cache-status"]
     await world.http.post("/set")
     assert (await world.http.get("/made")).json() == "new"
+
+
+async def test_a_value_made_of_a_value_of_another_tenant_is_not_cached(world: World) -> None:
+    """Whoever's request it is in: what invalidates the one does not reach the other."""
+    kept = ["old"]
+
+    async def read() -> str:
+        return kept[0]
+
+    async def ours() -> str:
+        return await world.cache.get_or_set(TENANT, "things", {}, read)
+
+    @world.app.get("/theirs")
+    @cache_list("things")
+    async def theirs() -> str:
+        return await world.cache.get_or_set("another", "things", {}, ours)
+
+    @world.app.get("/things-of-things")
+    @cache_list("things")
+    async def made() -> str:
+        return await world.cache.get_or_set(TENANT, "things", {"of": "things"}, ours)
+
+    @world.app.post("/set")
+    @invalidate_cache("things")
+    async def change() -> None:
+        kept[0] = "new"
+
+    paths = ("/theirs", "/things-of-things")
+    assert [(await world.http.get(path)).json() for path in paths] == ["old", "old"]
+    assert "hit" in (await world.http.get("/things-of-things")).headers["cache-status"]
+    await world.http.post("/set")
+    assert [(await world.http.get(path)).json() for path in paths] == ["new", "new"]
+
+
+async def test_values_made_of_each_other_outside_of_requests_are_cached(world: World) -> None:
+    """A script's, a background task's: they are of one tenant."""
+    made: list[str] = []
+
+    async def read() -> str:
+        made.append("inner")
+        return "x"
+
+    async def between() -> str:
+        made.append("outer")
+        return await world.cache.get_or_set(TENANT, "things", {}, read)
+
+    values = [await world.cache.get_or_set(TENANT, "things", {"of": "things"}, between) for _ in range(2)]
+    assert (values, made) == (["x", "x"], ["outer", "inner"])

@@ -448,9 +448,9 @@ async def test_values_are_made_anew(data: Data) -> None:
     app = FastAPI()
 
     @app.get("/things")
-    @cache_list("things")
+    @cache_list("things", tables=["things"])
     async def list_things(request: Request) -> int:
-        return await request.app.state.cache.get_or_set("public", "values", {}, data.read)
+        return await request.app.state.cache.get_or_set("public", "values", {}, data.read, tables=["things"])
 
     async with running(app) as world:
         await world.get()

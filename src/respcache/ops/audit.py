@@ -357,7 +357,7 @@ class Audit:
 
     async def _execute(self, hit: Hit, scope: Scope) -> str:
         """Run the application for the request and return the digest of its answer."""
-        record, answer = Rerun(scope=scope, reads=Reads()), _Answer(hit.policy.max_body_bytes)
+        record, answer = Rerun(scope=scope, reads=Reads(scope.tenant)), _Answer(hit.policy.max_body_bytes)
         asgi_scope = {
             **hit.scope,
             "method": "GET",
