@@ -2,6 +2,9 @@
 
 import sys
 
-from crm.commands import main
+try:
+    from crm.commands import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # while it was still importing
+    sys.exit("crm: stopped")

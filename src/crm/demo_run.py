@@ -27,7 +27,7 @@ from rich.text import Text
 from crm.demo import PASSWORD, SMALL_TENANTS, TENANTS
 from crm.demo_figures import Figures, span
 from crm.demo_traffic import DEADLINE_S, Traffic, people
-from crm.embedded import EmbeddedServer, EmbeddedValkey
+from crm.embedded import EmbeddedServer, EmbeddedValkey, ServerFailed
 from crm.launch import CommandFailed, Launched, launched, port_to_serve
 from crm.settings import Settings
 
@@ -44,9 +44,14 @@ lists are asked for. In the chart of requests the outage stays as a grey hill.""
 nobody changed is a hit again.""",
 }
 
+VALKEY_PORT = 6390
+"""One that nobody else begins to use while the server is stopped."""
+
+TAKEN = "Another program has taken the port of the cache's server: the outage lasts until it is free again."
 PEOPLE = 5
 """Of each tenant: its admin, an employee, its manager and two more. In some of the tenants each sees other rows."""
 
+AGAIN_S = 2.0
 LOOK_S = 0.25
 LINE_S = 10.0
 """Between two lines where nobody looks: a terminal has one that changes."""
@@ -88,15 +93,13 @@ class Outages:
         self._length_s = length_s
         self._next = time.monotonic() + first_s
         self._until = 0.0
+        self._taken = False
 
     def step(self, say: Callable[[str, str], None]) -> None:
         """Begin or end an outage if it is time to."""
         now, figures = time.monotonic(), self._figures
         if figures.outage and now >= self._until:
-            word = figures.outages[-1]
-            (self._valkey.start if word == "stopped" else self._valkey.thaw)()
-            figures.outage = False
-            say("green", ENDS[word])
+            self._end(figures.outages[-1], say)
         elif not figures.outage and now >= self._next:
             word = ("stopped", "frozen")[len(figures.outages) % 2]
             self._until, self._next = now + self._length_s, now + max(self._every_s, self._length_s)
@@ -104,6 +107,20 @@ class Outages:
             figures.outage = True
             (self._valkey.stop if word == "stopped" else self._valkey.freeze)()
             say("yellow", BEGINS.format(word=word, length=self._length_s))
+
+    def _end(self, word: str, say: Callable[[str, str], None]) -> None:
+        try:
+            (self._valkey.start if word == "stopped" else self._valkey.thaw)()
+        except ServerFailed as error:
+            if "already in use" not in str(error):
+                raise
+            self._until = time.monotonic() + AGAIN_S
+            if not self._taken:
+                say("bold red", TAKEN)
+            self._taken = True
+        else:
+            self._figures.outage = self._taken = False
+            say("green", ENDS[word])
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -124,7 +141,10 @@ def _run(console: Console, options: argparse.Namespace) -> Figures:
     port = port_to_serve(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console.print("starting ...")
-    with launched(settings, port, tenants=EVERY_TENANT, fresh=True, valkey=SAVED) as system, _application(system, port) as crm:
+    with (
+        launched(settings, port, tenants=EVERY_TENANT, fresh=True, valkey=SAVED, valkey_port=VALKEY_PORT) as system,
+        _application(system, port) as crm,
+    ):
         figures = Figures()
         _say_hello(console, system, port, options)
         with contextlib.suppress(KeyboardInterrupt), _traffic(system, _base(settings, port), figures, options) as thread:

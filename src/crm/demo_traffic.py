@@ -35,7 +35,7 @@ MOST_PAGES = 30
 MOST_VISITS = 500
 """That are under way at once; more are skipped, and counted."""
 
-DEADLINE_S = 15.0
+DEADLINE_S = 30.0
 """For an answer: in an outage a write may wait 2 s."""
 
 FINISH_S = 10.0

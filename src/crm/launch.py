@@ -65,18 +65,20 @@ def launched(
     tenants: "Mapping[str, Sized] | None" = None,
     fresh: bool = False,
     valkey: Mapping[str, str] | None = None,
+    valkey_port: int = VALKEY_PORT,
 ) -> Iterator[Launched]:
     """Start what no URL names, bring the database up to date, fill it if it is empty; stop what was started in the end.
 
     ``tenants``: those of the demo data, where not the usual ones. ``fresh`` begins without what an earlier run left in the
-    folder. ``valkey``: settings of the Valkey. Other commands find the system by a file in the data folder.
+    folder. ``valkey``: settings of the Valkey, ``valkey_port``: where it listens if it can. Other commands find the system by
+    a file in the data folder.
     """
     from crm.demo import TENANTS, seed_if_empty
     from crm.migrations import upgrade
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(settings.data_dir), contextlib.ExitStack() as stack:
-        settings, server = _with_valkey(settings, stack, fresh=fresh, options=valkey)
+        settings, server = _with_valkey(settings, stack, fresh=fresh, options=valkey, port=valkey_port)
         settings = _with_postgres(settings, stack, fresh=fresh)
         system = Launched(settings, server, "")
         upgrade(system.database_url)
@@ -113,7 +115,7 @@ def cache_url(settings: Settings) -> str | None:
 
 
 def _with_valkey(
-    settings: Settings, stack: contextlib.ExitStack, *, fresh: bool, options: Mapping[str, str] | None
+    settings: Settings, stack: contextlib.ExitStack, *, fresh: bool, options: Mapping[str, str] | None, port: int
 ) -> tuple[Settings, EmbeddedValkey | None]:
     """Start a Valkey where no URL names one."""
     if settings.redis_cache_url is not None:
@@ -123,10 +125,10 @@ def _with_valkey(
     directory, password = settings.data_dir.resolve() / "valkey", stored_secret(settings.data_dir, "VALKEY_PASSWORD")
     if fresh:
         (directory / "dump.rdb").unlink(missing_ok=True)
-    valkey = start_on_free_port(partial(EmbeddedValkey, directory, password=password, settings=options), VALKEY_PORT)
+    valkey = start_on_free_port(partial(EmbeddedValkey, directory, password=password, settings=options), port)
     stack.callback(valkey.stop)
-    if valkey.port != VALKEY_PORT:
-        print(f"port {VALKEY_PORT} is taken: Valkey listens on {valkey.port}")
+    if valkey.port != port:
+        print(f"port {port} is taken: Valkey listens on {valkey.port}")
     return settings.model_copy(update={"redis_cache_url": SecretStr(valkey.url)}), valkey
 
 

@@ -126,6 +126,14 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
     assert (done.returncode, "chmod 600" in done.stderr) == (1, True)
 
 
+def test_ctrl_c_while_it_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+    """That takes a second, and people are quick."""
+    (tmp_path / "uvicorn.py").write_text("raise KeyboardInterrupt")
+    environment = {**clean(), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "crm", "run"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "crm: stopped\n")
+
+
 def test_wrong_usage_is_exit_status_2() -> None:
     """As everywhere."""
     assert subprocess.run([sys.executable, "-m", "crm", "dance"], capture_output=True, check=False).returncode == 2

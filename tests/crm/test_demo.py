@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,8 +19,9 @@ from crm.auth import issue_token
 from crm.commands import main
 from crm.demo_figures import Figures
 from crm.demo_memory import VERSION, Memory, stale_record, stale_rows
+from crm.demo_run import Outages
 from crm.demo_traffic import LOOKS, WRITES, Person, Traffic
-from crm.embedded import EmbeddedPostgres, free_port
+from crm.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
 
 from .conftest import SECRET, Crm
 from .system import clean
@@ -188,6 +189,28 @@ def test_a_failed_request_or_a_stale_answer_is_exit_status_1(
     assert len(json.loads(capsys.readouterr().out)["problems"]) == status
     assert main(["demo"]) == status
     assert ("GET /x" in capsys.readouterr().out) == bool(status)
+
+
+def test_an_outage_lasts_while_another_program_has_the_servers_port(
+    make_valkey: Callable[..., EmbeddedValkey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, and the server is started when the port is free."""
+    monkeypatch.setattr("crm.demo_run.AGAIN_S", 0)
+    valkey, figures, said = make_valkey(), Figures(), list[str]()
+    outages = Outages(valkey, figures, first_s=0, every_s=1e6, length_s=0)
+    outages.step(lambda style, text: said.append(text))
+    assert not valkey.running
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", valkey.port))
+        other.listen()
+        for _ in range(2):
+            outages.step(lambda style, text: said.append(text))
+    assert figures.outage
+    outages.step(lambda style, text: said.append(text))
+    assert valkey.running
+    assert not figures.outage
+    assert ["taken" in text for text in said] == [False, True, False]
 
 
 # -- which answers are too old -----------------------------------------------------------------------------------------
