@@ -173,7 +173,7 @@ class Wrapper:
         if self._table is None:
             routes = self._describe()
             self.cache.register(routes)
-            self._table = Table(routes)
+            self._table = Table(routes, root_path=getattr(self.app, "root_path", ""))
             self.memo = self.cache.memo(routes)
         return self._table
 

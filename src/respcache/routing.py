@@ -39,10 +39,11 @@ class Route:
 
 
 class Table:
-    """Finds the route of a request."""
+    """Finds the route of a request. ``root_path``: that of the application itself, which counts before the server's."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
+    def __init__(self, routes: Sequence[Route], *, root_path: str = "") -> None:
         self.routes = tuple(routes)
+        self._root_path = root_path
         last = max((i for i, route in enumerate(routes) if route.policy or route.invalidation), default=-1)
         self._ordered = self.routes[: last + 1]
         self._fixed = {
@@ -54,7 +55,7 @@ class Table:
     def match(self, scope: Mapping[str, Any]) -> tuple[Route, Mapping[str, str]] | None:
         """Return the first route that matches the request's path and method, with its path parameters, or None."""
         method: str = scope["method"]
-        path = _route_path(scope)
+        path = self._path(scope)
         if method in ("GET", "HEAD"):
             fixed = self._fixed.get(path)
             return fixed if fixed is not None else self._first(path, "GET")
@@ -62,7 +63,7 @@ class Table:
 
     def template(self, scope: Mapping[str, Any]) -> str | None:
         """Return the template of the route of any request, cached or not. Not for the way of a hit."""
-        method, path = scope["method"], _route_path(scope)
+        method, path = scope["method"], self._path(scope)
         matching = (route for route in self.routes if method in route.methods or not route.methods)
         return next((route.template for route in matching if route.pattern.match(path)), None)
 
@@ -74,11 +75,10 @@ class Table:
                     return route, match.groupdict()
         return None
 
-
-def _route_path(scope: Mapping[str, Any]) -> str:
-    """Return the path below ``root_path`` (ASGI 3.0, connection scope), as routers see it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-        return path[len(root) :]
-    return path
+    def _path(self, scope: Mapping[str, Any]) -> str:
+        """Return the path below ``root_path`` (ASGI 3.0, connection scope), as routers see it."""
+        path: str = scope["path"]
+        root: str = self._root_path or scope.get("root_path", "")
+        if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+            return path[len(root) :]
+        return path

@@ -881,6 +881,29 @@ async def test_any_asgi_application_can_be_wrapped() -> None:
         assert "cache-status" not in (await http.get("/other")).headers
 
 
+async def test_an_application_below_a_root_path_of_its_own_is_cached_and_invalidated() -> None:
+    """FastAPI takes ``root_path`` off the path before it looks for a route."""
+    app, kept = FastAPI(root_path="/api"), ["old"]
+
+    @app.get("/plans")
+    @cache_list("plans")
+    async def plans() -> str:
+        return kept[0]
+
+    @app.post("/plans")
+    @invalidate_cache("plans")
+    async def change() -> None:
+        kept[0] = "new"
+
+    cache, wrapped = make_cache(app)
+    async with client(wrapped, cache) as http:
+        for path in ("/api/plans", "/plans"):
+            await http.get(path)
+            assert "hit" in status(await http.get(path))
+        await http.post("/api/plans")
+        assert (await http.get("/plans")).json() == "new"
+
+
 async def test_a_path_with_a_line_break_at_its_end_is_another_path() -> None:
     """What an application answers for it is not served for the route."""
 
