@@ -20,6 +20,7 @@ from respcache.core.entry import Entry
 from respcache.core.errors import AckBarrierOverflow, ConfigurationError, Denied, StoreError, UndeclaredRead
 from respcache.core.http_caching import kept
 from respcache.core.identity import Head
+from respcache.core.keys import SHARED
 from respcache.core.policy import Invalidation, Policy, canonical
 from respcache.core.tokens import Token
 from respcache.fill.filler import Lead
@@ -348,13 +349,19 @@ class Wrapper:
         """Make the step that bumps the modules which a handler without a database hook declares."""
 
         async def bump() -> None:
-            resolver = self.cache.resolver
+            resolver, scope, tenants = self.cache.resolver, record.scope, set[str | None]()
             try:
-                scope = record.scope or await resolver.scope(resolver.claim(head))
+                if scope is None:
+                    claim = resolver.claim(head)
+                    if claim.home != SHARED:
+                        tenants.add(claim.home)  # the handler may have taken away what they saw, or moved them
+                    scope = await resolver.scope(claim)
+                tenants.add(scope.tenant)
             except Denied:
-                return
-            if scope.tenant is not None:
-                self.cache.bump_modules(scope.tenant, invalidation.modules)
+                pass
+            for tenant in tenants:
+                if tenant is not None:
+                    self.cache.bump_modules(tenant, invalidation.modules)
 
         return bump
 

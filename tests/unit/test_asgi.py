@@ -520,6 +520,39 @@ async def test_a_change_of_what_somebody_may_see_takes_effect_at_once() -> None:
     assert filtered_by[-1].fingerprint == b"g2"
 
 
+@pytest.mark.parametrize("then", [None, ("globex", "g1", "employee")])
+async def test_who_leaves_a_tenant_invalidates_it_all_the_same(then: Any) -> None:
+    """What they may see is asked after the handler, which has taken it away or moved them."""
+    app, kept, resolver = FastAPI(), ["ann"], People()
+
+    @app.get("/members")
+    @cache_list("members")
+    async def members() -> list[str]:
+        return list(kept)
+
+    @app.post("/leave")
+    @invalidate_cache("members")
+    async def leave() -> None:
+        kept.remove("ann")
+        del resolver.rows["ann"]
+        if then is not None:
+            resolver.rows["ann"] = then
+
+    ann = resolver.claim
+
+    def claim(head: Head) -> Claim:
+        """Say what the token says, which is older than the change."""
+        return Claim("ann", "acme") if head.header("x-user") == "ann" else ann(head)
+
+    resolver.claim = claim  # type: ignore[method-assign]
+    cache, wrapped = make_cache(app, resolver=resolver)
+    async with client(wrapped, cache) as http:
+        for _ in range(2):
+            assert (await http.get("/members", headers={"x-user": "bob"})).json() == ["ann"]
+        await http.post("/leave", headers={"x-user": "ann"})
+        assert (await http.get("/members", headers={"x-user": "bob"})).json() == []
+
+
 async def test_a_scope_is_read_once_for_all_who_wait_for_it() -> None:
     """Fifty requests of one user on a cold process read the scope once."""
     people = People()
