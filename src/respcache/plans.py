@@ -33,6 +33,8 @@ log = logging.getLogger("respcache")
 
 MAX_AGE_S = 60.0
 MAX_PARTS = 4096
+MAX_SHARED_BYTES = 4096
+"""Of keys whose parts are shared with others: so all parts take no more than ``MEMO_BYTES`` either, whatever clients send."""
 MEMO_BYTES = 16 * 1024 * 1024
 PLAN_BYTES = 2048
 """What a plan takes besides the bytes it is remembered by, roughly."""
@@ -200,10 +202,12 @@ class Memo:
         if plan.claim.expires_at is not None:
             lasts_s = min(lasts_s, plan.claim.expires_at - time.time())
         plan.expires_at = self._clock() + lasts_s
-        size_bytes = PLAN_BYTES + sum(map(len, (*key[:2], *(value for _, value in key[3:]))))
+        key_bytes = sum(map(len, (*key[:2], *(value for _, value in key[3:]))))
         if len(self._parts) > MAX_PARTS:
             self._parts.clear()
-        self._plans.put(tuple(self._parts.setdefault(part, part) for part in key), plan, size_bytes=size_bytes)
+        if key_bytes <= MAX_SHARED_BYTES:
+            key = tuple(self._parts.setdefault(part, part) for part in key)
+        self._plans.put(key, plan, size_bytes=PLAN_BYTES + key_bytes)
 
     def forget(self) -> None:
         """Drop all plans, those under way too."""

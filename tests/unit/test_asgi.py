@@ -916,7 +916,8 @@ async def test_any_asgi_application_can_be_wrapped() -> None:
 
 async def test_an_application_below_a_root_path_of_its_own_is_cached_and_invalidated() -> None:
     """FastAPI takes ``root_path`` off the path before it looks for a route."""
-    app, kept = FastAPI(root_path="/api"), ["old"]
+    app, kept = FastAPI(), ["old"]
+    app.root_path = "/api"
 
     @app.get("/plans")
     @cache_list("plans")

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from respcache import Cache, Claim, ConfigurationError, Denied, Head, Level, Mem
 from respcache.core.encoding import zstd
 from respcache.core.errors import StoreError
 from respcache.core.generations import Generation
-from respcache.plans import MAX_AGE_S, Aim
+from respcache.plans import MAX_AGE_S, MEMO_BYTES, Aim
 from respcache.stores.base import Bumped
 from respcache.stores.memory import MemoryServer
 
@@ -678,6 +679,22 @@ async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_
     async with running(World(resolver=ByAddress())) as world:
         await world.get()
     assert addresses == [None]
+
+
+async def test_what_clients_send_takes_no_more_memory_than_the_memo_counts(world: World) -> None:
+    """Parts that keys have in common are kept once; long ones, which nobody else sends, leave with their plan."""
+    await world.get()
+    memo = world.wrapped.memo
+    assert memo is not None
+    (plan,) = memo.plans()
+    tracemalloc.start()
+    try:
+        for number in range(40):
+            memo.remember(("/strict", b"%d=" % number + bytes(1_000_000), ""), plan)
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 2 * MEMO_BYTES
 
 
 def test_one_name_in_place_of_a_tuple_is_refused() -> None:
