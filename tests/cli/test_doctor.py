@@ -222,6 +222,27 @@ def test_clocks_and_networks_are_judged() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("info", "config", "check", "level"),
+    [
+        ({"redis_version": "6.0.9"}, {}, "version", "fault"),
+        ({"redis_version": "6.2.0"}, {}, "version", "ok"),
+        ({"redis_version": "7.2.4", "valkey_version": "9.1.2"}, {}, "version", "ok"),
+        ({"role": "master", "cluster_enabled": 1}, {}, "role", "fault"),
+        ({}, {"client-output-buffer-limit": "normal 0 0 0 slave 0 0 0 pubsub 65536 0 0"}, "output buffers", "warning"),
+        ({}, {"client-output-buffer-limit": "normal 0 0 0 slave 0 0 0 pubsub 33554432 8388608 60"}, "output buffers", "ok"),
+    ],
+)
+def test_servers_of_other_kinds_are_judged(info: dict[str, Any], config: dict[str, str], check: str, level: str) -> None:
+    """Old ones, clusters, small output buffers: by what they say of themselves."""
+    report = Report("cache")
+    server = Server("REDIS_CACHE_URL", ServerURL.parse("redis://:x@127.0.0.1"), info, config, 0.0)
+    servers._check_version(report, server)
+    servers._check_role(report, server)
+    servers._check_connections(report, server)
+    assert [one.level for one in report.findings if one.check == check] == [level]
+
+
 # -- database ----------------------------------------------------------------------------------------------------------
 
 EXCHANGED = ("ALTER TABLE leads RENAME TO old", "ALTER TABLE accounts RENAME TO leads", "ALTER TABLE old RENAME TO accounts")
