@@ -212,7 +212,11 @@ class Wrapper:
         audit = self.cache.audit
         assert audit is not None
         scope = {**scope, "method": "GET", "query_string": plan.form.query_string}
-        audit.begin(Hit(self.app, scope, Head(scope, plan.path), plan.route, plan.policy, plan.form.parameters, look))
+        audit.begin(Hit(self.app, scope, self._head(scope, plan.path), plan.route, plan.policy, plan.form.parameters, look))
+
+    def _head(self, scope: Scope, path: Mapping[str, str]) -> Head:
+        """Return what the resolver may see of a request of a cached route."""
+        return Head(scope, path) if self.memo is None else self.memo.narrowed(scope, path)
 
     async def _handle(
         self,
@@ -242,7 +246,7 @@ class Wrapper:
         """Answer a request of a cached route the long way. ``key``: what to remember the plan by, if it is a new one."""
         route, policy, clock = plan.route, plan.policy, self.cache.clock
         began = clock()
-        head = Head(scope, plan.path) if self.memo is None else self.memo.narrowed(scope, plan.path)
+        head = self._head(scope, plan.path)
         if scope["method"] == "HEAD":
             send = without_body(send)
         scope = {**scope, "method": "GET", "query_string": plan.form.query_string}

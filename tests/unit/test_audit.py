@@ -538,6 +538,22 @@ async def test_a_scope_that_ended_unnoticed_is_a_leak(now: Any, word: str, caplo
         assert (await world.get(**{"x-user": "ann"})).json() == "south"
 
 
+async def test_the_audit_sees_no_more_of_a_request_than_the_look_did() -> None:
+    """A header that the resolver does not name is not there for it: what it would say of that is no leak."""
+
+    class Named(People):
+        headers = ("x-user",)
+
+        def claim(self, head: Head) -> Claim:
+            return Claim(head.header("x-instead") or head.header("x-user"), self.home)
+
+    async with running(rows_of_callers(), resolver=Named()) as world:
+        await world.get(**{"x-user": "ann"})
+        await world.audited_hit(**{"x-user": "ann", "x-instead": "bob"})
+        await world.done()
+        assert (world.audit.equal, world.audit.leaks) == (1, 0)
+
+
 async def test_a_change_of_scope_whose_bump_is_under_way_is_no_leak() -> None:
     """It comes while the suspicion waits."""
     people = People()
