@@ -26,7 +26,7 @@ demo: $(STAMP) ## The same with traffic and outages of the cache's server: see h
 	@$(VENV)/bin/python -m crm demo $(ARGS)
 
 test: $(STAMP) ## Run the tests on servers that they start themselves
-	@$(VENV)/bin/pytest
+	@$(VENV)/bin/pytest -n 2 --dist loadfile
 
 test-cache: $(STAMP) ## Check a running system's cache, or one started for it
 	@$(VENV)/bin/python -m crm test-cache $(ARGS)

@@ -52,8 +52,9 @@ class CrmGate:
 
     async def tenant_names(self) -> Mapping[str, str]:
         """See ``Gate.tenant_names``."""
+        everyone = select(tenants.id, tenants.slug).order_by(tenants.slug)
         async with self._engine.connect() as connection:
-            return {str(row.id): row.slug for row in await connection.execute(select(tenants.id, tenants.slug))}
+            return {str(row.id): row.slug for row in await connection.execute(everyone)}
 
 
 def access_of(scope: TenantScope) -> Access | None:

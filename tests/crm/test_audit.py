@@ -17,7 +17,8 @@ from respcache.stores.base import Bumped
 from .conftest import MODULES, NEW, SINGULAR, Crm
 
 pytestmark = pytest.mark.anyio
-FOUND_WITHIN_S = 60.0
+FOUND_WITHIN = 150
+"""Audits: at the default share, what is wrong must be found in so many of them, however long a busy machine takes."""
 RENAME = "UPDATE accounts SET name = $2 WHERE tenant_id = $1"
 FORGET = "DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()"
 READERS = ("ann", "abe", "gus", "max", "nora", "suzy")
@@ -87,7 +88,8 @@ def writer(crm: Crm, name: str, modules: Sequence[str], *, pause_s: float, keep:
 async def found(crm: Crm) -> float:
     """Wait for a finding; return how long that took."""
     audit, began = audit_of(crm), time.monotonic()
-    while not audit.findings and time.monotonic() < began + FOUND_WITHIN_S:
+    most = audit.audits + FOUND_WITHIN
+    while not audit.findings and audit.audits < most:
         await asyncio.sleep(0.02)
     assert audit.findings, (audit.to_dict(), crm.cache.stats())
     return time.monotonic() - began

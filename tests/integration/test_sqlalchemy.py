@@ -488,7 +488,12 @@ READS: list[tuple[Any, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("statement", "tables"), READS, ids=str)
+def named(value: Any) -> str:
+    """Name a parameter the same way in every process."""
+    return ",".join(sorted(value)) if isinstance(value, set) else str(value)
+
+
+@pytest.mark.parametrize(("statement", "tables"), READS, ids=named)
 async def test_the_tables_that_a_fill_selects_from_are_seen(engine: AsyncEngine, statement: Any, tables: set[str]) -> None:
     """In joins, eager loads, subqueries, unions, common table expressions and text."""
     reads = await reads_of(engine, statement)
