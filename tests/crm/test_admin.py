@@ -291,6 +291,7 @@ async def test_what_cannot_be_is_refused_by_name(ground: Ground, monkeypatch: py
     with pytest.raises(InvalidOperation, match="1 switches"):
         await ground.admin.switch(ground.root, off=True, tenant=ground.acme)
     assert await ground.admin.trail(ground.root) == trail
+    assert (await ground.admin.switch(ground.root, off=True)).everything  # however many are off
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from crm.embedded import EmbeddedValkey
 from crm.models import Tenant
 from crm.settings import Settings
 from respcache.core.errors import NotTrailed
+from respcache.ops.admin import Admin
 from respcache.ops.dashboard import gate, layout, live
+from respcache.ops.figures import Overview
 from respcache.ops.postgres import PostgresTrail
 from tests.crm.conftest import PASSWORD, SECRET, Crm, populate
 
@@ -351,6 +353,33 @@ async def test_streams_need_a_session_and_are_bounded(crm: Crm, person: Person, 
     await person.sign_in("root")
     monkeypatch.setattr(live, "MAX_STREAMS", 0)
     assert (await person.get("live")).status_code == 503
+
+
+async def test_streams_that_begin_at_the_same_moment_are_bounded_too(
+    crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are let in before the first of them is open; the others end with the reason."""
+    monkeypatch.setattr(live, "MAX_STREAMS", 1)
+    monkeypatch.setattr(live, "FIGURES_S", 3600.0)
+    dashboard, overview = crm.app.app.state.dashboard, Admin.overview
+    together = asyncio.Barrier(3)
+
+    async def all_at_once(self: Admin, *asked: Any, **more: Any) -> Overview:
+        found = await overview(self, *asked, **more)
+        await together.wait()
+        return found
+
+    await person.sign_in("root")
+    monkeypatch.setattr(Admin, "overview", all_at_once)
+    streams = [asyncio.create_task(person.get("live")) for _ in range(3)]
+    texts: list[str] = []
+    async with asyncio.timeout(60):
+        for ended in asyncio.as_completed(streams):
+            texts.append((await ended).text)
+            if len(texts) == 2:
+                assert dashboard.streams == 1
+                dashboard.close()
+    assert [live.TOO_MANY in text for text in texts] == [True, True, False]
 
 
 async def test_a_look_for_news_without_a_session_is_sent_to_sign_in(person: Person) -> None:

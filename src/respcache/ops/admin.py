@@ -252,7 +252,7 @@ class Admin:
         if module is not None:
             self._known_module(module)
         switches = self._cache.switches
-        if off and switches is not None and len(switches.off) >= MAX_SWITCHES:
+        if off and (tenant or module) and switches is not None and len(switches.off) >= MAX_SWITCHES:
             raise InvalidOperation(f"{MAX_SWITCHES} switches are off: turn one on first, or everything off")
         await self._write_down(access, "switch", owner, off=off, module=module)
         turn = self._cache.disable if off else self._cache.enable

@@ -30,6 +30,7 @@ MAX_S = 600.0
 MAX_STREAMS = 64
 """Of one process; beyond them pages are told to come back later, and can be loaded anew by hand."""
 
+TOO_MANY = "Too many pages are open: load this one anew for new figures"
 EVENTS_AT_ONCE = 50
 
 log = logging.getLogger("respcache")
@@ -118,7 +119,7 @@ class Live:
         if viewer is None:
             return say_no(401, "unauthenticated", "The session has ended")
         if self.streams >= MAX_STREAMS:
-            return say_no(503, "unavailable", "Too many pages are open: load this one anew for new figures")
+            return say_no(503, "unavailable", TOO_MANY)
         try:
             step = begin(request, viewer)
             first = await step(viewer)
@@ -132,6 +133,9 @@ class Live:
     async def _events(
         self, request: Request, viewer: Viewer, step: Step, events: list[Event], every_s: float
     ) -> AsyncIterator[str]:
+        if self.streams >= MAX_STREAMS:  # others were let in while the first figures were read
+            yield _event(("problem", _json({"message": TOO_MANY})))
+            return
         self.streams += 1
         try:
             now = asyncio.get_running_loop().time
