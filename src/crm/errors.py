@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from starlette.exceptions import HTTPException
 
 from respcache import Denied
+from respcache.core.errors import NotTrailed
 
 log = logging.getLogger("crm")
 
@@ -111,6 +112,11 @@ def install(app: FastAPI) -> None:
     async def database_away(request: Request, error: Exception) -> Response:
         log.error("the database is away: %s", type(error).__name__)
         return fail(503, "Database unavailable")
+
+    @app.exception_handler(NotTrailed)
+    async def not_trailed(request: Request, error: NotTrailed) -> Response:
+        log.error("nothing was done, as it could not be written down who did it: %s", error)
+        return fail(503, "Not done, as it cannot be written down just now who did it: try again")
 
     @app.exception_handler(DBAPIError)
     async def database_refused(request: Request, error: DBAPIError) -> Response:

@@ -132,7 +132,7 @@ async def test_a_purge_and_an_invalidation_by_hand_are_told_with_who_did_it(crm:
     assert (module.modules, module.tables, module.everything) == (("leads",), (), False)
     assert (everything.modules, everything.everything) == ((), True)
     await crm.as_user("gus").post("/api/cache/invalidate", json={"modules": ["tasks"]})
-    (event,) = await caused(admin_of(crm), "POST /api/cache/invalidate")
+    (event,) = await caused(admin_of(crm), "purge by gus@x.example")
     assert (event.tenant, event.modules) == (str(crm.tenants["globex"].id), ("tasks",))
     await crm.cache.invalidate_all_tenant(acme)
     await caused(admin_of(crm), "script")

@@ -20,6 +20,8 @@ from crm.migrations import configuration
 from crm.routes.auth import LoginLimit
 from crm.settings import Settings
 from respcache import Claim, ConfigurationError
+from respcache.core.errors import NotTrailed
+from respcache.ops.postgres import PostgresTrail
 
 from .conftest import MODULES, NEW, PASSWORD, SECRET, Crm, hit
 
@@ -153,6 +155,39 @@ async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
     assert "detail=off" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
     await root.post("/api/cache/switch", json={"enabled": True})
     assert "stored" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
+
+
+async def test_what_is_done_to_the_cache_by_the_api_is_in_the_trail_too(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With who did it, as by the dashboard; what cannot be written down is not done."""
+    root, abe = crm.as_user("root"), crm.as_user("abe")
+    acme, globex = (str(crm.tenants[slug].id) for slug in ("acme", "globex"))
+    await root.post("/api/cache/switch", json={"enabled": False})
+    await root.post("/api/cache/switch", json={"enabled": True})
+    await abe.post("/api/cache/invalidate", json={"modules": ["leads", "accounts", "leads"]})
+    await root.post("/api/cache/invalidate?tenant_id=globex", json={"modules": []})
+    acts = [(act["act"], act["name"], act["tenant"], act["details"]) for act in (await root.get("/cache/api/trail")).json()[::-1]]
+    assert acts == [
+        ("switch", "root@x.example", None, {"off": True}),
+        ("switch", "root@x.example", None, {"off": False}),
+        ("purge", "abe@x.example", acme, {"module": "leads"}),
+        ("purge", "abe@x.example", acme, {"module": "accounts"}),
+        ("purge", "root@x.example", globex, {}),
+    ]
+
+    async def fail(*_: object) -> None:
+        raise NotTrailed("the trail is away")
+
+    monkeypatch.setattr(PostgresTrail, "append", fail)
+    for _ in range(2):
+        await abe.get("/api/accounts")
+    for http, path, body in (
+        (root, "switch", {"enabled": False}),
+        (abe, "invalidate", {"modules": ["accounts"]}),
+        (abe, "invalidate", {"modules": []}),
+    ):
+        answer = await http.post(f"/api/cache/{path}", json=body)
+        assert (answer.status_code, answer.json()["status"]) == (503, "error")
+        assert hit(await abe.get("/api/accounts"))
 
 
 async def test_without_the_database_the_answer_is_503(crm: Crm) -> None:

@@ -10,8 +10,10 @@ from sqlalchemy import text
 
 from crm.auth import TenantScope, require_admin, require_superadmin
 from crm.errors import ApiError, Refused, fail, respond
+from crm.operators import access_of
 from crm.settings import Settings
 from respcache import Cache, StoreError
+from respcache.ops.admin import Admin as CacheAdmin
 from respcache.resp.connection import visit
 from respcache.resp.url import ServerURL
 
@@ -93,30 +95,33 @@ async def cache_stats(request: Request, scope: Admin) -> Response:
 
 @router.post("/cache/invalidate", tags=["cache"], summary="Invalidate cached answers")
 async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Response:
-    """Of your tenant. One write each, whatever the number of entries."""
+    """Of your tenant. One write each, whatever the number of entries, after a line in the trail."""
     cache: Cache = request.app.state.cache
+    admin: CacheAdmin = request.app.state.cache_admin
+    access = access_of(scope)
+    assert access is not None
     if scope.tenant is None:
         raise Refused(400, "Superadmin write operations require a tenant_id to be specified", field="tenant_id")
-    everything = body.modules in ([], ["*"])
-    unknown = [] if everything else sorted(set(body.modules) - cache.modules)
+    named: list[str] | list[None] = [None] if body.modules in ([], ["*"]) else body.modules
+    unknown = sorted({module for module in named if module is not None} - cache.modules)
     if unknown:
         raise ApiError(
             400, f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.modules))}", field="modules"
         )
-    if everything:
-        confirmed = await cache.invalidate_all_tenant(scope.tenant)
-    else:
-        confirmed = all([await cache.invalidate_tenant_cache(scope.tenant, module) for module in dict.fromkeys(body.modules)])
+    purged = [await admin.purge(access, tenant=scope.tenant, module=module) for module in dict.fromkeys(named)]
+    confirmed = all(one.confirmed for one in purged)
     message = "Cache invalidated" if confirmed else "Cache unavailable: the invalidation is retried until it is confirmed"
     return respond({"tenant_id": scope.tenant, "modules": body.modules or ["*"], "confirmed": confirmed}, message=message)
 
 
 @router.post("/cache/switch", tags=["cache"], summary="Switch the cache off or on")
 async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
-    """For all processes, without a deploy. Invalidations are sent all the while."""
-    cache: Cache = request.app.state.cache
-    reached = await (cache.enable() if body.enabled else cache.disable())
-    return respond({"enabled": cache.enabled, "other_processes_told": reached})
+    """For all processes, without a deploy, after a line in the trail. Invalidations are sent all the while."""
+    admin: CacheAdmin = request.app.state.cache_admin
+    access = access_of(scope)
+    assert access is not None
+    switches = await admin.switch(access, off=not body.enabled)
+    return respond({"enabled": switches.enabled, "other_processes_told": switches.told})
 
 
 async def _database_status(request: Request) -> dict[str, Any]:
