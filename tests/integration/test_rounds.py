@@ -768,7 +768,7 @@ async def test_a_horizon_from_the_future_deletes_nothing(psql: asyncpg.Connectio
     page = await outbox.page(None)
     assert (page.foreign, page.pruned_ahead) == (True, True)
     await psql.execute(f"INSERT INTO {triggers.OUTBOX} (tenant, tag) VALUES ('late', 'T:things')")
-    async with outbox._connected() as connection:  # what a process does that has just moved the horizon
+    async with outbox._connections.connected() as connection:  # what a process does that has just moved the horizon
         await connection.execute(outbox._delete, {"limit": 10})
     assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE tenant = 'late'") == 1
     await outbox.prune()
