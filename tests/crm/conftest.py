@@ -51,7 +51,7 @@ class Crm:
         return self.clients[key]
 
     async def said(self, name: str, path: str) -> str:
-        """Return what the cache says to somebody; asked again while it is left alone, as a busy machine may have it for a moment."""
+        """Return what the cache says to somebody; asked again while it is left alone, as on a busy machine for a moment."""
         while "fwd=bypass" in (said := status(await self.as_user(name).get(path))):
             await asyncio.sleep(0.05)
         return said
