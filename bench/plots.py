@@ -113,7 +113,7 @@ def _lines(found: Mapping[str, Any]) -> Figure:
         axes.set_axisbelow(True)
     panels[0].set_ylabel("milliseconds, median")
     for axis in (panels[0].yaxis, *(axes.xaxis for axes in panels)):
-        axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,.7g}"))
         axis.set_minor_formatter(mpl.ticker.NullFormatter())
     handles = [mpl.lines.Line2D([], [], color=LINES[way], marker="o", markersize=4, linewidth=2) for way in LINES]
     panels[0].legend(handles, list(LINES), loc="upper left", fontsize=8, frameon=True, edgecolor="#c3c9d0")
