@@ -292,12 +292,15 @@ def _running(settings: Settings) -> dict[str, Any]:
 
 def _say_hello(settings: Settings, port: int, said: str, token: str) -> None:
     """Tell what runs where, without passwords, and what to try."""
+    from crm.demo import PASSWORD
+
     base = f"http://localhost:{port}"
+    signing_in = f"    sign in: root@crm.example, {PASSWORD}" if token else ""
     url = cache_url(settings)
     cache = "none" if url is None or settings.without_cache else str(ServerURL.parse(url))
     database = settings.database_url.get_secret_value().rpartition("@")[2] if settings.database_url else "?"
     lines = ["", f"  CRM         {base}    documentation: {base}/docs", f"  data        {settings.data_dir.resolve()}    {said}"]
-    lines += [f"  PostgreSQL  {database}", f"  Valkey      {cache}", ""]
+    lines += [f"  dashboard   {base}/cache{signing_in}", f"  PostgreSQL  {database}", f"  Valkey      {cache}", ""]
     if token:
         lines += [
             "  Try it (the second answer says 'hit'):", "", f"  TOKEN={token}",
