@@ -1,6 +1,6 @@
 """What is said of a request: what would become of it now, and why. ``ops/explainer.py`` finds it out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -89,7 +89,7 @@ class Asked:
     method: str
     path: str
     query: str = ""
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def scope(self) -> dict[str, Any]:
         """Make the ASGI scope that a server would make of it. Raises ``InvalidOperation``."""

@@ -9,8 +9,9 @@ import hmac
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol, TypeVar
 
@@ -60,7 +61,10 @@ class Gate(Protocol):
         ...
 
     async def tenant_names(self) -> Mapping[str, str]:
-        """Return what people call the tenants, by their ids; those that are left out, or all, are called by their ids."""
+        """Return what people call the tenants, by their ids; those that are left out, or all, are called by their ids.
+
+        So are those whose name could be taken for another tenant.
+        """
         ...
 
 
@@ -69,7 +73,7 @@ class Viewer:
     """Somebody who is signed in. ``names``: of the tenants within reach."""
 
     access: Access
-    token: str
+    token: str = field(repr=False)
     names: Mapping[str, str]
 
     @property
@@ -136,10 +140,22 @@ class Door:
         if now >= self._names_until:
             self._names_until = now + NAMES_S
             try:
-                self._names = dict(await self._gate.tenant_names())
+                self._names = unmistakable(await self._gate.tenant_names())
             except Exception as error:
                 log.warning("the names of tenants cannot be had: %s", type(error).__name__)
         return self._names
+
+
+def unmistakable(names: Mapping[str, str]) -> dict[str, str]:
+    """Leave out the names by which somebody could mean another tenant: those of several, and the ids of others."""
+    names = {tenant: name.strip() for tenant, name in names.items()}
+    called = Counter(name.lower() for name in names.values())
+    ids = {tenant.lower(): tenant for tenant in names}
+    return {
+        tenant: name
+        for tenant, name in names.items()
+        if name and called[name.lower()] == 1 and ids.get(name.lower(), tenant) == tenant
+    }
 
 
 def form_token(secret: str) -> str:
