@@ -112,7 +112,10 @@ async def test_a_search_goes_through_a_bounded_number_of_keys(
     assert not (await stored.admin.sample(VIEWER)).complete
 
 
-@pytest.mark.parametrize("wrong", [{"cursor": "x"}, {"cursor": "-1"}, {"module": "*"}, {"module": "a:b"}, {"tenant": "*"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"cursor": "x"}, {"cursor": "-1"}, {"cursor": str(2**64)}, {"module": "*"}, {"module": "a:b"}, {"tenant": "*"}],
+)
 async def test_a_search_for_what_cannot_be_is_refused(stored: Stored, wrong: dict[str, str]) -> None:
     """No glob, no blank, no colon gets to the server."""
     with pytest.raises(NotFound):
@@ -353,6 +356,10 @@ async def test_a_store_in_memory_is_searched_too() -> None:
     assert cache.near is not None
     assert keys[0] not in cache.near
     assert len((await admin.keys(ROOT)).keys) == 2
+    await cache.get_or_set("t", "words", {}, make)
+    await asyncio.sleep(0)
+    assert [facts.module for facts in (await admin.keys(ROOT, module="words")).keys] == ["words"]
+    assert len((await admin.keys(ROOT)).keys) == 3
     await cache.close()
 
 

@@ -5,6 +5,7 @@ Entries are read and deleted here by key; what one looks at is in no figure of t
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from respcache.core.entry import HEAD_BYTES
@@ -117,8 +118,7 @@ class MemoryKeys:
 
     async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
         """See ``Keyspace.walk``. There are few."""
-        prefix = pattern.partition("*")[0].partition("[")[0]
-        return Walk([key for key in self._server.values if key.startswith(prefix)], "", len(self._server.values))
+        return Walk([key for key in self._server.values if fnmatchcase(key, pattern)], "", len(self._server.values))
 
     async def stored(self, keys: Sequence[str]) -> list[Stored]:
         """See ``Keyspace.stored``."""

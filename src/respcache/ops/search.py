@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 MAX_LOOKED_AT = 20_000
 """Keys that one request goes through."""
 
+MAX_CURSOR = 2**64 - 1
+"""What SCAN takes."""
+
 MAX_SAMPLED = 2_000
 AT_ONCE = 500
 """Keys that are looked at with one command."""
@@ -146,7 +149,7 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
 
 async def find(space: Keyspace, *, tenant: str | None, module: str | None, cursor: str, limit: int) -> KeyPage:
     """Search. Costs a few round trips, more where matches are rare."""
-    if not (cursor.isascii() and cursor.isdecimal() and len(cursor) <= 20) and cursor:
+    if cursor and not (cursor.isascii() and cursor.isdecimal() and len(cursor) <= 20 and int(cursor) <= MAX_CURSOR):
         raise NotFound(f"no cursor {cursor[:40]!r}")
     walk = await space.walk(keys.entry_pattern(tenant, module), cursor=cursor, enough=limit, most=MAX_LOOKED_AT)
     total = await space.total()
