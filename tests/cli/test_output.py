@@ -29,10 +29,12 @@ def test_control_characters_are_shown_as_pictures(capsys: pytest.CaptureFixture[
 
 def test_json_holds_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     """Control characters as escapes."""
-    Output(as_json=True).emit({"evil": EVIL}, lambda: None)
+    evil = f"{EVIL}\x7fü"
+    Output(as_json=True).emit({"evil": evil}, lambda: None)
     said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert json.loads(said) == {"evil": EVIL}
+    assert not {*"\x1b\x07\x9b\x7f"} & {*said}
+    assert "ü" in said
+    assert json.loads(said) == {"evil": evil}
 
 
 def test_a_body_reaches_a_program_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

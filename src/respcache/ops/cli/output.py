@@ -25,6 +25,9 @@ UNBROKEN = 10_000
 PICTURES = {**{code: 0x2400 + code for code in range(32)}, 127: 0x2421, **dict.fromkeys(range(128, 160), 0xFFFD)}
 """What stands for a control character."""
 
+ESCAPES = {code: f"\\u{code:04x}" for code in range(127, 160)}
+"""Of control characters that JSON leaves as they are (RFC 8259, section 7); U+009B begins a command as ESC [ does."""
+
 
 class Output:
     """Standard output of one command, in one of both forms."""
@@ -178,4 +181,4 @@ def _console(file: Any) -> Console:
 
 
 def _json(document: Any, *, indent: int | None = None) -> str:
-    return json.dumps(msgspec.to_builtins(document), ensure_ascii=False, indent=indent)
+    return json.dumps(msgspec.to_builtins(document), ensure_ascii=False, indent=indent).translate(ESCAPES)
