@@ -37,19 +37,8 @@ class PostgresTrail:
         """See ``Trail.latest``. One round trip."""
         given = {"tenant": tenant, "limit": limit, "before": before}
         async with self._connected() as connection:
-            rows = (await connection.execute(self._latest, given)).all()
-        return [
-            Act(
-                act=row.act,
-                name=row.name,
-                role=row.role,
-                tenant=row.tenant,
-                details=msgspec.json.decode(row.details),
-                id=row.id,
-                at=row.at,
-            )
-            for row in rows
-        ]
+            rows = (await connection.execute(self._latest, given)).mappings().all()
+        return [Act(**{**row, "details": msgspec.json.decode(row["details"])}) for row in rows]
 
     async def close(self) -> None:
         """Disconnect."""

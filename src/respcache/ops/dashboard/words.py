@@ -143,12 +143,5 @@ FILTERS: dict[str, Any] = {
 
 def _figures(value: float) -> str:
     """Write with two or three figures."""
-    return (
-        f"{value:.0f}"
-        if abs(value) >= 100
-        else f"{value:.1f}"
-        if abs(value) >= 10
-        else f"{value:.2g}"
-        if abs(value) < 1
-        else f"{value:.1f}"
-    )
+    much = abs(value)
+    return f"{value:.0f}" if much >= 100 else f"{value:.1f}" if much >= 1 else f"{value:.2g}"
