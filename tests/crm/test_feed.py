@@ -238,6 +238,20 @@ async def test_what_is_too_much_is_counted(crm: Crm, valkey_url: str, monkeypatc
         assert client.xlen(FEED_KEY) < 200
 
 
+async def test_who_reaches_one_tenant_is_told_nothing_of_workers_and_of_what_others_write(crm: Crm) -> None:
+    """What was too much to be told is of all tenants together."""
+    admin = admin_of(crm)
+    await caused(admin, "script")  # that the people of the test were made
+    rows = [(f"tenant-{number}", "T:leads", "") for number in range(MAX_AT_ONCE + 30)]
+    admin._feed.note(rows, Outcome.CONFIRMED, 0.1, by="a burst")
+    events = await caused(admin, "a burst", MAX_AT_ONCE)
+    (told,) = (event for event in events if event.skipped)
+    (own,) = (await admin.feed(Access(name="abe", role=Role.OPERATOR, tenant=told.tenant))).events
+    assert (own.id, own.skipped, own.process) == (told.id, 0, "")
+    (same,) = (await admin.feed(ROOT, tenant=told.tenant)).events
+    assert same == told
+
+
 @pytest.mark.parametrize("away", ["refuses", "is silent"])
 async def test_no_write_waits_for_the_feed(away: str) -> None:
     """Its server may refuse or be silent: the last events of this process are shown, and later it is said what is missing."""

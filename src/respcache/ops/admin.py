@@ -38,6 +38,7 @@ MAX_ROWS = 1_000
 """Rows of one answer."""
 
 
+OTHERS_AWAY = "the figures of other workers cannot be read just now"
 MAX_SWITCHES = 1_000
 """Tenants and modules that can be off at the same time."""
 
@@ -86,7 +87,7 @@ class Admin:
         common: dict[str, Any] = {
             "at": datetime.now(UTC),
             "figures_of": "this process" if fleet.alone else "all processes",
-            "problem": fleet.problem,
+            "problem": fleet.problem if tenant is None else OTHERS_AWAY if fleet.problem else "",
             "tenant": tenant,
             "available": cache.store is not None and cache.store.available,
             "switches": await self.switches(access),
@@ -187,7 +188,8 @@ class Admin:
 
     async def feed(self, access: Access, *, after: str = "", tenant: str | None = None, limit: int = 100) -> Feed:
         """Return what was invalidated after an event (``""``: the last ones), at most ``limit``. Returns at once."""
-        return await self._feed.read(tenant=access.within(tenant), after=after, limit=_bounded(limit))
+        found = await self._feed.read(tenant=access.within(tenant), after=after, limit=_bounded(limit))
+        return found if access.tenant is None else found.of_one_tenant()
 
     async def trail(self, access: Access, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> list[Act]:
         """Return acts, the newest first; of a tenant's admin, those that concern the tenant. Raises ``NotTrailed``."""
@@ -223,7 +225,7 @@ class Admin:
             try:
                 deleted = await self._space().delete(key)
             except StoreError as error:
-                await self._write_down(access, "failed", owner, key=key, problem=str(error))
+                await self._write_down(access, "failed", owner, key=key, problem=type(error).__name__)
                 raise
             if self._cache.near is not None:
                 self._cache.near.discard(key)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from respcache.cache import Cache
 
 READS = ("GET", "HEAD")
+UNTOLD = "why is told to those who reach all tenants"
 
 
 async def explain(cache: "Cache", wrapper: "Wrapper", asked: Asked, access: Access) -> Explanation:
@@ -105,11 +106,11 @@ class _Case:
         except Denied:
             raise _End("bypass", "denied", "the caller is not known, or may not see this: the application answers") from None
         except _Fenced:
-            problem = "" if cache.rounds is None else cache.rounds.problem
+            problem = "" if cache.rounds is None else self._told(cache.rounds.problem)
             why = f"this process cannot prove that it has seen every write ({problem or 'the server is another one by now'})"
             raise _End("bypass", "fence", why) from None
         except StoreError as error:
-            raise _End("bypass", "store", f"the cache's server cannot be asked: {error}") from None
+            raise _End("bypass", "store", f"the cache's server cannot be asked: {self._told(str(error))}") from None
         except Exception as error:  # its text may hold rows
             raise _End("bypass", "identity", f"the resolver failed with {type(error).__name__}") from None
 
@@ -296,6 +297,10 @@ class _Case:
                 digest=target.digest,
             )
 
+    def _told(self, said: str) -> str:
+        """Return what servers say, which names hosts, to those who reach all tenants."""
+        return UNTOLD if said and self._access.tenant is not None else said
+
     def _uncovered(self, policy: Policy) -> str:
         rounds = self._cache.rounds
         assert rounds is not None
@@ -310,7 +315,7 @@ class _Case:
                 left_s=round(max(0.0, rounds.fence.until - rounds.clock()), 3),
                 age_s=None if age_s is None else round(age_s, 3),
                 server=short_server(rounds.fence.server),
-                problem=rounds.problem,
+                problem=self._told(rounds.problem),
             )
 
     def _note_caller(self, claim: Claim, scope: Scope, *, remembered: bool) -> None:

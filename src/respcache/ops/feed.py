@@ -86,7 +86,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """From the COMMIT, or of the outbox from when the oldest row was written, to the outcome."""
     process: str
-    """Host and process id of who sent the bump."""
+    """Host and process id of who sent the bump. This and what follows is told to those who reach all tenants."""
     skipped: int = 0
     """Further invalidations of this process that are not in the feed, since its last event: there were too many."""
 
@@ -99,6 +99,12 @@ class Feed(msgspec.Struct, frozen=True, kw_only=True):
     """Give it as ``after`` to go on."""
     processes: str
     """``all``, or ``this`` where the server is away or is none."""
+
+    def of_one_tenant(self) -> "Feed":
+        """Leave out what is of all tenants: workers, and how much more was invalidated, whoever's it was."""
+        return msgspec.structs.replace(
+            self, events=[msgspec.structs.replace(event, process="", skipped=0) for event in self.events]
+        )
 
 
 class _Noted(NamedTuple):

@@ -41,8 +41,9 @@ def _chosen(feed: Document, module: str | None) -> list[Document]:
 def _line(event: Document) -> Text:
     what = "everything" if event["everything"] else ", ".join(event["modules"]) or "no module"
     tables = f" ({', '.join(event['tables'])})" if event["tables"] else ""
+    worker = f"  {event['process']}" if event["process"] else ""
     more = f"  and {event['skipped']} more that are not told" if event["skipped"] else ""
     return Text.assemble(
         (event["at"][:23].replace("T", " "), "dim"), "  ", (event["outcome"], STYLES.get(event["outcome"], "")), " after ",
-        span(event["seconds"]), f"  {event['tenant']}  {what}{tables}  {event['cause']}", (f"  {event['process']}", "dim"), more,
+        span(event["seconds"]), f"  {event['tenant']}  {what}{tables}  {event['cause']}", (worker, "dim"), more,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from respcache.core.errors import InvalidOperation, NotTrailed, OperationError, StoreError
 from respcache.ops.admin import Admin, Purge
 from respcache.ops.dashboard import gate, words
-from respcache.ops.dashboard.api import word_for
+from respcache.ops.dashboard.api import refusal
 from respcache.ops.dashboard.gate import Door, TooManyAttempts, Viewer
 from respcache.ops.dashboard.layout import THEMES, Addresses, Pages, theme_of
 from respcache.ops.dashboard.pages import Endpoint, Looks
@@ -239,8 +239,7 @@ class Acts:
 
     def _page(self, request: Request, name: str, viewer: Viewer, problem: Exception | None, **context: Any) -> Response:
         """Answer with a page that says what could not be done."""
-        status = 200 if problem is None else word_for(problem)[0]
-        text = "" if problem is None else str(problem)
+        status, _, text = (200, "", "") if problem is None else refusal(problem, viewer.access)
         return self._pages.page(request, f"{name}.html", viewer=viewer, at=name, status=status, problem=text, **context)
 
 

@@ -29,6 +29,12 @@ WORDS: dict[type[Exception], tuple[int, str]] = {
 }
 """Status and word of what a method raises."""
 
+UNTOLD: dict[type[Exception], str] = {
+    NotTrailed: "the trail cannot be reached just now, and what cannot be written down is not done",
+    StoreError: "the cache's server cannot be asked just now",
+}
+"""What is said in place of what servers say, which names hosts, to whoever does not reach all tenants."""
+
 
 class Credentials(msgspec.Struct, forbid_unknown_fields=True):
     """The body of ``token``."""
@@ -193,7 +199,7 @@ class Api:
             try:
                 return answer_json(await answer(Asked(request, viewer, await request.body())))
             except (OperationError, StoreError) as error:
-                return say_no(*word_for(error), str(error))
+                return say_no(*refusal(error, viewer.access))
 
         return respond
 
@@ -208,9 +214,11 @@ def numbers(request: Request, name: str) -> dict[str, int]:
     return {name: int(given)}
 
 
-def word_for(error: Exception) -> tuple[int, str]:
-    """Return status and word for what a method raised."""
-    return next((found for kind, found in WORDS.items() if isinstance(error, kind)), (400, "invalid"))
+def refusal(error: Exception, access: Access) -> tuple[int, str, str]:
+    """Return status, word and text for what a method raised."""
+    status, word = next((found for kind, found in WORDS.items() if isinstance(error, kind)), (400, "invalid"))
+    untold = {} if access.tenant is None else UNTOLD
+    return status, word, next((text for kind, text in untold.items() if isinstance(error, kind)), str(error))
 
 
 def say_no(status: int, word: str, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from respcache.core.errors import OperationError, StoreError
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard import view
-from respcache.ops.dashboard.api import numbers, say_no, word_for
+from respcache.ops.dashboard.api import numbers, refusal, say_no
 from respcache.ops.dashboard.gate import Door, GateAway, Viewer
 from respcache.ops.dashboard.layout import Pages
 from respcache.ops.figures import Row
@@ -124,7 +124,7 @@ class Live:
             step = begin(request, viewer)
             first = await step(viewer)
         except (OperationError, StoreError) as error:
-            return say_no(*word_for(error), str(error))
+            return say_no(*refusal(error, viewer.access))
         headers = {"x-accel-buffering": "no"}
         return StreamingResponse(
             self._events(request, viewer, step, first, every_s), media_type="text/event-stream", headers=headers
@@ -151,7 +151,7 @@ class Live:
                 try:
                     yield "".join(map(_event, await step(viewer))) or ": nothing new\n\n"
                 except (OperationError, StoreError) as error:
-                    yield _event(("problem", _json({"message": str(error)})))
+                    yield _event(("problem", _json({"message": refusal(error, viewer.access)[2]})))
         except GateAway:
             return
         finally:

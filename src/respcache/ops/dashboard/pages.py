@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from respcache.core.errors import OperationError, StoreError
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard import charts, view, words
-from respcache.ops.dashboard.api import numbers, word_for
+from respcache.ops.dashboard.api import numbers, refusal
 from respcache.ops.dashboard.gate import Door, Viewer
 from respcache.ops.dashboard.layout import Addresses, Pages, assets, fingerprint
 from respcache.ops.figures import Overview, Row
@@ -84,7 +84,8 @@ class Looks:
             try:
                 return await endpoint(request, viewer)
             except (OperationError, StoreError) as error:
-                return self.problem(request, viewer, word_for(error)[0], str(error))
+                status, _, text = refusal(error, viewer.access)
+                return self.problem(request, viewer, status, text)
 
         return respond
 
