@@ -190,7 +190,7 @@ async def test_the_feed_goes_on_where_it_was_read_to(crm: Crm) -> None:
     assert {event.tenant for event in (await admin.feed(mine)).events} == {acme}
     with pytest.raises(NotFound):
         await admin.feed(mine, tenant=globex)
-    for wrong in ("x", "1", "-", "1-2-3", "$"):
+    for wrong in ("x", "1", "-", "1-2-3", "$", f"{2**64}-0"):
         with pytest.raises(InvalidOperation, match="after"):
             await admin.feed(ROOT, after=wrong)
 

@@ -62,6 +62,7 @@ MAX_NAMED = 20
 OUTBOX = "outbox"
 SCRIPT = "script"
 
+MAX_NUMBER = 2**64 - 1
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
 
 
@@ -159,7 +160,7 @@ class Reporter:
 
     async def read(self, *, tenant: str | None, after: str, limit: int) -> Feed:
         """Return what came after an event, or the last events. One round trip. Raises ``InvalidOperation``."""
-        if after and _ID.fullmatch(after) is None:
+        if after and (_ID.fullmatch(after) is None or max(_order(after)) > MAX_NUMBER):
             raise InvalidOperation(f"after {after[:40]!r} must be the id of an event, or the 'last' of a feed")
 
         async def ask(client: Any) -> Any:
