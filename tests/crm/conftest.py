@@ -52,8 +52,9 @@ class Crm:
 
     async def said(self, name: str, path: str) -> str:
         """Return what the cache says to somebody; asked again while it is left alone, as on a busy machine for a moment."""
-        while "fwd=bypass" in (said := status(await self.as_user(name).get(path))):
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(60):
+            while "fwd=bypass" in (said := status(await self.as_user(name).get(path))):
+                await asyncio.sleep(0.05)
         return said
 
     async def save(self, *rows: Any) -> None:

@@ -74,9 +74,10 @@ async def person(crm: Crm) -> AsyncIterator[Person]:
 
 
 async def stored(crm: Crm, who: str) -> str:
-    """Return the key of somebody's accounts. The server has it a moment after the answer."""
-    while not (found := (await crm.as_user(who).get("/cache/api/keys?module=accounts")).json()["keys"]):
-        await asyncio.sleep(0.01)
+    """Return the key of somebody's accounts. The server has it a moment after the answer, if the cache was asked for that."""
+    async with asyncio.timeout(60):
+        while not (found := (await crm.as_user(who).get("/cache/api/keys?module=accounts")).json()["keys"]):
+            await crm.said(who, "/api/accounts")
     (one,) = found
     return str(one["key"])
 
