@@ -16,6 +16,7 @@ import asyncpg
 import httpx2
 import pytest
 
+from crm.embedded import free_port
 from respcache.ops.cli.output import UNBROKEN
 
 from .system import System
@@ -153,6 +154,40 @@ def disable_a_trigger(stage: Stage) -> None:
     stage.until(lambda: "detail=no-trigger" in stage.read())
 
 
+def evict(stage: Stage) -> None:
+    """More is stored than there is room for."""
+    stage.valkey("CONFIG", "SET", "maxmemory", "64mb")
+    fill = "for i = 1, 4000 do redis.call('SET', 'foreign:' .. i, string.rep('x', 20000)) end"
+    stage.valkey("EVAL", fill, "0")
+    stage.until(lambda: "evicted_keys:0" not in stage.valkey("INFO", "stats"))
+
+
+def stop_evicting(stage: Stage) -> None:
+    stage.valkey("CONFIG", "SET", "maxmemory", "512mb")
+    stage.valkey("FLUSHALL")
+
+
+def ask_for_what_nobody_asked_for(stage: Stage) -> None:
+    for number in range(30):
+        answer = httpx2.get(f"{stage.system.base}/api/accounts?search=new-{time.monotonic_ns()}-{number}", headers=stage.user)
+        assert "hit" not in answer.headers["cache-status"]
+
+
+def lose_a_worker(stage: Stage) -> None:
+    """Another one starts, is seen, and dies without a word."""
+    environment = {**stage.environment, "PORT": str(free_port())}
+    with subprocess.Popen([sys.executable, "-m", "crm", "serve"], env=environment, stdout=subprocess.DEVNULL) as worker:
+        try:
+            stage.until(lambda: workers(stage) == 2)
+        finally:
+            worker.kill()
+
+
+def workers(stage: Stage) -> int:
+    metrics = httpx2.get(f"{stage.system.base}/metrics", headers={"authorization": f"Bearer {METRICS_TOKEN}"}).text
+    return len(re.findall("^respcache_worker_info{", metrics, re.MULTILINE))
+
+
 def health(stage: Stage) -> dict[str, Any]:
     return dict(httpx2.get(f"{stage.system.base}/api/system/health").json()["data"])
 
@@ -165,6 +200,12 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
     "RespcacheSwitchedOff": (lambda stage: switch(stage, off=True), nothing),
     "RespcacheMemoryNearlyFull": (fill_up, make_room),
     "RespcachePendingInvalidations": (fill_up, make_room),
+    "RespcacheStoreErrors": (fill_up, make_room),
+    "RespcacheEvictionsHigh": (evict, stop_evicting),
+    "RespcacheMissesSurge": (ask_for_what_nobody_asked_for, nothing),
+    "RespcacheHitRatioCollapsed": (ask_for_what_nobody_asked_for, nothing),
+    "RespcacheWorkerMissing": (lose_a_worker, nothing),
+    "RespcacheRoundsFailing": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO respcache_outbox")),
     "RespcacheStoreDown": (take_the_server_away, lambda stage: stage.freeze(signal.SIGCONT)),
     "RespcacheFenceLost": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO respcache_outbox")),
     "RespcacheTablesUnwatched": (
@@ -172,7 +213,8 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
     ),
     "RespcacheWrongAnswer": (write_without_a_trace, lambda stage: switch(stage, off=False, module="accounts")),
 }  # fmt: skip
-"""What makes the condition of an alert true, and what ends it where the page has no command for that."""
+"""What makes the condition of an alert true, and what ends it where the page has no command for that. RespcacheNotScraped has
+none: what is wrong then is on the side of Prometheus."""
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RUNBOOKS.glob("*.md")))
