@@ -37,8 +37,8 @@ faults: $(STAMP) ## Break servers and processes under load and check every read:
 model: $(STAMP) ## Check the protocol's models (needs spin and a C compiler)
 	@$(VENV)/bin/python models/run.py $(ARGS)
 
-bench: $(VENV)/.installed-bench ## Measure beside every peer: QUICK=1; or BENCH=hits, outage, outbox, metrics, replay, resp
-	@$(VENV)/bin/python bench/$(or $(BENCH),run).py $(if $(QUICK),--quick) $(ARGS)
+bench: $(VENV)/.installed-bench ## Measure beside every peer (QUICK=1); or BENCH=metrics (QUICK=1), hits, outage, outbox, replay, resp
+	@$(VENV)/bin/python bench/$(or $(BENCH),run).py $(if $(QUICK),$(if $(filter run metrics,$(or $(BENCH),run)),--quick)) $(ARGS)
 
 $(VENV)/.installed-bench: $(STAMP)
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[cli,crm,dev,bench]' -c constraints.txt
