@@ -1,8 +1,10 @@
-"""The one handler behind every lane: 64 pages of a list, 40,000 bytes of JSON each, made once, the same in every process.
+"""The one handler behind every lane: 64 pages of a list, 40,000 bytes of JSON each, made once, the
+same in every process.
 
-The rows look like a CRM's accounts. ``fetch`` gives the objects, which whoever answers must serialise; ``body`` the bytes that
-must come out. Pages are numbered without end (a fresh key whenever one is needed), their content repeats after 64. ``fills``
-counts how often the handler ran: a cache that answers itself leaves it alone.
+The rows look like a CRM's accounts. ``fetch`` gives the objects, which whoever answers must
+serialise; ``body`` the bytes that must come out. Pages are numbered without end (a fresh key
+whenever one is needed), their content repeats after 64. ``fills`` counts how often the handler ran:
+a cache that answers itself leaves it alone.
 """
 
 import asyncio
@@ -30,11 +32,24 @@ CALLERS = {AUTHORIZATION: TENANT}
 
 Page = dict[str, Any]
 TEXT = (
-    "pump valve motor offer visit contract price quote repair spare delivery crane sensor panel board cable order invoice "
-    "meeting phone reminder budget quarter plant factory branch office region partner dealer customer supplier service tender"
+    "pump valve motor offer visit contract price quote repair spare delivery crane sensor panel "
+    "board cable order invoice "
+    "meeting phone reminder budget quarter plant factory branch office region partner dealer "
+    "customer supplier service tender"
 )
 WORDS = TEXT.split()
-CITIES = ("Hamburg", "Lyon", "Porto", "Gdańsk", "Zürich", "Malmö", "Graz", "Leeds", "Turin", "Ghent")
+CITIES = (
+    "Hamburg",
+    "Lyon",
+    "Porto",
+    "Gdańsk",
+    "Zürich",
+    "Malmö",
+    "Graz",
+    "Leeds",
+    "Turin",
+    "Ghent",
+)
 
 _counter = [0]
 
@@ -50,12 +65,14 @@ def page(number: int) -> Page:
 
 
 def body(number: int) -> bytes:
-    """Return the bytes of a page, as every JSON response class of Starlette and FastAPI writes them."""
+    """Return the bytes of a page, as every JSON response class of Starlette and FastAPI writes
+    them."""
     return _body(number % PAGES)
 
 
 async def fetch(number: int) -> Page:
-    """Be the handler: what a database would be asked for. Here it costs nothing, so that nothing hides what a cache costs."""
+    """Be the handler: what a database would be asked for. Here it costs nothing, so that nothing
+    hides what a cache costs."""
     _counter[0] += 1
     return page(number)
 
@@ -67,7 +84,8 @@ async def fetch_slowly(number: int) -> Page:
 
 
 async def caller(request: Request) -> str:
-    """Say which tenant asks: the check that every FastAPI lane makes, ours included (once a token, in its resolver)."""
+    """Say which tenant asks: the check that every FastAPI lane makes, ours included (once a token,
+    in its resolver)."""
     tenant = CALLERS.get(request.headers.get("authorization", ""))
     if tenant is None:
         raise HTTPException(401)
@@ -110,7 +128,10 @@ def _body(number: int) -> bytes:
 
 
 def _row(chance: random.Random) -> Page:
-    name = f"{chance.choice(WORDS).title()} {chance.choice(WORDS).title()} {chance.choice(('GmbH', 'SA', 'AB', 'Ltd', 'Lda'))}"
+    name = (
+        f"{chance.choice(WORDS).title()} {chance.choice(WORDS).title()} "
+        f"{chance.choice(('GmbH', 'SA', 'AB', 'Ltd', 'Lda'))}"
+    )
     host = name.lower().replace(" ", "-")
     made = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(microseconds=chance.randrange(10**13))
     changed = made + timedelta(microseconds=chance.randrange(10**12))

@@ -1,7 +1,9 @@
-"""Cached against uncached, side by side in one run: ``GET /api/accounts`` with 50 rows of the demo data.
+"""Cached against uncached, side by side in one run: ``GET /api/accounts`` with 50 rows of the demo
+data.
 
-Sends rounds to a worker with the cache and to one without (RESPCACHE_ENABLED=0) in turn, so that whatever else the machine
-does meets both. Prints a table and, last, one JSON line. CPU is that of the worker process.
+Sends rounds to a worker with the cache and to one without (RESPCACHE_ENABLED=0) in turn, so that
+whatever else the machine does meets both. Prints a table and, last, one JSON line. CPU is that of
+the worker process.
 """
 
 import argparse
@@ -57,10 +59,13 @@ async def load(lane: Lane, request: bytes, *, connections: int, requests: int) -
     lane.cpu_s[connections] = lane.cpu_s.get(connections, 0) + lane.worker.cpu() - before_cpu
 
 
-async def measure(lanes: list[Lane], request: bytes, *, rounds: int, requests: int, counts: tuple[int, ...]) -> None:
+async def measure(
+    lanes: list[Lane], request: bytes, *, rounds: int, requests: int, counts: tuple[int, ...]
+) -> None:
     """Warm up, then measure the lanes in turn."""
     for lane in lanes:
-        await load(Lane(lane.worker), request, connections=1, requests=20)  # connections, plans and the entry itself
+        # connections, plans and the entry itself
+        await load(Lane(lane.worker), request, connections=1, requests=20)
     for number in range(rounds):
         for connections in counts:
             for lane in lanes:
@@ -69,33 +74,57 @@ async def measure(lanes: list[Lane], request: bytes, *, rounds: int, requests: i
 
 
 def commands_per_hit(on: Stand, *, hits: int) -> dict[str, float]:
-    """Count the commands that Valkey ran while the worker served hits, less the ones that count them."""
+    """Count the commands that Valkey ran while the worker served hits, less the ones that count
+    them."""
     with redis.Redis.from_url(on.valkey.url) as client:
         client.config_resetstat()
         asyncio.run(load(Lane(on.cached), on.get(PATH), connections=1, requests=hits))
         stats: dict[str, Any] = client.info("commandstats")
-    names = ("cmdstat_get", "cmdstat_hmget", "cmdstat_set", "cmdstat_eval", "cmdstat_evalsha", "cmdstat_hget")
-    return {name.removeprefix("cmdstat_"): round(stats[name]["calls"] / hits, 3) for name in names if name in stats}
+    names = (
+        "cmdstat_get",
+        "cmdstat_hmget",
+        "cmdstat_set",
+        "cmdstat_eval",
+        "cmdstat_evalsha",
+        "cmdstat_hget",
+    )
+    return {
+        name.removeprefix("cmdstat_"): round(stats[name]["calls"] / hits, 3)
+        for name in names
+        if name in stats
+    }
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--requests", type=int, default=480, help="a lane, a round and a number of connections")
+    parser.add_argument(
+        "--requests", type=int, default=480, help="a lane, a round and a number of connections"
+    )
     options = parser.parse_args()
     counts = (1, 16)
     with stand() as on:
         lanes = [Lane(on.uncached), Lane(on.cached)]
-        asyncio.run(measure(lanes, on.get(PATH), rounds=options.rounds, requests=options.requests, counts=counts))
+        asyncio.run(
+            measure(
+                lanes, on.get(PATH), rounds=options.rounds, requests=options.requests, counts=counts
+            )
+        )
         commands = commands_per_hit(on, hits=500)
-    result: dict[str, Any] = {lane.worker.name: {f"c{n}": lane.figures(n) for n in counts} for lane in lanes}
+    result: dict[str, Any] = {
+        lane.worker.name: {f"c{n}": lane.figures(n) for n in counts} for lane in lanes
+    }
     result["valkey_commands_per_hit"] = commands
-    print(f"{'lane':<10}{'connections':>12}{'p50 ms':>9}{'p99 ms':>9}{'requests/s':>12}{'CPU ms':>9}")
+    print(
+        f"{'lane':<10}{'connections':>12}{'p50 ms':>9}{'p99 ms':>9}{'requests/s':>12}{'CPU ms':>9}"
+    )
     for lane in lanes:
         for n in counts:
             row = lane.figures(n)
-            print(f"{lane.worker.name:<10}{n:>12}{row['p50_ms']:>9}{row['p99_ms']:>9}{row['rps']:>12}{row['cpu_ms']:>9}")
+            print(
+                f"{lane.worker.name:<10}{n:>12}{row['p50_ms']:>9}{row['p99_ms']:>9}{row['rps']:>12}{row['cpu_ms']:>9}"
+            )
     print(f"Valkey commands per hit: {commands}")
     print(json.dumps(result))
 

@@ -1,4 +1,5 @@
-"""What a benchmark starts: lanes, a Valkey, the CRM; and the versions of everything that takes part. Linux only."""
+"""What a benchmark starts: lanes, a Valkey, the CRM; and the versions of everything that takes
+part. Linux only."""
 
 import contextlib
 import json
@@ -25,7 +26,16 @@ SERVE = Path(__file__).with_name("serve.py")
 START_DEADLINE_S = 60.0
 CRM_ROWS_BYTES = 30_000
 """So much of the CRM's list is compared: behind its rows come sums in an order of their own."""
-PACKAGES = ("respcache", "fastapi", "starlette", "uvicorn", "uvloop", "httptools", "hiredis", "redis")
+PACKAGES = (
+    "respcache",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "hiredis",
+    "redis",
+)
 
 
 @dataclass
@@ -42,11 +52,13 @@ class Served:
 
     @property
     def counts_fills(self) -> bool:
-        """Whether the handler's own count says if answers were hits: where the lane does not mark them."""
+        """Whether the handler's own count says if answers were hits: where the lane does not mark
+        them."""
         return self.lane.caches and not self.lane.hit
 
     def cpu_ns(self) -> int:
-        """Return the CPU time so far, of processes that have ended meanwhile too (nginx's cache loader)."""
+        """Return the CPU time so far, of processes that have ended meanwhile too (nginx's cache
+        loader)."""
         for pid in self.pids:
             with contextlib.suppress(FileNotFoundError):
                 self._seen[pid] = cpu_ns([pid])
@@ -59,7 +71,8 @@ class Served:
 
 @dataclass
 class Processes:
-    """Starts what a benchmark needs in a folder of its own and ends it in reverse order, whatever happens."""
+    """Starts what a benchmark needs in a folder of its own and ends it in reverse order, whatever
+    happens."""
 
     cores: Cores
     valkey: EmbeddedValkey
@@ -69,7 +82,8 @@ class Processes:
     _crm: "tuple[Served, Served] | None" = None
 
     def serve(self, lanes: Sequence[tuple[Lane, int]]) -> "list[Served | Failed]":
-        """Start lanes, each with so many workers, all at once on all cores; pin them when they are ready.
+        """Start lanes, each with so many workers, all at once on all cores; pin them when they are
+        ready.
 
         Return them in this order, or why one did not start.
         """
@@ -95,7 +109,8 @@ class Processes:
         self.lanes.close()
 
     def crm(self) -> "tuple[Served, Served]":
-        """Start PostgreSQL with demo data and two workers of the CRM; return the one without a cache, and the one with.
+        """Start PostgreSQL with demo data and two workers of the CRM; return the one without a
+        cache, and the one with.
 
         They stay until the end: seeding takes its time.
         """
@@ -109,7 +124,15 @@ class Processes:
                 request = on.get("/api/accounts?limit=50")
                 body = get(worker.port, request)
                 asked = Ask(request, body[:CRM_ROWS_BYTES], len(body))
-                made.append(Served(BY_NAME["uncached"], worker.port, (worker.process.pid,), worker.port, (asked,)))
+                made.append(
+                    Served(
+                        BY_NAME["uncached"],
+                        worker.port,
+                        (worker.process.pid,),
+                        worker.port,
+                        (asked,),
+                    )
+                )
             self._crm = (made[0], made[1])
         return self._crm
 
@@ -125,16 +148,25 @@ class Processes:
         return lines[-1] if lines else "it said nothing"
 
     def _launch(self, target: str, workers: int) -> "tuple[int, list[subprocess.Popen[bytes]]]":
-        """Start one process a worker on one listening socket, as uvicorn's own ``--workers`` does."""
+        """Start one process a worker on one listening socket, as uvicorn's own ``--workers``
+        does."""
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen(1024)
             listening.set_inheritable(True)
             command = [sys.executable, str(SERVE), target, str(listening.fileno())]
-            processes = [self._spawn(command, pass_fds=(listening.fileno(),)) for _ in range(workers)]
+            processes = [
+                self._spawn(command, pass_fds=(listening.fileno(),)) for _ in range(workers)
+            ]
             return listening.getsockname()[1], processes
 
-    def _ready(self, lane: Lane, port: int, processes: "Sequence[subprocess.Popen[bytes]]", cores: Sequence[int]) -> Served:
+    def _ready(
+        self,
+        lane: Lane,
+        port: int,
+        processes: "Sequence[subprocess.Popen[bytes]]",
+        cores: Sequence[int],
+    ) -> Served:
         for process in processes:
             assert process.stdout is not None
             if process.stdout.readline() != b"ready\n":
@@ -157,7 +189,9 @@ class Processes:
                 return port, process
         raise Failed(f"{lane.name} did not start: {self._last_words()}")
 
-    def _spawn(self, command: Sequence[str], pass_fds: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+    def _spawn(
+        self, command: Sequence[str], pass_fds: Sequence[int] = ()
+    ) -> "subprocess.Popen[bytes]":
         with open(self.folder / "lanes.log", "ab") as log:
             process = subprocess.Popen(
                 command,
@@ -165,7 +199,11 @@ class Processes:
                 stdout=subprocess.PIPE if pass_fds else log,
                 stderr=log,
                 cwd=self.folder,
-                env={**os.environ, "BENCH_STORE_URL": self.valkey.url, "PYTHONDONTWRITEBYTECODE": "1"},
+                env={
+                    **os.environ,
+                    "BENCH_STORE_URL": self.valkey.url,
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                },
                 pass_fds=pass_fds,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end them in order
                 preexec_fn=tied_to_us(self.cores.available),
@@ -176,7 +214,8 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(cores: Cores) -> Iterator[Processes]:
-    """Start Valkey beside the load generator; end everything that was started, and leave no file."""
+    """Start Valkey beside the load generator; end everything that was started, and leave no
+    file."""
     before = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="respcache-bench-")))
@@ -191,7 +230,8 @@ def processes(cores: Cores) -> Iterator[Processes]:
 
 
 def get(port: int, request: str | bytes) -> bytes:
-    """Ask once, for a path or with a whole request, and return the body. Raises ``Failed`` unless it is answered with 200."""
+    """Ask once, for a path or with a whole request, and return the body. Raises ``Failed`` unless
+    it is answered with 200."""
     if isinstance(request, str):
         request = f"GET {request} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
@@ -216,7 +256,11 @@ def versions() -> dict[str, str]:
         if path is not None:
             said = subprocess.run([path, option], capture_output=True, text=True, check=False)
             line = (said.stdout + said.stderr).splitlines()[0]
-            found[program] = line.rpartition("/")[2] if program == "nginx" else line.partition("(varnish-")[2].partition(" ")[0]
+            found[program] = (
+                line.rpartition("/")[2]
+                if program == "nginx"
+                else line.partition("(varnish-")[2].partition(" ")[0]
+            )
     return found
 
 

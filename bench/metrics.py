@@ -1,11 +1,12 @@
-"""What metrics cost: a hit with and without them in one run, and a scrape of 26 routes, 5,000 tenants and 4 processes.
+"""What metrics cost: a hit with and without them in one run, and a scrape of 26 routes, 5,000
+tenants and 4 processes.
 
-Hits: three servers of level strict on one core in turn, round after round, each ratio within its round: without metrics; with a
-board that publishes every two seconds; and the same while it is scraped once a second. CPU is that of the server, its scrapes
-included.
+Hits: three servers of level strict on one core in turn, round after round, each ratio within its
+round: without metrics; with a board that publishes every two seconds; and the same while it is
+scraped once a second. CPU is that of the server, its scrapes included.
 
-Scrapes: figures of four processes on a real Valkey, read and written by one of them in this process, while a heartbeat says how
-much of the event loop's time they took at a stretch.
+Scrapes: figures of four processes on a real Valkey, read and written by one of them in this
+process, while a heartbeat says how much of the event loop's time they took at a stretch.
 
 Prints tables and, last, one JSON line.
 """
@@ -37,7 +38,7 @@ LANES = ("without", "exported", "scraped every second")
 SCRAPE = f"GET {PATH} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
 
 
-# -- hits --------------------------------------------------------------------------------------------------------------
+# -- hits ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -60,22 +61,38 @@ def scraping(port: int, every_s: float) -> Iterator[list[int]]:
 
 
 def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dict[str, Any]:
-    """Return of each lane requests a second, CPU a hit and latencies, and ratios to the one without."""
+    """Return of each lane requests a second, CPU a hit and latencies, and ratios to the one
+    without."""
     targets = ("lanes.ours:strict", "lanes.exported:scraped", "lanes.exported:scraped")
-    served = on.serve_all([(Lane(name, target, "", hit=MARK), 1) for name, target in zip(LANES, targets, strict=True)])
+    served = on.serve_all(
+        [(Lane(name, target, "", hit=MARK), 1) for name, target in zip(LANES, targets, strict=True)]
+    )
     asks = [Ask(handler.request(page), handler.body(page)) for page in range(handler.PAGES)]
     for one in served:
         drive(one.port, asks, connections=1, requests=3 * len(asks))  # filled, recognised, warm
-    figures: dict[str, dict[str, list[float]]] = {name: {"rps": [], "cpu_us": [], "p50_ms": [], "p99_ms": []} for name in LANES}
+    figures: dict[str, dict[str, list[float]]] = {
+        name: {"rps": [], "cpu_us": [], "p50_ms": [], "p99_ms": []} for name in LANES
+    }
     for number in range(rounds):
-        for name, one in zip(LANES[number % 3 :] + LANES[: number % 3], served[number % 3 :] + served[: number % 3], strict=True):
+        for name, one in zip(
+            LANES[number % 3 :] + LANES[: number % 3],
+            served[number % 3 :] + served[: number % 3],
+            strict=True,
+        ):
             with scraping(one.port, 1.0) if name == LANES[2] else contextlib.nullcontext():
                 note(figures[name], one, asks, connections=connections, seconds=seconds)
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     return {name: summary(figures[name], figures[LANES[0]]) for name in LANES}
 
 
-def note(figures: dict[str, list[float]], one: Served, asks: list[Ask], *, connections: int, seconds: float) -> None:
+def note(
+    figures: dict[str, list[float]],
+    one: Served,
+    asks: list[Ask],
+    *,
+    connections: int,
+    seconds: float,
+) -> None:
     """Drive one lane for one round."""
     before = cpu_ns(one.pids)
     sample = drive(one.port, asks, connections=connections, seconds=seconds, hit=MARK)
@@ -94,7 +111,7 @@ def summary(mine: dict[str, list[float]], base: dict[str, list[float]]) -> dict[
     return found
 
 
-# -- scrapes -----------------------------------------------------------------------------------------------------------
+# -- scrapes ---------------------------------------------------------------------------------------
 
 
 def crowd(cache: Cache, *, tenants: int) -> None:
@@ -102,7 +119,9 @@ def crowd(cache: Cache, *, tenants: int) -> None:
     for number in range(tenants):
         for route in range(ROUTES):
             figures = cache.figures.at(
-                f"tenant-{number}", f"module-{route % 10}", f"/api/module-{route % 10}/{{item}}/part-{route}"
+                f"tenant-{number}",
+                f"module-{route % 10}",
+                f"/api/module-{route % 10}/{{item}}/part-{route}",
             )
             figures.hits += number + 1
             figures.misses += 1
@@ -119,7 +138,10 @@ async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
     boards = []
     for _ in range(WORKERS):
         board = Board(url)
-        crowd(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"), board=board), tenants=tenants)
+        crowd(
+            Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"), board=board),
+            tenants=tenants,
+        )
         for _ in range(1 + tenants // 1000):  # a publication says 1,000 tenants anew
             await board.publish()
         boards.append(board)
@@ -132,7 +154,8 @@ async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
             size = await scrape(endpoint)
             took_ms.append(1000 * (time.perf_counter() - began))
             cpu_ms.append(1000 * (time.thread_time() - cpu))
-            heart = asyncio.create_task(heartbeat())  # in a scrape of its own: it spins while there is nothing to do
+            # in a scrape of its own: it spins while there is nothing to do
+            heart = asyncio.create_task(heartbeat())
             await scrape(endpoint)
             heart.cancel()
             held_ms.append(1000 * await heart)
@@ -148,7 +171,8 @@ async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
 
 
 async def heartbeat() -> float:
-    """Return, when cancelled, the most CPU time between two turns of the event loop: what else the machine does is left out."""
+    """Return, when cancelled, the most CPU time between two turns of the event loop: what else the
+    machine does is left out."""
     longest, last = 0.0, time.thread_time()
     with contextlib.suppress(asyncio.CancelledError):
         while True:
@@ -165,7 +189,15 @@ async def scrape(endpoint: Endpoint) -> int:
     async def send(message: dict[str, Any]) -> None:
         sizes.append(len(message.get("body", b"")))
 
-    await endpoint({"type": "http", "method": "GET", "headers": [(b"authorization", f"Bearer {TOKEN}".encode())]}, None, send)
+    await endpoint(
+        {
+            "type": "http",
+            "method": "GET",
+            "headers": [(b"authorization", f"Bearer {TOKEN}".encode())],
+        },
+        None,
+        send,
+    )
     return sum(sizes)
 
 
@@ -183,11 +215,15 @@ def main() -> None:
         options.rounds, options.seconds, options.scrapes = 3, 1.5, 5
     cores = Cores.found()
     with processes(cores) as on:
-        found = hits(on, rounds=options.rounds, seconds=options.seconds, connections=options.connections)
+        found = hits(
+            on, rounds=options.rounds, seconds=options.seconds, connections=options.connections
+        )
         on.stop_lanes()
         page = asyncio.run(scrapes(on.valkey.url, count=options.scrapes, tenants=options.tenants))
     print(f"{describe(cores)}; {options.connections} connections\n")
-    print(f"{'hits':<24}{'requests/s':>12}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'rps ratio':>11}{'CPU ratio':>11}")
+    print(
+        f"{'hits':<24}{'requests/s':>12}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'rps ratio':>11}{'CPU ratio':>11}"
+    )
     for name, row in found.items():
         print(
             f"{name:<24}{row['rps']:>12,.0f}{row['cpu_us']:>9.1f}{row['p50_ms']:>9.2f}{row['p99_ms']:>9.2f}"

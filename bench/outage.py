@@ -1,8 +1,10 @@
-"""What an outage of the cache server costs its users: requests at a steady pace while Valkey is frozen or killed, and back.
+"""What an outage of the cache server costs its users: requests at a steady pace while Valkey is
+frozen or killed, and back.
 
-The same requests (two lists, every tenth one a change of an account) go to the worker without a cache at the same moments: its
-answers are what the cached worker's can be at best while the cache is away. Prints, for each phase, how many requests there were,
-how many failed, and how long they took; last, one JSON line.
+The same requests (two lists, every tenth one a change of an account) go to the worker without a
+cache at the same moments: its answers are what the cached worker's can be at best while the cache
+is away. Prints, for each phase, how many requests there were, how many failed, and how long they
+took; last, one JSON line.
 """
 
 import argparse
@@ -71,7 +73,9 @@ class Load:
                 body = json.dumps({"employee_count": number}).encode()
                 requests.put_nowait(self._on.put(f"/api/accounts/{self._account}", body))
             else:
-                requests.put_nowait(self._on.get(f"/api/accounts?limit=50&offset={number % 2 * 50}"))
+                requests.put_nowait(
+                    self._on.get(f"/api/accounts?limit=50&offset={number % 2 * 50}")
+                )
             await asyncio.sleep(PACE_S)
 
     async def _serve(self, name: str, port: int, requests: "asyncio.Queue[bytes]") -> None:
@@ -102,7 +106,10 @@ async def measure(on: Stand, *, rounds: int) -> Load:
     load.phase = "warm-up"
     await asyncio.sleep(1)
     for number in range(rounds):
-        for accident, begin, end in (("frozen", on.valkey.freeze, on.valkey.thaw), ("killed", on.valkey.kill, on.valkey.start)):
+        for accident, begin, end in (
+            ("frozen", on.valkey.freeze, on.valkey.thaw),
+            ("killed", on.valkey.kill, on.valkey.start),
+        ):
             await pass_time("up", PHASE_S)
             begin()
             await pass_time(f"{accident}, at first", BEGINNING_S)
@@ -129,7 +136,14 @@ def main() -> None:
         for worker in ("uncached", "cached"):
             figures = load.phases[worker, phase].figures()
             print(f"{phase:<20}{worker:<10}" + "".join(f"{figures[name]:>10}" for name in columns))
-    print(json.dumps({f"{worker}, {phase}": found.figures() for (worker, phase), found in load.phases.items()}))
+    print(
+        json.dumps(
+            {
+                f"{worker}, {phase}": found.figures()
+                for (worker, phase), found in load.phases.items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""How well the near cache's policy chooses: replays reads against S3-FIFO, LRU and Belady's MIN, at eight sizes.
+"""How well the near cache's policy chooses: replays reads against S3-FIFO, LRU and Belady's MIN, at
+eight sizes.
 
-Two workloads: a recorded trace of database objects (docs/near.md says what it can tell of answers), and a made one, popular items
-after Zipf with scans in between, which needs no file. All objects count as one byte, so sizes are numbers of objects; a read that
-misses is a put. MIN knows the future and may decline to keep: no policy can do better.
+Two workloads: a recorded trace of database objects (docs/near.md says what it can tell of answers),
+and a made one, popular items after Zipf with scans in between, which needs no file. All objects
+count as one byte, so sizes are numbers of objects; a read that misses is a put. MIN knows the
+future and may decline to keep: no policy can do better.
 
-Also measures what a ``get`` that hits costs, against ``dict.get`` and LRU in turn. Draws a picture (with matplotlib), prints
-tables and, last, one JSON line. Without the trace it replays the made workload alone and draws only where ``--picture`` says.
+Also measures what a ``get`` that hits costs, against ``dict.get`` and LRU in turn. Draws a picture
+(with matplotlib), prints tables and, last, one JSON line. Without the trace it replays the made
+workload alone and draws only where ``--picture`` says.
 """
 
 import argparse
@@ -90,9 +93,11 @@ def lru_hits(reads: Sequence[int], size: int) -> int:
 
 
 def min_hits(reads: Sequence[int], size: int) -> int:
-    """Count the hits of the best choice there is: what is read again latest goes, or is not kept at all.
+    """Count the hits of the best choice there is: what is read again latest goes, or is not kept at
+    all.
 
-    An object that is kept is known by the place of its next read, so the heap needs no keys; places that are past were hits.
+    An object that is kept is known by the place of its next read, so the heap needs no keys; places
+    that are past were hits.
     """
     kept, hits, due, latest = 0, 0, bytearray(len(reads)), list[int]()
     for place, following in enumerate(next_reads(reads)):
@@ -122,7 +127,11 @@ def next_reads(reads: Sequence[int]) -> "array[int]":
     return following
 
 
-POLICIES: dict[str, Callable[[Sequence[int], int], int]] = {"MIN": min_hits, "S3-FIFO": s3fifo_hits, "LRU": lru_hits}
+POLICIES: dict[str, Callable[[Sequence[int], int], int]] = {
+    "MIN": min_hits,
+    "S3-FIFO": s3fifo_hits,
+    "LRU": lru_hits,
+}
 
 
 def recorded(path: Path, limit: int) -> Workload:
@@ -135,43 +144,62 @@ def recorded(path: Path, limit: int) -> Workload:
     if sys.byteorder == "little":
         reads.byteswap()
     return Workload(
-        f"Objects read by the ORM of a shop at night\n({len(reads):,} reads, {len(set(reads)):,} objects)", list(reads)
+        f"Objects read by the ORM of a shop at night\n({len(reads):,} reads, {len(set(reads)):,} "
+        f"objects)",
+        list(reads),
     )
 
 
 def made() -> Workload:
     """Make reads by Zipf with scans of objects that are read once."""
     rng = random.Random(ZIPF_SEED)
-    weights = list(itertools.accumulate(1 / rank**ZIPF_EXPONENT for rank in range(1, ZIPF_OBJECTS + 1)))
+    weights = list(
+        itertools.accumulate(1 / rank**ZIPF_EXPONENT for rank in range(1, ZIPF_OBJECTS + 1))
+    )
     fresh, reads = itertools.count(ZIPF_OBJECTS), list[int]()
     for _ in range(SCANS):
         reads += rng.choices(range(ZIPF_OBJECTS), cum_weights=weights, k=READS_BETWEEN_SCANS)
         reads += itertools.islice(fresh, SCAN_READS)
-    return Workload(f"Zipf({ZIPF_EXPONENT}) with scans\n({len(reads):,} reads, {len(set(reads)):,} objects)", reads)
+    return Workload(
+        f"Zipf({ZIPF_EXPONENT}) with scans\n({len(reads):,} reads, {len(set(reads)):,} objects)",
+        reads,
+    )
 
 
 def replay(workload: Workload) -> dict[str, list[float]]:
     """Return the hit ratio of each policy at each size, and print it."""
-    print(f"\n{workload.title.replace(chr(10), ' ')}\n\n| of objects | size |", *(f"{name} |" for name in POLICIES))
+    print(
+        f"\n{workload.title.replace(chr(10), ' ')}\n\n| of objects | size |",
+        *(f"{name} |" for name in POLICIES),
+    )
     print("|---|---|" + "---|" * len(POLICIES))
     ratios: dict[str, list[float]] = {name: [] for name in POLICIES}
     for share in SIZES:
         size = round(share * workload.objects)
         for name, hits in POLICIES.items():
             ratios[name].append(round(hits(workload.reads, size) / len(workload.reads), 4))
-        print(f"| {share:.1%} | {size:,} |", *(f"{each[-1]:.1%} |" for each in ratios.values()), flush=True)
+        print(
+            f"| {share:.1%} | {size:,} |",
+            *(f"{each[-1]:.1%} |" for each in ratios.values()),
+            flush=True,
+        )
     return ratios
 
 
 def get_costs() -> dict[str, float]:
-    """Return the nanoseconds of a ``get`` that hits, the best round of each; the rounds take turns."""
+    """Return the nanoseconds of a ``get`` that hits, the best round of each; the rounds take
+    turns."""
     keys = [f"rc:{{acme}}:{number}" for number in range(GET_ITEMS)]
     plain, cache, lru = dict.fromkeys(keys, True), S3Fifo[str, bool](10 * GET_ITEMS), Lru(GET_ITEMS)
     for key in keys:
         cache.put(key, True, size_bytes=1)
         lru.put(key, True)
     costs: dict[str, float] = {}
-    gets: dict[str, Callable[[str], Any]] = {"dict": plain.get, "S3-FIFO": cache.get, "LRU": lru.get}
+    gets: dict[str, Callable[[str], Any]] = {
+        "dict": plain.get,
+        "S3-FIFO": cache.get,
+        "LRU": lru.get,
+    }
     for _ in range(GET_ROUNDS):
         for name, get in gets.items():
             costs[name] = min(costs.get(name, float("inf")), round_ns(get, keys))
@@ -191,17 +219,30 @@ def draw(results: list[tuple[Workload, dict[str, list[float]]]], picture: Path) 
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("no picture: it needs matplotlib (pip install matplotlib); --no-picture does without") from None
+        raise SystemExit(
+            "no picture: it needs matplotlib (pip install matplotlib); --no-picture does without"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
     styles: dict[str, dict[str, Any]] = {
-        "MIN": {"color": "0.55", "linestyle": (0, (4, 3)), "label": "Belady's MIN (knows the future)"},
-        "S3-FIFO": {"color": "#0b6fb8", "marker": "o", "linewidth": 2.2, "label": "S3-FIFO (respcache)"},
+        "MIN": {
+            "color": "0.55",
+            "linestyle": (0, (4, 3)),
+            "label": "Belady's MIN (knows the future)",
+        },
+        "S3-FIFO": {
+            "color": "#0b6fb8",
+            "marker": "o",
+            "linewidth": 2.2,
+            "label": "S3-FIFO (respcache)",
+        },
         "LRU": {"color": "#d1572a", "marker": "s", "label": "LRU"},
     }
-    figure, panels = pyplot.subplots(1, len(results), figsize=(5.4 * len(results), 4.2), sharey=True, squeeze=False, dpi=140)
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(5.4 * len(results), 4.2), sharey=True, squeeze=False, dpi=140
+    )
     for panel, (workload, ratios) in zip(panels[0], results, strict=True):
         for name, values in ratios.items():
             panel.plot([100 * share for share in SIZES], values, markersize=5, **styles[name])
@@ -224,12 +265,23 @@ def draw(results: list[tuple[Workload, dict[str, list[float]]]], picture: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "trace", type=Path, nargs="?", help="by default ../shared/data/traces/orm-night.trace.xz of the repository"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reads", type=int, default=5_000_000, help="take so many reads of the trace at most")
-    parser.add_argument("--picture", type=Path, help="by default docs/pictures/near-hit-ratio.png, if there is a trace")
+    parser.add_argument(
+        "trace",
+        type=Path,
+        nargs="?",
+        help="by default ../shared/data/traces/orm-night.trace.xz of the repository",
+    )
+    parser.add_argument(
+        "--reads", type=int, default=5_000_000, help="take so many reads of the trace at most"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help="by default docs/pictures/near-hit-ratio.png, if there is a trace",
+    )
     parser.add_argument("--no-picture", action="store_true")
     options = parser.parse_args()
 
@@ -238,7 +290,10 @@ def main() -> None:
         workloads.insert(0, recorded(options.trace or TRACE, options.reads))
         picture = picture or PICTURE
     else:
-        print(f"no trace at ../{TRACE.relative_to(REPOSITORY.parent)}: the made workload alone", file=sys.stderr)
+        print(
+            f"no trace at ../{TRACE.relative_to(REPOSITORY.parent)}: the made workload alone",
+            file=sys.stderr,
+        )
     results = [(workload, replay(workload)) for workload in workloads]
     costs = get_costs()
     print("\na get that hits, ns:", ", ".join(f"{name} {cost:.0f}" for name, cost in costs.items()))

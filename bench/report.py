@@ -1,4 +1,5 @@
-"""Tables of the results: for the terminal, and bench/RESULTS.md with the caveats beside the figures."""
+"""Tables of the results: for the terminal, and bench/RESULTS.md with the caveats beside the
+figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,16 +39,30 @@ CAVEATS = """\
   fastapi-cache2 and aiocache is decoded and serialised anew by FastAPI: that is how their decorators work."""
 
 
-def markdown(result: Result, *, command: str, notes: Sequence[str], pictures: Sequence[Path]) -> str:
+def markdown(
+    result: Result, *, command: str, notes: Sequence[str], pictures: Sequence[Path]
+) -> str:
     """Write RESULTS.md."""
-    what = "Written by `bench/run.py`. Read the ratios, which are of one run each; absolute figures are of this machine."
+    what = (
+        "Written by `bench/run.py`. Read the ratios, which are of one run each; absolute figures "
+        "are of this machine."
+    )
     parts = ["# Results of `make bench`", what]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    machine = [("machine", result["machine"]), ("pinned", result["cores"]), ("versions", versions), ("command", f"`{command}`")]
+    machine = [
+        ("machine", result["machine"]),
+        ("pinned", result["cores"]),
+        ("versions", versions),
+        ("command", f"`{command}`"),
+    ]
     parts += ["\n".join(f"- {name}: {value}" for name, value in machine), *notes]
     for title, text, table in sections(result):
         parts += [f"## {title}", text, _markdown(table)]
-        parts += [f"![{picture.stem}](../docs/pictures/{picture.name})" for picture in pictures if _belongs(picture, title)]
+        parts += [
+            f"![{picture.stem}](../docs/pictures/{picture.name})"
+            for picture in pictures
+            if _belongs(picture, title)
+        ]
     parts += [
         "## Caveats",
         CAVEATS.format(busy=f"{hits.BUSY:.0%}", repeated=_repeated(result)),
@@ -68,40 +83,59 @@ def sections(result: Result) -> Iterable[tuple[str, str, Table]]:
     if lanes(result):
         yield (
             "Hits: CPU of bare ASGI / CPU of the lane",
-            "Higher is better; 1 is a hit for the price of sending prepared bytes. 1, 16 and 64 connections.",
+            "Higher is better; 1 is a hit for the price of sending prepared bytes. 1, 16 and 64 "
+            "connections.",
             _cpu(result),
         )
         yield "Hits: throughput and latency", "", _throughput(result)
         best = against_peers(result)
         if best:
-            yield "Throughput against the best form of a peer", "Peers: " + ", ".join(PEERS) + ".", _best(best)
+            yield (
+                "Throughput against the best form of a peer",
+                "Peers: " + ", ".join(PEERS) + ".",
+                _best(best),
+            )
     if "invalidation" in result:
         text = (
-            "Milliseconds until the caller knows, and the commands that Valkey ran (those inside scripts too). Ours writes one "
+            "Milliseconds until the caller knows, and the commands that Valkey ran (those inside "
+            "scripts too). Ours writes one "
             "generation, whatever there is; the others find keys and remove them."
         )
         yield "Invalidating a tenant's list", text, _invalidation(result["invalidation"])
     if "stampede" in result:
-        text = f"{stampede.CALLERS} callers in the same moment, {stampede.PROCESSES} processes, a handler that takes 200 ms."
+        text = (
+            f"{stampede.CALLERS} callers in the same moment, {stampede.PROCESSES} processes, a "
+            f"handler that takes 200 ms."
+        )
         yield "A cold key", text, _stampede(result["stampede"])
     if "misses" in result:
-        text = "Fresh keys, one connection, in turns with the same handler without a cache. In percent of the handler alone."
+        text = (
+            "Fresh keys, one connection, in turns with the same handler without a cache. In "
+            "percent of the handler alone."
+        )
         yield "A miss", text, _misses(result["misses"])
     if "memory" in result:
         text = (
-            f"{result['memory']['requests']:,} requests for {memory.KEYS:,} keys (Zipf {memory.EXPONENT}), Valkey with "
+            f"{result['memory']['requests']:,} requests for {memory.KEYS:,} keys (Zipf "
+            f"{memory.EXPONENT}), Valkey with "
             f"{memory.MEMORY} and LRU, near cache off."
         )
         yield "Memory, and the hit ratio at equal memory", text, _memory(result["memory"])
     if "workers" in result:
-        text = "64 connections. With two cores the second worker shares one with the load generator and Valkey."
+        text = (
+            "64 connections. With two cores the second worker shares one with the load generator "
+            "and Valkey."
+        )
         yield "One worker and two", text, _workers(result["workers"])
 
 
 def lanes(result: Result) -> list[str]:
     """Name the lanes that were measured, in the order of the list."""
     order = [*BY_NAME, *result]
-    return sorted((name for name, found in result.items() if isinstance(found, dict) and "c1" in found), key=order.index)
+    return sorted(
+        (name for name, found in result.items() if isinstance(found, dict) and "c1" in found),
+        key=order.index,
+    )
 
 
 def against_peers(result: Result) -> dict[str, dict[str, float]]:
@@ -111,15 +145,26 @@ def against_peers(result: Result) -> dict[str, dict[str, float]]:
     if not peers:
         return {}
     best = {count: max(result[peer][count]["rps_ratio"] for peer in peers) for count in COUNTS}
-    return {name: {count: round(result[name][count]["rps_ratio"] / best[count], 2) for count in COUNTS} for name in ours}
+    return {
+        name: {count: round(result[name][count]["rps_ratio"] / best[count], 2) for count in COUNTS}
+        for name in ours
+    }
 
 
 def _cpu(result: Result) -> Table:
-    head = ["lane", *(f"{n} conn." if n > 1 else "1 connection" for n in hits.CONNECTIONS), "CPU us", "Valkey CPU us"]
+    head = [
+        "lane",
+        *(f"{n} conn." if n > 1 else "1 connection" for n in hits.CONNECTIONS),
+        "CPU us",
+        "Valkey CPU us",
+    ]
     rows = []
     for name in lanes(result):
         found = [result[name][count] for count in COUNTS]
-        cells = [f"{one['cpu_ratio']:.2f} ({one['cpu_ratio_iqr'][0]:.2f}-{one['cpu_ratio_iqr'][1]:.2f})" for one in found]
+        cells = [
+            f"{one['cpu_ratio']:.2f} ({one['cpu_ratio_iqr'][0]:.2f}-{one['cpu_ratio_iqr'][1]:.2f})"
+            for one in found
+        ]
         asks = _lane(name).store or any(one["valkey_us"] > 10 for one in found)
         valkey = " / ".join(f"{one['valkey_us']:.0f}" for one in found) if asks else "-"
         rows.append([name, *cells, " / ".join(f"{one['cpu_us']:.0f}" for one in found), valkey])
@@ -127,7 +172,14 @@ def _cpu(result: Result) -> Table:
 
 
 def _throughput(result: Result) -> Table:
-    head = ["lane", *(f"{what}, {n}" for what in ("req/s / bare", "req/s", "p50 / p99 ms") for n in hits.CONNECTIONS)]
+    head = [
+        "lane",
+        *(
+            f"{what}, {n}"
+            for what in ("req/s / bare", "req/s", "p50 / p99 ms")
+            for n in hits.CONNECTIONS
+        ),
+    ]
     rows = []
     for name in lanes(result):
         found = [result[name][count] for count in COUNTS]
@@ -144,7 +196,9 @@ def _throughput(result: Result) -> Table:
 
 
 def _best(best: Mapping[str, Mapping[str, float]]) -> Table:
-    return ["lane", *COUNTS], [[name, *(f"{ratios[count]:.1f}" for count in COUNTS)] for name, ratios in best.items()]
+    return ["lane", *COUNTS], [
+        [name, *(f"{ratios[count]:.1f}" for count in COUNTS)] for name, ratios in best.items()
+    ]
 
 
 def _invalidation(found: Result) -> Table:
@@ -152,14 +206,19 @@ def _invalidation(found: Result) -> Table:
     for case, sizes in found.items():
         for size, ways in sizes.items():
             for way, one in ways.items():
-                ran = ", ".join(f"{count:,} {command}" for command, count in one["commands"].items())
+                ran = ", ".join(
+                    f"{count:,} {command}" for command, count in one["commands"].items()
+                )
                 rows.append([f"{int(size):,}", case, way, f"{one['ms']:,.2f}", ran])
     return ["keys", "of the tenant", "way", "ms", "commands"], rows
 
 
 def _stampede(found: Result) -> Table:
     head = ["library", "fetches", "failed requests", "slowest answer, ms"]
-    return head, [[name, _range(one["fetches"]), str(one["failed"]), f"{one['slowest_ms']:,.0f}"] for name, one in found.items()]
+    return head, [
+        [name, _range(one["fetches"]), str(one["failed"]), f"{one['slowest_ms']:,.0f}"]
+        for name, one in found.items()
+    ]
 
 
 def _misses(found: Result) -> Table:
@@ -180,13 +239,22 @@ def _misses(found: Result) -> Table:
 def _memory(found: Result) -> Table:
     sides = [name for name in found if isinstance(found[name], dict)]
     head = ["stored as", f"bytes of an entry ({found['body_bytes']:,} of JSON)", "hit ratio"]
-    return head, [[name, f"{found[name]['bytes_per_entry']:,}", f"{found[name]['hit_ratio']:.3f}"] for name in sides]
+    return head, [
+        [name, f"{found[name]['bytes_per_entry']:,}", f"{found[name]['hit_ratio']:.3f}"]
+        for name in sides
+    ]
 
 
 def _workers(found: Result) -> Table:
     head = ["lane", "workers", "req/s", "CPU us", "share of the busier worker"]
     return head, [
-        [name, count.removeprefix("w"), f"{one['rps']:,.0f}", f"{one['cpu_us']:.0f}", f"{one['busier_share']:.0%}"]
+        [
+            name,
+            count.removeprefix("w"),
+            f"{one['rps']:,.0f}",
+            f"{one['cpu_us']:.0f}",
+            f"{one['busier_share']:.0%}",
+        ]
         for name, counts in found.items()
         for count, one in counts.items()
     ]
@@ -198,7 +266,11 @@ def _abouts(result: Result) -> Table:
 
 def _absent(result: Result) -> list[str]:
     reasons = {**result.get("skipped", {}), **result.get("refused", {})}
-    return ["Not measured: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + "."] if reasons else []
+    return (
+        ["Not measured: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + "."]
+        if reasons
+        else []
+    )
 
 
 def _repeated(result: Result) -> int:
@@ -210,7 +282,11 @@ def _lane(name: str) -> Lane:
 
 
 def _belongs(picture: Path, title: str) -> bool:
-    words = {"bench-cpu": "CPU of bare", "bench-throughput": "throughput and", "bench-invalidation": "Invalidating"}
+    words = {
+        "bench-cpu": "CPU of bare",
+        "bench-throughput": "throughput and",
+        "bench-invalidation": "Invalidating",
+    }
     return words[picture.stem] in title
 
 
@@ -232,5 +308,8 @@ def _markdown(table: Table) -> str:
 def _columns(table: Table) -> str:
     head, rows = table
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows])
+    padded = (
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in [head, *rows]
+    )
     return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -1,8 +1,9 @@
-"""Our data plane against redis-py's asyncio client, side by side in one run: GETs of a small value from an embedded Valkey.
+"""Our data plane against redis-py's asyncio client, side by side in one run: GETs of a small value
+from an embedded Valkey.
 
-Callers ask one after another, so many at a time as the column says. Rounds of the two alternate, so that whatever else the
-machine does meets both. CPU is that of this process alone. Commands per write are counted in rounds of their own. Prints a
-table and, last, one JSON line.
+Callers ask one after another, so many at a time as the column says. Rounds of the two alternate, so
+that whatever else the machine does meets both. CPU is that of this process alone. Commands per
+write are counted in rounds of their own. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -66,13 +67,20 @@ async def commands_per_write(ask: Ask, *, callers: int, commands: int) -> float:
     return commands // callers * callers / writes
 
 
-async def measure(url: str, *, rounds: int, commands: int) -> dict[str, dict[str, dict[str, float]]]:
+async def measure(
+    url: str, *, rounds: int, commands: int
+) -> dict[str, dict[str, dict[str, float]]]:
     """Warm up, measure the two in turn, and count writes."""
     link, client = Link(ServerURL.parse(url), deadline_s=DEADLINE_S), Redis.from_url(url)
     await link.connect()
     await client.set("key", VALUE)
-    lanes: dict[str, Ask] = {"respcache": lambda: link.execute(("GET", "key")), "redis-py": lambda: client.get("key")}
-    cpu_s: dict[tuple[str, int], list[float]] = {(lane, callers): [] for lane in lanes for callers in CALLERS}
+    lanes: dict[str, Ask] = {
+        "respcache": lambda: link.execute(("GET", "key")),
+        "redis-py": lambda: client.get("key"),
+    }
+    cpu_s: dict[tuple[str, int], list[float]] = {
+        (lane, callers): [] for lane in lanes for callers in CALLERS
+    }
     for ask in lanes.values():
         await load(ask, callers=max(CALLERS), commands=10 * max(CALLERS))
     for number in range(rounds):
@@ -83,7 +91,9 @@ async def measure(url: str, *, rounds: int, commands: int) -> dict[str, dict[str
     for (lane, callers), samples in cpu_s.items():
         result[lane][f"c{callers}"] = {
             "cpu_us": round(1e6 * statistics.median(samples), 2),
-            "commands_per_write": round(await commands_per_write(lanes[lane], callers=callers, commands=commands), 1),
+            "commands_per_write": round(
+                await commands_per_write(lanes[lane], callers=callers, commands=commands), 1
+            ),
         }
     await link.close()
     await client.aclose()
@@ -94,18 +104,31 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--commands", type=int, default=4096, help="a lane, a round and a number of callers")
+    parser.add_argument(
+        "--commands", type=int, default=4096, help="a lane, a round and a number of callers"
+    )
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         server = EmbeddedValkey(Path(directory)).start()
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop if options.loop == "uvloop" else None) as runner:
-                result = runner.run(measure(server.url, rounds=options.rounds, commands=options.commands))
+            with asyncio.Runner(
+                loop_factory=uvloop.new_event_loop if options.loop == "uvloop" else None
+            ) as runner:
+                result = runner.run(
+                    measure(server.url, rounds=options.rounds, commands=options.commands)
+                )
         finally:
             server.stop()
-    ratios = {f"c{n}": round(result["respcache"][f"c{n}"]["cpu_us"] / result["redis-py"][f"c{n}"]["cpu_us"], 3) for n in CALLERS}
-    print(f"{'callers':<9}{'lane':<11}{'CPU us/command':>15}{'commands/write':>16}{'CPU ratio':>11}")
+    ratios = {
+        f"c{n}": round(
+            result["respcache"][f"c{n}"]["cpu_us"] / result["redis-py"][f"c{n}"]["cpu_us"], 3
+        )
+        for n in CALLERS
+    }
+    print(
+        f"{'callers':<9}{'lane':<11}{'CPU us/command':>15}{'commands/write':>16}{'CPU ratio':>11}"
+    )
     for n in CALLERS:
         for lane, rows in result.items():
             row, ratio = rows[f"c{n}"], ratios[f"c{n}"] if lane == "respcache" else 1.0

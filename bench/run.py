@@ -1,8 +1,10 @@
-"""Every lane in one run: bare ASGI, the uncached CRM, ours in each level, and the peers. ``make bench``, ``make bench QUICK=1``.
+"""Every lane in one run: bare ASGI, the uncached CRM, ours in each level, and the peers. ``make
+bench``, ``make bench QUICK=1``.
 
-Hits at 1, 16 and 64 connections (throughput, latency, CPU of the servers, Valkey's CPU), then invalidation, stampede, misses,
-memory and workers. Prints tables and, last, one JSON line; writes bench/RESULTS.md and docs/pictures/bench-*.png, which a quick
-run leaves alone unless told. What answers wrongly or fails is refused, what cannot run here is skipped, and both are said.
+Hits at 1, 16 and 64 connections (throughput, latency, CPU of the servers, Valkey's CPU), then
+invalidation, stampede, misses, memory and workers. Prints tables and, last, one JSON line; writes
+bench/RESULTS.md and docs/pictures/bench-*.png, which a quick run leaves alone unless told. What
+answers wrongly or fails is refused, what cannot run here is skipped, and both are said.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from respcache.ops.bench.processes import Cores, Failed, describe
 
 ROOT = Path(__file__).parent.parent
 QUICK_HITS_S = 120
-"""After so long a quick run begins no further round of hits: on a busy machine it has fewer, and still ends in time."""
+"""After so long a quick run begins no further round of hits: on a busy machine it has fewer, and
+still ends in time."""
 MEASURES = ("hits", "invalidation", "stampede", "misses", "memory", "workers")
 
 _stopping: list[int] = []
@@ -40,7 +43,8 @@ _stopping: list[int] = []
 def main() -> None:
     """Measure, print, write."""
     options = _options()
-    logging.getLogger("respcache").setLevel(logging.ERROR)  # what is measured in this process too may be away for 50 ms
+    # what is measured in this process too may be away for 50 ms
+    logging.getLogger("respcache").setLevel(logging.ERROR)
     lanes, skipped = _choose(options.lanes)
     cores = Cores.found()
     begun, load = time.monotonic(), os.getloadavg()[0]
@@ -66,7 +70,11 @@ def main() -> None:
 
 
 def _measure(
-    refused: dict[str, str], lanes: list[Lane], cores: Cores, options: argparse.Namespace, tell: hits.Tell
+    refused: dict[str, str],
+    lanes: list[Lane],
+    cores: Cores,
+    options: argparse.Namespace,
+    tell: hits.Tell,
 ) -> dict[str, Any]:
     until = time.monotonic() + QUICK_HITS_S if options.quick else math.inf
     effort = hits.Effort(options.rounds, options.seconds, options.requests, options.seed, until)
@@ -80,10 +88,15 @@ def _measure(
         sizes = (10**3, 10**4, 10**5) if quick else (10**3, 10**4, 10**5, 10**6)
         further: dict[str, Callable[[], Any]] = {
             "invalidation": lambda: asyncio.run(
-                invalidation.measure(on, sizes=sizes, rounds=3 if quick else 7, seed=seed, tell=tell)
+                invalidation.measure(
+                    on, sizes=sizes, rounds=3 if quick else 7, seed=seed, tell=tell
+                )
             ),
             "stampede": lambda: stampede.measure(
-                on, [lane for lane in lanes if lane.name not in refused], rounds=2 if quick else 5, tell=tell
+                on,
+                [lane for lane in lanes if lane.name not in refused],
+                rounds=2 if quick else 5,
+                tell=tell,
             ),
             "misses": lambda: misses.measure(
                 on,
@@ -93,7 +106,9 @@ def _measure(
                 crm=any(lane.name == hits.CRM for lane in lanes),
                 tell=tell,
             ),
-            "memory": lambda: asyncio.run(memory.measure(on, requests=2_000 if quick else 12_000, seed=seed, tell=tell)),
+            "memory": lambda: asyncio.run(
+                memory.measure(on, requests=2_000 if quick else 12_000, seed=seed, tell=tell)
+            ),
             "workers": lambda: workers.measure(on, effort, tell),
         }
         for name, measure in further.items():
@@ -109,17 +124,25 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     import plots
 
     pictures = plots.draw(result, options.into / "docs" / "pictures")
-    extra = [*(["QUICK=1"] if options.quick else []), *([f"ARGS={options.said}"] if options.said else [])]
+    extra = [
+        *(["QUICK=1"] if options.quick else []),
+        *([f"ARGS={options.said}"] if options.said else []),
+    ]
     before, after = result["load_average"]
     notes = [
-        f"It took {result['minutes']} minutes with seed {options.seed}. The machine's load average was {before} before anything "
+        f"It took {result['minutes']} minutes with seed {options.seed}. The machine's load "
+        f"average was {before} before anything "
         f"of ours ran, and {after} when it ended."
     ]
     if options.quick:
         notes.append("**A quick run: few and short rounds. Expect more noise than in a full one.**")
     path = options.into / "bench" / "RESULTS.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.markdown(result, command=shlex.join(["make", "bench", *extra]), notes=notes, pictures=pictures))
+    path.write_text(
+        report.markdown(
+            result, command=shlex.join(["make", "bench", *extra]), notes=notes, pictures=pictures
+        )
+    )
 
 
 def _choose(given: str | None) -> tuple[list[Lane], dict[str, str]]:
@@ -127,7 +150,9 @@ def _choose(given: str | None) -> tuple[list[Lane], dict[str, str]]:
     try:
         wanted = list(LANES) if given is None else [named(name) for name in given.split(",")]
     except KeyError as unknown:
-        raise SystemExit(f"no lane {unknown}: choose from {', '.join(BY_NAME)}, or give module:factory") from None
+        raise SystemExit(
+            f"no lane {unknown}: choose from {', '.join(BY_NAME)}, or give module:factory"
+        ) from None
     reasons = {lane.name: lane.missing() for lane in wanted}
     lanes = [BARE, *(lane for lane in wanted if reasons[lane.name] is None and lane != BARE)]
     return lanes, {name: why for name, why in reasons.items() if why is not None}
@@ -149,10 +174,22 @@ def _steps(lanes: Sequence[Lane], options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[hits.Tell]:
-    """Show on standard error how far it is. Drawn between measurements only: it would run on the generator's core."""
+    """Show on standard error how far it is. Drawn between measurements only: it would run on the
+    generator's core."""
     console, begun = Console(stderr=True), time.monotonic()
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as bar:
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(
+        *columns,
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task("starting", total=steps)
 
         part = ""
@@ -164,23 +201,35 @@ def _progress(steps: int) -> Iterator[hits.Tell]:
             bar.update(task, description=what, advance=1, refresh=True)
             before, part = part, what.split()[0].rstrip(":")
             if not console.is_terminal and part != before:
-                console.print(f"{time.monotonic() - begun:5.0f} s  {what}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"{time.monotonic() - begun:5.0f} s  {what}", highlight=False, soft_wrap=True
+                )
 
         yield tell
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="within 5 minutes; RESULTS.md is left alone")
-    parser.add_argument("--lanes", help=f"some of {','.join(BY_NAME)}, or module:factory of your own")
+    parser.add_argument(
+        "--quick", action="store_true", help="within 5 minutes; RESULTS.md is left alone"
+    )
+    parser.add_argument(
+        "--lanes", help=f"some of {','.join(BY_NAME)}, or module:factory of your own"
+    )
     parser.add_argument("--only", default=",".join(MEASURES), help=f"some of {','.join(MEASURES)}")
     parser.add_argument("--rounds", type=int, help="how often each lane has its turn")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, help="of a lane, a round and a number of connections")
+    length.add_argument(
+        "--seconds", type=float, help="of a lane, a round and a number of connections"
+    )
     length.add_argument("--requests", type=int, help="the same, as a number of requests")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--write", action="store_true", help="write RESULTS.md and the pictures after a quick or partial run too")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write RESULTS.md and the pictures after a quick or partial run too",
+    )
     parser.add_argument("--into", type=Path, help="write them below this folder instead")
     options = parser.parse_args()
     options.said = shlex.join(word for word in sys.argv[1:] if word not in ("--quick", "--json"))
@@ -199,7 +248,8 @@ def _options() -> argparse.Namespace:
 def _stop(number: int, frame: object) -> None:
     """End by an exception, so that everything that was started is ended too.
 
-    Python swallows it where it comes while a process is forked: then the next ``tell`` raises it again.
+    Python swallows it where it comes while a process is forked: then the next ``tell`` raises it
+    again.
     """
     _stopping.append(number)
     raise KeyboardInterrupt

@@ -1,7 +1,9 @@
-"""One process of one lane: uvicorn with uvloop and httptools, no access log, on a listening socket that was handed down.
+"""One process of one lane: uvicorn with uvloop and httptools, no access log, on a listening socket
+that was handed down.
 
-Run by ``machine.py``: ``serve.py MODULE:FACTORY DESCRIPTOR``. The factory gets the address of Valkey and returns an ASGI
-application, or one with the protocol class that uvicorn is to use for it.
+Run by ``machine.py``: ``serve.py MODULE:FACTORY DESCRIPTOR``. The factory gets the address of
+Valkey and returns an ASGI application, or one with the protocol class that uvicorn is to use for
+it.
 """
 
 import importlib

@@ -1,4 +1,5 @@
-"""What the benchmarks measure on: our own servers, one worker with the cache and one without, and a plain HTTP client."""
+"""What the benchmarks measure on: our own servers, one worker with the cache and one without, and a
+plain HTTP client."""
 
 import asyncio
 import contextlib
@@ -50,7 +51,10 @@ class Stand:
     def put(self, path: str, body: bytes) -> bytes:
         """Build a PUT request with a JSON body."""
         head = self.get(path).replace(b"GET", b"PUT", 1).removesuffix(b"\r\n")
-        return head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        return head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+            len(body),
+            body,
+        )
 
 
 class Client:
@@ -60,7 +64,9 @@ class Client:
         self._port = port
 
     async def __aenter__(self) -> "Client":
-        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
+        self._reader, self._writer = await asyncio.open_connection(
+            "127.0.0.1", self._port, limit=2**20
+        )
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -79,20 +85,36 @@ class Client:
 @contextlib.contextmanager
 def stand() -> Iterator[Stand]:
     """Start Valkey, PostgreSQL with demo data, and the two workers; stop them whatever happens."""
-    with tempfile.TemporaryDirectory(prefix="respcache-bench-") as folder, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="respcache-bench-") as folder,
+        contextlib.ExitStack() as stack,
+    ):
         valkey = EmbeddedValkey(Path(folder) / "valkey").start()
         stack.callback(valkey.stop)
-        postgres = EmbeddedPostgres(Path(folder) / "postgres", password="bench", durable=False).start()
+        postgres = EmbeddedPostgres(
+            Path(folder) / "postgres", password="bench", durable=False
+        ).start()
         stack.callback(postgres.remove)
         url = postgres.url("postgres")
         upgrade(url)
         asyncio.run(seed_if_empty(url))
         token = asyncio.run(development_token(url, SECRET, tenant="acme", role="admin"))
-        given = {"DATABASE_URL": url, "REDIS_CACHE_URL": valkey.url, "JWT_SECRET": SECRET, "RESPCACHE_KEY": SECRET}
+        given = {
+            "DATABASE_URL": url,
+            "REDIS_CACHE_URL": valkey.url,
+            "JWT_SECRET": SECRET,
+            "RESPCACHE_KEY": SECRET,
+        }
         workers = []
         for name, enabled in (("uncached", "0"), ("cached", "1")):
             port = free_port()
-            environment = {**os.environ, **given, "PORT": str(port), "RESPCACHE_ENABLED": enabled, "LOG_LEVEL": "error"}
+            environment = {
+                **os.environ,
+                **given,
+                "PORT": str(port),
+                "RESPCACHE_ENABLED": enabled,
+                "LOG_LEVEL": "error",
+            }
             process = subprocess.Popen([sys.executable, "-m", "crm", "serve"], env=environment)
             stack.callback(process.wait, 20)
             stack.callback(process.terminate)

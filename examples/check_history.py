@@ -1,6 +1,8 @@
-"""Is my cache ever stale? A small application with a cache of its own, its recorded history, and what the checker says.
+"""Is my cache ever stale? A small application with a cache of its own, its recorded history, and
+what the checker says.
 
-Run: python examples/check_history.py [FILE]. The cache deletes on every write, and still serves what was overwritten.
+Run: python examples/check_history.py [FILE]. The cache deletes on every write, and still serves
+what was overwritten.
 """
 
 import asyncio
@@ -14,7 +16,8 @@ from respcache.testing.history import Read, Recorder, Write, load, now
 
 
 class Books:
-    """The application: the number of copies sold of each book (a version that grows by one), and a cache in front of it."""
+    """The application: the number of copies sold of each book (a version that grows by one), and a
+    cache in front of it."""
 
     def __init__(self) -> None:
         self.sold = {"Emma": 0}
@@ -41,17 +44,30 @@ async def read(books: Books, book: str, recorder: Recorder) -> None:
     start = now()
     body, how = await books.read(book)
     end = now()
-    recorder.append(Read(start, end, {f"acme/{body['book']}": body["sold"]}, "reader", asked=book, told=body["book"], how=how))
+    recorder.append(
+        Read(
+            start,
+            end,
+            {f"acme/{body['book']}": body["sold"]},
+            "reader",
+            asked=book,
+            told=body["book"],
+            how=how,
+        )
+    )
 
 
 async def sell(books: Books, book: str, recorder: Recorder) -> None:
     started = now()
     version, committed = await books.sell(book)
-    recorder.append(Write(f"acme/{book}", version, started, committed, acked=now(), process="writer"))
+    recorder.append(
+        Write(f"acme/{book}", version, started, committed, acked=now(), process="writer")
+    )
 
 
 async def use(books: Books, recorder: Recorder) -> None:
-    """A slow read begins, a sale overtakes it, and somebody reads after the sale was acknowledged."""
+    """A slow read begins, a sale overtakes it, and somebody reads after the sale was
+    acknowledged."""
     books.handler_may_end.clear()
     slow = asyncio.create_task(read(books, "Emma", recorder))
     await asyncio.sleep(0)

@@ -1,4 +1,5 @@
-"""The library alone: a list that is cached, and a write that invalidates it. Run: uvicorn examples.quickstart:app"""
+"""The library alone: a list that is cached, and a write that invalidates it. Run: uvicorn
+examples.quickstart:app"""
 
 import os
 

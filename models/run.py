@@ -1,4 +1,5 @@
-"""Checks the models with spin: what must hold holds in every state, and each mutant fails. See README.md."""
+"""Checks the models with spin: what must hold holds in every state, and each mutant fails. See
+README.md."""
 
 import argparse
 import json
@@ -13,7 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HOLDS, FAILS = "holds", "fails"
-CUT_OFF = r"^pan:\d+:|took too long|max search depth too small|out of memory|reached -DMEMLIM|Search not completed|^could not"
+CUT_OFF = (
+    r"^pan:\d+:|took too long|max search depth too small|out of memory|reached -DMEMLIM|Search "
+    r"not completed|^could not"
+)
 SMALL_MIB, FULL_MIB = 3900, 16000
 SMALL_S, FULL_S = 300, 7200
 
@@ -55,7 +59,9 @@ CONFIGURATIONS = [
     *mutants("fence", "T=4 SPLIT ROUNDS0=2", "ACKALWAYS", "NOEFF", "EARLYRECORD"),
     Configuration("composed-rows", "composed", "TWOROWS UNKNOWN"),
     Configuration("composed-losses", "composed", "T=2 LOSSES=1"),
-    Configuration("composed-saves", "composed", "T=2 LOSSES=2 SAVE ROUNDS0=2 ROUNDS1=0 FILLS1=0 FILLS0=1"),
+    Configuration(
+        "composed-saves", "composed", "T=2 LOSSES=2 SAVE ROUNDS0=2 ROUNDS1=0 FILLS1=0 FILLS0=1"
+    ),
     Configuration("composed-failover", "composed", "T=2 FAILOVER"),
     *mutants("composed", "PSQL ROUNDS0=0 ROUNDS1=2", "IDCURSOR"),
     *mutants("composed", "TWOROWS", "DEDUPEXID"),
@@ -69,10 +75,17 @@ CONFIGURATIONS = [
     *mutants("rivals", "COUNTER", "EVICT"),
     Configuration("core-accidents-full", "core", f"{CORE} READS=2 ONEKEY", full=True),
     Configuration("core-two-tags-full", "core", "EVICT COMPACT JOIN READS=2 WRITERS=2", full=True),
-    Configuration("core-failovers-full", "core", "FAILOVERS=2 CRASH ROUNDS READS=2 ONEKEY", full=True),
+    Configuration(
+        "core-failovers-full", "core", "FAILOVERS=2 CRASH ROUNDS READS=2 ONEKEY", full=True
+    ),
     Configuration("fence-partition-full", "fence", "T=5 READS1=2 ROUNDS0=2", full=True),
     Configuration("fence-split-full", "fence", "T=5 SPLIT ROUNDS0=2 CLAIMS=2", full=True),
-    Configuration("fence-reader-moves-full", "fence", "T=4 SPLIT ROUNDS1=0 ROUNDS2=2 READS1=0 READS2=1", full=True),
+    Configuration(
+        "fence-reader-moves-full",
+        "fence",
+        "T=4 SPLIT ROUNDS1=0 ROUNDS2=2 READS1=0 READS2=1",
+        full=True,
+    ),
     Configuration("composed-psql-full", "composed", "T=3 PSQL TWOROWS UNKNOWN", full=True),
     Configuration("composed-losses-full", "composed", "T=3 LOSSES=1 SAVE", full=True),
     Configuration("composed-two-losses-full", "composed", "T=2 LOSSES=2 SAVE ROUNDS0=2", full=True),
@@ -82,7 +95,8 @@ CONFIGURATIONS = [
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a configuration; a verdict that is neither of the two says what cut the search off."""
+    """What became of a configuration; a verdict that is neither of the two says what cut the search
+    off."""
 
     name: str
     verdict: str
@@ -100,11 +114,18 @@ class Result:
 def main() -> int:
     """Check the configurations that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="exit status: 0 as expected, 1 not, 2 usage, 3 no spin or compiler"
+        description=__doc__,
+        epilog="exit status: 0 as expected, 1 not, 2 usage, 3 no spin or compiler",
     )
-    parser.add_argument("--full", action="store_true", help="also the full sizes: much longer, up to 16 GiB")
-    parser.add_argument("--only", metavar="NAME", action="append", help="only this configuration (may be repeated)")
-    parser.add_argument("--trace", metavar="NAME", help="print the shortest way in which a mutant fails")
+    parser.add_argument(
+        "--full", action="store_true", help="also the full sizes: much longer, up to 16 GiB"
+    )
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", help="only this configuration (may be repeated)"
+    )
+    parser.add_argument(
+        "--trace", metavar="NAME", help="print the shortest way in which a mutant fails"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of all configurations")
     arguments = parser.parse_args()
     known = {one.name: one for one in CONFIGURATIONS}
@@ -132,7 +153,11 @@ def main() -> int:
         print(results[-1].verdict, flush=True)
     print_table(results)
     wrong = [result.name for result in results if not result.right]
-    summary = {"checked": len(results), "wrong": wrong, "seconds": round(time.monotonic() - began, 1)}
+    summary = {
+        "checked": len(results),
+        "wrong": wrong,
+        "seconds": round(time.monotonic() - began, 1),
+    }
     print(json.dumps({**summary, "results": [asdict(result) for result in results]}))
     return 1 if wrong else 0
 
@@ -160,24 +185,47 @@ def check(one: Configuration, compiler: str) -> Result:
 
 
 def search(one: Configuration, compiler: str, folder: Path, *, shortest: bool = False) -> str:
-    """Generate, compile and run the search; return what it printed. A counterexample stays in the folder."""
+    """Generate, compile and run the search; return what it printed. A counterexample stays in the
+    folder."""
     model = shutil.copy(HERE / f"{one.model}.pml", folder)
     run = ["spin", "-a", *one.defines, Path(model).name]
-    subprocess.run(run, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    subprocess.run(
+        run, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     # Most of a mutant's time goes into compiling, most of the others' into searching.
     choices = ["-O0"] if one.expected == FAILS else ["-O2", "-DCOLLAPSE"] if one.full else ["-O1"]
     limit = f"-DMEMLIM={FULL_MIB if one.full else SMALL_MIB}"
-    run = [compiler, "-w", *choices, "-DSAFETY", limit, *(["-DBFS"] if shortest else []), "-o", "pan", "pan.c"]
-    subprocess.run(run, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = [
+        compiler,
+        "-w",
+        *choices,
+        "-DSAFETY",
+        limit,
+        *(["-DBFS"] if shortest else []),
+        "-o",
+        "pan",
+        "pan.c",
+    ]
+    subprocess.run(
+        run, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     size = "-w20" if one.expected == FAILS else "-w28" if one.full else "-w24"
     # -E: a process that waits for ever is no error.
     run = ["./pan", "-E", size, *one.options.split()]
     timeout = FULL_S if one.full else SMALL_S
-    return subprocess.run(run, cwd=folder, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    return subprocess.run(
+        run,
+        cwd=folder,
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ).stdout
 
 
 def judge(output: str) -> str:
-    """Tell the verdict from what a search printed: only a complete one shows that something holds."""
+    """Tell the verdict from what a search printed: only a complete one shows that something
+    holds."""
     if re.search(r"^pan:\d+: assertion violated", output, re.MULTILINE):
         return FAILS
     cut = re.search(rf"^.*(?:{CUT_OFF}).*$", output, re.MULTILINE)
@@ -209,7 +257,10 @@ def print_table(results: list[Result]) -> None:
     print(f"\n{'configuration':{width}}  {'verdict':10} {'states':>12} {'seconds':>8} {'MiB':>7}")
     for result in results:
         remark = "" if result.right else f"   MUST BE: {result.expected}"
-        print(f"{result.name:{width}}  {result.verdict:10} {result.states:12,} {result.seconds:8.1f} {result.mib:7.0f}{remark}")
+        print(
+            f"{result.name:{width}}  {result.verdict:10} {result.states:12,} "
+            f"{result.seconds:8.1f} {result.mib:7.0f}{remark}"
+        )
 
 
 if __name__ == "__main__":

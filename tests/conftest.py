@@ -43,7 +43,8 @@ def make_valkey(tmp_path: Path) -> Iterator[Callable[..., EmbeddedValkey]]:
 
     def make(**settings: str) -> EmbeddedValkey:
         server = EmbeddedValkey(
-            tmp_path / f"valkey{len(servers)}", settings={k.replace("_", "-"): v for k, v in settings.items()}
+            tmp_path / f"valkey{len(servers)}",
+            settings={k.replace("_", "-"): v for k, v in settings.items()},
         )
         servers.append(server)
         return server.start()
@@ -56,7 +57,9 @@ def make_valkey(tmp_path: Path) -> Iterator[Callable[..., EmbeddedValkey]]:
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     """One PostgreSQL for all tests; they have databases of their own."""
-    server = EmbeddedPostgres(tmp_path_factory.mktemp("pg") / "postgres", password="only-for-tests", durable=False)
+    server = EmbeddedPostgres(
+        tmp_path_factory.mktemp("pg") / "postgres", password="only-for-tests", durable=False
+    )
     try:
         yield server.start()
     finally:
@@ -90,7 +93,12 @@ def database_url(postgres_server: EmbeddedPostgres, migrated_database: str) -> s
 @pytest.fixture
 def empty_database_url(postgres_server: EmbeddedPostgres, bare_database: str) -> str:
     """A database without tables."""
-    administer(postgres_server, END_OTHERS, "DROP SCHEMA public CASCADE; CREATE SCHEMA public", database=bare_database)
+    administer(
+        postgres_server,
+        END_OTHERS,
+        "DROP SCHEMA public CASCADE; CREATE SCHEMA public",
+        database=bare_database,
+    )
     return postgres_server.url(bare_database)
 
 

@@ -1,4 +1,5 @@
-"""aiocache 0.12 as in its README: the ``cached`` decorator on a Redis cache with the JSON serializer."""
+"""aiocache 0.12 as in its README: the ``cached`` decorator on a Redis cache with the JSON
+serializer."""
 
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit

@@ -1,4 +1,5 @@
-"""The floor: an ASGI function that sends what others must first find. Heads are of the size of ours."""
+"""The floor: an ASGI function that sends what others must first find. Heads are of the size of
+ours."""
 
 import json
 from typing import Any
@@ -23,7 +24,13 @@ def make(url: str) -> Any:
             body = pages.get(scope["query_string"])
             if body is None:  # /fills
                 body = json.dumps({"fills": 0}).encode()
-                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": 200,
+                        "headers": [(b"content-length", b"%d" % len(body))],
+                    }
+                )
             else:
                 await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,5 @@
-"""cashews 7 at its best: client side cache, and the finished Response as the value, so that a hit serialises nothing.
+"""cashews 7 at its best: client side cache, and the finished Response as the value, so that a hit
+serialises nothing.
 
 ``lock=True`` is its way to fill a cold key once.
 """

@@ -1,4 +1,5 @@
-"""The lane ``strict`` of respcache with its metrics exported: a board that publishes, and the page that is scraped."""
+"""The lane ``strict`` of respcache with its metrics exported: a board that publishes, and the page
+that is scraped."""
 
 from typing import Any
 

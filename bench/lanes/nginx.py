@@ -1,4 +1,5 @@
-"""nginx with proxy_cache before the plain handler: one worker, files in the page cache, no access log, one fill at a time."""
+"""nginx with proxy_cache before the plain handler: one worker, files in the page cache, no access
+log, one fill at a time."""
 
 import os
 from pathlib import Path
@@ -59,7 +60,14 @@ def missing(factory: str) -> str | None:
 def command(port: int, origin: int, folder: Path) -> list[str]:
     """Write the configuration and return the command."""
     user = "user root;" if os.getuid() == 0 else ""
-    text = CONFIGURATION.format(folder=folder, port=port, origin=origin, user=user, ttl=TTL_S, cached="|".join((PATH, SLOW_PATH)))
+    text = CONFIGURATION.format(
+        folder=folder,
+        port=port,
+        origin=origin,
+        user=user,
+        ttl=TTL_S,
+        cached="|".join((PATH, SLOW_PATH)),
+    )
     path = folder / "nginx.conf"
     path.write_text(text)
     return [_program() or "nginx", "-e", str(folder / "error.log"), "-c", str(path)]

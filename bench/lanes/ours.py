@@ -1,10 +1,11 @@
 """respcache in its levels: one FastAPI application, the handler's own objects, the cache around it.
 
-No outbox, as there is no database: ``make bench BENCH=outbox`` measures that. The resolver looks the token up where the peers
-do, and names the one header that it reads, so the library may recognise a request that it saw before. Everything else is left
-at its default.
+No outbox, as there is no database: ``make bench BENCH=outbox`` measures that. The resolver looks
+the token up where the peers do, and names the one header that it reads, so the library may
+recognise a request that it saw before. Everything else is left at its default.
 
-What a version of the library does not know yet (levels, the near cache, turbo) is looked for in its signatures and left out.
+What a version of the library does not know yet (levels, the near cache, turbo) is looked for in its
+signatures and left out.
 """
 
 import inspect
@@ -83,7 +84,9 @@ def missing(factory: str) -> str | None:
     return None
 
 
-def make_cache(url: str, *, name: str = "bench", near_bytes: int = NEAR_BYTES, **options: Any) -> Cache:
+def make_cache(
+    url: str, *, name: str = "bench", near_bytes: int = NEAR_BYTES, **options: Any
+) -> Cache:
     """Make a cache for these callers. Lanes of different names share no entries."""
     options |= {"near_bytes": near_bytes} if NEAR else {}
     return Cache(RedisStore(url), secret=SECRET, resolver=Callers(), schema_version=name, **options)

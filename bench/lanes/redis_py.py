@@ -1,4 +1,5 @@
-"""What a careful engineer writes by hand: the body's bytes in Valkey, GET and SETEX with redis.asyncio, a Response of bytes."""
+"""What a careful engineer writes by hand: the body's bytes in Valkey, GET and SETEX with
+redis.asyncio, a Response of bytes."""
 
 import contextlib
 import json

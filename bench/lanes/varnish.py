@@ -33,7 +33,16 @@ def command(port: int, origin: int, folder: Path) -> list[str]:
     rules.write_text(RULES.format(origin=origin, ttl=TTL_S, cached="|".join((PATH, SLOW_PATH))))
     return [
         *(_program() or "varnishd", "-F", "-j", "none"),
-        *("-a", f"127.0.0.1:{port}", "-f", str(rules), "-s", "malloc,256m", "-n", str(folder / "work")),
+        *(
+            "-a",
+            f"127.0.0.1:{port}",
+            "-f",
+            str(rules),
+            "-s",
+            "malloc,256m",
+            "-n",
+            str(folder / "work"),
+        ),
         *("-p", "thread_pools=1", "-p", "thread_pool_min=80"),
     ]
 

@@ -1,4 +1,5 @@
-"""Hits: all lanes in turn, round after round, at 1, 16 and 64 connections; every ratio is taken within its own round."""
+"""Hits: all lanes in turn, round after round, at 1, 16 and 64 connections; every ratio is taken
+within its own round."""
 
 import contextlib
 import functools
@@ -22,7 +23,8 @@ CONNECTIONS = (1, 16, 64)
 MOST_LANES = 12
 CRM = "uncached"
 BUSY = 0.93
-"""From here on the core of load generator and Valkey was the slower side: throughput is a lower bound."""
+"""From here on the core of load generator and Valkey was the slower side: throughput is a lower
+bound."""
 
 MOST_REPEATS = 3
 REPEAT_PAUSE_S = 0.5
@@ -44,7 +46,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long it may take: rounds, and the seconds or requests of one lane in one round at one number of connections."""
+    """How long it may take: rounds, and the seconds or requests of one lane in one round at one
+    number of connections."""
 
     rounds: int
     seconds: float | None
@@ -62,7 +65,9 @@ def groups(lanes: Sequence[Lane]) -> list[list[Lane]]:
     return [[BARE, *others[i * size : (i + 1) * size]] for i in range(count)]
 
 
-def measure(on: Processes, lanes: Sequence[Lane], effort: Effort, tell: Tell) -> tuple[dict[str, Any], dict[str, str]]:
+def measure(
+    on: Processes, lanes: Sequence[Lane], effort: Effort, tell: Tell
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the figures of each lane and, for those that were refused, why."""
     result: dict[str, Any] = {}
     refused: dict[str, str] = {}
@@ -71,7 +76,10 @@ def measure(on: Processes, lanes: Sequence[Lane], effort: Effort, tell: Tell) ->
             cells = _rounds(on, served, effort, refused, tell)
         for one in served:
             if one.lane.name not in refused:
-                figures = {f"c{n}": _figures(cells[one.lane.name, n], cells[BARE.name, n]) for n in CONNECTIONS}
+                figures = {
+                    f"c{n}": _figures(cells[one.lane.name, n], cells[BARE.name, n])
+                    for n in CONNECTIONS
+                }
                 result.setdefault(one.lane.name, figures)  # the bare lane of the first group
     return result, refused
 
@@ -84,14 +92,21 @@ def cells_of(lanes: int) -> int:
 def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
     """Return the requests of the key space, with what must come back."""
     if not coding:
-        return [Ask(handler.request(number, path), handler.body(number)) for number in range(handler.PAGES)]
+        return [
+            Ask(handler.request(number, path), handler.body(number))
+            for number in range(handler.PAGES)
+        ]
     wanted = f"\r\nAccept-Encoding: {coding}\r\n\r\n".encode()
-    requests = (handler.request(number, path).removesuffix(b"\r\n\r\n") + wanted for number in range(handler.PAGES))
+    requests = (
+        handler.request(number, path).removesuffix(b"\r\n\r\n") + wanted
+        for number in range(handler.PAGES)
+    )
     return [Ask(request, compress(handler.body(number))) for number, request in enumerate(requests)]
 
 
 def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
-    """Fill every key, then look at each once more. One connection walks over all of them in order. Raises ``WrongAnswer``."""
+    """Fill every key, then look at each once more. One connection walks over all of them in order.
+    Raises ``WrongAnswer``."""
     requests = max(16, connections * len(pages) if served.lane.caches else 0)
     drive(served.port, pages, connections=connections, requests=requests)
     settle()
@@ -103,9 +118,11 @@ def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
 
 
 def patiently(stretch: Callable[[], None]) -> int:
-    """Run a stretch of load; again when an answer went the wrong way, up to ``MOST_REPEATS`` times. Return how often that was.
+    """Run a stretch of load; again when an answer went the wrong way, up to ``MOST_REPEATS`` times.
+    Return how often that was.
 
-    On a busy machine a cache that has deadlines passes a request on when its server did not get to answer in time.
+    On a busy machine a cache that has deadlines passes a request on when its server did not get to
+    answer in time.
     """
     for repeats in range(MOST_REPEATS):
         try:
@@ -119,7 +136,9 @@ def patiently(stretch: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def _started(on: Processes, group: Sequence[Lane], refused: dict[str, str], tell: Tell) -> Iterator[list[Served]]:
+def _started(
+    on: Processes, group: Sequence[Lane], refused: dict[str, str], tell: Tell
+) -> Iterator[list[Served]]:
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
         tell("starting " + ", ".join(lane.name for lane in group))
@@ -150,18 +169,24 @@ def _rounds(
             break
         for connections in CONNECTIONS:
             for one in chance.sample(served, len(served)):
-                tell(f"round {number + 1} of {effort.rounds}: {one.lane.name}, {connections} connections")
+                tell(
+                    f"round {number + 1} of {effort.rounds}: {one.lane.name}, {connections} "
+                    f"connections"
+                )
                 if one.lane.name not in refused:
                     with _refusing(one, refused):
                         cell = cells[one.lane.name, connections]
-                        stretch = functools.partial(_stretch, on, one, cell, pages[one.lane.name], connections, effort)
+                        stretch = functools.partial(
+                            _stretch, on, one, cell, pages[one.lane.name], connections, effort
+                        )
                         cell.repeated += patiently(stretch)
     return cells
 
 
 @contextlib.contextmanager
 def _refusing(one: Served, refused: dict[str, str]) -> Iterator[None]:
-    """Leave out a lane that answers wrongly. Without the bare one there is nothing to compare with."""
+    """Leave out a lane that answers wrongly. Without the bare one there is nothing to compare
+    with."""
     try:
         yield
     except (WrongAnswer, Failed, OSError) as error:
@@ -170,17 +195,26 @@ def _refusing(one: Served, refused: dict[str, str]) -> Iterator[None]:
         refused[one.lane.name] = str(error)
 
 
-def _stretch(on: Processes, one: Served, cell: Cell, pages: Sequence[Ask], connections: int, effort: Effort) -> None:
+def _stretch(
+    on: Processes, one: Served, cell: Cell, pages: Sequence[Ask], connections: int, effort: Effort
+) -> None:
     fills = one.fills() if one.counts_fills else 0
     store = on.valkey.process
     assert store is not None
     before, store_before = one.cpu_ns(), cpu_ns([store.pid])
     sample: Sample = drive(
-        one.port, pages, connections=connections, seconds=effort.seconds, requests=effort.requests, hit=one.lane.hit
+        one.port,
+        pages,
+        connections=connections,
+        seconds=effort.seconds,
+        requests=effort.requests,
+        hit=one.lane.hit,
     )
     cpu, store_cpu = one.cpu_ns() - before, cpu_ns([store.pid]) - store_before
     if one.counts_fills and one.fills() != fills:
-        raise WrongAnswer(f"the handler ran {one.fills() - fills} times while there were only hits to answer")
+        raise WrongAnswer(
+            f"the handler ran {one.fills() - fills} times while there were only hits to answer"
+        )
     cell.rps.append(sample.rps)
     cell.cpu_us.append(cpu / 1000 / sample.requests)
     cell.valkey_us.append(store_cpu / 1000 / sample.requests)

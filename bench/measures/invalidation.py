@@ -1,8 +1,10 @@
-"""Invalidating what a tenant has cached, among 1,000 to 1,000,000 keys: ours, SCAN and DEL, a set of keys for each tag, cashews.
+"""Invalidating what a tenant has cached, among 1,000 to 1,000,000 keys: ours, SCAN and DEL, a set
+of keys for each tag, cashews.
 
-The keys are as ours and hold one byte each: what is measured is finding and removing them, which larger values only make
-slower. Two cases: the tenant has 100 of the keys, or all of them (up to 100,000). Latency is that of the caller, in Python, on
-an idle server; commands are those that Valkey ran, the ones inside scripts included.
+The keys are as ours and hold one byte each: what is measured is finding and removing them, which
+larger values only make slower. Two cases: the tenant has 100 of the keys, or all of them (up to
+100,000). Latency is that of the caller, in Python, on an idle server; commands are those that
+Valkey ran, the ones inside scripts included.
 """
 
 import asyncio
@@ -41,7 +43,9 @@ Client = redis.asyncio.Redis
 Way = Callable[[], Awaitable[Any]]
 
 
-async def measure(on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: int, tell: Tell) -> dict[str, Any]:
+async def measure(
+    on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: int, tell: Tell
+) -> dict[str, Any]:
     """Return milliseconds (median) and commands of each way, by case and number of keys."""
     server = on.store(maxmemory="2gb", maxmemory_policy="noeviction")
     cache = ours.make_cache(server.url)
@@ -65,7 +69,9 @@ async def measure(on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: i
                 for size in sizes:
                     if share or size <= MOST_OWN:
                         tell(f"invalidation: {share or size:,} of {size:,} keys")
-                        result.setdefault(case, {})[str(size)] = await _case(client, cache, ways, size, share, rounds, seed)
+                        result.setdefault(case, {})[str(size)] = await _case(
+                            client, cache, ways, size, share, rounds, seed
+                        )
             return result
     finally:
         await cache.close()
@@ -74,7 +80,13 @@ async def measure(on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: i
 
 
 async def _case(
-    client: Client, cache: Cache, ways: dict[str, Way], size: int, share: int, rounds: int, seed: int
+    client: Client,
+    cache: Cache,
+    ways: dict[str, Way],
+    size: int,
+    share: int,
+    rounds: int,
+    seed: int,
 ) -> dict[str, Any]:
     own = share or size
     await client.flushall()
@@ -105,7 +117,8 @@ async def _case(
 
 
 async def _repeat(cache: Cache, way: Way, took: list[float]) -> None:
-    """Take several samples of ours, as no keys are to be made anew: a value is cached, invalidated, and must be made again.
+    """Take several samples of ours, as no keys are to be made anew: a value is cached, invalidated,
+    and must be made again.
 
     One that was not confirmed within its deadline, as happens on a busy machine, does not count.
     """
@@ -137,7 +150,8 @@ async def _value(cache: Cache, made: list[int]) -> None:
 
 
 async def _scan_and_delete(client: Client) -> None:
-    """Delete by pattern: a DEL for each batch that SCAN brings (one for each key, as often seen, is slower still)."""
+    """Delete by pattern: a DEL for each batch that SCAN brings (one for each key, as often seen, is
+    slower still)."""
     cursor = 0
     while True:
         cursor, keys = await client.scan(cursor, match=f"{PREFIX}*", count=100)
@@ -162,6 +176,10 @@ async def _fill(client: Client, prefix: str, count: int, *, tag: str) -> None:
 
 async def _commands(client: Client) -> dict[str, int]:
     found = await client.info("commandstats")
-    mine = ("config", "info", "ping", "client", "get")  # GET is our look at the kill switch, once a second
-    calls = {name.removeprefix("cmdstat_").partition("|")[0].upper(): int(entry["calls"]) for name, entry in found.items()}
+    # GET is our look at the kill switch, once a second
+    mine = ("config", "info", "ping", "client", "get")
+    calls = {
+        name.removeprefix("cmdstat_").partition("|")[0].upper(): int(entry["calls"])
+        for name, entry in found.items()
+    }
     return {name: count for name, count in sorted(calls.items()) if name.lower() not in mine}

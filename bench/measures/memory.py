@@ -1,8 +1,9 @@
-"""What an entry takes in Valkey, and what that buys: the hit ratio at equal memory, against the plain JSON text under a key.
+"""What an entry takes in Valkey, and what that buys: the hit ratio at equal memory, against the
+plain JSON text under a key.
 
-Both sides get the same sequence of keys (Zipf, fixed seed) and servers of the same size that evict what was used least
-recently, as ours does by default. Ours is the whole application, called in this process, with the near cache off: what is
-compared is the store.
+Both sides get the same sequence of keys (Zipf, fixed seed) and servers of the same size that evict
+what was used least recently, as ours does by default. Ours is the whole application, called in this
+process, with the near cache off: what is compared is the store.
 """
 
 import itertools
@@ -26,14 +27,24 @@ SAMPLED = 100
 async def measure(on: Processes, *, requests: int, seed: int, tell: Tell) -> dict[str, Any]:
     """Return bytes per entry and the hit ratio of both sides."""
     sequence = zipf(requests, seed)
-    result: dict[str, Any] = {"keys": KEYS, "requests": requests, "memory": MEMORY, "body_bytes": handler.BODY_BYTES}
+    result: dict[str, Any] = {
+        "keys": KEYS,
+        "requests": requests,
+        "memory": MEMORY,
+        "body_bytes": handler.BODY_BYTES,
+    }
     try:
         for name, side in (("respcache", _ours), ("plain JSON", _plain)):
             tell(f"memory: {name}")
-            server = on.store(maxmemory=MEMORY, maxmemory_policy="allkeys-lru", maxmemory_samples="10")
+            server = on.store(
+                maxmemory=MEMORY, maxmemory_policy="allkeys-lru", maxmemory_samples="10"
+            )
             async with redis.asyncio.from_url(server.url) as client:
                 hits = await side(server.url, client, sequence)
-                result[name] = {"bytes_per_entry": await _entry_bytes(client), "hit_ratio": round(hits / requests, 4)}
+                result[name] = {
+                    "bytes_per_entry": await _entry_bytes(client),
+                    "hit_ratio": round(hits / requests, 4),
+                }
     finally:
         on.stop_lanes()
     return result
@@ -101,6 +112,10 @@ async def _is_hit(app: Any, number: int) -> bool:
 
 async def _entry_bytes(client: "redis.asyncio.Redis") -> int:
     """Return what an entry's key takes, allocator included (MEMORY USAGE), on average."""
-    keys = list(itertools.islice([key async for key in client.scan_iter(count=1000) if b":~" not in key], SAMPLED))
+    keys = list(
+        itertools.islice(
+            [key async for key in client.scan_iter(count=1000) if b":~" not in key], SAMPLED
+        )
+    )
     sizes = [await client.memory_usage(key, samples=0) or 0 for key in keys]
     return round(sum(sizes) / len(sizes))

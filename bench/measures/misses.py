@@ -1,7 +1,9 @@
-"""What a miss costs above the handler itself: fresh keys through ours, beside the same handler without a cache, in turns.
+"""What a miss costs above the handler itself: fresh keys through ours, beside the same handler
+without a cache, in turns.
 
-Twice: the benchmark's handler, which costs nothing but its serialisation, so that the whole overhead shows; and the CRM's list
-from PostgreSQL, whose cost is that of a real handler. CPU time is read after the stores that follow an answer have ended.
+Twice: the benchmark's handler, which costs nothing but its serialisation, so that the whole
+overhead shows; and the CRM's list from PostgreSQL, whose cost is that of a real handler. CPU time
+is read after the stores that follow an answer have ended.
 """
 
 import contextlib
@@ -26,25 +28,34 @@ WARM_UP = 20
 MISS = b"fwd=uri-miss"
 
 
-def measure(on: Processes, *, rounds: int, requests: int, seed: int, crm: bool, tell: Tell) -> dict[str, Any]:
-    """Return the overhead of a miss in CPU time and latency (ratios to the uncached handler, less one)."""
+def measure(
+    on: Processes, *, rounds: int, requests: int, seed: int, crm: bool, tell: Tell
+) -> dict[str, Any]:
+    """Return the overhead of a miss in CPU time and latency (ratios to the uncached handler, less
+    one)."""
     result = {}
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
         tell("misses: the benchmark's handler")
         plain, strict = on.serve_all([(PLAIN, 1), (BY_NAME["strict"], 1)])
         numbers = itertools.count(handler.PAGES * 1000)
-        result["handler"] = _compare(plain, strict, lambda: _item(next(numbers)), rounds, requests, seed)
+        result["handler"] = _compare(
+            plain, strict, lambda: _item(next(numbers)), rounds, requests, seed
+        )
         if crm:
             tell("misses: the CRM's list")
             uncached, cached = on.crm()
             one = uncached.asks[0]
             numbers = itertools.count(1)
-            result["crm"] = _compare(uncached, cached, lambda: _list(one, next(numbers)), rounds, requests, seed)
+            result["crm"] = _compare(
+                uncached, cached, lambda: _list(one, next(numbers)), rounds, requests, seed
+            )
     return result
 
 
-def _compare(plain: Served, ours: Served, make: Callable[[], Ask], rounds: int, requests: int, seed: int) -> dict[str, Any]:
+def _compare(
+    plain: Served, ours: Served, make: Callable[[], Ask], rounds: int, requests: int, seed: int
+) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {"plain": [], "ours": []}
     latency: dict[str, list[float]] = {"plain": [], "ours": []}
     sides, chance = [("plain", plain), ("ours", ours)], random.Random(seed)
@@ -53,9 +64,14 @@ def _compare(plain: Served, ours: Served, make: Callable[[], Ask], rounds: int, 
     for _ in range(rounds):
         for name, served in chance.sample(sides, 2):
             mark = MISS if name == "ours" else b""
-            patiently(functools.partial(_batch, served, make, requests, mark, cpu[name], latency[name]))
+            patiently(
+                functools.partial(_batch, served, make, requests, mark, cpu[name], latency[name])
+            )
     over = {
-        name: [100 * (mine / floor - 1) for mine, floor in zip(values["ours"], values["plain"], strict=True)]
+        name: [
+            100 * (mine / floor - 1)
+            for mine, floor in zip(values["ours"], values["plain"], strict=True)
+        ]
         for name, values in (("cpu", cpu), ("latency", latency))
     }
     return {
@@ -70,7 +86,14 @@ def _compare(plain: Served, ours: Served, make: Callable[[], Ask], rounds: int, 
     }
 
 
-def _batch(served: Served, make: Callable[[], Ask], requests: int, mark: bytes, cpu: list[float], latency: list[float]) -> None:
+def _batch(
+    served: Served,
+    make: Callable[[], Ask],
+    requests: int,
+    mark: bytes,
+    cpu: list[float],
+    latency: list[float],
+) -> None:
     fresh = [make() for _ in range(requests)]
     settle()
     before = served.cpu_ns()
@@ -86,5 +109,11 @@ def _item(number: int) -> Ask:
 
 def _list(one: Ask, number: int) -> Ask:
     """Ask for the same rows by a filter that nobody used before and that all of them pass."""
-    only = quote(json.dumps({"$or": [{"employee_count": {"$gte": -number}}, {"employee_count": None}]}))
-    return Ask(one.request.replace(b"limit=50", f"limit=50&filter={only}".encode(), 1), one.body, one.length)
+    only = quote(
+        json.dumps({"$or": [{"employee_count": {"$gte": -number}}, {"employee_count": None}]})
+    )
+    return Ask(
+        one.request.replace(b"limit=50", f"limit=50&filter={only}".encode(), 1),
+        one.body,
+        one.length,
+    )

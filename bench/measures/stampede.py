@@ -1,4 +1,5 @@
-"""A cold key and 200 callers at once, at two processes that share one Valkey: how often the handler runs, who gets no answer."""
+"""A cold key and 200 callers at once, at two processes that share one Valkey: how often the handler
+runs, who gets no answer."""
 
 import asyncio
 import contextlib
@@ -22,7 +23,8 @@ _numbers = itertools.count(handler.PAGES * 2000)
 
 
 def measure(on: Processes, lanes: list[Lane], *, rounds: int, tell: Tell) -> dict[str, Any]:
-    """Return fetches (each round), failed requests and how long the slowest caller waited (median), for each way to fill."""
+    """Return fetches (each round), failed requests and how long the slowest caller waited (median),
+    for each way to fill."""
     result: dict[str, Any] = {}
     for lane in (lane for lane in lanes if lane.cold):
         with contextlib.ExitStack() as stack:
@@ -56,7 +58,9 @@ async def _stampede(served: list[Served], path: str) -> tuple[int, int, float]:
         return took_ms
 
     connected = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(call(served[number % PROCESSES].port)) for number in range(CALLERS)]
+    tasks = [
+        asyncio.create_task(call(served[number % PROCESSES].port)) for number in range(CALLERS)
+    ]
     for _ in tasks:
         await connected.acquire()
     start.set()

@@ -19,13 +19,16 @@ LANES: tuple[Lane, ...] = (BARE, BY_NAME["strict"])
 
 
 def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
-    """Return throughput and CPU time per request of each lane with each number of workers, in one interleaved run."""
+    """Return throughput and CPU time per request of each lane with each number of workers, in one
+    interleaved run."""
     pages, chance = asks(), random.Random(effort.seed)
     found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
         served = [(one, count) for one in LANES for count in COUNTS]
-        running = [(one, count) for one, (_, count) in zip(on.serve_all(served), served, strict=True)]
+        running = [
+            (one, count) for one, (_, count) in zip(on.serve_all(served), served, strict=True)
+        ]
         for one, count in running:
             tell(f"workers: warming {one.lane.name}, {count}")
             warm(one, pages, connections=8 * count)
@@ -47,8 +50,17 @@ def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
     }
 
 
-def _stretch(one: Served, effort: Effort, pages: Sequence[Ask], figures: list[tuple[float, float, float]]) -> None:
+def _stretch(
+    one: Served, effort: Effort, pages: Sequence[Ask], figures: list[tuple[float, float, float]]
+) -> None:
     before = [cpu_ns([pid]) for pid in one.pids]
-    sample = drive(one.port, pages, connections=CONNECTIONS, seconds=effort.seconds, requests=effort.requests, hit=one.lane.hit)
+    sample = drive(
+        one.port,
+        pages,
+        connections=CONNECTIONS,
+        seconds=effort.seconds,
+        requests=effort.requests,
+        hit=one.lane.hit,
+    )
     spent = [cpu_ns([pid]) - was for pid, was in zip(one.pids, before, strict=True)]
     figures.append((sample.rps, sum(spent) / 1000 / sample.requests, max(spent) / sum(spent)))

@@ -47,7 +47,8 @@ from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
 
 SCHEMA_VERSION = "1"
-"""Change it when the shape of an answer changes: answers of the old release are then never served by the new one."""
+"""Change it when the shape of an answer changes: answers of the old release are then never served
+by the new one."""
 
 DESCRIPTION = """
 A multi-tenant CRM whose lists are cached without ever being stale.
@@ -66,7 +67,8 @@ def watched_cache(
     strict_reads: bool = False,
     board: Board | None = None,
 ) -> tuple[Cache, Watch]:
-    """Make the cache (no store for no URL or ``none``) and have it watch the engine: for the application and for scripts."""
+    """Make the cache (no store for no URL or ``none``) and have it watch the engine: for the
+    application and for scripts."""
     settings = settings.with_secrets()
     assert settings.jwt_secret is not None
     assert settings.respcache_key is not None
@@ -82,21 +84,31 @@ def watched_cache(
         strict_reads=strict_reads,
         board=board,
     )
-    return cache, watch(engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES)
+    return cache, watch(
+        engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES
+    )
 
 
 def from_environment() -> Wrapper:
-    """Make the application as the environment says: for ``uvicorn --factory``, ``respcache doctor --app`` and ``bench --app``."""
+    """Make the application as the environment says: for ``uvicorn --factory``, ``respcache doctor
+    --app`` and ``bench --app``."""
     return create_app(Settings().with_secrets())
 
 
 def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
-    """Make the application with the cache around it. Nothing is connected before its lifespan starts.
+    """Make the application with the cache around it. Nothing is connected before its lifespan
+    starts.
 
     ``strict_reads`` makes a cached read of an undeclared table an error: for tests.
     """
-    if settings.database_url is None or settings.jwt_secret is None or settings.respcache_key is None:
-        raise ConfigurationError("DATABASE_URL, JWT_SECRET and RESPCACHE_KEY are needed: start with `python -m crm run`")
+    if (
+        settings.database_url is None
+        or settings.jwt_secret is None
+        or settings.respcache_key is None
+    ):
+        raise ConfigurationError(
+            "DATABASE_URL, JWT_SECRET and RESPCACHE_KEY are needed: start with `python -m crm run`"
+        )
     if settings.redis_url is not None:
         ServerURL.parse(settings.redis_url.get_secret_value())
     engine = create_async_engine(
@@ -104,7 +116,8 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         pool_size=10,
         max_overflow=10,
         pool_timeout=10,
-        json_deserializer=orjson.loads,  # PostgreSQL writes 1e300 out in digits: to orjson it is a float again, not an integer
+        # PostgreSQL writes 1e300 out in digits: to orjson it is a float again, not an integer
+        json_deserializer=orjson.loads,
     )
     event.listen(engine.sync_engine, "checkout", _refuse_if_closed)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
@@ -113,7 +126,9 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     resolver = CrmResolver(reading, settings.jwt_secret.get_secret_value())
     url = None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
     board = Board(None if url == "none" else url)
-    cache, watching = watched_cache(settings, engine, url, resolver=resolver, strict_reads=strict_reads, board=board)
+    cache, watching = watched_cache(
+        settings, engine, url, resolver=resolver, strict_reads=strict_reads, board=board
+    )
 
     trail = PostgresTrail(engine)
 
@@ -139,13 +154,17 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         system,
     ):  # fmt: skip
         app.include_router(routes.router)
-    gate = CrmGate(reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours)
+    gate = CrmGate(
+        reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours
+    )
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
     app.state.cache_admin = Admin(cache, board, trail, settings=shown(settings))
     app.state.dashboard = Dashboard(app.state.cache_admin, gate)
     app.mount("/cache", app.state.dashboard)
     if cache.store is not None:
-        token = None if settings.metrics_token is None else settings.metrics_token.get_secret_value()
+        token = (
+            None if settings.metrics_token is None else settings.metrics_token.get_secret_value()
+        )
         metrics = Endpoint(board, token=token, gate=gate.access, tenants=settings.metrics_tenants)
         app.add_route("/metrics", metrics, include_in_schema=False)
     return cache.wrap(app)
@@ -156,6 +175,7 @@ async def _to_dashboard(request: Request) -> Response:
 
 
 def _refuse_if_closed(connection: Any, record: Any, proxy: Any) -> None:
-    """Have the pool replace a connection that has ended while it was idle. The driver knows that without a round trip."""
+    """Have the pool replace a connection that has ended while it was idle. The driver knows that
+    without a round trip."""
     if connection.driver_connection.is_closed():
         raise DisconnectionError

@@ -1,7 +1,7 @@
 """Who calls and what they see: the resolver that the cache wrapper and every handler share.
 
-The token says who (``sub``) and which tenant; role, team and visibility come from the database. What ``CrmResolver.scope``
-returns is the very object by which ``db.Rows`` filters.
+The token says who (``sub``) and which tenant; role, team and visibility come from the database.
+What ``CrmResolver.scope`` returns is the very object by which ``db.Rows`` filters.
 """
 
 import asyncio
@@ -20,7 +20,13 @@ from argon2.exceptions import Argon2Error, InvalidHashError
 from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import APIKeyCookie, HTTPBearer
 from sqlalchemy import bindparam, func, or_, select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 
 from crm.errors import Refused
 from crm.models import ROLES, Employee, Team, Tenant, now
@@ -40,9 +46,22 @@ MAX_VERIFIED = 10_000
 
 # plain tables, put together once: what every request asks needs no ORM
 employees, teams, tenants = (model.__table__.c for model in (Employee, Team, Tenant))
-_TENANT = (tenants.id.label("tenant"), tenants.slug, tenants.status.label("tenant_status"), tenants.settings)
+_TENANT = (
+    tenants.id.label("tenant"),
+    tenants.slug,
+    tenants.status.label("tenant_status"),
+    tenants.settings,
+)
 _USER = (
-    select(employees.id, employees.tenant_id, employees.email, employees.role, employees.team_id, employees.status, *_TENANT)
+    select(
+        employees.id,
+        employees.tenant_id,
+        employees.email,
+        employees.role,
+        employees.team_id,
+        employees.status,
+        *_TENANT,
+    )
     .select_from(Employee.__table__.outerjoin(Tenant.__table__, tenants.id == employees.tenant_id))
     .where(employees.id == bindparam("user"))
 )
@@ -54,7 +73,8 @@ Sessions = async_sessionmaker[AsyncSession]
 
 @dataclass(frozen=True, slots=True)
 class TenantScope(Scope):
-    """A caller within a tenant. ``visible_ids`` are the employees whose rows they see besides unassigned ones; None: all.
+    """A caller within a tenant. ``visible_ids`` are the employees whose rows they see besides
+    unassigned ones; None: all.
 
     ``timezone`` is the tenant's (an IANA name): it decides when a day is over.
     """
@@ -92,7 +112,8 @@ class RoleGuard:
 
 
 class CrmResolver:
-    """Decides identity, tenant and role. A tenant's generation covers what is read of its users, SHARED that of superadmins."""
+    """Decides identity, tenant and role. A tenant's generation covers what is read of its users,
+    SHARED that of superadmins."""
 
     tables = ("employees", "teams", "tenants")
     headers = ("authorization", "cookie", "x-tenant-id")
@@ -109,17 +130,28 @@ class CrmResolver:
         scheme, _, token = authorization.partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else head.cookie("access_token")
         path_tenant = head.path_params.get("tenant_id")
-        wanted = tenant_in_body or head.query("tenant_id") or path_tenant or head.header("x-tenant-id") or None
+        wanted = (
+            tenant_in_body
+            or head.query("tenant_id")
+            or path_tenant
+            or head.header("x-tenant-id")
+            or None
+        )
         return self.claim_of(given, wanted)
 
     def claim_of(self, token: str | None, wanted: str | None = None) -> Claim:
         """Verify a token by itself. ``wanted``: the requested tenant."""
         payload = self._verify(token)
         home = payload.get("tenant_id") or SHARED
-        return Claim((payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()), home, expires_at=payload["exp"])
+        return Claim(
+            (payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()),
+            home,
+            expires_at=payload["exp"],
+        )
 
     async def scope(self, claim: Claim) -> TenantScope:
-        """Read user, tenant and visible employees: one statement, up to three where visibility is hierarchical."""
+        """Read user, tenant and visible employees: one statement, up to three where visibility is
+        hierarchical."""
         subject, home, wanted = claim.key  # type: ignore[misc]
         async with self._engine.connect() as connection:
             user = (await connection.execute(_USER, {"user": UUID(subject)})).one_or_none()
@@ -130,7 +162,9 @@ class CrmResolver:
                 tenant = await self._tenant(connection, wanted) if wanted else None
             elif user.tenant_id is None:
                 raise Refused(403, NO_TENANT)
-            elif user.tenant_status != "active" or (wanted and wanted not in (str(user.tenant), user.slug.lower())):
+            elif user.tenant_status != "active" or (
+                wanted and wanted not in (str(user.tenant), user.slug.lower())
+            ):
                 raise Refused(403, OTHER_TENANT)
             visible = await self._visible(connection, user, tenant)
         return TenantScope(
@@ -140,24 +174,34 @@ class CrmResolver:
             email=user.email,
             role=user.role,
             visible_ids=visible,
-            timezone=tenant.settings.get("timezone", DEFAULT_TIMEZONE) if tenant else DEFAULT_TIMEZONE,
+            timezone=tenant.settings.get("timezone", DEFAULT_TIMEZONE)
+            if tenant
+            else DEFAULT_TIMEZONE,
         )
 
     def permits(self, scope: Scope, rule: Any) -> bool:
         """Decide a ``RoleGuard``."""
-        return rule is None or (isinstance(rule, RoleGuard) and isinstance(scope, TenantScope) and rule.allows(scope))
+        return rule is None or (
+            isinstance(rule, RoleGuard) and isinstance(scope, TenantScope) and rule.allows(scope)
+        )
 
     def token(self, user: Employee, *, hours: float) -> str:
         """Issue a token for a user."""
         return issue_token(self._secret, user, hours=hours)
 
     def _verify(self, token: str | None) -> dict[str, Any]:
-        """Return the claims of a token. A signature is checked once, the time that it is valid for every time."""
+        """Return the claims of a token. A signature is checked once, the time that it is valid for
+        every time."""
         known = self._verified.get(token or "")
         if known is not None and known["exp"] > time.time():
             return known
         try:
-            payload = jwt.decode(token or "", self._secret, algorithms=[ALGORITHM], options={"require": ["exp", "sub"]})
+            payload = jwt.decode(
+                token or "",
+                self._secret,
+                algorithms=[ALGORITHM],
+                options={"require": ["exp", "sub"]},
+            )
             UUID(payload["sub"])
             if payload.get("tenant_id") is not None:
                 UUID(payload["tenant_id"])
@@ -169,39 +213,65 @@ class CrmResolver:
         return payload
 
     async def _tenant(self, connection: AsyncConnection, wanted: str) -> Any:
-        match = tenants.id == UUID(wanted) if _is_uuid(wanted) else func.lower(tenants.slug) == wanted
+        match = (
+            tenants.id == UUID(wanted) if _is_uuid(wanted) else func.lower(tenants.slug) == wanted
+        )
         found = select(*_TENANT).where(match, tenants.status == "active")
         tenant = (await connection.execute(found)).one_or_none() if "\x00" not in wanted else None
         if tenant is None:
             raise Refused(404, "Tenant not found")
         return tenant
 
-    async def _visible(self, connection: AsyncConnection, user: Any, tenant: Any) -> tuple[UUID, ...] | None:
+    async def _visible(
+        self, connection: AsyncConnection, user: Any, tenant: Any
+    ) -> tuple[UUID, ...] | None:
         """Return the employees whose rows the user sees, or None for all."""
-        if tenant is None or user.role in ("superadmin", "admin") or tenant.settings.get("visibility_mode") != "hierarchical":
+        if (
+            tenant is None
+            or user.role in ("superadmin", "admin")
+            or tenant.settings.get("visibility_mode") != "hierarchical"
+        ):
             return None
         if user.team_id is None:
             return (user.id,)
         seen_teams = {user.team_id}
         if user.role == "manager":
-            rows = await connection.execute(select(teams.id, teams.parent_team_id).where(teams.tenant_id == tenant.tenant))
+            rows = await connection.execute(
+                select(teams.id, teams.parent_team_id).where(teams.tenant_id == tenant.tenant)
+            )
             seen_teams |= _descendants(user.team_id, (tuple(row) for row in rows))
         seen = or_(employees.team_id.in_(seen_teams), employees.id == user.id)
-        return tuple(sorted(await connection.scalars(select(employees.id).where(employees.tenant_id == tenant.tenant, seen))))
+        return tuple(
+            sorted(
+                await connection.scalars(
+                    select(employees.id).where(employees.tenant_id == tenant.tenant, seen)
+                )
+            )
+        )
 
 
 async def current_scope(
     request: Request,
-    tenant_id: Annotated[str | None, Query(description="Tenant, by UUID or slug; your own if left out", max_length=63)] = None,
-    x_tenant_id: Annotated[str | None, Header(description="Tenant, where the query names none", max_length=63)] = None,
-    bearer: Annotated[Any, Security(HTTPBearer(auto_error=False, description="A token of POST /api/auth/login"))] = None,
+    tenant_id: Annotated[
+        str | None,
+        Query(description="Tenant, by UUID or slug; your own if left out", max_length=63),
+    ] = None,
+    x_tenant_id: Annotated[
+        str | None, Header(description="Tenant, where the query names none", max_length=63)
+    ] = None,
+    bearer: Annotated[
+        Any, Security(HTTPBearer(auto_error=False, description="A token of POST /api/auth/login"))
+    ] = None,
     cookie: Annotated[Any, Security(APIKeyCookie(name="access_token", auto_error=False))] = None,
 ) -> TenantScope:
-    """Return the caller's scope: the one that the cache wrapper resolved for this request, or else resolve it now."""
+    """Return the caller's scope: the one that the cache wrapper resolved for this request, or else
+    resolve it now."""
     scope = resolved_scope()
     if not isinstance(scope, TenantScope):
         resolver: CrmResolver = request.app.state.resolver
-        scope = await resolver.scope(resolver.claim(Head(request.scope), await _tenant_in_body(request)))
+        scope = await resolver.scope(
+            resolver.claim(Head(request.scope), await _tenant_in_body(request))
+        )
         bind_scope(scope)
     return scope
 
@@ -222,9 +292,12 @@ require_superadmin = RoleGuard("superadmin")
 
 
 async def log_in(sessions: Sessions, email: str, password: str) -> Employee:
-    """Return the active user with this password. An unknown mail takes as long as a wrong password."""
+    """Return the active user with this password. An unknown mail takes as long as a wrong
+    password."""
     async with sessions() as session:
-        user = await session.scalar(select(Employee).where(func.lower(Employee.email) == email.lower()))
+        user = await session.scalar(
+            select(Employee).where(func.lower(Employee.email) == email.lower())
+        )
     stored = user.password_hash if user is not None and user.password_hash else _DUMMY_HASH
     matches = await asyncio.to_thread(_matches, stored, password)
     if user is None or not matches or user.status != "active" or not user.password_hash:
@@ -241,31 +314,50 @@ def issue_token(secret: str, user: Employee, *, hours: float) -> str:
     """Sign a token for a user."""
     expires = datetime.now(UTC) + timedelta(hours=hours)
     tenant = str(user.tenant_id) if user.tenant_id else None
-    claims = {"sub": str(user.id), "email": user.email, "role": user.role, "tenant_id": tenant, "exp": expires}
+    claims = {
+        "sub": str(user.id),
+        "email": user.email,
+        "role": user.role,
+        "tenant_id": tenant,
+        "exp": expires,
+    }
     return jwt.encode(claims, secret, ALGORITHM)
 
 
-async def development_token(database_url: str, secret: str, *, tenant: str, role: str, hours: float = 12) -> str:
-    """Issue a token for the first user of a role in a tenant (UUID or slug). Raises ``LookupError`` where there is none."""
+async def development_token(
+    database_url: str, secret: str, *, tenant: str, role: str, hours: float = 12
+) -> str:
+    """Issue a token for the first user of a role in a tenant (UUID or slug). Raises ``LookupError``
+    where there is none."""
     engine = create_async_engine(database_url)
     try:
         async with AsyncSession(engine) as session:
-            users = select(Employee).where(Employee.role == role, Employee.status == "active").order_by(Employee.email)
+            users = (
+                select(Employee)
+                .where(Employee.role == role, Employee.status == "active")
+                .order_by(Employee.email)
+            )
             if role != "superadmin":
                 match = Tenant.id == UUID(tenant) if _is_uuid(tenant) else Tenant.slug == tenant
                 users = users.join(Tenant, Tenant.id == Employee.tenant_id).where(match)
             user = await session.scalar(users.limit(1))
             if user is None:
                 known = ", ".join(await session.scalars(select(Tenant.slug).order_by(Tenant.slug)))
-                raise LookupError(f"no active {role} in tenant {tenant!r}; tenants: {known or 'none'}; roles: {', '.join(ROLES)}")
+                raise LookupError(
+                    f"no active {role} in tenant {tenant!r}; tenants: {known or 'none'}; roles: "
+                    f"{', '.join(ROLES)}"
+                )
             return issue_token(secret, user, hours=hours)
     finally:
         await engine.dispose()
 
 
 async def _tenant_in_body(request: Request) -> str | None:
-    """Return ``tenant_id`` of a JSON body, which FastAPI has read and kept; what is not JSON is its business."""
-    if request.method in ("GET", "HEAD") or not request.headers.get("content-type", "").startswith("application/json"):
+    """Return ``tenant_id`` of a JSON body, which FastAPI has read and kept; what is not JSON is its
+    business."""
+    if request.method in ("GET", "HEAD") or not request.headers.get("content-type", "").startswith(
+        "application/json"
+    ):
         return None
     try:
         body = await request.json()
@@ -291,7 +383,11 @@ def _descendants(root: UUID, teams: Iterable[tuple[UUID, UUID | None]]) -> set[U
 
 def _fingerprint(visible: tuple[UUID, ...] | None) -> bytes:
     """Equal for two callers iff they see the same rows."""
-    return b"all" if visible is None else hashlib.sha256(b"".join(one.bytes for one in visible)).digest()
+    return (
+        b"all"
+        if visible is None
+        else hashlib.sha256(b"".join(one.bytes for one in visible)).digest()
+    )
 
 
 def _matches(stored: str, password: str) -> bool:

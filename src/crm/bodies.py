@@ -1,6 +1,8 @@
-"""Request bodies, made from the tables: types, lengths and choices stand in ``models.py`` and nowhere else.
+"""Request bodies, made from the tables: types, lengths and choices stand in ``models.py`` and
+nowhere else.
 
-Keys that are no column are metadata: they merge into the record's ``metadata`` and come back beside its columns.
+Keys that are no column are metadata: they merge into the record's ``metadata`` and come back beside
+its columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,7 +62,11 @@ class Body(BaseModel):
 
     def fields(self) -> dict[str, Any]:
         """Return the columns that the caller gave, under the names of the model's attributes."""
-        given = {name: getattr(self, name) for name in self.model_fields_set if name in type(self).model_fields}
+        given = {
+            name: getattr(self, name)
+            for name in self.model_fields_set
+            if name in type(self).model_fields
+        }
         extra = self.model_extra or {}
         metadata = given.pop("metadata", None) or {}
         if metadata or extra:
@@ -71,21 +77,30 @@ class Body(BaseModel):
 class Ids(BaseModel):
     """Records to act upon."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": ["5f0c0f3e-6f0e-4b7c-9a53-7a3d1f6f2b11"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"ids": ["5f0c0f3e-6f0e-4b7c-9a53-7a3d1f6f2b11"]}]}
+    )
 
     ids: list[UUID] = Field(min_length=1, max_length=MAX_IDS)
 
 
 def body_for(
-    model: type[Base], name: str, *, required: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
+    model: type[Base],
+    name: str,
+    *,
+    required: Sequence[str] = (),
+    choices: Mapping[str, Sequence[str]] | None = None,
 ) -> type[Body]:
-    """Make the body of a table. ``required`` fields must be given and not blank; ``choices`` name the values of a field."""
+    """Make the body of a table. ``required`` fields must be given and not blank; ``choices`` name
+    the values of a field."""
     fields: dict[str, Any] = {}
     for column in model.__table__.columns:
         if column.name in SERVER_FIELDS:
             continue
         kind = (
-            Literal[tuple(choices[column.name])] if choices and column.name in choices else _type(column, column.name in required)
+            Literal[tuple(choices[column.name])]
+            if choices and column.name in choices
+            else _type(column, column.name in required)
         )
         if column.name in required:
             fields[column.name] = (kind, ...)
@@ -118,11 +133,17 @@ def _type(column: Column[Any], required: bool) -> Any:
     if isinstance(kind, ARRAY):
         return Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)]
     longest = kind.length if isinstance(kind, String) and kind.length else MAX_TEXT
-    return Annotated[str, Field(max_length=longest, min_length=1, pattern=r"\S") if required else Field(max_length=longest)]
+    return Annotated[
+        str,
+        Field(max_length=longest, min_length=1, pattern=r"\S")
+        if required
+        else Field(max_length=longest),
+    ]
 
 
 def check_storable(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what PostgreSQL cannot store or nobody could list: NUL, lone surrogates, endless nesting, texts and numbers."""
+    """Refuse what PostgreSQL cannot store or nobody could list: NUL, lone surrogates, endless
+    nesting, texts and numbers."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
@@ -142,7 +163,9 @@ def check_storable(value: Any, where: str, depth: int = 0) -> None:
     elif isinstance(value, float) and (value != value or abs(value) == float("inf")):
         raise ValueError(f"{where} is not a number")
     elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
-        raise ValueError(f"{where} is not between -{MAX_INTEGER} and {MAX_INTEGER}: write larger numbers as text")
+        raise ValueError(
+            f"{where} is not between -{MAX_INTEGER} and {MAX_INTEGER}: write larger numbers as text"
+        )
 
 
 def _encodable(text: str) -> bool:

@@ -1,7 +1,9 @@
-"""``make test-cache``: does the cache of a running system keep its promises, and what does it bring?
+"""``make test-cache``: does the cache of a running system keep its promises, and what does it
+bring?
 
-Every statement is checked from outside, over HTTP, with the rows themselves: what was written must be read at once, what is
-another tenant's must not appear. It cleans up the rows that it makes. The exit status is 1 when anything does not hold.
+Every statement is checked from outside, over HTTP, with the rows themselves: what was written must
+be read at once, what is another tenant's must not appear. It cleans up the rows that it makes. The
+exit status is 1 when anything does not hold.
 """
 
 import argparse
@@ -28,8 +30,20 @@ from crm.settings import Settings
 REPEATS = 30
 START_DEADLINE_S = 60
 MODULES = {
-    "accounts": ("accounts", "account", {"name": "Checked Ltd"}, {"city": "Checkville"}, "type=customer"),
-    "leads": ("leads", "lead", {"first_name": "Check", "last_name": "Lead"}, {"company": "Checked Ltd"}, "status=new"),
+    "accounts": (
+        "accounts",
+        "account",
+        {"name": "Checked Ltd"},
+        {"city": "Checkville"},
+        "type=customer",
+    ),
+    "leads": (
+        "leads",
+        "lead",
+        {"first_name": "Check", "last_name": "Lead"},
+        {"company": "Checked Ltd"},
+        "status=new",
+    ),
     "contacts": (
         "contacts",
         "contact",
@@ -37,9 +51,27 @@ MODULES = {
         {"job_title": "Checker"},
         "status=active",
     ),
-    "bizdevsources": ("bizdevsources", "bizdevsource", {"source_name": "Checked list"}, {"city": "Checkville"}, "priority=high"),
-    "opportunities": ("opportunities", "opportunity", {"name": "Checked deal"}, {"next_step": "Check"}, "stage=proposal"),
-    "activities": ("activities", "activity", {"type": "note"}, {"subject": "Checked"}, "status=completed"),
+    "bizdevsources": (
+        "bizdevsources",
+        "bizdevsource",
+        {"source_name": "Checked list"},
+        {"city": "Checkville"},
+        "priority=high",
+    ),
+    "opportunities": (
+        "opportunities",
+        "opportunity",
+        {"name": "Checked deal"},
+        {"next_step": "Check"},
+        "stage=proposal",
+    ),
+    "activities": (
+        "activities",
+        "activity",
+        {"type": "note"},
+        {"subject": "Checked"},
+        "status=completed",
+    ),
 }
 """Module: name of its list, name of its record, a new one, a change, a filter."""
 
@@ -54,9 +86,19 @@ class Check:
 
     def that(self, statement: str, holds: bool, seen: object = "") -> None:
         """Note a statement."""
-        self.results.append({"statement": statement, "holds": bool(holds), **({} if holds else {"seen": str(seen)[:300]})})
+        self.results.append(
+            {
+                "statement": statement,
+                "holds": bool(holds),
+                **({} if holds else {"seen": str(seen)[:300]}),
+            }
+        )
         if not self._quiet:
-            print(f"  {'ok  ' if holds else 'FAIL'} {statement}{'' if holds else f' -- {str(seen)[:300]}'}", flush=True)
+            print(
+                f"  {'ok  ' if holds else 'FAIL'} "
+                f"{statement}{'' if holds else f' -- {str(seen)[:300]}'}",
+                flush=True,
+            )
 
     def say(self, text: str) -> None:
         """Print a heading or a table, unless JSON was asked for."""
@@ -76,7 +118,11 @@ def check(options: argparse.Namespace) -> int:
         report.say(f"checking {base}, tenants {options.tenant} and {options.other_tenant}")
         run_checks(base, report, tenant=options.tenant, other=options.other_tenant)
     if options.json:
-        print(json.dumps({"checks": report.results, "timings": report.timings, "failed": report.failed}))
+        print(
+            json.dumps(
+                {"checks": report.results, "timings": report.timings, "failed": report.failed}
+            )
+        )
     else:
         print(f"\n{len(report.results) - report.failed} of {len(report.results)} statements hold")
     return 1 if report.failed else 0
@@ -98,7 +144,15 @@ def run_checks(base: str, report: Check, *, tenant: str, other: str) -> None:
             _written(report, admin, module)
         report.say("\nOthers")
         for module in MODULES:
-            _others(report, module, admin=admin, stranger=stranger, employee=employee, nobody=nobody, tenant=tenant)
+            _others(
+                report,
+                module,
+                admin=admin,
+                stranger=stranger,
+                employee=employee,
+                nobody=nobody,
+                tenant=tenant,
+            )
         report.say("\nConversion and promotion")
         _converted(report, admin)
         _promoted(report, admin)
@@ -113,13 +167,21 @@ def _repeated(report: Check, http: httpx2.Client, module: str) -> None:
         ("second page", f"/api/{module}?offset=50&limit=50"),
     ):
         (cold, first), (_, second) = _timed(http, path), _timed(http, path)
-        report.that(f"{module}, {what}: first request is a miss", "fwd=" in _status(first), _status(first))
-        report.that(f"{module}, {what}: repeated request is a hit", _is_hit(second), _status(second))
         report.that(
-            f"{module}, {what}: both say the same", first.content == second.content and first.status_code == 200, first.text
+            f"{module}, {what}: first request is a miss", "fwd=" in _status(first), _status(first)
+        )
+        report.that(
+            f"{module}, {what}: repeated request is a hit", _is_hit(second), _status(second)
+        )
+        report.that(
+            f"{module}, {what}: both say the same",
+            first.content == second.content and first.status_code == 200,
+            first.text,
         )
         warm = statistics.median(_timed(http, path)[0] for _ in range(REPEATS))
-        report.timings.append({"module": module, "request": what, "miss_ms": round(cold, 2), "hit_ms": round(warm, 2)})
+        report.timings.append(
+            {"module": module, "request": what, "miss_ms": round(cold, 2), "hit_ms": round(warm, 2)}
+        )
     assert plural in first.json()["data"]
 
 
@@ -128,24 +190,40 @@ def _written(report: Check, http: httpx2.Client, module: str) -> None:
     path = f"/api/{module}"
     before = http.get(path).json()["data"]["total"]
     http.get(path)
-    created = http.post(path, json={**new, "is_test_data": True, "check_run": uuid4().hex}).json()["data"][single]
+    created = http.post(path, json={**new, "is_test_data": True, "check_run": uuid4().hex}).json()[
+        "data"
+    ][single]
     one = f"{path}/{created['id']}"
     try:
         listed = http.get(path).json()["data"]
         held = listed["total"] == before + 1 and listed[plural][0]["id"] == created["id"]
-        report.that(f"{module}: a created record is in the next list", held, f"total {before} -> {listed['total']}")
+        report.that(
+            f"{module}: a created record is in the next list",
+            held,
+            f"total {before} -> {listed['total']}",
+        )
         http.get(one)
         http.put(one, json=change).raise_for_status()
         name, value = next(iter(change.items()))
-        report.that(f"{module}: a change is in the next answer", http.get(one).json()["data"][single][name] == value)
+        report.that(
+            f"{module}: a change is in the next answer",
+            http.get(one).json()["data"][single][name] == value,
+        )
         again = http.get(path).json()["data"][plural][0]
         report.that(f"{module}: a change is in the next list", again.get(name) == value, again)
     finally:
         deleted = http.delete(one)
-    report.that(f"{module}: the answer of a write says that its invalidation is confirmed", _confirmed(deleted))
+    report.that(
+        f"{module}: the answer of a write says that its invalidation is confirmed",
+        _confirmed(deleted),
+    )
     report.that(f"{module}: a deleted record is gone at once", http.get(one).status_code == 404)
     after = http.get(path).json()["data"]["total"]
-    report.that(f"{module}: a deleted record is not in the next list", after == before, f"{before} -> {after}")
+    report.that(
+        f"{module}: a deleted record is not in the next list",
+        after == before,
+        f"{before} -> {after}",
+    )
 
 
 def _others(
@@ -161,17 +239,28 @@ def _others(
     plural, path = MODULES[module][0], f"/api/{module}"
     mine = {row["id"] for row in admin.get(path).json()["data"][plural]}
     foreign = {row["id"] for row in stranger.get(path).json()["data"][plural]}
-    report.that(f"{module}: another tenant sees other rows under the same URL", mine and foreign and not mine & foreign)
+    report.that(
+        f"{module}: another tenant sees other rows under the same URL",
+        mine and foreign and not mine & foreign,
+    )
     refused = stranger.get(path, params={"tenant_id": tenant})
-    report.that(f"{module}: another tenant is refused these rows", refused.status_code == 403, refused.text)
+    report.that(
+        f"{module}: another tenant is refused these rows", refused.status_code == 403, refused.text
+    )
     detail = stranger.get(f"{path}/{next(iter(mine))}")
     unknown = stranger.get(f"{path}/{uuid4()}")
     same = (detail.status_code, detail.content) == (404, unknown.content)
     report.that(f"{module}: another tenant's record looks like an unknown one", same, detail.text)
     all_rows = stranger.get(path).json()["data"]["total"]
     fewer = employee.get(path).json()["data"]["total"]
-    report.that(f"{module}: an employee with a narrower view gets fewer rows", 0 < fewer < all_rows, f"{fewer} of {all_rows}")
-    report.that(f"{module}: without a token nothing is answered", nobody.get(path).status_code == 401)
+    report.that(
+        f"{module}: an employee with a narrower view gets fewer rows",
+        0 < fewer < all_rows,
+        f"{fewer} of {all_rows}",
+    )
+    report.that(
+        f"{module}: without a token nothing is answered", nobody.get(path).status_code == 401
+    )
 
 
 def _converted(report: Check, http: httpx2.Client) -> None:
@@ -180,28 +269,46 @@ def _converted(report: Check, http: httpx2.Client) -> None:
     lead = http.post("/api/leads", json=body).json()["data"]["lead"]
     about = {"type": "call", "related_to": "lead", "related_id": lead["id"], "is_test_data": True}
     call = http.post("/api/activities", json=about).json()["data"]["activity"]
-    lists = ("/api/leads", "/api/contacts", "/api/accounts", "/api/opportunities", "/api/activities")
+    lists = (
+        "/api/leads",
+        "/api/contacts",
+        "/api/accounts",
+        "/api/opportunities",
+        "/api/activities",
+    )
     warm = (*lists, f"/api/leads/{lead['id']}", f"/api/contacts/search?q={name}")
     for path in warm * 2:
         http.get(path)
     report.that(
-        "before a conversion the lists of five modules, lead and search are hits", all(_is_hit(http.get(p)) for p in warm)
+        "before a conversion the lists of five modules, lead and search are hits",
+        all(_is_hit(http.get(p)) for p in warm),
     )
-    converted = http.post(f"/api/leads/{lead['id']}/convert", json={"create_account": True, "create_opportunity": True}).json()[
-        "data"
-    ]
+    converted = http.post(
+        f"/api/leads/{lead['id']}/convert",
+        json={"create_account": True, "create_opportunity": True},
+    ).json()["data"]
     try:
         fresh = [http.get(path) for path in warm]
-        report.that("after it none of them is", not any(map(_is_hit, fresh)), [*map(_status, fresh)])
+        report.that(
+            "after it none of them is", not any(map(_is_hit, fresh)), [*map(_status, fresh)]
+        )
         leads, contacts, accounts, deals, activities, gone, found = fresh
         report.that("the lead has left the list", lead["id"] not in leads.text)
-        report.that("the contact is in the list", contacts.json()["data"]["contacts"][0]["id"] == converted["contact"]["id"])
-        report.that("the account is in the list", accounts.json()["data"]["accounts"][0]["id"] == converted["account"]["id"])
+        report.that(
+            "the contact is in the list",
+            contacts.json()["data"]["contacts"][0]["id"] == converted["contact"]["id"],
+        )
+        report.that(
+            "the account is in the list",
+            accounts.json()["data"]["accounts"][0]["id"] == converted["account"]["id"],
+        )
         report.that("the opportunity is in the list", converted["opportunity"]["id"] in deals.text)
         moved = activities.json()["data"]["activities"][0]
         now_about = (moved["related_to"], moved["related_id"], moved["related_name"])
         report.that(
-            "its activity is about the contact", now_about == ("contact", converted["contact"]["id"], f"Conny {name}"), moved
+            "its activity is about the contact",
+            now_about == ("contact", converted["contact"]["id"], f"Conny {name}"),
+            moved,
         )
         report.that("the lead is gone", gone.status_code == 404)
         report.that("the contact is found", converted["contact"]["id"] in found.text)
@@ -217,19 +324,37 @@ def _converted(report: Check, http: httpx2.Client) -> None:
 def _promoted(report: Check, http: httpx2.Client) -> None:
     body = {"source_name": "Promoted", "contact_person": "Penny Promoted", "is_test_data": True}
     source = http.post("/api/bizdevsources", json=body).json()["data"]["bizdevsource"]
-    warm = ("/api/bizdevsources", "/api/accounts", "/api/contacts", f"/api/bizdevsources/{source['id']}")
+    warm = (
+        "/api/bizdevsources",
+        "/api/accounts",
+        "/api/contacts",
+        f"/api/bizdevsources/{source['id']}",
+    )
     for path in warm * 2:
         http.get(path)
-    report.that("before a promotion all four reads are hits", all(_is_hit(http.get(path)) for path in warm))
+    report.that(
+        "before a promotion all four reads are hits", all(_is_hit(http.get(path)) for path in warm)
+    )
     promoted = http.post(f"/api/bizdevsources/{source['id']}/promote", json={}).json()["data"]
     try:
         fresh = [http.get(path) for path in warm]
         report.that(
-            "after it none of them is", not any(_is_hit(answer) for answer in fresh), [_status(answer) for answer in fresh]
+            "after it none of them is",
+            not any(_is_hit(answer) for answer in fresh),
+            [_status(answer) for answer in fresh],
         )
-        report.that("the source is promoted", fresh[3].json()["data"]["bizdevsource"]["status"] == "Promoted")
-        report.that("the account is in the list", fresh[1].json()["data"]["accounts"][0]["id"] == promoted["account"]["id"])
-        report.that("the contact is in the list", fresh[2].json()["data"]["contacts"][0]["id"] == promoted["contact"]["id"])
+        report.that(
+            "the source is promoted",
+            fresh[3].json()["data"]["bizdevsource"]["status"] == "Promoted",
+        )
+        report.that(
+            "the account is in the list",
+            fresh[1].json()["data"]["accounts"][0]["id"] == promoted["account"]["id"],
+        )
+        report.that(
+            "the contact is in the list",
+            fresh[2].json()["data"]["contacts"][0]["id"] == promoted["contact"]["id"],
+        )
     finally:
         http.delete(f"/api/bizdevsources/{source['id']}")
         http.delete(f"/api/contacts/{promoted['contact']['id']}")
@@ -240,7 +365,10 @@ def _table(report: Check) -> None:
     report.say(f"\n  {'module':<15}{'request':<14}{'miss ms':>9}{'hit ms':>9}{'faster':>9}")
     for row in report.timings:
         share = 100 * (1 - row["hit_ms"] / row["miss_ms"])
-        report.say(f"  {row['module']:<15}{row['request']:<14}{row['miss_ms']:>9.2f}{row['hit_ms']:>9.2f}{share:>8.0f}%")
+        report.say(
+            f"  "
+            f"{row['module']:<15}{row['request']:<14}{row['miss_ms']:>9.2f}{row['hit_ms']:>9.2f}{share:>8.0f}%"
+        )
 
 
 def _timed(http: httpx2.Client, path: str) -> tuple[float, httpx2.Response]:
@@ -262,20 +390,28 @@ def _confirmed(response: httpx2.Response) -> bool:
 
 
 def _login(base: str, email: str) -> httpx2.Client:
-    answer = httpx2.post(f"{base}/api/auth/login", json={"email": email, "password": PASSWORD}, timeout=10)
+    answer = httpx2.post(
+        f"{base}/api/auth/login", json={"email": email, "password": PASSWORD}, timeout=10
+    )
     if answer.status_code != 200:
-        raise LookupError(f"cannot log in as {email} at {base} ({answer.status_code}): the check needs the demo data")
+        raise LookupError(
+            f"cannot log in as {email} at {base} ({answer.status_code}): the check needs the demo "
+            f"data"
+        )
     token = answer.json()["data"]["access_token"]
     return httpx2.Client(base_url=base, headers={"authorization": f"Bearer {token}"}, timeout=10)
 
 
 @contextlib.contextmanager
 def _system(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the address of the system to check: the given one, the one running on DATA_DIR, or one started for this."""
+    """Yield the address of the system to check: the given one, the one running on DATA_DIR, or one
+    started for this."""
     running = Settings().data_dir / "running.json"
     if options.url:
         yield options.url.rstrip("/")
-    elif running.exists() and _answers(base := f"http://127.0.0.1:{json.loads(running.read_text())['port']}"):
+    elif running.exists() and _answers(
+        base := f"http://127.0.0.1:{json.loads(running.read_text())['port']}"
+    ):
         yield base
     else:
         with tempfile.TemporaryDirectory(prefix="crm-check-") as folder:
@@ -287,7 +423,11 @@ def _started(folder: Path) -> Iterator[str]:
     environment = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder / "data")}
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "crm", "run"], env=environment, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "crm", "run"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             deadline = time.monotonic() + START_DEADLINE_S

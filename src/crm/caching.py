@@ -1,9 +1,9 @@
-"""What is cached: one line per module and special route. The tables are those that the handlers read; writes to them
-invalidate the answers.
+"""What is cached: one line per module and special route. The tables are those that the handlers
+read; writes to them invalidate the answers.
 
-Writes are seen at the database engine and by triggers, which the next migration installs for a table that is new here
-(``alembic revision --autogenerate``); until then what reads it is not cached. Lists of rows that show the name of their
-account read ``accounts`` too.
+Writes are seen at the database engine and by triggers, which the next migration installs for a
+table that is new here (``alembic revision --autogenerate``); until then what reads it is not
+cached. Lists of rows that show the name of their account read ``accounts`` too.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ SHARED_TABLES = ("tenants",)
 """Tables whose changes also count as changes of data shared by all tenants."""
 
 declared_tables = set(CrmResolver.tables)
-"""The tables that answers depend on: those that decide who sees what, and those of every line below."""
+"""The tables that answers depend on: those that decide who sees what, and those of every line
+below."""
 
 
 def today(scope: TenantScope) -> str:
@@ -61,7 +62,8 @@ class Cached:
 
 
 def watched_tables() -> list[Watched]:
-    """Say how the tables that answers depend on are to be watched: what migrations are compared with."""
+    """Say how the tables that answers depend on are to be watched: what migrations are compared
+    with."""
     return watched(Base.metadata, declared_tables, tenant_is=TENANT_IS, shared=SHARED_TABLES)
 
 
@@ -78,6 +80,15 @@ tasks = Cached("tasks", ("tasks",))
 settings = Cached("settings", ("tenants",)).settings
 dashboard = Cached(
     "dashboard",
-    ("accounts", "leads", "contacts", "bizdev_sources", "opportunities", "activities", "documents", "tasks"),
+    (
+        "accounts",
+        "leads",
+        "contacts",
+        "bizdev_sources",
+        "opportunities",
+        "activities",
+        "documents",
+        "tasks",
+    ),
     today,
 ).list

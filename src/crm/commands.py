@@ -22,7 +22,16 @@ from respcache.core.errors import ConfigurationError, StoreError
 from respcache.resp.connection import visit
 from respcache.resp.url import ServerURL
 
-MODULE_NAMES = ("accounts", "leads", "contacts", "bizdevsources", "opportunities", "activities", "documents", "tasks")
+MODULE_NAMES = (
+    "accounts",
+    "leads",
+    "contacts",
+    "bizdevsources",
+    "opportunities",
+    "activities",
+    "documents",
+    "tasks",
+)
 COMMAND_S = 10.0
 
 
@@ -32,17 +41,29 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])).upper() or 'environment'}: {p['msg']}" for p in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc'])).upper() or 'environment'}: {p['msg']}"
+            for p in error.errors()
+        )
         return _say_failure(problems)
     except KeyboardInterrupt:
         return _say_failure("stopped")
-    except (CommandFailed, ConfigurationError, ServerFailed, StoreError, LookupError, ValueError) as error:
+    except (
+        CommandFailed,
+        ConfigurationError,
+        ServerFailed,
+        StoreError,
+        LookupError,
+        ValueError,
+    ) as error:
         return _say_failure(str(error.args[0] if error.args else error))
     except (DBAPIError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             return _say_failure(f"{error.filename}: {error.strerror}")
         cause = getattr(error, "orig", None) or error
-        return _say_failure(f"{type(cause).__name__}: {cause}. Check DATABASE_URL (host, port, user, password)")
+        return _say_failure(
+            f"{type(cause).__name__}: {cause}. Check DATABASE_URL (host, port, user, password)"
+        )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,7 +78,9 @@ def run(options: argparse.Namespace) -> None:
         if settings.environment == "development":
             secret = settings.jwt_secret.get_secret_value()
             with contextlib.suppress(LookupError):
-                token = asyncio.run(development_token(system.database_url, secret, tenant="acme", role="admin"))
+                token = asyncio.run(
+                    development_token(system.database_url, secret, tenant="acme", role="admin")
+                )
         _say_hello(settings, port, system.data, token)
         _serve(settings, port)
 
@@ -67,7 +90,8 @@ def serve(options: argparse.Namespace) -> None:
     settings = Settings().with_secrets()
     if settings.database_url is None or settings.redis_cache_url is None:
         raise CommandFailed(
-            "serve starts no servers: set DATABASE_URL and REDIS_CACHE_URL (or 'none'), or use `python -m crm run`"
+            "serve starts no servers: set DATABASE_URL and REDIS_CACHE_URL (or 'none'), or use "
+            "`python -m crm run`"
         )
     _serve(settings, port_to_serve(settings))
 
@@ -78,13 +102,21 @@ def token(options: argparse.Namespace) -> None:
 
     settings = Settings()
     if settings.environment == "production":
-        raise CommandFailed("development tokens are not issued in production: log in with POST /api/auth/login")
+        raise CommandFailed(
+            "development tokens are not issued in production: log in with POST /api/auth/login"
+        )
     settings = settings.with_secrets()
     assert settings.jwt_secret is not None
     secret = settings.jwt_secret.get_secret_value()
     print(
         asyncio.run(
-            development_token(_database_url(settings), secret, tenant=options.tenant, role=options.role, hours=options.hours)
+            development_token(
+                _database_url(settings),
+                secret,
+                tenant=options.tenant,
+                role=options.role,
+                hours=options.hours,
+            )
         )
     )
 
@@ -98,7 +130,8 @@ def migrate(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Start everything with traffic and outages of the cache server, and say what comes of it, until Ctrl-C."""
+    """Start everything with traffic and outages of the cache server, and say what comes of it,
+    until Ctrl-C."""
     from crm.demo_run import run_demo
 
     return run_demo(options)
@@ -116,7 +149,9 @@ def import_files(options: argparse.Namespace) -> int:
     from crm.transfer import import_files
 
     settings = Settings()
-    return asyncio.run(import_files(settings, _database_url(settings), _cache_of_database(settings), options))
+    return asyncio.run(
+        import_files(settings, _database_url(settings), _cache_of_database(settings), options)
+    )
 
 
 def export_module(options: argparse.Namespace) -> int:
@@ -127,7 +162,8 @@ def export_module(options: argparse.Namespace) -> int:
 
 
 def valkey(options: argparse.Namespace) -> None:
-    """Send one command to the cache server of the running system, as valkey-cli would, without having to know its password."""
+    """Send one command to the cache server of the running system, as valkey-cli would, without
+    having to know its password."""
     settings = Settings()
     url = _cache_of_database(settings)
     if url is None or url == "none":
@@ -181,16 +217,23 @@ def _add_demo_options(command: argparse.ArgumentParser) -> None:
     number("--minutes", None, 10_000, "end after so many minutes (default: at Ctrl-C)")
     number("--rate", 60, 1_000, "requests a second, on average (default: 60)")
     command.add_argument("--seed", type=int, default=1, help="of what chance decides (default: 1)")
-    command.add_argument("--no-outage", action="store_true", help="let the cache's server run all the time")
+    command.add_argument(
+        "--no-outage", action="store_true", help="let the cache's server run all the time"
+    )
     number("--first-outage", 90, 86_400, "seconds before the first outage (default: 90)")
     number("--outage-every", 180, 86_400, "seconds from one outage to the next (default: 180)")
     number("--outage-seconds", 10, 600, "how long an outage lasts (default: 10)")
-    command.add_argument("--json", action="store_true", help="print the summary as one JSON document; all else to standard error")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print the summary as one JSON document; all else to standard error",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m crm", description="The CRM backend. Settings come from the environment; see README.md."
+        "python -m crm",
+        description="The CRM backend. Settings come from the environment; see README.md.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -204,20 +247,38 @@ def _parser() -> argparse.ArgumentParser:
     add("serve", serve)
     command = add("token", token)
     command.add_argument("--tenant", default="acme", help="slug or UUID (default: acme)")
-    command.add_argument("--role", default="admin", choices=["employee", "manager", "admin", "superadmin"])
-    command.add_argument("--hours", type=float, default=12.0, help="how long it is valid (default: 12)")
+    command.add_argument(
+        "--role", default="admin", choices=["employee", "manager", "admin", "superadmin"]
+    )
+    command.add_argument(
+        "--hours", type=float, default=12.0, help="how long it is valid (default: 12)"
+    )
     add("migrate", migrate)
     _add_demo_options(add("demo", demo))
     add("demo-data", demo_data)
     command = add("import", import_files)
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument("--tenant", required=True, help="slug of the tenant")
-    command.add_argument("--as", dest="kind", required=True, choices=["accounts", "contacts", "leads", "opportunities"])
     command.add_argument(
-        "--map", action="append", default=[], metavar="COLUMN=FIELD", help="overrule the guess; COLUMN= drops it"
+        "--as",
+        dest="kind",
+        required=True,
+        choices=["accounts", "contacts", "leads", "opportunities"],
+    )
+    command.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="COLUMN=FIELD",
+        help="overrule the guess; COLUMN= drops it",
     )
     command.add_argument("--dry-run", action="store_true", help="check everything, store nothing")
-    command.add_argument("--rejects", type=Path, metavar="FILE", help="for rejected rows (default: NAME.rejects.csv here)")
+    command.add_argument(
+        "--rejects",
+        type=Path,
+        metavar="FILE",
+        help="for rejected rows (default: NAME.rejects.csv here)",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON document")
     command = add("export", export_module)
     command.add_argument("module", choices=MODULE_NAMES)
@@ -226,10 +287,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add("valkey", valkey)
     command.add_argument("words", nargs="+", metavar="COMMAND", help="such as: INFO memory")
     command = add("test-cache", test_cache)
-    command.add_argument("--url", help="base URL of a running system; without it one is started for the check")
+    command.add_argument(
+        "--url", help="base URL of a running system; without it one is started for the check"
+    )
     command.add_argument("--tenant", default="acme")
     command.add_argument("--other-tenant", default="globex")
-    command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of tables"
+    )
     return parser
 
 
@@ -248,7 +313,9 @@ def _serve(settings: Settings, port: int) -> None:
     from crm.app import create_app
 
     level = settings.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     logging.getLogger("asyncio").setLevel("WARNING")
     app = create_app(settings)
     config = uvicorn.Config(
@@ -264,7 +331,8 @@ def _serve(settings: Settings, port: int) -> None:
 
 
 def _database_url(settings: Settings) -> str:
-    """Return the database that is meant: the one named by DATABASE_URL, or that of the system running on the data folder."""
+    """Return the database that is meant: the one named by DATABASE_URL, or that of the system
+    running on the data folder."""
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
     url: str = _running(settings)["database_url"]
@@ -285,7 +353,8 @@ def _running(settings: Settings) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((settings.data_dir / STATE_FILE).read_text())
     except (OSError, ValueError):
         raise CommandFailed(
-            f"no system runs on {settings.data_dir}: start one with `make run`, or set DATABASE_URL or DATA_DIR"
+            f"no system runs on {settings.data_dir}: start one with `make run`, or set "
+            f"DATABASE_URL or DATA_DIR"
         ) from None
     return state
 
@@ -298,15 +367,31 @@ def _say_hello(settings: Settings, port: int, said: str, token: str) -> None:
     signing_in = f"    sign in: root@crm.example, {PASSWORD}" if token else ""
     url = cache_url(settings)
     cache = "none" if url is None or settings.without_cache else str(ServerURL.parse(url))
-    database = settings.database_url.get_secret_value().rpartition("@")[2] if settings.database_url else "?"
-    lines = ["", f"  CRM         {base}    documentation: {base}/docs", f"  data        {settings.data_dir.resolve()}    {said}"]
-    lines += [f"  dashboard   {base}/cache{signing_in}", f"  PostgreSQL  {database}", f"  Valkey      {cache}", ""]
+    database = (
+        settings.database_url.get_secret_value().rpartition("@")[2]
+        if settings.database_url
+        else "?"
+    )
+    lines = [
+        "",
+        f"  CRM         {base}    documentation: {base}/docs",
+        f"  data        {settings.data_dir.resolve()}    {said}",
+    ]
+    lines += [
+        f"  dashboard   {base}/cache{signing_in}",
+        f"  PostgreSQL  {database}",
+        f"  Valkey      {cache}",
+        "",
+    ]
     if token:
         lines += [
             "  Try it (the second answer says 'hit'):", "", f"  TOKEN={token}",
-            f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | grep -i cache-status",
-            f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | grep -i cache-status",
-            f"  curl -s {base}/api/accounts -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/json' "
+            f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | "
+            f"grep -i cache-status",
+            f"  curl -si \"{base}/api/accounts?limit=2\" -H \"Authorization: Bearer $TOKEN\" | "
+            f"grep -i cache-status",
+            f"  curl -s {base}/api/accounts -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: "
+            f"application/json' "
             "-d '{\"name\":\"New Ltd\"}'",
             f"  curl -s {base}/api/system/cache-stats -H \"Authorization: Bearer $TOKEN\"", "",
         ]  # fmt: skip

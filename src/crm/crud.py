@@ -23,7 +23,8 @@ async def create(rows: WritableRows, model: type[Owned], body: Body) -> dict[str
 
 
 async def change(rows: WritableRows, model: type[Owned], key: str, body: Body) -> dict[str, Any]:
-    """Change the given fields of a row; metadata merges; activities about it follow a new name. Raises 404."""
+    """Change the given fields of a row; metadata merges; activities about it follow a new name.
+    Raises 404."""
     row = await rows.get(model, key, lock=True)
     known_as = row.display_name
     columns = model.__table__.c  # type: ignore[attr-defined]
@@ -39,7 +40,11 @@ async def change(rows: WritableRows, model: type[Owned], key: str, body: Body) -
     await rows.session.flush()
     if model.kind and row.display_name != known_as:
         about = (Activity.related_to == model.kind, Activity.related_id == row.id)
-        renamed = rows.update(Activity, unseen=True).where(*about).values(related_name=row.display_name[:300])
+        renamed = (
+            rows.update(Activity, unseen=True)
+            .where(*about)
+            .values(related_name=row.display_name[:300])
+        )
         await rows.session.execute(renamed)
     return as_record(row)
 
@@ -53,13 +58,24 @@ async def remove(rows: WritableRows, model: type[Owned], key: str) -> dict[str, 
     return {"id": str(row.id), "deleted": True}
 
 
-async def remove_many(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -> dict[str, Any]:
-    """Delete rows; say which there were and which there were not (or are not the caller's to see)."""
-    found = list(await rows.session.scalars(rows.select(model, model.id).where(model.id.in_(keys)).with_for_update()))
+async def remove_many(
+    rows: WritableRows, model: type[Owned], keys: Sequence[UUID]
+) -> dict[str, Any]:
+    """Delete rows; say which there were and which there were not (or are not the caller's to
+    see)."""
+    found = list(
+        await rows.session.scalars(
+            rows.select(model, model.id).where(model.id.in_(keys)).with_for_update()
+        )
+    )
     if found:
         await forget(rows, model, found)
         await rows.session.execute(rows.delete(model).where(model.id.in_(found)))
-    return {"deleted": len(found), "ids": found, "not_found": [key for key in dict.fromkeys(keys) if key not in set(found)]}
+    return {
+        "deleted": len(found),
+        "ids": found,
+        "not_found": [key for key in dict.fromkeys(keys) if key not in set(found)],
+    }
 
 
 async def forget(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -> None:
@@ -72,9 +88,11 @@ async def forget(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -
 
 
 async def _check_references(rows: WritableRows, row: Owned, body: Body) -> None:
-    """Demand that referenced rows and employees are the caller's own tenant's. Raises 422 that names the field."""
+    """Demand that referenced rows and employees are the caller's own tenant's. Raises 422 that
+    names the field."""
     given = body.fields()
-    with rows.session.no_autoflush:  # the row may hold a reference that the database would refuse with worse words
+    # the row may hold a reference that the database would refuse with worse words
+    with rows.session.no_autoflush:
         for field, model in REFERENCES.items():
             if given.get(field) is not None:
                 await rows.find(model, given[field], field=field)
@@ -90,7 +108,9 @@ async def _check_about(rows: WritableRows, row: Owned, kind_field: str, key_fiel
     if key is None:
         return
     if kind is None:
-        raise ApiError(422, f"{kind_field}: say what kind of record {key_field} is", field=kind_field)
+        raise ApiError(
+            422, f"{kind_field}: say what kind of record {key_field} is", field=kind_field
+        )
     found = await rows.find(REFERABLE[kind], key, field=key_field)
     if isinstance(row, Activity):
         row.related_name = found.display_name[:300]

@@ -1,4 +1,5 @@
-"""CSV files as people have them: any encoding, any delimiter, odd headers; and what their columns mean."""
+"""CSV files as people have them: any encoding, any delimiter, odd headers; and what their columns
+mean."""
 
 import csv
 import re
@@ -14,7 +15,8 @@ SAMPLE = 100_000
 DELIMITERS = ",;\t|"
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 DATE_FORMATS = ("%Y-%m-%d", "%d-%m-%y", "%d-%m-%Y", "%m-%d-%y", "%m-%d-%Y", "%Y-%m-%dT%H:%M:%S")
-"""Tried in this order on a whole column, with ``/`` and ``.`` read as ``-``: the first that fits every value counts."""
+"""Tried in this order on a whole column, with ``/`` and ``.`` read as ``-``: the first that fits
+every value counts."""
 
 SYNONYMS: Mapping[str, Mapping[str, str]] = {
     "accounts": {
@@ -52,11 +54,30 @@ STAGES = {
     "engaging": "qualification", "qualified": "qualification", "prospect": "prospecting", "quote": "proposal",
     "negotiating": "negotiation",
 }  # fmt: skip
-NOTHING = ("index", "row", "rownumber", "createdat", "updatedat", "tenantid", "isoverdue", "contactname", "leadname")
+NOTHING = (
+    "index",
+    "row",
+    "rownumber",
+    "createdat",
+    "updatedat",
+    "tenantid",
+    "isoverdue",
+    "contactname",
+    "leadname",
+)
 """Columns that say nothing of a record, or what only the server says."""
 REJECTED = ("line", "reason")
-"""The columns before the row itself in a file of rejected rows, which can be mended and imported again."""
-IDENTITIES = ("externalid", "organizationid", "customerid", "opportunityid", "accountid", "contactid", "leadid")
+"""The columns before the row itself in a file of rejected rows, which can be mended and imported
+again."""
+IDENTITIES = (
+    "externalid",
+    "organizationid",
+    "customerid",
+    "opportunityid",
+    "accountid",
+    "contactid",
+    "leadid",
+)
 """What the column is called that names a row in its own system, unless it is called id."""
 
 
@@ -82,7 +103,9 @@ class CsvFile:
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError as error:
-            raise UnreadableFile(f"{path}: not readable as {encoding}: {error.reason} at byte {error.start}") from None
+            raise UnreadableFile(
+                f"{path}: not readable as {encoding}: {error.reason} at byte {error.start}"
+            ) from None
         if "\x00" in text[:SAMPLE]:
             raise UnreadableFile(f"{path}: this is no text file")
         first = text.partition("\n")[0]
@@ -94,7 +117,8 @@ class CsvFile:
         return cls(path, encoding, delimiter, _unique(header), text)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield the line at which each row begins, and its cells; blank lines are left out. Raises ``UnreadableFile``."""
+        """Yield the line at which each row begins, and its cells; blank lines are left out. Raises
+        ``UnreadableFile``."""
         rows = _rows(self.text, self.delimiter)
         next(rows, None)
         try:
@@ -109,7 +133,8 @@ def plain(name: str) -> str:
 
 
 def guess_mapping(columns: Sequence[str], kind: str, fields: Sequence[str]) -> dict[str, str]:
-    """Guess which field each column means; columns that mean none are metadata under their own name. First come, first served."""
+    """Guess which field each column means; columns that mean none are metadata under their own
+    name. First come, first served."""
     known = {plain(field): field for field in fields}
     synonyms = SYNONYMS[kind]
     mapping: dict[str, str] = {}
@@ -141,10 +166,15 @@ def read_date(value: str, form: str | None) -> date:
 
 
 def read_number(value: str) -> str:
-    """Take currency signs, blanks and separators of thousands out of a number: 1,234.50 and 1.234,50 alike."""
+    """Take currency signs, blanks and separators of thousands out of a number: 1,234.50 and
+    1.234,50 alike."""
     text = re.sub(r"[^\d,.\-+eE]", "", value)
     if "," in text and "." in text:
-        text = text.replace(",", "") if text.rindex(".") > text.rindex(",") else text.replace(".", "").replace(",", ".")
+        text = (
+            text.replace(",", "")
+            if text.rindex(".") > text.rindex(",")
+            else text.replace(".", "").replace(",", ".")
+        )
     elif re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
         text = text.replace(",", "")
     return text.replace(",", ".")
@@ -158,7 +188,8 @@ def _encoding(data: bytes) -> str:
         data.decode("utf-8")
     except UnicodeDecodeError:
         best = from_bytes(
-            data[:SAMPLE], cp_isolation=["cp1252", "cp1250", "cp1251", "utf_16_le", "utf_16_be", "shift_jis"]
+            data[:SAMPLE],
+            cp_isolation=["cp1252", "cp1250", "cp1251", "utf_16_le", "utf_16_be", "shift_jis"],
         ).best()
         return best.encoding if best is not None else "cp1252"
     return "utf-8"
@@ -174,7 +205,8 @@ def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _unique(header: Sequence[str]) -> tuple[str, ...]:
-    """Name every column once: a repeated name gets a number, a blank one its place. Metadata has small letters only."""
+    """Name every column once: a repeated name gets a number, a blank one its place. Metadata has
+    small letters only."""
     names: list[str] = []
     taken: set[str] = set()
     for place, cell in enumerate(header, 1):

@@ -1,8 +1,8 @@
 """Access to rows: the one place where tenant and visibility are applied.
 
-Handlers get a ``Rows`` and cannot select, change or delete anything that their caller may not see; none of them writes a
-tenant filter of its own. A session ends before the answer is sent (its dependency has function scope), so that what an
-answer acknowledges is committed.
+Handlers get a ``Rows`` and cannot select, change or delete anything that their caller may not see;
+none of them writes a tenant filter of its own. A session ends before the answer is sent (its
+dependency has function scope), so that what an answer acknowledges is committed.
 """
 
 from collections.abc import AsyncIterator
@@ -22,7 +22,9 @@ T = TypeVar("T", bound=Owned)
 
 
 @lru_cache(maxsize=1024)
-def criteria(model: type[Owned], tenant: str | None, visible_ids: tuple[UUID, ...] | None) -> tuple[ColumnElement[bool], ...]:
+def criteria(
+    model: type[Owned], tenant: str | None, visible_ids: tuple[UUID, ...] | None
+) -> tuple[ColumnElement[bool], ...]:
     """Put a scope into SQL: remembered, as that takes longer than to send it."""
     columns = model.__table__.c  # type: ignore[attr-defined]
     found: list[ColumnElement[bool]] = []
@@ -66,9 +68,11 @@ class WritableRows(Rows):
         self.session = session
 
     def update(self, model: type[Owned], *, unseen: bool = False) -> Update:
-        """Begin to change many rows of a table; ``unseen`` also those that the caller does not see: what refers to a row that
-        he changes must follow, whoever it is assigned to."""
-        scope = (model.tenant_id == UUID(self.scope.tenant or ""),) if unseen else self.visible(model)
+        """Begin to change many rows of a table; ``unseen`` also those that the caller does not see:
+        what refers to a row that he changes must follow, whoever it is assigned to."""
+        scope = (
+            (model.tenant_id == UUID(self.scope.tenant or ""),) if unseen else self.visible(model)
+        )
         return update(model).where(*scope)
 
     def delete(self, model: type[Owned]) -> Delete:
@@ -76,12 +80,15 @@ class WritableRows(Rows):
         return delete(model).where(*self.visible(model))
 
     async def get(self, model: type[T], key: str | UUID, *, lock: bool = False) -> T:
-        """Return a row, locked until the end of the transaction if asked. Raises 404 for unknown, foreign and invisible ones."""
+        """Return a row, locked until the end of the transaction if asked. Raises 404 for unknown,
+        foreign and invisible ones."""
         identity = as_uuid(key)
         statement = self.select(model).where(model.id == identity)
         found: T | None = None
         if identity is not None:
-            found = await self.session.scalar(statement.with_for_update(of=model) if lock else statement)
+            found = await self.session.scalar(
+                statement.with_for_update(of=model) if lock else statement
+            )
         if found is None:
             raise not_found(model.title)
         return found
@@ -95,7 +102,9 @@ class WritableRows(Rows):
 
     async def check_employee(self, key: UUID) -> None:
         """Demand that rows are assigned to an employee of the tenant. Raises 422."""
-        known = select(Employee.id).where(Employee.id == key, Employee.tenant_id == UUID(self.scope.tenant or ""))
+        known = select(Employee.id).where(
+            Employee.id == key, Employee.tenant_id == UUID(self.scope.tenant or "")
+        )
         if await self.session.scalar(known) is None:
             raise ApiError(422, "assigned_to: no such employee", field="assigned_to")
 

@@ -1,4 +1,5 @@
-"""Demo data: the same every time, related, and like what a CRM holds. It is put into an empty database only."""
+"""Demo data: the same every time, related, and like what a CRM holds. It is put into an empty
+database only."""
 
 import random
 from collections.abc import Mapping
@@ -56,7 +57,16 @@ TRADES = (
     "Glass", "Hotels", "Labs", "Logistics", "Media", "Metals", "Motors", "Optics", "Paper", "Partners", "Robotics",
     "Systems", "Textiles", "Works",
 )  # fmt: skip
-INDUSTRIES = ("Software", "Manufacturing", "Healthcare", "Retail", "Logistics", "Finance", "Education", "Energy")
+INDUSTRIES = (
+    "Software",
+    "Manufacturing",
+    "Healthcare",
+    "Retail",
+    "Logistics",
+    "Finance",
+    "Education",
+    "Energy",
+)
 PLACES = (
     ("Berlin", "BE", "Germany"),
     ("Austin", "TX", "United States"),
@@ -72,7 +82,8 @@ JOBS = ("CEO", "CTO", "Buyer", "Head of Sales", "Engineer", "Office manager", "C
 
 
 async def seed_if_empty(database_url: str, tenants: Mapping[str, Sized] = TENANTS) -> str:
-    """Insert the demo data unless there are tenants already; return a line that says what is there."""
+    """Insert the demo data unless there are tenants already; return a line that says what is
+    there."""
     engine = create_async_engine(database_url)
     try:
         async with engine.begin() as connection:
@@ -82,8 +93,13 @@ async def seed_if_empty(database_url: str, tenants: Mapping[str, Sized] = TENANT
             password = hash_password(PASSWORD)
             for slug, sized in tenants.items():
                 await _Maker(slug, sized, password).insert(connection)
-            await _insert(connection, m.Employee, [_employee("root", None, "superadmin", None, password, "Root")])
-            await connection.execute(text("ANALYZE"))  # or the first minute's plans are those of empty tables
+            await _insert(
+                connection,
+                m.Employee,
+                [_employee("root", None, "superadmin", None, password, "Root")],
+            )
+            # or the first minute's plans are those of empty tables
+            await connection.execute(text("ANALYZE"))
         return f"demo data made: {len(tenants)} tenants ({', '.join(tenants)})"
     finally:
         await engine.dispose()
@@ -108,37 +124,77 @@ class _Maker:
     async def insert(self, connection: AsyncConnection) -> None:
         """Insert everything, parents first."""
         settings = {"visibility_mode": self.mode}
-        await _insert(connection, m.Tenant, [{"id": self.tenant, "slug": self.slug, "name": self.name, "settings": settings}])
+        await _insert(
+            connection,
+            m.Tenant,
+            [{"id": self.tenant, "slug": self.slug, "name": self.name, "settings": settings}],
+        )
         team = {name: key(self.slug, "team", name) for name, _ in TEAMS}
         for name, parent in TEAMS:
-            row = {"id": team[name], "tenant_id": self.tenant, "name": name, "parent_team_id": team[parent] if parent else None}
+            row = {
+                "id": team[name],
+                "tenant_id": self.tenant,
+                "name": name,
+                "parent_team_id": team[parent] if parent else None,
+            }
             await _insert(connection, m.Team, [row])
         self.employees = self._employees(team)
         await _insert(connection, m.Employee, self.employees)
         accounts = [self._account(number) for number in range(self.size)]
         await _insert(connection, m.Account, accounts)
-        contacts = [self._contact(number, self.chance.choice(accounts)) for number in range(self.size * 2)]
+        contacts = [
+            self._contact(number, self.chance.choice(accounts)) for number in range(self.size * 2)
+        ]
         await _insert(connection, m.Contact, contacts)
         leads = [self._lead(number) for number in range(self.size)]
         await _insert(connection, m.Lead, leads)
         sources = [self._source(number) for number in range(self.size // 4)]
         await _insert(connection, m.BizDevSource, sources)
-        opportunities = [self._opportunity(number, self.chance.choice(contacts), leads, sources) for number in range(self.size)]
+        opportunities = [
+            self._opportunity(number, self.chance.choice(contacts), leads, sources)
+            for number in range(self.size)
+        ]
         await _insert(connection, m.Opportunity, opportunities)
         about = {"contact": contacts, "lead": leads, "account": accounts, "bizdev_source": sources}
-        await _insert(connection, m.Activity, [self._activity(number, about) for number in range(self.size * 2)])
         await _insert(
-            connection, m.Document, [self._document(number, self.chance.choice(accounts)) for number in range(self.size // 3)]
+            connection,
+            m.Activity,
+            [self._activity(number, about) for number in range(self.size * 2)],
         )
-        await _insert(connection, m.Task, [self._task(number, self.chance.choice(contacts)) for number in range(self.size // 3)])
+        await _insert(
+            connection,
+            m.Document,
+            [
+                self._document(number, self.chance.choice(accounts))
+                for number in range(self.size // 3)
+            ],
+        )
+        await _insert(
+            connection,
+            m.Task,
+            [self._task(number, self.chance.choice(contacts)) for number in range(self.size // 3)],
+        )
 
     def _employees(self, team: dict[str, UUID]) -> list[dict[str, Any]]:
         people = [_employee("admin", self.tenant, "admin", None, self.password, self.slug)]
-        people.append(_employee("manager", self.tenant, "manager", team["Sales"], self.password, self.slug))
-        people.append(_employee("employee", self.tenant, "employee", team["Sales North"], self.password, self.slug))
+        people.append(
+            _employee("manager", self.tenant, "manager", team["Sales"], self.password, self.slug)
+        )
+        people.append(
+            _employee(
+                "employee", self.tenant, "employee", team["Sales North"], self.password, self.slug
+            )
+        )
         places = list(team.values())
         for number in range(9):
-            who = _employee(f"user{number}", self.tenant, "employee", places[number % len(places)], self.password, self.slug)
+            who = _employee(
+                f"user{number}",
+                self.tenant,
+                "employee",
+                places[number % len(places)],
+                self.password,
+                self.slug,
+            )
             people.append({**who, "name": self._person()})
         return people
 
@@ -165,7 +221,8 @@ class _Maker:
             "employee_count": chance.randrange(3, 5000), "city": city, "state": state, "country": country,
             "tags": chance.sample(["key", "renewal", "at event", "newsletter"], chance.randrange(3)),
             "score": chance.randrange(101), "health_status": chance.choice(m.HEALTH),
-            "description": f"{name} of {city} has known us for {number % 19 + 1} years. {' '.join(chance.sample(WORDS, 6))}.",
+            "description": f"{name} of {city} has known us for {number % 19 + 1} years. "
+                           f"{' '.join(chance.sample(WORDS, 6))}.",
         }  # fmt: skip
 
     def _somebody(self, kind: str, number: int) -> dict[str, Any]:
@@ -181,12 +238,18 @@ class _Maker:
     def _contact(self, number: int, account: dict[str, Any]) -> dict[str, Any]:
         status = self.chance.choice(m.CONTACT_STATUS)
         source = self.chance.choice(SOURCES)
-        return {**self._somebody("contact", number), "account_id": account["id"], "status": status, "lead_source": source}
+        return {
+            **self._somebody("contact", number),
+            "account_id": account["id"],
+            "status": status,
+            "lead_source": source,
+        }
 
     def _lead(self, number: int) -> dict[str, Any]:
         chance = self.chance
         return {
-            **self._somebody("lead", number), "company": f"{chance.choice(WORDS)} {chance.choice(TRADES)}",
+            **self._somebody("lead", number), "company": f"{chance.choice(WORDS)} "
+                                                         f"{chance.choice(TRADES)}",
             "status": chance.choice([s for s in m.LEAD_STATUS if s != "converted"]), "source": chance.choice(SOURCES),
             "estimated_value": float(chance.randrange(1, 500) * 100), "score": chance.randrange(101),
         }  # fmt: skip
@@ -201,11 +264,18 @@ class _Maker:
             "industry": chance.choice(INDUSTRIES),
         }  # fmt: skip
 
-    def _opportunity(self, number: int, contact: dict[str, Any], leads: list[Any], sources: list[Any]) -> dict[str, Any]:
+    def _opportunity(
+        self, number: int, contact: dict[str, Any], leads: list[Any], sources: list[Any]
+    ) -> dict[str, Any]:
         chance = self.chance
-        source = f"bizdev_source:{chance.choice(sources)['id']}" if number % 7 == 0 else chance.choice(SOURCES)
+        source = (
+            f"bizdev_source:{chance.choice(sources)['id']}"
+            if number % 7 == 0
+            else chance.choice(SOURCES)
+        )
         return {
-            **self._common("opportunity", number), "name": f"{chance.choice(WORDS)} deal {number + 1}",
+            **self._common("opportunity", number), "name": f"{chance.choice(WORDS)} deal "
+                                                           f"{number + 1}",
             "stage": chance.choice(m.STAGES),
             "amount": float(chance.randrange(1, 900) * 250), "probability": chance.randrange(0, 101, 5),
             "close_date": date(2026, 11, 1) + timedelta(days=chance.randrange(-200, 200)), "account_id": contact["account_id"],
@@ -216,10 +286,15 @@ class _Maker:
         chance = self.chance
         related = chance.choice(list(about))
         record = chance.choice(about[related])
-        name = record.get("name") or record.get("source_name") or f"{record['first_name']} {record['last_name']}"
+        name = (
+            record.get("name")
+            or record.get("source_name")
+            or f"{record['first_name']} {record['last_name']}"
+        )
         kind = chance.choice(m.ACTIVITY_TYPES)
         return {
-            **self._common("activity", number), "type": kind, "subject": f"{kind.capitalize()} with {name}",
+            **self._common("activity", number), "type": kind, "subject": f"{kind.capitalize()} "
+                                                                         f"with {name}",
             "status": chance.choice(m.ACTIVITY_STATUS), "due_date": date(2026, 11, 1) + timedelta(days=chance.randrange(-60, 60)),
             "related_to": related, "related_id": record["id"], "related_name": name,
         }  # fmt: skip
@@ -235,12 +310,15 @@ class _Maker:
     def _task(self, number: int, contact: dict[str, Any]) -> dict[str, Any]:
         what = self.chance.choice(("Ring", "Write to", "Prepare an offer for", "Meet"))
         return {
-            **self._common("task", number), "description": f"{what} {contact['first_name']} {contact['last_name']}",
+            **self._common("task", number), "description": f"{what} {contact['first_name']} "
+                                                           f"{contact['last_name']}",
             "status": self.chance.choice(m.TASK_STATUS), "entity_type": "contact", "entity_id": contact["id"],
         }  # fmt: skip
 
 
-def _employee(name: str, tenant: UUID | None, role: str, team: UUID | None, password: str, where: str) -> dict[str, Any]:
+def _employee(
+    name: str, tenant: UUID | None, role: str, team: UUID | None, password: str, where: str
+) -> dict[str, Any]:
     domain = f"{where}.example" if tenant else "crm.example"
     return {
         "id": key(where, "employee", name), "tenant_id": tenant, "email": f"{name}@{domain}", "name": f"{where.title()} {name}",
@@ -248,5 +326,7 @@ def _employee(name: str, tenant: UUID | None, role: str, team: UUID | None, pass
     }  # fmt: skip
 
 
-async def _insert(connection: AsyncConnection, model: type[m.Base], rows: list[dict[str, Any]]) -> None:
+async def _insert(
+    connection: AsyncConnection, model: type[m.Base], rows: list[dict[str, Any]]
+) -> None:
     await connection.execute(insert(model.__table__), rows)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""What the demo's traffic saw: counted, timed and summed up. Written by the traffic's thread, read by the console's."""
+"""What the demo's traffic saw: counted, timed and summed up. Written by the traffic's thread, read
+by the console's."""
 
 import time
 from collections import Counter, deque
@@ -39,7 +40,12 @@ class Times:
         """Return the number and percentiles of milliseconds."""
         times = list(self.latest_ms)
         p50, p95 = (round(percentile(times, percent), 2) if times else None for percent in (50, 95))
-        return {"count": self.count, "p50_ms": p50, "p95_ms": p95, "max_ms": round(self.most_ms, 2) if times else None}
+        return {
+            "count": self.count,
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "max_ms": round(self.most_ms, 2) if times else None,
+        }
 
 
 class Figures:
@@ -103,16 +109,21 @@ class Figures:
             self._recent.popleft()
         recent = list(self._recent)
         seconds = min(NOW_S, max(0.1, self.seconds))
-        hits, others = ([took for _, way, took in recent if way == wanted] for wanted in ("hit", "database"))
+        hits, others = (
+            [took for _, way, took in recent if way == wanted] for wanted in ("hit", "database")
+        )
         ratio = f"{100 * len(hits) / (len(hits) + len(others)):.0f} %" if hits or others else "-"
         return (
-            f"{span(self.seconds)} {len(recent) / seconds:5.1f}/s  hits {ratio:>4}  p50: hit {_middle(hits)}, "
+            f"{span(self.seconds)} {len(recent) / seconds:5.1f}/s  hits {ratio:>4}  p50: hit "
+            f"{_middle(hits)}, "
             f"database {_middle(others)}  failed {self.failed}  stale {self.stale}"
         )
 
     def summary(self) -> dict[str, Any]:
         """Return everything that was counted."""
-        hits, others = (self.calm[way].count + self.broken[way].count for way in ("hit", "database"))
+        hits, others = (
+            self.calm[way].count + self.broken[way].count for way in ("hit", "database")
+        )
         writes = self.calm["write"].count + self.broken["write"].count
         return {
             "seconds": round(self.seconds, 1),

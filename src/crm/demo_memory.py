@@ -1,11 +1,14 @@
-"""What the demo's traffic knows of the records that it wrote itself, and which answers are older than that.
+"""What the demo's traffic knows of the records that it wrote itself, and which answers are older
+than that.
 
-Of each record: the version that was sent last, and the version that a write's answer confirmed last. Whoever asks after that
-answer must see this version or a later one, of a deleted record nothing. So a read looks before it is sent (``look``) and is
-judged by what was known then. What others write at the same time (you, with curl) is never judged.
+Of each record: the version that was sent last, and the version that a write's answer confirmed
+last. Whoever asks after that answer must see this version or a later one, of a deleted record
+nothing. So a read looks before it is sent (``look``) and is judged by what was known then. What
+others write at the same time (you, with curl) is never judged.
 
-A record is written by one at a time, and belongs to nobody, so that all of its tenant see it. Whether a list must show a record
-is certain on its first page, newest first: it must, unless all rows of a full page are newer.
+A record is written by one at a time, and belongs to nobody, so that all of its tenant see it.
+Whether a list must show a record is certain on its first page, newest first: it must, unless all
+rows of a full page are newer.
 """
 
 from collections import deque
@@ -66,7 +69,8 @@ class Memory:
         self.kept.setdefault(module, {})[mine.id] = mine
 
     def take(self, module: str, chance: Random) -> Mine | None:
-        """Reserve a record for a write, if there is one: ``written``, ``ended`` or ``forget`` must follow."""
+        """Reserve a record for a write, if there is one: ``written``, ``ended`` or ``forget`` must
+        follow."""
         free = [mine for mine in self.kept.get(module, {}).values() if mine.free]
         if not free:
             return None
@@ -99,17 +103,24 @@ class Memory:
 
     def look(self, *modules: str) -> Look:
         """Note what is known now, before a read is sent."""
-        found = [mine for module in modules for mine in (*self.kept.get(module, {}).values(), *self.gone.get(module, ()))]
+        found = [
+            mine
+            for module in modules
+            for mine in (*self.kept.get(module, {}).values(), *self.gone.get(module, ()))
+        ]
         return [(mine, mine.known, mine.gone) for mine in found]
 
 
 def stale_rows(look: Look, rows: Sequence[Row], *, first: int | None = None) -> Iterator[str]:
     """Say which rows are older than what was known when they were asked for.
 
-    ``first``: the rows are a first page of so many, newest first, so those that are missing are judged too.
+    ``first``: the rows are a first page of so many, newest first, so those that are missing are
+    judged too.
     """
     shown = {row["id"]: row for row in rows}
-    edge = ("", "") if first is None or len(rows) < first else (rows[-1]["created_at"], rows[-1]["id"])
+    edge = (
+        ("", "") if first is None or len(rows) < first else (rows[-1]["created_at"], rows[-1]["id"])
+    )
     for mine, known, gone in look:
         row = shown.get(mine.id)
         if row is not None:
@@ -119,7 +130,8 @@ def stale_rows(look: Look, rows: Sequence[Row], *, first: int | None = None) -> 
 
 
 def stale_record(mine: Mine, known: int, *, gone: bool, row: Row | None) -> Iterator[str]:
-    """Say whether a record, None for *not found*, is older than what was known when it was asked for."""
+    """Say whether a record, None for *not found*, is older than what was known when it was asked
+    for."""
     if row is None:
         if not mine.ending:
             yield f"{mine.module} {mine.id} is not found"

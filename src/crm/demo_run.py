@@ -1,8 +1,9 @@
-"""``make demo``: the whole system with traffic and outages of the cache's server, and what comes of it said while it runs.
+"""``make demo``: the whole system with traffic and outages of the cache's server, and what comes of
+it said while it runs.
 
-The application is a process of its own. This one sends the traffic, from a thread, and its main thread breaks the server and
-writes to the console. Data lives in the folder ``demo`` of the data folder, and begins anew each time; secrets stay, and so do
-sessions of browsers.
+The application is a process of its own. This one sends the traffic, from a thread, and its main
+thread breaks the server and writes to the console. Data lives in the folder ``demo`` of the data
+folder, and begins anew each time; secrets stay, and so do sessions of browsers.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from crm.settings import Settings
 
 EVERY_TENANT = TENANTS | SMALL_TENANTS
 SAVED = {"save": "86400 1000000"}
-"""Has a Valkey that was stopped come back with what it held: the dashboard's charts, and old answers, which nobody is served."""
+"""Has a Valkey that was stopped come back with what it held: the dashboard's charts, and old
+answers, which nobody is served."""
 
 BEGINS = """The cache's server is {word} for {length:g} s: every answer comes from the database, and nothing fails.
 On the dashboard: bypasses take the place of hits; the cache server is away, the breaker open, the fence lost."""
@@ -47,9 +49,13 @@ nobody changed is a hit again.""",
 VALKEY_PORT = 6390
 """One that nobody else begins to use while the server is stopped."""
 
-TAKEN = "Another program has taken the port of the cache's server: the outage lasts until it is free again."
+TAKEN = (
+    "Another program has taken the port of the cache's server: the outage lasts until it is free "
+    "again."
+)
 PEOPLE = 5
-"""Of each tenant: its admin, an employee, its manager and two more. In some of the tenants each sees other rows."""
+"""Of each tenant: its admin, an employee, its manager and two more. In some of the tenants each
+sees other rows."""
 
 AGAIN_S = 2.0
 LOOK_S = 0.25
@@ -65,7 +71,9 @@ class EmbeddedCrm(EmbeddedServer):
 
     name = "crm"
 
-    def __init__(self, directory: Path, base: str, *, port: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, base: str, *, port: int, environment: Mapping[str, str]
+    ) -> None:
         super().__init__(directory, port=port)
         self._base = base
         self._environment = environment
@@ -73,7 +81,9 @@ class EmbeddedCrm(EmbeddedServer):
     def start(self) -> "EmbeddedCrm":
         """Start and return when it answers. Raises ``ServerFailed``."""
         with self.log_path.open("wb") as log:
-            self._spawn([sys.executable, "-m", "crm", "serve"], log=log, environment=self._environment)
+            self._spawn(
+                [sys.executable, "-m", "crm", "serve"], log=log, environment=self._environment
+            )
         self._await(self._answers)
         return self
 
@@ -86,7 +96,15 @@ class EmbeddedCrm(EmbeddedServer):
 class Outages:
     """Breaks the cache's server for a while, again and again: stopped and frozen in turn."""
 
-    def __init__(self, valkey: EmbeddedValkey, figures: Figures, *, first_s: float, every_s: float, length_s: float) -> None:
+    def __init__(
+        self,
+        valkey: EmbeddedValkey,
+        figures: Figures,
+        *,
+        first_s: float,
+        every_s: float,
+        length_s: float,
+    ) -> None:
         self._valkey = valkey
         self._figures = figures
         self._every_s = every_s
@@ -124,7 +142,8 @@ class Outages:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """Run until Ctrl-C or for the minutes that were asked for; return 1 if a request failed or an answer was stale."""
+    """Run until Ctrl-C or for the minutes that were asked for; return 1 if a request failed or an
+    answer was stale."""
     console = Console(stderr=options.json, highlight=False, soft_wrap=True)
     with contextlib.redirect_stdout(console.file):
         figures = _run(console, options)
@@ -142,12 +161,17 @@ def _run(console: Console, options: argparse.Namespace) -> Figures:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console.print("starting ...")
     with (
-        launched(settings, port, tenants=EVERY_TENANT, fresh=True, valkey=SAVED, valkey_port=VALKEY_PORT) as system,
+        launched(
+            settings, port, tenants=EVERY_TENANT, fresh=True, valkey=SAVED, valkey_port=VALKEY_PORT
+        ) as system,
         _application(system, port) as crm,
     ):
         figures = Figures()
         _say_hello(console, system, port, options)
-        with contextlib.suppress(KeyboardInterrupt), _traffic(system, _base(settings, port), figures, options) as thread:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            _traffic(system, _base(settings, port), figures, options) as thread,
+        ):
             _watch(console, crm, thread, figures, _outages(system, figures, options), options)
         figures.end()
         console.print("stopping ...")
@@ -156,11 +180,19 @@ def _run(console: Console, options: argparse.Namespace) -> Figures:
 
 def _settings() -> Settings:
     settings = Settings()
-    given = [name.upper() for name in ("database_url", "redis_cache_url") if getattr(settings, name) is not None]
+    given = [
+        name.upper()
+        for name in ("database_url", "redis_cache_url")
+        if getattr(settings, name) is not None
+    ]
     if given:
-        raise CommandFailed(f"the demo breaks servers, so it starts its own: unset {' and '.join(given)}")
+        raise CommandFailed(
+            f"the demo breaks servers, so it starts its own: unset {' and '.join(given)}"
+        )
     if settings.environment == "production":
-        raise CommandFailed("the demo has known passwords, so it does not run in production: unset ENVIRONMENT")
+        raise CommandFailed(
+            "the demo has known passwords, so it does not run in production: unset ENVIRONMENT"
+        )
     return settings.model_copy(update={"data_dir": settings.data_dir / "demo"}).with_secrets()
 
 
@@ -172,8 +204,15 @@ def _base(settings: Settings, port: int) -> str:
 def _application(system: Launched, port: int) -> Iterator[EmbeddedCrm]:
     assert system.cache_url is not None
     folder = system.settings.data_dir.resolve()
-    ours = {"DATABASE_URL": system.database_url, "REDIS_CACHE_URL": system.cache_url, "DATA_DIR": str(folder), "PORT": str(port)}
-    crm = EmbeddedCrm(folder, _base(system.settings, port), port=port, environment={**os.environ, **ours})
+    ours = {
+        "DATABASE_URL": system.database_url,
+        "REDIS_CACHE_URL": system.cache_url,
+        "DATA_DIR": str(folder),
+        "PORT": str(port),
+    }
+    crm = EmbeddedCrm(
+        folder, _base(system.settings, port), port=port, environment={**os.environ, **ours}
+    )
     try:
         yield crm.start()
     finally:
@@ -181,7 +220,9 @@ def _application(system: Launched, port: int) -> Iterator[EmbeddedCrm]:
 
 
 @contextlib.contextmanager
-def _traffic(system: Launched, base: str, figures: Figures, options: argparse.Namespace) -> Iterator[threading.Thread]:
+def _traffic(
+    system: Launched, base: str, figures: Figures, options: argparse.Namespace
+) -> Iterator[threading.Thread]:
     """Send traffic from a thread of its own, until the block ends."""
     secret = system.settings.jwt_secret
     assert secret is not None
@@ -210,7 +251,11 @@ def _outages(system: Launched, figures: Figures, options: argparse.Namespace) ->
     if options.no_outage:
         return None
     assert system.valkey is not None
-    times = {"first_s": options.first_outage, "every_s": options.outage_every, "length_s": options.outage_seconds}
+    times = {
+        "first_s": options.first_outage,
+        "every_s": options.outage_every,
+        "length_s": options.outage_seconds,
+    }
     return Outages(system.valkey, figures, **times)
 
 
@@ -225,7 +270,11 @@ def _watch(
     def say(style: str, text: str) -> None:
         console.print(Text(f"\n{span(figures.seconds)}  {text}\n", style))
 
-    with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else contextlib.nullcontext() as live:
+    with (
+        Live(console=console, auto_refresh=False, transient=True)
+        if console.is_terminal
+        else contextlib.nullcontext() as live
+    ):
         while ends is None or time.monotonic() < ends:
             if not crm.running or not thread.is_alive():
                 raise CommandFailed(f"the application ended by itself: {crm.log_path} says why")
@@ -249,7 +298,8 @@ def _line(figures: Figures) -> Text:
 
 def _say_hello(console: Console, system: Launched, port: int, options: argparse.Namespace) -> None:
     broken = "never" if options.no_outage else (
-        f"after {options.first_outage:g} s, then every {options.outage_every:g} s, for {options.outage_seconds:g} s"
+        f"after {options.first_outage:g} s, then every {options.outage_every:g} s, for "
+        f"{options.outage_seconds:g} s"
     )  # fmt: skip
     console.print(
         f"""
@@ -276,14 +326,18 @@ def _show(console: Console, summary: Mapping[str, Any]) -> None:
                 cells = [f"{figures[key]:,.1f}" for key in ("p50_ms", "p95_ms", "max_ms")]
                 table.add_row(f"{name}{when}", f"{figures['count']:,}", *cells)
     ratio = "-" if summary["hit_ratio"] is None else f"{100 * summary['hit_ratio']:.0f} %"
-    console.print(f"\n{span(summary['seconds'])} min, {summary['requests']:,} requests, hit ratio {ratio}\n")
+    console.print(
+        f"\n{span(summary['seconds'])} min, {summary['requests']:,} requests, hit ratio {ratio}\n"
+    )
     console.print(table)
     console.print(f"\noutages: {', '.join(summary['outages']) or 'none'}")
     console.print(", ".join(f"{kind} {count:,}" for kind, count in summary["kinds"].items()))
     for problem in summary["problems"]:
         console.print(Text(problem, "bold red"))
     console.print(
-        f"failed {summary['failed']}, in outages {summary['failed_in_outages']}; stale {summary['stale']} "
-        f"({summary['compared']:,} times a record that was written here was looked for in an answer)",
+        f"failed {summary['failed']}, in outages {summary['failed_in_outages']}; stale "
+        f"{summary['stale']} "
+        f"({summary['compared']:,} times a record that was written here was looked for in an "
+        f"answer)",
         style="bold green" if not (summary["failed"] or summary["stale"]) else "bold red",
     )

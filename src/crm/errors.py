@@ -1,4 +1,5 @@
-"""Errors as the API answers them: one envelope, a message that names the field, never the database's own words."""
+"""Errors as the API answers them: one envelope, a message that names the field, never the
+database's own words."""
 
 import logging
 from typing import Any, Literal
@@ -25,13 +26,20 @@ class Problem(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Problem, "description": "The request cannot be served as it is: the message says why"},
-    503: {"model": Problem, "description": "The database, or for routes about the cache the cache, is away: try again"},
+    "4XX": {
+        "model": Problem,
+        "description": "The request cannot be served as it is: the message says why",
+    },
+    503: {
+        "model": Problem,
+        "description": "The database, or for routes about the cache the cache, is away: try again",
+    },
 }
 """What every route may answer besides success."""
 
 AWAY = ("08", "57P", "53300")
-"""SQLSTATEs of a server that starts, stops, or has no connection left: connection exceptions, operator interventions."""
+"""SQLSTATEs of a server that starts, stops, or has no connection left: connection exceptions,
+operator interventions."""
 
 
 class ApiError(Exception):
@@ -45,11 +53,13 @@ class ApiError(Exception):
 
 
 class Refused(ApiError, Denied):
-    """The caller is unknown (401) or may not do this (403, 404 for what he may not know of, 400 for a missing tenant)."""
+    """The caller is unknown (401) or may not do this (403, 404 for what he may not know of, 400 for
+    a missing tenant)."""
 
 
 def not_found(title: str) -> ApiError:
-    """Answer for a row that does not exist, is another tenant's, or is invisible: the same in all three cases."""
+    """Answer for a row that does not exist, is another tenant's, or is invisible: the same in all
+    three cases."""
     return ApiError(404, f"{capital(title)} not found")
 
 
@@ -60,15 +70,25 @@ def capital(words: str) -> str:
 
 def respond(data: Any, *, status: int = 200, message: str | None = None) -> Response:
     """Encode a success envelope once."""
-    envelope = {"status": "success", "data": data} if message is None else {"status": "success", "data": data, "message": message}
+    envelope = (
+        {"status": "success", "data": data}
+        if message is None
+        else {"status": "success", "data": data, "message": message}
+    )
     # default=str: the driver's UUIDs are a class of its own
-    return Response(orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z), status, media_type="application/json")
+    return Response(
+        orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z),
+        status,
+        media_type="application/json",
+    )
 
 
 def fail(status: int, message: str, **extra: Any) -> Response:
     """Encode an error envelope."""
     return Response(
-        orjson.dumps({"status": "error", "message": message, **extra}, default=str), status, media_type="application/json"
+        orjson.dumps({"status": "error", "message": message, **extra}, default=str),
+        status,
+        media_type="application/json",
     )
 
 
@@ -87,13 +107,18 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         problems = [
-            {"field": _field(problem["loc"]), "problem": problem["msg"].removeprefix("Value error, ")}
+            {
+                "field": _field(problem["loc"]),
+                "problem": problem["msg"].removeprefix("Value error, "),
+            }
             for problem in error.errors()
         ]
         if not problems:
             return fail(422, "Invalid request")
         first = problems[0]
-        return fail(422, f"{first['field']}: {first['problem']}", field=first["field"], details=problems)
+        return fail(
+            422, f"{first['field']}: {first['problem']}", field=first["field"], details=problems
+        )
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -104,7 +129,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(IntegrityError)
     async def conflict(request: Request, error: IntegrityError) -> Response:
         log.info("integrity error on %s %s", request.method, request.url.path)
-        return fail(409, "The change contradicts other data", hint="a referenced record may be gone, or a unique value taken")
+        return fail(
+            409,
+            "The change contradicts other data",
+            hint="a referenced record may be gone, or a unique value taken",
+        )
 
     @app.exception_handler(OperationalError)
     @app.exception_handler(InterfaceError)
@@ -123,7 +152,12 @@ def install(app: FastAPI) -> None:
         state = str(getattr(error.orig, "sqlstate", None) or "")
         if error.connection_invalidated or state.startswith(AWAY):
             return await database_away(request, error.orig or error)
-        log.error("the database refused a statement of %s %s", request.method, request.url.path, exc_info=error)
+        log.error(
+            "the database refused a statement of %s %s",
+            request.method,
+            request.url.path,
+            exc_info=error,
+        )
         return fail(500, "Internal error")
 
     @app.exception_handler(Exception)
@@ -132,5 +166,6 @@ def install(app: FastAPI) -> None:
 
 
 def _field(location: tuple[Any, ...]) -> str:
-    """Name the field of a validation error as the caller wrote it: without 'body' or 'query' before it."""
+    """Name the field of a validation error as the caller wrote it: without 'body' or 'query' before
+    it."""
     return ".".join(str(part) for part in location[1:]) or str(location[0])

@@ -1,4 +1,5 @@
-"""Exporting a module to CSV: what ``python -m crm export`` does. The file can be imported again, and then changes nothing."""
+"""Exporting a module to CSV: what ``python -m crm export`` does. The file can be imported again,
+and then changes nothing."""
 
 import csv
 from collections.abc import AsyncIterator
@@ -20,7 +21,8 @@ NOBODY = UUID(int=0)
 
 
 async def export(engine: AsyncEngine, tenant: UUID, module: str, file: IO[str]) -> int:
-    """Write all records of a tenant's module, as of one moment; return how many. The column ``metadata`` holds JSON."""
+    """Write all records of a tenant's module, as of one moment; return how many. The column
+    ``metadata`` holds JSON."""
     model = MODULES[module]
     scope = TenantScope(str(tenant), b"", NOBODY, "", "admin", None, DEFAULT_TIMEZONE)
     writer = csv.writer(file)
@@ -36,7 +38,9 @@ async def export(engine: AsyncEngine, tenant: UUID, module: str, file: IO[str]) 
     return written
 
 
-async def _pages(connection: AsyncConnection, every: Select[Any]) -> AsyncIterator[list[dict[str, Any]]]:
+async def _pages(
+    connection: AsyncConnection, every: Select[Any]
+) -> AsyncIterator[list[dict[str, Any]]]:
     key = every.selected_columns["id"]
     after = NOBODY
     while True:

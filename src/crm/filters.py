@@ -1,7 +1,8 @@
-"""The ``filter`` parameter of lists: a small query language in JSON, with bounds, over whitelisted columns.
+"""The ``filter`` parameter of lists: a small query language in JSON, with bounds, over whitelisted
+columns.
 
-``{"status": "new"}``, ``{"score": {"$gte": 50}}``, ``{"$or": [{"city": {"$icontains": "x"}}, {"assigned_to": null}]}``. Fields
-and operators that stand side by side must all hold.
+``{"status": "new"}``, ``{"score": {"$gte": 50}}``, ``{"$or": [{"city": {"$icontains": "x"}},
+{"assigned_to": null}]}``. Fields and operators that stand side by side must all hold.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +36,9 @@ MAX_LENGTH = 10_000
 
 _COMPARE: Mapping[str, Callable[[Any, Any], ColumnElement[bool]]] = {
     "$eq": lambda column, value: column.is_(None) if value is None else column == value,
-    "$ne": lambda column, value: column.is_not(None) if value is None else column.is_distinct_from(value),
+    "$ne": lambda column, value: (
+        column.is_not(None) if value is None else column.is_distinct_from(value)
+    ),
     "$gt": lambda column, value: column > value,
     "$gte": lambda column, value: column >= value,
     "$lt": lambda column, value: column < value,
@@ -45,7 +48,9 @@ _LISTS = ("$in", "$nin")
 _TEXTS = ("$contains", "$icontains", "$startswith")
 
 
-def parse_filter(text: str | None, table: Table, *, field: str = "filter") -> list[ColumnElement[bool]]:
+def parse_filter(
+    text: str | None, table: Table, *, field: str = "filter"
+) -> list[ColumnElement[bool]]:
     """Turn the parameter into criteria. Raises 400 that says what is wrong and where."""
     if not text:
         return []
@@ -59,11 +64,14 @@ def parse_filter(text: str | None, table: Table, *, field: str = "filter") -> li
 
 
 def parse_values(text: str | None, column: Column[Any], *, field: str) -> list[ColumnElement[bool]]:
-    """Read a plain parameter that may also be an operator in JSON: ``lost`` or ``{"$nin": ["lost"]}``."""
+    """Read a plain parameter that may also be an operator in JSON: ``lost`` or ``{"$nin":
+    ["lost"]}``."""
     if text is None:
         return []
     if text.startswith("{"):
-        return parse_filter(orjson.dumps({column.name: _json(text, field)}).decode(), column.table, field=field)
+        return parse_filter(
+            orjson.dumps({column.name: _json(text, field)}).decode(), column.table, field=field
+        )
     parser = _Parser(column.table, field)
     return [column == parser.value(column, text)]
 
@@ -111,7 +119,9 @@ class _Parser:
             return _COMPARE["$eq"](column, self.value(column, value))
         if not value:
             self._refuse(f"{name}: an operator is expected")
-        return and_(*(self._operator(column, operator, operand) for operator, operand in value.items()))
+        return and_(
+            *(self._operator(column, operator, operand) for operator, operand in value.items())
+        )
 
     def _operator(self, column: Column[Any], operator: str, operand: Any) -> ColumnElement[bool]:
         self._terms += 1
@@ -121,17 +131,30 @@ class _Parser:
             return _COMPARE[operator](column, self.value(column, operand))
         if operator in _LISTS:
             if not isinstance(operand, list) or len(operand) > MAX_TERMS:
-                self._refuse(f"{column.name}: {operator} needs a list of at most {MAX_TERMS} values")
+                self._refuse(
+                    f"{column.name}: {operator} needs a list of at most {MAX_TERMS} values"
+                )
             values = [self.value(column, one) for one in operand]
-            found = or_(column.in_([one for one in values if one is not None]), column.is_(None) if None in values else False)
-            return found if operator == "$in" else or_(not_(found), column.is_(None) if None not in values else False)
+            found = or_(
+                column.in_([one for one in values if one is not None]),
+                column.is_(None) if None in values else False,
+            )
+            return (
+                found
+                if operator == "$in"
+                else or_(not_(found), column.is_(None) if None not in values else False)
+            )
         if operator in _TEXTS:
             if not isinstance(operand, str) or not isinstance(column.type, String | Text):
                 self._refuse(f"{column.name}: {operator} needs text, on a text field")
             text = self.value(column, operand)
             if operator == "$icontains":
                 return contains(column, text)
-            return column.contains(text, autoescape=True) if operator == "$contains" else column.startswith(text, autoescape=True)
+            return (
+                column.contains(text, autoescape=True)
+                if operator == "$contains"
+                else column.startswith(text, autoescape=True)
+            )
         return self._refuse(f"{column.name}: unknown operator {operator!r}")
 
     def value(self, column: Column[Any], value: Any) -> Any:

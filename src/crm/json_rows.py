@@ -1,6 +1,7 @@
 """Rows as JSON, made by PostgreSQL: the cheapest way from a row to an answer.
 
-Expressions of their own, because the same in terms of subqueries costs more to put together than all the rest of a request.
+Expressions of their own, because the same in terms of subqueries costs more to put together than
+all the rest of a request.
 """
 
 from typing import Any
@@ -32,9 +33,11 @@ class JsonRows(ColumnElement[str]):
 
 
 class JsonCounts(JsonRows):
-    """A statement of values and their counts (columns ``value`` and ``count``) as the text of a JSON object, in their order.
+    """A statement of values and their counts (columns ``value`` and ``count``) as the text of a
+    JSON object, in their order.
 
-    Else PostgreSQL could change its plan, and an answer that is made anew would not be the stored one.
+    Else PostgreSQL could change its plan, and an answer that is made anew would not be the stored
+    one.
     """
 
     __visit_name__ = "json_counts"

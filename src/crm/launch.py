@@ -1,4 +1,5 @@
-"""What ``run`` and ``demo`` have in common: one system per folder, on servers started for it, with demo data, at a free port."""
+"""What ``run`` and ``demo`` have in common: one system per folder, on servers started for it, with
+demo data, at a free port."""
 
 import asyncio
 import contextlib
@@ -38,8 +39,8 @@ class CommandFailed(Exception):
 
 @dataclass(frozen=True)
 class Launched:
-    """What an application can be started on: settings that name its servers, the Valkey if it was started here, and a line
-    that says which data there are."""
+    """What an application can be started on: settings that name its servers, the Valkey if it was
+    started here, and a line that says which data there are."""
 
     settings: Settings
     valkey: EmbeddedValkey | None
@@ -67,18 +68,21 @@ def launched(
     valkey: Mapping[str, str] | None = None,
     valkey_port: int = VALKEY_PORT,
 ) -> Iterator[Launched]:
-    """Start what no URL names, bring the database up to date, fill it if it is empty; stop what was started in the end.
+    """Start what no URL names, bring the database up to date, fill it if it is empty; stop what was
+    started in the end.
 
-    ``tenants``: those of the demo data, where not the usual ones. ``fresh`` begins without what an earlier run left in the
-    folder. ``valkey``: settings of the Valkey, ``valkey_port``: where it listens if it can. Other commands find the system by
-    a file in the data folder.
+    ``tenants``: those of the demo data, where not the usual ones. ``fresh`` begins without what an
+    earlier run left in the folder. ``valkey``: settings of the Valkey, ``valkey_port``: where it
+    listens if it can. Other commands find the system by a file in the data folder.
     """
     from crm.demo import TENANTS, seed_if_empty
     from crm.migrations import upgrade
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(settings.data_dir), contextlib.ExitStack() as stack:
-        settings, server = _with_valkey(settings, stack, fresh=fresh, options=valkey, port=valkey_port)
+        settings, server = _with_valkey(
+            settings, stack, fresh=fresh, options=valkey, port=valkey_port
+        )
         settings = _with_postgres(settings, stack, fresh=fresh)
         system = Launched(settings, server, "")
         upgrade(system.database_url)
@@ -86,14 +90,20 @@ def launched(
         if settings.environment == "development":
             said = asyncio.run(seed_if_empty(system.database_url, tenants or TENANTS))
         state = settings.data_dir / STATE_FILE
-        told = {"database_url": system.database_url, "port": port, "pid": os.getpid(), "cache_url": system.cache_url}
+        told = {
+            "database_url": system.database_url,
+            "port": port,
+            "pid": os.getpid(),
+            "cache_url": system.cache_url,
+        }
         write_private(state, json.dumps(told))
         stack.callback(state.unlink, missing_ok=True)
         yield replace(system, data=said)
 
 
 def port_to_serve(settings: Settings) -> int:
-    """Return the port to serve on: the given one or an error, the default one or another that is said."""
+    """Return the port to serve on: the given one or an error, the default one or another that is
+    said."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -101,7 +111,8 @@ def port_to_serve(settings: Settings) -> int:
         except OSError as error:
             if "port" in settings.model_fields_set:
                 raise CommandFailed(
-                    f"port {settings.port} cannot be had ({error.strerror}): give another with PORT=..."
+                    f"port {settings.port} cannot be had ({error.strerror}): give another with "
+                    f"PORT=..."
                 ) from None
             port = free_port()
             print(f"port {settings.port} is taken: serving on {port} (choose one with PORT=...)")
@@ -115,17 +126,27 @@ def cache_url(settings: Settings) -> str | None:
 
 
 def _with_valkey(
-    settings: Settings, stack: contextlib.ExitStack, *, fresh: bool, options: Mapping[str, str] | None, port: int
+    settings: Settings,
+    stack: contextlib.ExitStack,
+    *,
+    fresh: bool,
+    options: Mapping[str, str] | None,
+    port: int,
 ) -> tuple[Settings, EmbeddedValkey | None]:
     """Start a Valkey where no URL names one."""
     if settings.redis_cache_url is not None:
         if not settings.without_cache:
             ServerURL.parse(settings.redis_cache_url.get_secret_value())
         return settings, None
-    directory, password = settings.data_dir.resolve() / "valkey", stored_secret(settings.data_dir, "VALKEY_PASSWORD")
+    directory, password = (
+        settings.data_dir.resolve() / "valkey",
+        stored_secret(settings.data_dir, "VALKEY_PASSWORD"),
+    )
     if fresh:
         (directory / "dump.rdb").unlink(missing_ok=True)
-    valkey = start_on_free_port(partial(EmbeddedValkey, directory, password=password, settings=options), port)
+    valkey = start_on_free_port(
+        partial(EmbeddedValkey, directory, password=password, settings=options), port
+    )
     stack.callback(valkey.stop)
     if valkey.port != port:
         print(f"port {port} is taken: Valkey listens on {valkey.port}")
@@ -136,7 +157,10 @@ def _with_postgres(settings: Settings, stack: contextlib.ExitStack, *, fresh: bo
     """Start a PostgreSQL where no URL names one."""
     if settings.database_url is not None:
         return settings
-    directory, password = settings.data_dir.resolve() / "postgres", stored_secret(settings.data_dir, "POSTGRES_PASSWORD")
+    directory, password = (
+        settings.data_dir.resolve() / "postgres",
+        stored_secret(settings.data_dir, "POSTGRES_PASSWORD"),
+    )
     postgres = start_on_free_port(partial(EmbeddedPostgres, directory, password=password))
     stack.callback(postgres.stop)
     asyncio.run(_make_database(postgres.url("postgres").replace("+asyncpg", ""), fresh=fresh))
@@ -163,5 +187,8 @@ def _only_one(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CommandFailed(f"a system already runs on {folder}: stop it, or give another folder with DATA_DIR=...") from None
+            raise CommandFailed(
+                f"a system already runs on {folder}: stop it, or give another folder with "
+                f"DATA_DIR=..."
+            ) from None
         yield

@@ -1,10 +1,24 @@
-"""The tables of the CRM. Every business table belongs to a tenant; every list has an index that begins with it."""
+"""The tables of the CRM. Every business table belongs to a tenant; every list has an index that
+begins with it."""
 
 from datetime import UTC, date, datetime
 from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
-from sqlalchemy import CheckConstraint, Date, DateTime, ForeignKey, Index, Integer, MetaData, Numeric, String, Text, Uuid, text
+from sqlalchemy import (
+    CheckConstraint,
+    Date,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Numeric,
+    String,
+    Text,
+    Uuid,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
 
@@ -40,7 +54,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map: ClassVar = {dict[str, Any]: JSONB, list[str]: ARRAY(Text), datetime: DateTime(timezone=True), UUID: Uuid}
+    type_annotation_map: ClassVar = {
+        dict[str, Any]: JSONB,
+        list[str]: ARRAY(Text),
+        datetime: DateTime(timezone=True),
+        UUID: Uuid,
+    }
 
 
 class Stamped:
@@ -48,7 +67,9 @@ class Stamped:
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
     created_at: Mapped[datetime] = mapped_column(default=now, server_default=text("now()"))
-    updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now, server_default=text("now()"))
+    updated_at: Mapped[datetime] = mapped_column(
+        default=now, onupdate=now, server_default=text("now()")
+    )
 
 
 class Tenant(Stamped, Base):
@@ -65,7 +86,9 @@ class Team(Stamped, Base):
     """A group of employees; managers of a team also see its child teams."""
 
     __tablename__ = "teams"
-    tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    tenant_id: Mapped[UUID] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), index=True
+    )
     name: Mapped[str] = mapped_column(String(200))
     parent_team_id: Mapped[UUID | None] = mapped_column(ForeignKey("teams.id", ondelete="SET NULL"))
 
@@ -74,7 +97,9 @@ class Employee(Stamped, Base):
     """A user. Superadmins belong to no tenant."""
 
     __tablename__ = "employees"
-    tenant_id: Mapped[UUID | None] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"), index=True)
+    tenant_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), index=True
+    )
     email: Mapped[str] = mapped_column(String(254), unique=True)
     name: Mapped[str] = mapped_column(String(200))
     role: Mapped[str] = mapped_column(String(20), default="employee", server_default="employee")
@@ -86,8 +111,8 @@ class Employee(Stamped, Base):
 class Owned(Stamped):
     """A business row: of a tenant, perhaps assigned to an employee, with free metadata.
 
-    ``title`` names one in a sentence; ``kind`` is its name in references of other rows (None: nothing refers to it);
-    ``about`` are the columns by which it refers to a row of any kind.
+    ``title`` names one in a sentence; ``kind`` is its name in references of other rows (None:
+    nothing refers to it); ``about`` are the columns by which it refers to a row of any kind.
     """
 
     title: ClassVar[str]
@@ -96,7 +121,9 @@ class Owned(Stamped):
 
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     is_test_data: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
-    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict, server_default=text("'{}'"))
+    metadata_: Mapped[dict[str, Any]] = mapped_column(
+        "metadata", default=dict, server_default=text("'{}'")
+    )
 
     @declared_attr
     def assigned_to(cls) -> Mapped[UUID | None]:
@@ -132,11 +159,15 @@ class Person(Owned):
 
 
 def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
-    """The indexes of a list: its order, and each filter followed by the order; all begin with the tenant."""
+    """The indexes of a list: its order, and each filter followed by the order; all begin with the
+    tenant."""
     newest = (text("created_at DESC"), text("id DESC"))
     return (
         Index(f"ix_{table}_newest", "tenant_id", *newest),
-        *(Index(f"ix_{table}_by_{column}", "tenant_id", column, *newest) for column in (*columns, "assigned_to")),
+        *(
+            Index(f"ix_{table}_by_{column}", "tenant_id", column, *newest)
+            for column in (*columns, "assigned_to")
+        ),
     )
 
 
@@ -167,7 +198,9 @@ class Account(Owned, Base):
     country: Mapped[str | None] = mapped_column(String(100))
     tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
     score: Mapped[int | None] = mapped_column(Integer)
-    health_status: Mapped[str] = mapped_column(String(20), default="unknown", server_default="unknown")
+    health_status: Mapped[str] = mapped_column(
+        String(20), default="unknown", server_default="unknown"
+    )
     next_action: Mapped[str | None] = mapped_column(Text)
 
 
@@ -184,7 +217,9 @@ class Lead(Person, Base):
     company: Mapped[str | None] = mapped_column(String(200))
     status: Mapped[str] = mapped_column(String(20), default="new", server_default="new")
     source: Mapped[str | None] = mapped_column(String(100))
-    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    account_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("accounts.id", ondelete="SET NULL"), index=True
+    )
     estimated_value: Mapped[float | None] = mapped_column(Numeric(15, 2, asdecimal=False))
     score: Mapped[int] = mapped_column(Integer, default=50, server_default="50")
     do_not_call: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
@@ -204,7 +239,9 @@ class Contact(Person, Base):
         Index("ix_contacts_updated", "tenant_id", text("updated_at DESC"), text("id DESC")),
     )
     mobile: Mapped[str | None] = mapped_column(String(50))
-    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    account_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("accounts.id", ondelete="SET NULL"), index=True
+    )
     department: Mapped[str | None] = mapped_column(String(100))
     status: Mapped[str] = mapped_column(String(20), default="active", server_default="active")
     lead_source: Mapped[str | None] = mapped_column(String(100))
@@ -227,7 +264,9 @@ class BizDevSource(Owned, Base):
     priority: Mapped[str] = mapped_column(String(20), default="medium", server_default="medium")
     leads_generated: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     opportunities_created: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
-    revenue_generated: Mapped[float] = mapped_column(Numeric(15, 2, asdecimal=False), default=0, server_default="0")
+    revenue_generated: Mapped[float] = mapped_column(
+        Numeric(15, 2, asdecimal=False), default=0, server_default="0"
+    )
     company_name: Mapped[str | None] = mapped_column(String(200))
     industry: Mapped[str | None] = mapped_column(String(100))
     website: Mapped[str | None] = mapped_column(String(500))
@@ -236,7 +275,9 @@ class BizDevSource(Owned, Base):
     state_province: Mapped[str | None] = mapped_column(String(100))
     country: Mapped[str | None] = mapped_column(String(100))
     tags: Mapped[list[str]] = mapped_column(default=list, server_default=text("'{}'"))
-    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
+    account_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("accounts.id", ondelete="SET NULL"), index=True
+    )
     archived_at: Mapped[datetime | None]
 
     @property
@@ -251,15 +292,25 @@ class Opportunity(Owned, Base):
     title = "opportunity"
     kind = "opportunity"
     __tablename__ = "opportunities"
-    __table_args__ = (*list_indexes("opportunities", "stage", "account_id", "contact_id", "lead_id"),)
+    __table_args__ = (
+        *list_indexes("opportunities", "stage", "account_id", "contact_id", "lead_id"),
+    )
     name: Mapped[str] = mapped_column(String(200))
-    stage: Mapped[str] = mapped_column(String(20), default="qualification", server_default="qualification")
+    stage: Mapped[str] = mapped_column(
+        String(20), default="qualification", server_default="qualification"
+    )
     amount: Mapped[float | None] = mapped_column(Numeric(15, 2, asdecimal=False))
     probability: Mapped[int | None] = mapped_column(Integer)
     close_date: Mapped[date | None] = mapped_column(Date)
-    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id", ondelete="SET NULL"), index=True)
-    contact_id: Mapped[UUID | None] = mapped_column(ForeignKey("contacts.id", ondelete="SET NULL"), index=True)
-    lead_id: Mapped[UUID | None] = mapped_column(ForeignKey("leads.id", ondelete="SET NULL"), index=True)
+    account_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("accounts.id", ondelete="SET NULL"), index=True
+    )
+    contact_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("contacts.id", ondelete="SET NULL"), index=True
+    )
+    lead_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("leads.id", ondelete="SET NULL"), index=True
+    )
     description: Mapped[str | None] = mapped_column(Text)
     next_step: Mapped[str | None] = mapped_column(Text)
     source: Mapped[str | None] = mapped_column(String(100))
@@ -338,6 +389,8 @@ class EntityTransition(Base):
     to_table: Mapped[str] = mapped_column(String(40))
     to_id: Mapped[UUID]
     action: Mapped[str] = mapped_column(String(20))
-    performed_by: Mapped[UUID | None] = mapped_column(ForeignKey("employees.id", ondelete="SET NULL"))
+    performed_by: Mapped[UUID | None] = mapped_column(
+        ForeignKey("employees.id", ondelete="SET NULL")
+    )
     performed_at: Mapped[datetime] = mapped_column(default=now, server_default=text("now()"))
     snapshot: Mapped[dict[str, Any]]

@@ -1,6 +1,7 @@
 """Who of the CRM's people may look at the cache: the gate of the dashboard at ``/cache``.
 
-A superadmin operates everything, a tenant's admin what is the tenant's; a manager looks at the tenant's figures. Nobody else.
+A superadmin operates everything, a tenant's admin what is the tenant's; a manager looks at the
+tenant's figures. Nobody else.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,13 @@ class CrmGate:
     """The CRM's users, with the passwords and the tokens that they have anyway."""
 
     def __init__(
-        self, engine: AsyncEngine, sessions: Sessions, resolver: CrmResolver, limit: LoginLimit, *, token_hours: float
+        self,
+        engine: AsyncEngine,
+        sessions: Sessions,
+        resolver: CrmResolver,
+        limit: LoginLimit,
+        *,
+        token_hours: float,
     ) -> None:
         self._engine = engine
         self._sessions = sessions
@@ -62,4 +69,6 @@ def access_of(scope: TenantScope) -> Access | None:
     role = MAY.get(scope.role)
     if role is None or (scope.role != "superadmin" and scope.tenant is None):
         return None
-    return Access(name=scope.email, role=role, tenant=None if scope.role == "superadmin" else scope.tenant)
+    return Access(
+        name=scope.email, role=role, tenant=None if scope.role == "superadmin" else scope.tenant
+    )

@@ -60,35 +60,52 @@ class Settings(BaseSettings):
             if value is None:
                 if self.environment == "production" and name != "metrics_token":
                     raise ValueError(
-                        f"{name.upper()} must be set in production: python -c 'import secrets; print(secrets.token_hex(32))'"
+                        f"{name.upper()} must be set in production: python -c 'import secrets; "
+                        f"print(secrets.token_hex(32))'"
                     )
-            elif problem := _weakness(value.get_secret_value(), strict=self.environment == "production"):
+            elif problem := _weakness(
+                value.get_secret_value(), strict=self.environment == "production"
+            ):
                 raise ValueError(f"{name.upper()} {problem}")
         return self
 
     @property
     def without_cache(self) -> bool:
         """Whether ``REDIS_CACHE_URL=none`` says that there is no cache at all."""
-        return self.redis_cache_url is not None and self.redis_cache_url.get_secret_value() == "none"
+        return (
+            self.redis_cache_url is not None and self.redis_cache_url.get_secret_value() == "none"
+        )
 
     def with_secrets(self) -> "Settings":
-        """Return settings whose missing secrets come from the data folder, made there on first use (mode 0600)."""
+        """Return settings whose missing secrets come from the data folder, made there on first use
+        (mode 0600)."""
         missing = [name for name in ("jwt_secret", "respcache_key") if getattr(self, name) is None]
-        given: dict[str, Any] = {name: SecretStr(stored_secret(self.data_dir, name.upper())) for name in missing}
+        given: dict[str, Any] = {
+            name: SecretStr(stored_secret(self.data_dir, name.upper())) for name in missing
+        }
         return self.model_copy(update=given)
 
 
 def shown(settings: Settings) -> list[Setting]:
-    """Return the settings as operators see them: addresses without passwords, of secrets only whether they are set."""
+    """Return the settings as operators see them: addresses without passwords, of secrets only
+    whether they are set."""
     found = []
     for name in Settings.model_fields:
         value, variable = getattr(settings, name), name.upper()
-        source = variable if os.environ.get(variable) else "argument" if name in settings.model_fields_set else "default"
+        source = (
+            variable
+            if os.environ.get(variable)
+            else "argument"
+            if name in settings.model_fields_set
+            else "default"
+        )
         if name in SECRETS:
             value = "not set" if value is None else "set"
         elif isinstance(value, SecretStr):
             value = _address(value.get_secret_value())
-        found.append(Setting(name=variable, value="not set" if value is None else str(value), source=source))
+        found.append(
+            Setting(name=variable, value="not set" if value is None else str(value), source=source)
+        )
     return found
 
 
@@ -100,23 +117,31 @@ def _address(url: str) -> str:
 
 
 def stored_secret(folder: Path, name: str) -> str:
-    """Return a secret kept in the data folder, making it when there is none. Refuses one that others can read."""
+    """Return a secret kept in the data folder, making it when there is none. Refuses one that
+    others can read."""
     path = folder / "secrets" / name
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(path, secrets.token_hex(32))
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigurationError(f"{path} can be read by others: chmod 600 it, or delete it to have a new one made")
+        raise ConfigurationError(
+            f"{path} can be read by others: chmod 600 it, or delete it to have a new one made"
+        )
     value = path.read_text().strip()
     if len(value) < MIN_SECRET:
-        raise ConfigurationError(f"{path} holds less than {MIN_SECRET} characters: delete it to have a new one made")
+        raise ConfigurationError(
+            f"{path} holds less than {MIN_SECRET} characters: delete it to have a new one made"
+        )
     return value
 
 
 def _weakness(secret: str, *, strict: bool) -> str | None:
-    """Say what is wrong with a secret; in production also ones that look made up by hand are refused."""
+    """Say what is wrong with a secret; in production also ones that look made up by hand are
+    refused."""
     if len(secret) < MIN_SECRET:
         return f"must be at least {MIN_SECRET} random characters"
-    if strict and (len(set(secret)) < MIN_DISTINCT or any(word in secret.lower() for word in KNOWN_WORDS)):
+    if strict and (
+        len(set(secret)) < MIN_DISTINCT or any(word in secret.lower() for word in KNOWN_WORDS)
+    ):
         return "looks like a default: give random characters"
     return None

@@ -1,4 +1,5 @@
-"""The commands ``import`` and ``export``: progress, results, and the cache, which is right when they return."""
+"""The commands ``import`` and ``export``: progress, results, and the cache, which is right when
+they return."""
 
 import argparse
 import asyncio
@@ -21,13 +22,18 @@ from crm.settings import Settings
 from respcache import Cache, InvalidationPending
 
 
-async def import_files(settings: Settings, database_url: str, cache_url: str | None, options: argparse.Namespace) -> int:
-    """Import each file; return the exit status: 0, or 1 when rows were rejected or the cache could not be told."""
+async def import_files(
+    settings: Settings, database_url: str, cache_url: str | None, options: argparse.Namespace
+) -> int:
+    """Import each file; return the exit status: 0, or 1 when rows were rejected or the cache could
+    not be told."""
     say = Console(stderr=True, highlight=False, soft_wrap=True)
     given = dict(pair.partition("=")[::2] for pair in options.map)
     rejected = {options.rejects or Path(f"{path.stem}.rejects.csv"): path for path in options.files}
     if len(rejected) < len(options.files):
-        raise ValueError("the rejected rows of several files would go to one: import them one by one")
+        raise ValueError(
+            "the rejected rows of several files would go to one: import them one by one"
+        )
     results: list[dict[str, Any]] = []
     told = False
     engine = create_async_engine(database_url)
@@ -73,10 +79,17 @@ def _opened(path: Path) -> CsvFile:
         raise UnreadableFile(f"{path}: {error.strerror}") from None
 
 
-async def _import(engine: AsyncEngine, plan: Plan, known: Known, rejects: Rejects, say: Console, *, dry_run: bool) -> Outcome:
+async def _import(
+    engine: AsyncEngine, plan: Plan, known: Known, rejects: Rejects, say: Console, *, dry_run: bool
+) -> Outcome:
     outcome = Outcome()
     total = sum(1 for _ in plan.file.rows())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=say, transient=True) as progress:
         task = progress.add_task(plan.file.path.name, total=total)
         try:
@@ -86,7 +99,10 @@ async def _import(engine: AsyncEngine, plan: Plan, known: Known, rejects: Reject
                 progress.update(task, completed=outcome.read)
         except asyncio.CancelledError:
             stored = outcome.created + outcome.updated + outcome.unchanged
-            say.print(f"stopped: the first {stored} rows are in, as whole batches; repeat the import to go on")
+            say.print(
+                f"stopped: the first {stored} rows are in, as whole batches; repeat the import to "
+                f"go on"
+            )
             raise
     return outcome
 
@@ -97,22 +113,35 @@ async def _settled(cache: Cache, say: Console) -> bool:
     try:
         await cache.settled()
     except InvalidationPending:
-        say.print("the cache server could not be told: lists may be old for up to their time to live")
+        say.print(
+            "the cache server could not be told: lists may be old for up to their time to live"
+        )
         return False
     return True
 
 
-def _told(say: Console, plan: Plan, outcome: Outcome, rejects: Rejects, *, dry_run: bool) -> dict[str, Any]:
-    mapped = ", ".join(f"{column} -> {name or '(dropped)'}" for column, name in plan.mapping.items())
+def _told(
+    say: Console, plan: Plan, outcome: Outcome, rejects: Rejects, *, dry_run: bool
+) -> dict[str, Any]:
+    mapped = ", ".join(
+        f"{column} -> {name or '(dropped)'}" for column, name in plan.mapping.items()
+    )
     kept = [column for column in plan.file.columns if column not in plan.mapping]
-    say.print(f"{plan.file.path.name}: {plan.file.encoding}, {mapped}" + (f"; as metadata: {', '.join(kept)}" if kept else ""))
+    say.print(
+        f"{plan.file.path.name}: {plan.file.encoding}, {mapped}"
+        + (f"; as metadata: {', '.join(kept)}" if kept else "")
+    )
     stored = f"{outcome.created} created, {outcome.updated} updated, {outcome.unchanged} unchanged"
     done = f"{outcome.read - outcome.rejected} would be stored" if dry_run else stored
     say.print(f"  {outcome.read} rows read, {done}, {outcome.rejected} rejected")
     if outcome.unlinked:
-        say.print(f"  {outcome.unlinked} name an account that is not there: its name is kept as metadata")
+        say.print(
+            f"  {outcome.unlinked} name an account that is not there: its name is kept as metadata"
+        )
     if outcome.rejected:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in outcome.reasons.most_common(5))
+        reasons = ", ".join(
+            f"{reason} ({count})" for reason, count in outcome.reasons.most_common(5)
+        )
         say.print(f"  rejected rows: {rejects.path} ({reasons})")
     return {
         "file": str(plan.file.path), **asdict(outcome), "reasons": dict(outcome.reasons), "mapping": dict(plan.mapping),

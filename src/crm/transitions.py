@@ -1,4 +1,5 @@
-"""What conversions and promotions share: the record of what became of what, and moving what pointed to it."""
+"""What conversions and promotions share: the record of what became of what, and moving what pointed
+to it."""
 
 from typing import Any
 from uuid import UUID
@@ -22,7 +23,13 @@ async def already(rows: WritableRows, table: str, key: UUID, action: str) -> boo
 
 
 def record_transition(
-    rows: WritableRows, from_table: str, from_id: UUID, to_table: str, to_id: UUID, action: str, snapshot: dict[str, Any]
+    rows: WritableRows,
+    from_table: str,
+    from_id: UUID,
+    to_table: str,
+    to_id: UUID,
+    action: str,
+    snapshot: dict[str, Any],
 ) -> None:
     """Write down what became of a record, with the record as it was."""
     rows.add(
@@ -52,5 +59,7 @@ async def relink(rows: WritableRows, old: Owned, new: Owned) -> None:
 
 async def relink_opportunities(rows: WritableRows, source: UUID, account: UUID) -> None:
     """Give opportunities that came from a source its new account."""
-    came = rows.update(Opportunity, unseen=True).where(Opportunity.source == f"bizdev_source:{source}")
+    came = rows.update(Opportunity, unseen=True).where(
+        Opportunity.source == f"bizdev_source:{source}"
+    )
     await rows.session.execute(came.values(account_id=account))

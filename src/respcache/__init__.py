@@ -1,7 +1,8 @@
 """respcache: a response cache for ASGI applications that multi-tenant APIs can trust.
 
-``core/generations.py`` argues why no read is stale; ``cache.Cache`` is where to begin. Names are imported when they are first
-asked for, so that the command line starts without what it does not need.
+``core/generations.py`` argues why no read is stale; ``cache.Cache`` is where to begin. Names are
+imported when they are first asked for, so that the command line starts without what it does not
+need.
 """
 
 from importlib import import_module
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     )
     from respcache.core.identity import Claim, Head, Resolver, Scope, SingleTenant
     from respcache.core.policy import Level, Parameter, Policy
-    from respcache.fastapi import cache_count, cache_detail, cache_list, cache_settings, invalidate_cache
+    from respcache.fastapi import (
+        cache_count,
+        cache_detail,
+        cache_list,
+        cache_settings,
+        invalidate_cache,
+    )
     from respcache.record import bind_scope, current_scope
     from respcache.routing import Route
     from respcache.stores.memory import MemoryStore

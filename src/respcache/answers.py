@@ -1,4 +1,5 @@
-"""The three ways in which an answer passes the wrapper: sent as stored, held until a write is confirmed, recorded by a fill.
+"""The three ways in which an answer passes the wrapper: sent as stored, held until a write is
+confirmed, recorded by a fill.
 
 These are ASGI ``send`` callables; they own no decisions but those about their messages.
 """
@@ -19,11 +20,13 @@ Headers = list[tuple[bytes, bytes]]
 
 MAX_HELD_BYTES = 4 * 1024 * 1024
 INVALIDATION = b"x-cache-invalidation"
-"""On the answer of a write that is committed, but whose invalidation the store has not confirmed: ``pending; safe``, or
-``pending`` where there is no outbox."""
+"""On the answer of a write that is committed, but whose invalidation the store has not confirmed:
+``pending; safe``, or ``pending`` where there is no outbox."""
 
 
-async def send_stored(send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *said: str) -> None:
+async def send_stored(
+    send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *said: str
+) -> None:
     """Send a stored response, and what became of the request. No JSON, no copying of the body."""
     sent = for_browsers([*headers, cache_status(*said)], replace=True)
     await send({"type": "http.response.start", "status": status, "headers": sent})
@@ -53,13 +56,17 @@ def at_head(send: Send, callback: Callable[[], object]) -> Send:
 
 
 class HeldAnswer:
-    """Holds an answer back until every bump of its request is settled: the acknowledgement of a write is its answer.
+    """Holds an answer back until every bump of its request is settled: the acknowledgement of a
+    write is its answer.
 
-    While a transaction of the request still has uncommitted changes (a session that a ``yield`` dependency commits after
-    the handler), messages are kept, up to ``MAX_HELD_BYTES``; ``release`` sends them when the application has returned.
+    While a transaction of the request still has uncommitted changes (a session that a ``yield``
+    dependency commits after the handler), messages are kept, up to ``MAX_HELD_BYTES``; ``release``
+    sends them when the application has returned.
     """
 
-    def __init__(self, send: Send, record: Record, before: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self, send: Send, record: Record, before: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._send = send
         self._record = record
         self._before = before
@@ -80,13 +87,15 @@ class HeldAnswer:
         elif self._held_bytes > MAX_HELD_BYTES:
             self._held.clear()
             raise AckBarrierOverflow(
-                f"the response outgrew {MAX_HELD_BYTES} bytes while its transaction was still open: commit before answering"
+                f"the response outgrew {MAX_HELD_BYTES} bytes while its transaction was still "
+                f"open: commit before answering"
             )
 
     async def release(self) -> None:
         """Settle the bumps, then send what was kept and pass on the rest.
 
-        Also when nothing was kept: the server itself answers for an application that raises, and that answer must wait too.
+        Also when nothing was kept: the server itself answers for an application that raises, and
+        that answer must wait too.
         """
         if self._passing:
             return
@@ -99,14 +108,20 @@ class HeldAnswer:
         held, self._held = self._held, []
         for message in held:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *_said(self._record)]}
+                message = {
+                    **message,
+                    "headers": [*message.get("headers", ()), *_said(self._record)],
+                }
             await self._send(message)
 
     async def send_error(self, message: bytes) -> None:
         """Answer 500 in place of an answer that could not be held, if nothing was sent yet."""
         if not self.started:
             self.started = self._passing = True
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(message)).encode())]
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(message)).encode()),
+            ]
             await self._send({"type": "http.response.start", "status": 500, "headers": headers})
             await self._send({"type": "http.response.body", "body": message, "more_body": False})
 
@@ -120,7 +135,8 @@ def _said(record: Record) -> Headers:
 
 
 class Marked:
-    """Adds ``Cache-Status`` and ``Cache-Control`` to an answer that is not stored, and passes everything on as it comes."""
+    """Adds ``Cache-Status`` and ``Cache-Control`` to an answer that is not stored, and passes
+    everything on as it comes."""
 
     def __init__(self, send: Send, *status: str) -> None:
         self._send = send
@@ -135,10 +151,12 @@ class Marked:
 
 
 class Recorder:
-    """Collects the answer of a fill and lands it when its last byte is there, before anything is sent.
+    """Collects the answer of a fill and lands it when its last byte is there, before anything is
+    sent.
 
-    ``land(refused, status, headers, body)`` is called exactly once, with the reason for not storing or None; it returns
-    the reason that finally holds. What cannot be stored is passed on at once, so streams stay streams.
+    ``land(refused, status, headers, body)`` is called exactly once, with the reason for not storing
+    or None; it returns the reason that finally holds. What cannot be stored is passed on at once,
+    so streams stay streams.
     """
 
     def __init__(
@@ -167,7 +185,12 @@ class Recorder:
         elif message["type"] == "http.response.start":
             self._start = message
             headers = message.get("headers", ())
-            reason = refusal(message["status"], headers, max_body_bytes=self._max_body_bytes, key_headers=self._key_headers)
+            reason = refusal(
+                message["status"],
+                headers,
+                max_body_bytes=self._max_body_bytes,
+                key_headers=self._key_headers,
+            )
             if reason is not None:
                 await self._pass_through(reason)
         elif message["type"] == "http.response.body" and self._start is not None:
@@ -201,8 +224,11 @@ class Recorder:
 
     async def _send_start(self, reason: str | None) -> None:
         assert self._start is not None
-        status = (self._forward, "stored") if reason is None else (self._forward, f"detail={reason}")
+        status = (
+            (self._forward, "stored") if reason is None else (self._forward, f"detail={reason}")
+        )
         headers: Headers = [*self._start.get("headers", ()), cache_status(*status)]
         if reason is None and negotiable(headers, length=self._size):
-            headers = [*vary(headers)]  # this answer is plain, but others that are made of it will not be
+            # this answer is plain, but others that are made of it will not be
+            headers = [*vary(headers)]
         await self._send({**self._start, "headers": for_browsers(headers, replace=reason is None)})

@@ -1,9 +1,11 @@
-"""The ASGI wrapper: the way of a request, top to bottom. Outermost, so that a hit costs no middleware and no routing.
+"""The ASGI wrapper: the way of a request, top to bottom. Outermost, so that a hit costs no
+middleware and no routing.
 
-It never reads a request body. A request whose like was seen before, and whose answer lies in memory, is answered by the plan
-that was made then (``plans.py``): no routing, no parsing, no verification. Else a request of a cached route goes: canonical
-form, look (identity, key, one round trip), then hit, or fill (flight, lease, handler). Everything else passes through, with
-its answer held until its bumps are settled. Whatever the store does, the application answers.
+It never reads a request body. A request whose like was seen before, and whose answer lies in
+memory, is answered by the plan that was made then (``plans.py``): no routing, no parsing, no
+verification. Else a request of a cached route goes: canonical form, look (identity, key, one round
+trip), then hit, or fill (flight, lease, handler). Everything else passes through, with its answer
+held until its bumps are settled. Whatever the store does, the application answers.
 """
 
 import json
@@ -13,11 +15,27 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from respcache.answers import Headers, HeldAnswer, Marked, Message, Recorder, Send, at_head, send_stored, without_body
+from respcache.answers import (
+    Headers,
+    HeldAnswer,
+    Marked,
+    Message,
+    Recorder,
+    Send,
+    at_head,
+    send_stored,
+    without_body,
+)
 from respcache.core import tokens
 from respcache.core.encoding import accepted, negotiable, shared
 from respcache.core.entry import Entry
-from respcache.core.errors import AckBarrierOverflow, ConfigurationError, Denied, StoreError, UndeclaredRead
+from respcache.core.errors import (
+    AckBarrierOverflow,
+    ConfigurationError,
+    Denied,
+    StoreError,
+    UndeclaredRead,
+)
 from respcache.core.http_caching import kept
 from respcache.core.identity import Head
 from respcache.core.keys import SHARED
@@ -44,7 +62,8 @@ READS = ("GET", "HEAD")
 ACCEPT = b"accept-encoding"
 
 TTL_JITTER = 0.05
-"""Entries live up to this share shorter than their policy says, so that those made together do not end together."""
+"""Entries live up to this share shorter than their policy says, so that those made together do not
+end together."""
 
 HIT = "[Cache] Hit: %s %s for tenant %s"
 log = logging.getLogger("respcache")
@@ -86,20 +105,38 @@ class Wrapper:
                         figures.sample(cache.clock() - began, held.entry.fill_ms)
                     if grant.logged:
                         log.debug(HIT, aim.policy.module, aim.policy.kind, aim.tenant)
-                    headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
-                    await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
-                    await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})
+                    # what stands around us may add to it
+                    headers = variant.headers(int(held.expires_at - now)).copy()
+                    await send(
+                        {
+                            "type": "http.response.start",
+                            "status": held.entry.status,
+                            "headers": headers,
+                        }
+                    )
+                    await send(
+                        {
+                            "type": "http.response.body",
+                            "body": body if scope["method"] == "GET" else b"",
+                        }
+                    )
                     if cache.audit is not None and grant.view is not None and cache.audit.due():
-                        self.audit(plan, Look(aim, grant.view, held.entry.certificate, held, outdated=False), scope)
+                        self.audit(
+                            plan,
+                            Look(aim, grant.view, held.entry.certificate, held, outdated=False),
+                            scope,
+                        )
                     return
         else:
             plan = None
         await self._serve(scope, key, plan, receive, send)
 
     async def _prove(self, plan: Plan, aim: Aim, grant: Grant | None, now: float) -> Grant | None:
-        """Prove a hit from memory, if it can be proven (``lookup.py``). At most one round trip, for a view.
+        """Prove a hit from memory, if it can be proven (``lookup.py``). At most one round trip, for
+        a view.
 
-        ``grant`` is the last proof, which holds if the view that is read now is the one that it was made in.
+        ``grant`` is the last proof, which holds if the view that is read now is the one that it was
+        made in.
         """
         cache, view = self.cache, None
         if grant is not None:
@@ -136,11 +173,18 @@ class Wrapper:
             return False
         await self._send_hit(grant.held, grant.variant, aim, cache.clock(), began, scope, send)
         if cache.audit is not None and grant.view is not None and cache.audit.due():
-            self.audit(plan, Look(aim, grant.view, grant.held.entry.certificate, grant.held, outdated=False), scope)
+            self.audit(
+                plan,
+                Look(aim, grant.view, grant.held.entry.certificate, grant.held, outdated=False),
+                scope,
+            )
         return True
 
-    async def _serve(self, scope: Scope, key: Key | None, plan: Plan | None, receive: Receive, send: Send) -> None:
-        """Handle what is not answered from memory: the long way of a read, writes, and whatever is none of ours."""
+    async def _serve(
+        self, scope: Scope, key: Key | None, plan: Plan | None, receive: Receive, send: Send
+    ) -> None:
+        """Handle what is not answered from memory: the long way of a read, writes, and whatever is
+        none of ours."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -170,7 +214,8 @@ class Wrapper:
             current.reset(token)
 
     def prepare(self) -> Table:
-        """Walk the application's routes and make the table. Raises ``ConfigurationError`` for a route cached wrongly."""
+        """Walk the application's routes and make the table. Raises ``ConfigurationError`` for a
+        route cached wrongly."""
         if self._table is None:
             routes = self._describe()
             self.cache.register(routes)
@@ -179,7 +224,8 @@ class Wrapper:
         return self._table
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Connect before the application starts, check its routes when it has, close when it has shut down."""
+        """Connect before the application starts, check its routes when it has, close when it has
+        shut down."""
 
         async def watch(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
@@ -194,7 +240,16 @@ class Wrapper:
         await self.cache.connect()
         await self.app(scope, receive, watch)
 
-    async def _send_hit(self, held: Held, variant: Variant, aim: Aim, now: float, began: float, scope: Scope, send: Send) -> None:
+    async def _send_hit(
+        self,
+        held: Held,
+        variant: Variant,
+        aim: Aim,
+        now: float,
+        began: float,
+        scope: Scope,
+        send: Send,
+    ) -> None:
         """Send an entry, and count it. ``began``: when the request came."""
         body, figures = variant.body, aim.figures
         figures.hits = hits = figures.hits + 1
@@ -203,16 +258,29 @@ class Wrapper:
             figures.sample(self.cache.clock() - began, held.entry.fill_ms)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(HIT, aim.policy.module, aim.policy.kind, aim.tenant)
-        headers = variant.headers(int(held.expires_at - now)).copy()  # what stands around us may add to it
+        # what stands around us may add to it
+        headers = variant.headers(int(held.expires_at - now)).copy()
         await send({"type": "http.response.start", "status": held.entry.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body if scope["method"] == "GET" else b""})
+        await send(
+            {"type": "http.response.body", "body": body if scope["method"] == "GET" else b""}
+        )
 
     def audit(self, plan: Plan, look: Look, scope: Scope) -> None:
         """Have a hit audited."""
         audit = self.cache.audit
         assert audit is not None
         scope = {**scope, "method": "GET", "query_string": plan.form.query_string}
-        audit.begin(Hit(self.app, scope, self._head(scope, plan.path), plan.route, plan.policy, plan.form.parameters, look))
+        audit.begin(
+            Hit(
+                self.app,
+                scope,
+                self._head(scope, plan.path),
+                plan.route,
+                plan.policy,
+                plan.form.parameters,
+                look,
+            )
+        )
 
     def _head(self, scope: Scope, path: Mapping[str, str]) -> Head:
         """Return what the resolver may see of a request of a cached route."""
@@ -231,7 +299,9 @@ class Wrapper:
         if route is None or route.policy is None or scope["method"] not in READS:
             before = None
             if route is not None and route.invalidation is not None:
-                before = self._declared_bump(route.invalidation, Head(scope, found[1] if found else None), record)
+                before = self._declared_bump(
+                    route.invalidation, Head(scope, found[1] if found else None), record
+                )
             await self._hold(scope, receive, HeldAnswer(send, record, before))
             return
         assert found is not None
@@ -242,8 +312,17 @@ class Wrapper:
         plan = Plan(route, route.policy, found[1], form, coding=coding, life=life)
         await self._read(plan, key, scope, receive, send, record)
 
-    async def _read(self, plan: Plan, key: Key | None, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
-        """Answer a request of a cached route the long way. ``key``: what to remember the plan by, if it is a new one."""
+    async def _read(
+        self,
+        plan: Plan,
+        key: Key | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: Record,
+    ) -> None:
+        """Answer a request of a cached route the long way. ``key``: what to remember the plan by,
+        if it is a new one."""
         route, policy, clock = plan.route, plan.policy, self.cache.clock
         began = clock()
         head = self._head(scope, plan.path)
@@ -256,7 +335,9 @@ class Wrapper:
         if isinstance(look, Bypass):
             self.cache.figures.at(look.tenant, policy.module, route.template).bypass(look.reason)
             held = HeldAnswer(send, record)
-            await self._hold(scope, receive, held, Marked(held, "fwd=bypass", f"detail={look.reason}"))
+            await self._hold(
+                scope, receive, held, Marked(held, "fwd=bypass", f"detail={look.reason}")
+            )
             return
         figures = look.aim.figures
         if look.held is not None:
@@ -275,18 +356,26 @@ class Wrapper:
         entered = await self.cache.enter(look)
         variant = None
         if isinstance(entered, Entry):
-            variant = Held(entry=entered, expires_at=0.0).make(plan.coding, max_bytes=policy.max_body_bytes)
+            variant = Held(entry=entered, expires_at=0.0).make(
+                plan.coding, max_bytes=policy.max_body_bytes
+            )
         if isinstance(entered, Entry) and variant is not None:
             figures.collapsed += 1
             figures.bytes_served += len(variant.body)
-            await send_stored(send, entered.status, variant.stored, variant.body, forward, "collapsed")
+            await send_stored(
+                send, entered.status, variant.stored, variant.body, forward, "collapsed"
+            )
         elif not isinstance(entered, Lead):
             figures.refuse("not-shareable")
             held = HeldAnswer(send, record)
             await self._hold(scope, receive, held, Marked(held, forward, "detail=not-shareable"))
         else:
-            with self.cache.tracing.fill(tenant=look.aim.tenant, module=policy.module, route=route.template) as trace:
-                await self._fill(route, policy, look, entered, forward, scope, receive, send, record, trace)
+            with self.cache.tracing.fill(
+                tenant=look.aim.tenant, module=policy.module, route=route.template
+            ) as trace:
+                await self._fill(
+                    route, policy, look, entered, forward, scope, receive, send, record, trace
+                )
 
     async def _fill(
         self,
@@ -303,7 +392,8 @@ class Wrapper:
     ) -> None:
         """Run the handler, store and share what it answers if that may be, and send it.
 
-        The handler does not see which codings the client accepts: what it answers is for all of them.
+        The handler does not see which codings the client accepts: what it answers is for all of
+        them.
         """
         if ACCEPT not in route.key_headers:
             scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != ACCEPT]}
@@ -328,7 +418,9 @@ class Wrapper:
             return None
 
         held, seen = HeldAnswer(send, record), route.key_headers | {ACCEPT}
-        recorder = Recorder(held, land=land, forward=forward, max_body_bytes=policy.max_body_bytes, key_headers=seen)
+        recorder = Recorder(
+            held, land=land, forward=forward, max_body_bytes=policy.max_body_bytes, key_headers=seen
+        )
         try:
             await self._hold(scope, receive, held, recorder)
         finally:
@@ -336,8 +428,11 @@ class Wrapper:
             if record.wrote and self.cache.audit is not None:
                 self.cache.audit.exclude(route.template)
 
-    async def _hold(self, scope: Scope, receive: Receive, held: HeldAnswer, send: Send | None = None) -> None:
-        """Run the application; its answer passes ``held``, which it leaves when the request's writes are settled."""
+    async def _hold(
+        self, scope: Scope, receive: Receive, held: HeldAnswer, send: Send | None = None
+    ) -> None:
+        """Run the application; its answer passes ``held``, which it leaves when the request's
+        writes are settled."""
         try:
             await self.app(scope, receive, send or held)
         except AckBarrierOverflow as error:
@@ -349,7 +444,9 @@ class Wrapper:
         else:
             await held.release()
 
-    def _declared_bump(self, invalidation: Invalidation, head: Head, record: Record) -> Callable[[], Awaitable[None]]:
+    def _declared_bump(
+        self, invalidation: Invalidation, head: Head, record: Record
+    ) -> Callable[[], Awaitable[None]]:
         """Make the step that bumps the modules which a handler without a database hook declares."""
 
         async def bump() -> None:
@@ -358,7 +455,8 @@ class Wrapper:
                 if scope is None:
                     claim = resolver.claim(head)
                     if claim.home != SHARED:
-                        tenants.add(claim.home)  # the handler may have taken away what they saw, or moved them
+                        # the handler may have taken away what they saw, or moved them
+                        tenants.add(claim.home)
                     scope = await resolver.scope(claim)
                 tenants.add(scope.tenant)
             except Denied:
@@ -370,20 +468,27 @@ class Wrapper:
         return bump
 
     def _complain(self, refused: str, record: Record, policy: Policy, route: Route) -> None:
-        """Say once per route and process that a declaration is wrong; in tests (``strict_reads``), fail."""
+        """Say once per route and process that a declaration is wrong; in tests (``strict_reads``),
+        fail."""
         if refused not in ("undeclared-table", "undeclared-sql") or record.reads is None:
             return
         missing = (
-            ", ".join(sorted(record.reads.tables - set(policy.tables))) or "tables that cannot be told from a text() statement"
+            ", ".join(sorted(record.reads.tables - set(policy.tables)))
+            or "tables that cannot be told from a text() statement"
         )
-        message = f"GET {route.template} reads {missing}, which its policy does not declare: its answers are not stored"
+        message = (
+            f"GET {route.template} reads {missing}, which its policy does not declare: its "
+            f"answers are not stored"
+        )
         if self.cache.strict_reads:
             raise UndeclaredRead(message)
         if self.cache.first_time(message):
             log.warning("%s", message)
 
 
-def _late_refusal(record: Record, policy: Policy, route: Route, scope: Scope, headers: Headers, body: bytes) -> str | None:
+def _late_refusal(
+    record: Record, policy: Policy, route: Route, scope: Scope, headers: Headers, body: bytes
+) -> str | None:
     """Say why a complete answer must not be stored after all."""
     reads = record.reads
     assert reads is not None
@@ -403,7 +508,9 @@ def _late_refusal(record: Record, policy: Policy, route: Route, scope: Scope, he
     return "length" if length is not None and int(length) != len(body) else None
 
 
-def _entry(look: Look, lead: Lead, policy: Policy, status: int, headers: Headers, body: bytes, fill_ms: int) -> Entry:
+def _entry(
+    look: Look, lead: Lead, policy: Policy, status: int, headers: Headers, body: bytes, fill_ms: int
+) -> Entry:
     may_vary, stored = negotiable(headers, length=len(body)), kept(headers)
     return Entry(
         certificate=lead.certificate,

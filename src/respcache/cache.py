@@ -1,4 +1,5 @@
-"""Cache: the one object that an application holds. It ties the parts together and owns their lifetime."""
+"""Cache: the one object that an application holds. It ties the parts together and owns their
+lifetime."""
 
 import asyncio
 import logging
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("respcache")
 
 GENERATION_TTL_MS = int((MAX_TTL_S + 3600) * 1000)
-"""Longer than the longest entry and its fill: a generation that ends first only makes its tenant cold."""
+"""Longer than the longest entry and its fill: a generation that ends first only makes its tenant
+cold."""
 
 DEFAULT_NEAR_BYTES = 64 * 1024 * 1024
 
@@ -56,14 +58,17 @@ class TableCheck(Protocol):
 class Cache:
     """A response cache for one application.
 
-    ``store`` None means no cache at all: everything is passed through and no invalidation is sent. ``secret`` keys the
-    digests and must be the same in all processes. ``schema_version`` is part of every key: change it when the shape of
-    answers changes. ``outbox`` (``respcache.writes.postgres.PostgresOutbox``) is the table in the application's database that
-    makes invalidations impossible to lose; without one, they end with the writing process. ``enabled=False`` serves nothing
-    from the cache but still sends invalidations, for the processes that do. ``strict_reads`` turns an undeclared table into an
-    error: for tests. ``audit_share`` of all hits are made anew in the background and compared (``respcache.ops.audit``), 0: none.
-    ``near_bytes`` bounds what each process keeps of its entries in memory, 0: nothing. ``board`` (``respcache.ops.board.Board``)
-    is where its figures are published and those of all processes are read.
+    ``store`` None means no cache at all: everything is passed through and no invalidation is sent.
+    ``secret`` keys the digests and must be the same in all processes. ``schema_version`` is part of
+    every key: change it when the shape of answers changes. ``outbox``
+    (``respcache.writes.postgres.PostgresOutbox``) is the table in the application's database that
+    makes invalidations impossible to lose; without one, they end with the writing process.
+    ``enabled=False`` serves nothing from the cache but still sends invalidations, for the processes
+    that do. ``strict_reads`` turns an undeclared table into an error: for tests. ``audit_share`` of
+    all hits are made anew in the background and compared (``respcache.ops.audit``), 0: none.
+    ``near_bytes`` bounds what each process keeps of its entries in memory, 0: nothing. ``board``
+    (``respcache.ops.board.Board``) is where its figures are published and those of all processes
+    are read.
     """
 
     def __init__(
@@ -93,7 +98,8 @@ class Cache:
         self.board = board
         self.modules: set[str] = set()
         self.tables: set[str] = set()
-        self._readers: dict[str, set[str]] = {}  # of each table: the modules whose answers depend on it
+        # of each table: the modules whose answers depend on it
+        self._readers: dict[str, set[str]] = {}
         self.configured = enabled
         self._said: set[str] = set()
         self._memos: list[Memo] = []
@@ -114,8 +120,12 @@ class Cache:
         if store is not None:
             self.switches = Switches(store)
             if outbox is not None:
-                self.rounds = Rounds(store, outbox, generation_ttl_ms=GENERATION_TTL_MS, clock=clock)
-            self._invalidator = Invalidator(store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds)
+                self.rounds = Rounds(
+                    store, outbox, generation_ttl_ms=GENERATION_TTL_MS, clock=clock
+                )
+            self._invalidator = Invalidator(
+                store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds
+            )
             self.near = S3Fifo(near_bytes) if near_bytes > 0 else None
             self._views = Views(store, clock=clock)
             store.listen(self._heard, self._views.expire_all)
@@ -134,9 +144,17 @@ class Cache:
                 ttl_ms=GENERATION_TTL_MS,
             )
             # what the way of a hit calls, without a step in between
-            self.granted, self.candidate, self.prove = self._lookup.granted, self._lookup.candidate, self._lookup.prove
+            self.granted, self.candidate, self.prove = (
+                self._lookup.granted,
+                self._lookup.candidate,
+                self._lookup.prove,
+            )
             self.wait_for_view = self._lookup.wait_for_view
-            self.read_view, self.variant, self.lasts = self._lookup.read_view, self._lookup.variant, self._lookup.lasts
+            self.read_view, self.variant, self.lasts = (
+                self._lookup.read_view,
+                self._lookup.variant,
+                self._lookup.lasts,
+            )
             self.heed = self._lookup.heed
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
             self._values = Values(self._lookup, self._filler, stats=self.figures, clock=clock)
@@ -154,13 +172,13 @@ class Cache:
     def __repr__(self) -> str:
         return f"Cache(enabled={self.enabled}, store={type(self.store).__name__})"
 
-    # -- lifetime ------------------------------------------------------------------------------------------------------
+    # -- lifetime ----------------------------------------------------------------------------------
 
     def wrap(self, app: App, routes: Sequence[Route] | None = None) -> Wrapper:
         """Return the application with the cache around it. Make it the outermost layer.
 
-        The routes of FastAPI and Starlette applications are found at start-up; give ``routes`` for any other. The cache
-        becomes reachable as ``app.state.cache``.
+        The routes of FastAPI and Starlette applications are found at start-up; give ``routes`` for
+        any other. The cache becomes reachable as ``app.state.cache``.
         """
 
         def describe() -> list[Route]:
@@ -177,7 +195,8 @@ class Cache:
         return self.wrapper
 
     async def connect(self) -> None:
-        """Connect to the store, or begin to try. Never raises because the store is away. Repeating it does nothing."""
+        """Connect to the store, or begin to try. Never raises because the store is away. Repeating
+        it does nothing."""
         if self.store is None or self.switches is None or self._connected:
             return
         self._connected = True
@@ -210,7 +229,7 @@ class Cache:
         await self.store.close()
         self.tracing.store(None)
 
-    # -- switches ------------------------------------------------------------------------------------------------------
+    # -- switches ----------------------------------------------------------------------------------
 
     @property
     def enabled(self) -> bool:
@@ -220,13 +239,17 @@ class Cache:
     def serves(self, aim: Aim) -> bool:
         """Whether this process looks into the cache for this tenant and module."""
         switches = self.switches
-        return switches is not None and not (switches.off and switches.closed(aim.tenant, aim.policy.module))
+        return switches is not None and not (
+            switches.off and switches.closed(aim.tenant, aim.policy.module)
+        )
 
     async def disable(self, *, tenant_id: str | None = None, module: str | None = None) -> bool:
-        """Stop serving from the cache, here at once and in every process within a second: anything, or a tenant or a module.
+        """Stop serving from the cache, here at once and in every process within a second: anything,
+        or a tenant or a module.
 
-        Invalidations are still sent. Returns whether the store was reached; if not, it is told as soon as it is. Raises
-        ``ValueError`` for a tenant id or a module that cannot be, and for both at once.
+        Invalidations are still sent. Returns whether the store was reached; if not, it is told as
+        soon as it is. Raises ``ValueError`` for a tenant id or a module that cannot be, and for
+        both at once.
         """
         return await self._switch(tenant_id, module, off=True)
 
@@ -234,24 +257,30 @@ class Cache:
         """Undo one ``disable``. Returns whether the store was reached."""
         return await self._switch(tenant_id, module, off=False)
 
-    # -- invalidation --------------------------------------------------------------------------------------------------
+    # -- invalidation ------------------------------------------------------------------------------
 
     async def invalidate_tenant_cache(self, tenant_id: str, module: str) -> bool:
-        """Invalidate everything that a tenant's module has cached, everywhere. One write, whatever the number of keys.
+        """Invalidate everything that a tenant's module has cached, everywhere. One write, whatever
+        the number of keys.
 
-        Returns whether it holds everywhere. If not: with an outbox, nothing that it invalidates is served any more by any
-        process, unless the database could not be reached either. Then, and without an outbox, it is retried, this process
-        bypasses the tenant meanwhile, and other processes may serve what they had until the retry succeeds (if this process
-        ends first: until its time to live). Raises ``ValueError`` for a tenant id or a module that cannot be.
+        Returns whether it holds everywhere. If not: with an outbox, nothing that it invalidates is
+        served any more by any process, unless the database could not be reached either. Then, and
+        without an outbox, it is retried, this process bypasses the tenant meanwhile, and other
+        processes may serve what they had until the retry succeeds (if this process ends first:
+        until its time to live). Raises ``ValueError`` for a tenant id or a module that cannot be.
         """
-        return await self._bump_now({keys.check_tenant(tenant_id): [module_tag(keys.check_module(module))]})
+        return await self._bump_now(
+            {keys.check_tenant(tenant_id): [module_tag(keys.check_module(module))]}
+        )
 
     async def invalidate_all_tenant(self, tenant_id: str) -> bool:
-        """Invalidate everything that a tenant has cached, everywhere. One write. Returns as ``invalidate_tenant_cache``."""
+        """Invalidate everything that a tenant has cached, everywhere. One write. Returns as
+        ``invalidate_tenant_cache``."""
         return await self._bump_now({keys.check_tenant(tenant_id): [FLOOR]})
 
     async def settled(self, *, timeout_s: float = 5.0) -> None:
-        """Wait until every invalidation of this process is confirmed: for scripts, imports, background tasks, websockets.
+        """Wait until every invalidation of this process is confirmed: for scripts, imports,
+        background tasks, websockets.
 
         Raises ``InvalidationPending`` after ``timeout_s`` seconds.
         """
@@ -260,14 +289,16 @@ class Cache:
 
     @property
     def pending_tenants(self) -> tuple[str, ...]:
-        """Tenants that this process bypasses because their last invalidation is not confirmed yet."""
+        """Tenants that this process bypasses because their last invalidation is not confirmed
+        yet."""
         return () if self.store is None else self._invalidator.pending
 
     def forget(self) -> None:
-        """Drop what this process remembers: verified credentials, scopes, entries in memory. Costs round trips, never an answer.
+        """Drop what this process remembers: verified credentials, scopes, entries in memory. Costs
+        round trips, never an answer.
 
-        For credentials that are revoked by other means than a row of the resolver's tables; without it they are verified
-        again within a minute.
+        For credentials that are revoked by other means than a row of the resolver's tables; without
+        it they are verified again within a minute.
         """
         for memo in self._memos:
             memo.forget()
@@ -277,15 +308,19 @@ class Cache:
             self.near.clear()
 
     def changed(self, tables: Mapping[str, set[str]]) -> None:
-        """Say that a committed transaction changed these tables of these tenants. Called by the database hooks, any thread."""
-        self._bump({tenant: {table_tag(name) for name in names} for tenant, names in tables.items()})
+        """Say that a committed transaction changed these tables of these tenants. Called by the
+        database hooks, any thread."""
+        self._bump(
+            {tenant: {table_tag(name) for name in names} for tenant, names in tables.items()}
+        )
         self._count_changes(tables)
 
     def committed(self, rows: Rows | None) -> None:
-        """Say that a transaction was committed which left these rows (tenant, tag, id) in the outbox, or unknown ones (None).
+        """Say that a transaction was committed which left these rows (tenant, tag, id) in the
+        outbox, or unknown ones (None).
 
-        Called by the database hooks, any thread; with None also by applications, after the COMMIT of what no hook sees (COPY
-        below SQLAlchemy).
+        Called by the database hooks, any thread; with None also by applications, after the COMMIT
+        of what no hook sees (COPY below SQLAlchemy).
         """
         self._await(self._invalidator.committed(rows))
         tables: dict[str, set[str]] = {}
@@ -294,12 +329,13 @@ class Cache:
         self._count_changes(tables)
 
     def bump_modules(self, tenant: str, modules: Sequence[str]) -> None:
-        """Begin to invalidate modules of a tenant on behalf of the current request, whose answer waits for it."""
+        """Begin to invalidate modules of a tenant on behalf of the current request, whose answer
+        waits for it."""
         self._bump({tenant: {module_tag(module) for module in modules}})
         for module in modules:
             self.figures.at(tenant, module).invalidations += 1
 
-    # -- values --------------------------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------------------------------
 
     async def get_or_set(
         self,
@@ -316,13 +352,16 @@ class Cache:
     ) -> T:
         """Return the cached value, or make it (once for all callers and processes) and cache it.
 
-        The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables`` are those that ``make``
-        reads; the same rules hold as for responses. Made but not cached: when ``make`` raises (for its caller only), writes,
-        or reads an undeclared table, and whenever the store is away. What is made of a value without ``tables`` is cached in the
-        same module only: an invalidation of its module would not reach others.
+        The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables``
+        are those that ``make`` reads; the same rules hold as for responses. Made but not cached:
+        when ``make`` raises (for its caller only), writes, or reads an undeclared table, and
+        whenever the store is away. What is made of a value without ``tables`` is cached in the same
+        module only: an invalidation of its module would not reach others.
         """
         ttl_s = DEFAULT_TTL_S[kind] if ttl_s is None else ttl_s
-        policy = Policy(module, kind, ttl_s, tuple(tables), level=Level.of(level, module), bound_s=bound_s)
+        policy = Policy(
+            module, kind, ttl_s, tuple(tables), level=Level.of(level, module), bound_s=bound_s
+        )
         tenant = keys.check_tenant(tenant_id)
         outer = current.get()
         if outer is not None and outer.reads is not None:
@@ -336,10 +375,11 @@ class Cache:
             await outer.settle()  # what this request has written itself is seen
         return await self._values.get(tenant, policy, key, make)
 
-    # -- looking at it -------------------------------------------------------------------------------------------------
+    # -- looking at it -----------------------------------------------------------------------------
 
     def stats(self, tenant: str | None = None) -> dict[str, Any]:
-        """Return this process's figures: totals per module and route, of one tenant or of all. Costs no round trip.
+        """Return this process's figures: totals per module and route, of one tenant or of all.
+        Costs no round trip.
 
         Times are said of the routes only where it is all tenants.
         """
@@ -373,14 +413,18 @@ class Cache:
             "audit": None if self.audit is None else self.audit.to_dict(tenant),
         }
 
-    # -- for the parts of the library ----------------------------------------------------------------------------------
+    # -- for the parts of the library --------------------------------------------------------------
 
     def register(self, routes: Sequence[Route]) -> None:
-        """Note what the routes cache and have it checked. Called at start-up. Raises ``ConfigurationError``."""
+        """Note what the routes cache and have it checked. Called at start-up. Raises
+        ``ConfigurationError``."""
         for route in routes:
             if route.policy is not None:
                 if tokens.HEADER in route.key_headers:
-                    raise ConfigurationError(f"GET {route.template} declares the header {tokens.HEADER.decode()}: {OUR_OWN}")
+                    raise ConfigurationError(
+                        f"GET {route.template} declares the header {tokens.HEADER.decode()}: "
+                        f"{OUR_OWN}"
+                    )
                 self.modules.add(route.policy.module)
                 self.tables.update(route.policy.tables)
                 for table in route.policy.tables:
@@ -393,7 +437,8 @@ class Cache:
         self._say_uncovered()
 
     def trace(self, tracing: Tracing) -> None:
-        """Tell a tracer of fills, invalidations and outages of the store from here on (``respcache.ops.otel``)."""
+        """Tell a tracer of fills, invalidations and outages of the store from here on
+        (``respcache.ops.otel``)."""
         self.tracing = tracing
         if self.store is not None:
             self._invalidator.tracing = self._values.tracing = tracing
@@ -418,14 +463,19 @@ class Cache:
         self._checks.append(check)
 
     def memo(self, routes: Sequence[Route]) -> Memo | None:
-        """Make the memo of the plans for these routes, if the resolver says which headers it looks at."""
+        """Make the memo of the plans for these routes, if the resolver says which headers it looks
+        at."""
         headers: Collection[str] | None = getattr(self.resolver, "headers", None)
         if headers is None or self.store is None or not self.configured:
             return None
         if isinstance(headers, str) or not all(isinstance(name, str) for name in headers):
-            raise ConfigurationError(f"{type(self.resolver).__name__}.headers is {headers!r}: make it a tuple of names")
+            raise ConfigurationError(
+                f"{type(self.resolver).__name__}.headers is {headers!r}: make it a tuple of names"
+            )
         if tokens.HEADER.decode() in map(str.lower, headers):
-            raise ConfigurationError(f"{type(self.resolver).__name__}.headers names {tokens.HEADER.decode()}: {OUR_OWN}")
+            raise ConfigurationError(
+                f"{type(self.resolver).__name__}.headers names {tokens.HEADER.decode()}: {OUR_OWN}"
+            )
         others: set[bytes] = set()
         for route in routes:
             others |= route.key_headers
@@ -439,7 +489,9 @@ class Cache:
         """Look for the answer to a request that brings this token, or say why not."""
         if self.store is None:
             return Bypass("no-store")
-        if not self.enabled or (self.switches is not None and plan.policy.module in self.switches.modules):
+        if not self.enabled or (
+            self.switches is not None and plan.policy.module in self.switches.modules
+        ):
             return Bypass("off")
         return await self._lookup.request(plan, head, sent=sent)
 
@@ -493,7 +545,8 @@ class Cache:
                 self.figures.at(tenant, module).invalidations += 1
 
     def _say_uncovered(self) -> None:
-        """Say which tables of cached reads leave no rows in the outbox: what reads them is not cached."""
+        """Say which tables of cached reads leave no rows in the outbox: what reads them is not
+        cached."""
         if self.rounds is None or not self.rounds.completed:
             return
         missing = sorted({*self.tables, *self.resolver.tables} - self.rounds.tables)

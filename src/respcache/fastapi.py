@@ -1,9 +1,10 @@
-"""Decorators that attach a policy to an endpoint, and the walk over an application's routes at start-up.
+"""Decorators that attach a policy to an endpoint, and the walk over an application's routes at
+start-up.
 
-Decorators change nothing: the function stays the function, FastAPI sees its signature. The walk happens once, when the
-application has started; it reads what FastAPI declares of each route (parameters, dependencies) and refuses to start when
-a cached route checks its caller in a way that the resolver does not know of. FastAPI is imported only if the application is
-one.
+Decorators change nothing: the function stays the function, FastAPI sees its signature. The walk
+happens once, when the application has started; it reads what FastAPI declares of each route
+(parameters, dependencies) and refuses to start when a cached route checks its caller in a way that
+the resolver does not know of. FastAPI is imported only if the application is one.
 """
 
 import sys
@@ -12,7 +13,16 @@ from typing import Any, TypeVar
 
 from respcache.core.errors import ConfigurationError
 from respcache.core.identity import Dependency, Resolver
-from respcache.core.policy import DEFAULT_BOUND_S, DEFAULT_TTL_S, Invalidation, Level, Parameter, Policy, VariesBy, in_order
+from respcache.core.policy import (
+    DEFAULT_BOUND_S,
+    DEFAULT_TTL_S,
+    Invalidation,
+    Level,
+    Parameter,
+    Policy,
+    VariesBy,
+    in_order,
+)
 from respcache.routing import Route
 
 E = TypeVar("E", bound=Callable[..., Any])
@@ -35,11 +45,12 @@ def cache_list(
 ) -> Decorator[E]:
     """Cache a GET endpoint that lists rows, for ``ttl`` seconds at most.
 
-    ``tables`` are those it reads; a committed write to one of them invalidates it. ``rule`` is the dependency that decides
-    by role, which the resolver then decides before the cache is looked into. ``varies_by`` gives, for a caller's scope, what
-    else the answer depends on (such as today's date where the tenant is); it becomes part of the key. ``parameters`` are
-    needed only where there is no signature to read them from (Starlette). ``level`` (``strict``, ``bounded``, ``ttl``) says how
-    fresh hits from memory are, ``bound_s`` how old at most at ``bounded``.
+    ``tables`` are those it reads; a committed write to one of them invalidates it. ``rule`` is the
+    dependency that decides by role, which the resolver then decides before the cache is looked
+    into. ``varies_by`` gives, for a caller's scope, what else the answer depends on (such as
+    today's date where the tenant is); it becomes part of the key. ``parameters`` are needed only
+    where there is no signature to read them from (Starlette). ``level`` (``strict``, ``bounded``,
+    ``ttl``) says how fresh hits from memory are, ``bound_s`` how old at most at ``bounded``.
     """
     return _attach("list", module, ttl, tables, rule, varies_by, parameters, level, bound_s)
 
@@ -103,23 +114,29 @@ def invalidate_cache(*modules: str) -> Decorator[E]:
 
 
 def describe_routes(app: Any, resolver: Resolver) -> list[Route]:
-    """List all HTTP routes of a FastAPI or Starlette application in matching order, mounts included.
+    """List all HTTP routes of a FastAPI or Starlette application in matching order, mounts
+    included.
 
-    Raises ``ConfigurationError`` for a cached route whose security is not the resolver's, whose parameters are unknown, or
-    that stands behind a route by host name.
+    Raises ``ConfigurationError`` for a cached route whose security is not the resolver's, whose
+    parameters are unknown, or that stands behind a route by host name.
     """
     if not hasattr(app, "routes"):
-        raise ConfigurationError(f"{type(app).__name__} has no routes to walk: give them to wrap(app, routes=[...])")
+        raise ConfigurationError(
+            f"{type(app).__name__} has no routes to walk: give them to wrap(app, routes=[...])"
+        )
     routes = list(_walk(app.routes, "", resolver))
     _refuse_hosts(routes)
     return routes
 
 
 def before_cached(routes: Sequence[Any]) -> Iterator[Any]:
-    """Yield the applications of those routes and mounts that lead to a cached endpoint: middlewares may stand in them."""
+    """Yield the applications of those routes and mounts that lead to a cached endpoint: middlewares
+    may stand in them."""
     for route in _effective(routes):
         original = getattr(route, "original_route", route)
-        if hasattr(getattr(original, "endpoint", None), _POLICY) or any(before_cached(getattr(original, "routes", None) or ())):
+        if hasattr(getattr(original, "endpoint", None), _POLICY) or any(
+            before_cached(getattr(original, "routes", None) or ())
+        ):
             yield original.app
 
 
@@ -136,7 +153,15 @@ def _attach(
 ) -> Decorator[E]:
     declared = None if parameters is None else tuple(parameters)
     policy = Policy(
-        module, kind, ttl, tuple(sorted(set(tables))), rule, declared, varies_by, level=Level.of(level, module), bound_s=bound_s
+        module,
+        kind,
+        ttl,
+        tuple(sorted(set(tables))),
+        rule,
+        declared,
+        varies_by,
+        level=Level.of(level, module),
+        bound_s=bound_s,
     )
 
     def attach(endpoint: E) -> E:
@@ -166,7 +191,8 @@ def _walk(routes: Sequence[Any], prefix: str, resolver: Resolver) -> Iterator[Ro
 
 
 def _effective(routes: Sequence[Any]) -> Iterator[Any]:
-    """Yield routes as they are matched: FastAPI keeps included routers apart and merges their prefixes when asked."""
+    """Yield routes as they are matched: FastAPI keeps included routers apart and merges their
+    prefixes when asked."""
     fastapi_routing = sys.modules.get("fastapi.routing")
     if fastapi_routing is None:
         yield from routes
@@ -174,7 +200,9 @@ def _effective(routes: Sequence[Any]) -> Iterator[Any]:
         yield from fastapi_routing.iter_route_contexts(routes)
 
 
-def _describe(route: Any, prefix: str, resolver: Resolver, compile_path: Callable[[str], Any]) -> Route:
+def _describe(
+    route: Any, prefix: str, resolver: Resolver, compile_path: Callable[[str], Any]
+) -> Route:
     template = prefix + route.path
     pattern, _, _ = compile_path(template)
     methods = frozenset(route.methods or ())
@@ -184,19 +212,34 @@ def _describe(route: Any, prefix: str, resolver: Resolver, compile_path: Callabl
     if policy is None:
         return Route(template, pattern, methods, invalidation=invalidation)
     if "GET" not in methods:
-        raise ConfigurationError(f"{template} is cached but does not answer GET: remove its cache decorator")
+        raise ConfigurationError(
+            f"{template} is cached but does not answer GET: remove its cache decorator"
+        )
     dependant = getattr(route, "dependant", None)
     if dependant is None:
         if policy.parameters is None:
-            raise ConfigurationError(f"GET {template}: give parameters=[...] to its cache decorator, it has no signature to read")
-        return Route(template, pattern, methods, policy, parameters=in_order(policy.parameters), endpoint=endpoint)
+            raise ConfigurationError(
+                f"GET {template}: give parameters=[...] to its cache decorator, it has no "
+                f"signature to read"
+            )
+        return Route(
+            template,
+            pattern,
+            methods,
+            policy,
+            parameters=in_order(policy.parameters),
+            endpoint=endpoint,
+        )
     if any(part.body_params for part in (dependant, *_dependencies(dependant))):
         raise ConfigurationError(
-            f"GET {template} is cached but reads a request body: what is in it cannot decide a cached answer"
+            f"GET {template} is cached but reads a request body: what is in it cannot decide a "
+            f"cached answer"
         )
     _check_security(dependant, policy, resolver, template)
     declared, passed = _parameters(dependant, resolver)
-    return Route(template, pattern, methods, policy, invalidation, in_order(declared), passed, endpoint)
+    return Route(
+        template, pattern, methods, policy, invalidation, in_order(declared), passed, endpoint
+    )
 
 
 def _check_security(dependant: Any, policy: Policy, resolver: Resolver, template: str) -> None:
@@ -206,12 +249,16 @@ def _check_security(dependant: Any, policy: Policy, resolver: Resolver, template
     if unknown:
         names = ", ".join(getattr(call, "__name__", type(call).__name__) for call in unknown)
         raise ConfigurationError(
-            f"GET {template} is cached but depends on {names} for security, which neither the resolver stands for nor the "
+            f"GET {template} is cached but depends on {names} for security, which neither the "
+            f"resolver stands for nor the "
             "policy names as rule: a hit would skip it"
         )
-    if policy.rule is not None and policy.rule not in {part.call for part in _dependencies(dependant)}:
+    if policy.rule is not None and policy.rule not in {
+        part.call for part in _dependencies(dependant)
+    }:
         raise ConfigurationError(
-            f"GET {template}: its policy names the rule {policy.rule!r}, which the endpoint does not depend on: "
+            f"GET {template}: its policy names the rule {policy.rule!r}, which the endpoint does "
+            f"not depend on: "
             "a miss would skip it"
         )
 
@@ -222,7 +269,11 @@ def _security_calls(dependant: Any, named: frozenset[Dependency]) -> Iterator[An
     for child in dependant.dependencies:
         if child.call in named:
             continue
-        checks = isinstance(child.call, SecurityBase) or child.own_oauth_scopes or child.security_scopes_param_name
+        checks = (
+            isinstance(child.call, SecurityBase)
+            or child.own_oauth_scopes
+            or child.security_scopes_param_name
+        )
         if checks or any(True for _ in _security_calls(child, named)):
             yield child.call
 
@@ -234,14 +285,17 @@ def _dependencies(dependant: Any) -> Iterator[Any]:
 
 
 def _parameters(dependant: Any, resolver: Resolver) -> tuple[list[Parameter], tuple[str, ...]]:
-    """Split the query, header and cookie parameters of a route into those of its own and those that the resolver consumes."""
+    """Split the query, header and cookie parameters of a route into those of its own and those that
+    the resolver consumes."""
     declared = list(_declared(dependant, resolver.stands_for, consumed=False))
     names = {parameter.name for parameter in declared if parameter.place == "query"}
     consumed = _declared(dependant, resolver.stands_for, consumed=True)
     return declared, tuple(sorted({p.name for p in consumed if p.place == "query"} - names))
 
 
-def _declared(dependant: Any, stands_for: frozenset[Dependency], *, consumed: bool) -> Iterator[Parameter]:
+def _declared(
+    dependant: Any, stands_for: frozenset[Dependency], *, consumed: bool
+) -> Iterator[Parameter]:
     from fastapi._compat import field_annotation_is_sequence
     from fastapi.dependencies.utils import _get_flat_fields_from_params, _get_param_aliases
 
@@ -249,26 +303,34 @@ def _declared(dependant: Any, stands_for: frozenset[Dependency], *, consumed: bo
     if inside == consumed:
         for place in ("query", "header", "cookie"):
             for field in _get_flat_fields_from_params(getattr(dependant, f"{place}_params")):
-                aliases = [name for _, name in _get_param_aliases(field, convert_underscores=place == "header")]
+                aliases = [
+                    name
+                    for _, name in _get_param_aliases(field, convert_underscores=place == "header")
+                ]
                 repeated = field_annotation_is_sequence(field.field_info.annotation)
                 default = _spelling(field.default) if len(aliases) == 1 and not repeated else None
                 yield from (Parameter(name, place, repeated, default) for name in aliases)
     for child in dependant.dependencies:
-        yield from _declared(child, frozenset({child.call}) if inside else stands_for, consumed=consumed)
+        yield from _declared(
+            child, frozenset({child.call}) if inside else stands_for, consumed=consumed
+        )
 
 
 def _spelling(default: Any) -> str | None:
-    """Return the one spelling of a default that surely means the same as leaving the parameter out."""
+    """Return the one spelling of a default that surely means the same as leaving the parameter
+    out."""
     if isinstance(default, str):
         return default
     return str(default) if isinstance(default, int) and not isinstance(default, bool) else None
 
 
 def _refuse_hosts(routes: Sequence[Route]) -> None:
-    """A route by host name could answer for a path that the table knows as cached: the table does not look at hosts."""
+    """A route by host name could answer for a path that the table knows as cached: the table does
+    not look at hosts."""
     hosts = [i for i, route in enumerate(routes) if route.template.startswith("host ")]
     for route in routes[hosts[0] :] if hosts else ():
         if route.policy is not None:
             raise ConfigurationError(
-                f"GET {route.template} is cached but stands behind {routes[hosts[0]].template}: put it first"
+                f"GET {route.template} is cached but stands behind {routes[hosts[0]].template}: "
+                f"put it first"
             )

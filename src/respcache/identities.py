@@ -1,8 +1,10 @@
-"""Who asks: runs the application's resolver and memoises what it read from the database, with a certificate.
+"""Who asks: runs the application's resolver and memoises what it read from the database, with a
+certificate.
 
-A memoised scope is judged in the same round trip as the entry that is looked up under it. It is data like any other: a
-change of team, role or visibility bumps the tables it was read from, and then it is read anew before a key is built from
-it. Callers share the reading of one scope by the same rule as they share fills.
+A memoised scope is judged in the same round trip as the entry that is looked up under it. It is
+data like any other: a change of team, role or visibility bumps the tables it was read from, and
+then it is read anew before a key is built from it. Callers share the reading of one scope by the
+same rule as they share fills.
 """
 
 from collections import OrderedDict
@@ -50,11 +52,13 @@ class Identities:
         return self._known.get(claim.key)
 
     def judge(self, known: Known, view: Generation) -> bool:
-        """Whether the scope is still what the database says, in this view of the claim's home generation."""
+        """Whether the scope is still what the database says, in this view of the claim's home
+        generation."""
         return view.judge(known.certificate, self.tags) is Verdict.VALID
 
     async def read(self, claim: Claim, *, view: Generation, certificate: Certificate) -> Known:
-        """Read the scope from the database under this capture. Raises what the resolver raises; failures are not shared."""
+        """Read the scope from the database under this capture. Raises what the resolver raises;
+        failures are not shared."""
         flight = self._reading.join(claim.key, view=view, tags=self.tags)
         if flight is not None:
             shared = await flight.wait()

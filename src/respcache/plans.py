@@ -1,10 +1,12 @@
 """What a request comes to, worked out once and remembered by the very bytes it came as.
 
-A *plan* holds the route, the canonical form, the verified claim, the scope, and the keys that follow from them. Requests that
-agree in path, query string and every header that any of these may depend on have the same plan, so a hit neither routes nor
-parses nor verifies a token again. What is remembered proves nothing: a scope is judged in the view of every request (or of the
-bound, at level ``bounded``), like the entry itself; a token's end is looked at every time; and after ``MAX_AGE_S`` everything is
-worked out anew, for what a resolver knows by other means than its tables (a list of revoked tokens in memory).
+A *plan* holds the route, the canonical form, the verified claim, the scope, and the keys that
+follow from them. Requests that agree in path, query string and every header that any of these may
+depend on have the same plan, so a hit neither routes nor parses nor verifies a token again. What is
+remembered proves nothing: a scope is judged in the view of every request (or of the bound, at level
+``bounded``), like the entry itself; a token's end is looked at every time; and after ``MAX_AGE_S``
+everything is worked out anew, for what a resolver knows by other means than its tables (a list of
+revoked tokens in memory).
 
 Only for resolvers that say which headers they look at (``Resolver.headers``).
 """
@@ -34,7 +36,8 @@ log = logging.getLogger("respcache")
 MAX_AGE_S = 60.0
 MAX_PARTS = 4096
 MAX_SHARED_BYTES = 4096
-"""Of keys whose parts are shared with others: so all parts take no more than ``MEMO_BYTES`` either, whatever clients send."""
+"""Of keys whose parts are shared with others: so all parts take no more than ``MEMO_BYTES`` either,
+whatever clients send."""
 MEMO_BYTES = 16 * 1024 * 1024
 PLAN_BYTES = 2048
 """What a plan takes besides the bytes it is remembered by, roughly."""
@@ -50,10 +53,12 @@ Key = tuple[Any, ...]
 class Aim:
     """Where a request leads for a scope: what an answer is stored under, and judged by.
 
-    ``home`` is the tenant whose generation covers the scope; ``wanted`` is every generation that counts, with its tags, and
-    ``tags`` are those of the one, if it is one alone. Never changed: a request takes it once and keeps it, whatever others make
-    of the plan meanwhile. Only what was found out of it moves on: ``proven``, the last view in which the scope was judged to be
-    valid, ``covered_by``, the set of watched tables by which it was found covered, and ``grant``, the last proof of a hit.
+    ``home`` is the tenant whose generation covers the scope; ``wanted`` is every generation that
+    counts, with its tags, and ``tags`` are those of the one, if it is one alone. Never changed: a
+    request takes it once and keeps it, whatever others make of the plan meanwhile. Only what was
+    found out of it moves on: ``proven``, the last view in which the scope was judged to be valid,
+    ``covered_by``, the set of watched tables by which it was found covered, and ``grant``, the last
+    proof of a hit.
     """
 
     __slots__ = (
@@ -84,13 +89,15 @@ class Aim:
         self.tags: Tags = frozenset(self.wanted[0][1]) if len(self.wanted) == 1 else frozenset()
         self.varied = varied
         self.view_s = view_s
-        self.lasts = view_s == FOREVER  # what is held may be used all its time to live, whatever can be learnt meanwhile
+        # what is held may be used all its time to live, whatever can be learnt meanwhile
+        self.lasts = view_s == FOREVER
         self.proven: Generation | None = None
         self.covered_by: object = None
         self.grant: Grant | None = None
 
     def strict(self) -> "Aim":
-        """Return one like it whose hits are judged in views that are younger than the request, whatever its level."""
+        """Return one like it whose hits are judged in views that are younger than the request,
+        whatever its level."""
         other = copy.copy(self)
         other.view_s, other.lasts = 0.0, False
         other.grant = None
@@ -98,18 +105,26 @@ class Aim:
 
 
 class Grant:
-    """A hit that was proven (``Lookup.prove``), and everything that the proof rests on, to be compared instead of proven again.
+    """A hit that was proven (``Lookup.prove``), and everything that the proof rests on, to be
+    compared instead of proven again.
 
-    It holds before ``until`` (by the cache's clock: the first end of entry, fence, and of a view that may be used again), while
-    the entry is in its ``slot``, the fence and the set of watched tables are those of the proof, and the view is the very same
-    object: the one that ``group`` has, or at level ``strict`` the one that is read for the request. ``logged``: whether hits are
-    to be logged; a level that is set later is followed when the next proof is made, within a minute.
+    It holds before ``until`` (by the cache's clock: the first end of entry, fence, and of a view
+    that may be used again), while the entry is in its ``slot``, the fence and the set of watched
+    tables are those of the proof, and the view is the very same object: the one that ``group`` has,
+    or at level ``strict`` the one that is read for the request. ``logged``: whether hits are to be
+    logged; a level that is set later is followed when the next proof is made, within a minute.
     """
 
     __slots__ = ("fence", "group", "held", "logged", "slot", "tables", "until", "variant", "view")
 
     def __init__(
-        self, held: Held, variant: Variant, view: Generation | None, slot: Slot[Held] | None, group: Group, fence: Fence | None
+        self,
+        held: Held,
+        variant: Variant,
+        view: Generation | None,
+        slot: Slot[Held] | None,
+        group: Group,
+        fence: Fence | None,
     ) -> None:
         self.held = held
         self.variant = variant
@@ -125,10 +140,28 @@ class Grant:
 class Plan:
     """One kind of request. ``claim``, ``known`` and ``aim`` are None until they are found out."""
 
-    __slots__ = ("aim", "claim", "coding", "expires_at", "form", "known", "life", "path", "policy", "route")
+    __slots__ = (
+        "aim",
+        "claim",
+        "coding",
+        "expires_at",
+        "form",
+        "known",
+        "life",
+        "path",
+        "policy",
+        "route",
+    )
 
     def __init__(
-        self, route: Route, policy: Policy, path: Mapping[str, str], form: Canonical, *, coding: Coding, life: int = 0
+        self,
+        route: Route,
+        policy: Policy,
+        path: Mapping[str, str],
+        form: Canonical,
+        *,
+        coding: Coding,
+        life: int = 0,
     ) -> None:
         self.route = route
         self.coding = coding
@@ -145,14 +178,17 @@ class Plan:
 class Memo:
     """The plans of one process, bounded in bytes."""
 
-    def __init__(self, claimed: Iterable[bytes], others: Iterable[bytes], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, claimed: Iterable[bytes], others: Iterable[bytes], *, clock: Callable[[], float]
+    ) -> None:
         self.life = 0
         """Changes when all plans are forgotten: one that was begun before is of no use after."""
         self._claimed = frozenset(claimed)
         self.wanted = self._claimed.union(others, ALWAYS, (tokens.HEADER,))
         self._clock = clock
         self._plans: S3Fifo[Key, Plan] = S3Fifo(MEMO_BYTES)
-        self._parts: dict[Any, Any] = {}  # one object for all equal parts of keys: paths and tokens are the same in many
+        # one object for all equal parts of keys: paths and tokens are the same in many
+        self._parts: dict[Any, Any] = {}
         self.get = self._plans.get
         """Returns the plan of such requests, which may have ended, or None."""
 
@@ -168,13 +204,15 @@ class Memo:
         return (scope["path"], scope["query_string"], scope.get("root_path"), *seen)
 
     def without_token(self, key: Key) -> Key:
-        """Return the key of the same request without a token. Plans are remembered by such keys alone: a request with a token is
-        not recalled at once, and one that is need not be asked for a token."""
+        """Return the key of the same request without a token. Plans are remembered by such keys
+        alone: a request with a token is not recalled at once, and one that is need not be asked for
+        a token."""
         return (*key[:3], *(pair for pair in key[3:] if pair[0] != tokens.HEADER))
 
     def narrowed(self, scope: Mapping[str, Any], path: Mapping[str, str]) -> Head:
-        """Return of a request what a resolver may look at: a header that it did not name is not there, nor what belongs to the
-        connection, instead of being missed when the request is recognised."""
+        """Return of a request what a resolver may look at: a header that it did not name is not
+        there, nor what belongs to the connection, instead of being missed when the request is
+        recognised."""
         headers = [(name, value) for name, value in scope["headers"] if name in self._claimed]
         kept = {name: value for name, value in scope.items() if name not in UNSEEN}
         return Head({**kept, "headers": headers}, path)
@@ -182,7 +220,8 @@ class Memo:
     def recall(self, key: Key, now: float) -> Plan | None:
         """Return the plan of such requests, if there is one that has not ended."""
         plan = self._plans.get(key)
-        return None if plan is None or now >= plan.expires_at else plan  # one that has ended keeps its place for the next
+        # one that has ended keeps its place for the next
+        return None if plan is None or now >= plan.expires_at else plan
 
     def peek(self, key: Key, now: float) -> Plan | None:
         """Return what ``recall`` would, without using it."""

@@ -1,7 +1,9 @@
-"""What happens in the database on behalf of one request: the link between the ASGI wrapper and the engine hooks.
+"""What happens in the database on behalf of one request: the link between the ASGI wrapper and the
+engine hooks.
 
-The wrapper puts a mutable ``Record`` into a context variable before it calls the application. Child tasks and threads see
-the same object (a value set by them would not come back, a change to the object does). It owns no I/O.
+The wrapper puts a mutable ``Record`` into a context variable before it calls the application. Child
+tasks and threads see the same object (a value set by them would not come back, a change to the
+object does). It owns no I/O.
 """
 
 import asyncio
@@ -20,7 +22,8 @@ _BY_SEVERITY = tuple(Outcome)
 
 
 def tick() -> int:
-    """Return the next number of a process-wide order, for "began before": no clock, so no ties and no steps."""
+    """Return the next number of a process-wide order, for "began before": no clock, so no ties and
+    no steps."""
     return next(_ticks)
 
 
@@ -28,7 +31,8 @@ def tick() -> int:
 class Reads:
     """What the database hooks saw while a response was being made to be stored.
 
-    ``tenant`` is whose it is; ``modules`` are those of values that it was made of and that nothing but their module invalidates.
+    ``tenant`` is whose it is; ``modules`` are those of values that it was made of and that nothing
+    but their module invalidates.
     """
 
     tenant: str | None = None
@@ -41,9 +45,11 @@ class Reads:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """One request, from the moment the wrapper took it. ``open`` holds transactions with uncommitted changes.
+    """One request, from the moment the wrapper took it. ``open`` holds transactions with
+    uncommitted changes.
 
-    ``sent`` is the token that it brought, ``token`` the one for its answer: None where it has bumped nothing.
+    ``sent`` is the token that it brought, ``token`` the one for its answer: None where it has
+    bumped nothing.
     """
 
     scope: Scope | None = None
@@ -59,9 +65,11 @@ class Record:
     """The ASGI scope, for the feed."""
 
     def nested(self, tenant: str) -> "Record":
-        """Begin the fill of a value of a tenant within this request: its own reads, the same transactions and bumps."""
+        """Begin the fill of a value of a tenant within this request: its own reads, the same
+        transactions and bumps."""
         alive = [session for session in (begun() for begun in self.sessions) if session is not None]
-        held = any(len(session.identity_map) > 0 for session in alive)  # objects read before the capture, given out again
+        # objects read before the capture, given out again
+        held = any(len(session.identity_map) > 0 for session in alive)
         return Record(
             scope=self.scope,
             reads=Reads(tenant, old_snapshot=held),
@@ -82,9 +90,11 @@ class Record:
             self.reads.old_snapshot |= inner.reads.old_snapshot
 
     async def settle(self) -> None:
-        """Wait until every write of this request so far may be acknowledged; remember what its answer has to say.
+        """Wait until every write of this request so far may be acknowledged; remember what its
+        answer has to say.
 
-        Who is cancelled meanwhile takes no bump along, and whoever settles at the same time waits for it too.
+        Who is cancelled meanwhile takes no bump along, and whoever settles at the same time waits
+        for it too.
         """
         while self.bumps:
             sent = self.bumps[0]
@@ -94,7 +104,8 @@ class Record:
             self.note(sent.result())
 
     def note(self, ack: Ack) -> None:
-        """Remember the worst of what became of this request's invalidations, and one token for all of them."""
+        """Remember the worst of what became of this request's invalidations, and one token for all
+        of them."""
         if _BY_SEVERITY.index(ack.outcome) > _BY_SEVERITY.index(self.outcome):
             self.outcome = ack.outcome
         self.token = both(self.token, ack.token)
@@ -106,13 +117,15 @@ cause: ContextVar[str | None] = ContextVar("respcache_cause", default=None)
 
 
 def bind_scope(scope: Scope) -> None:
-    """Tell the wrapper which scope a handler resolved itself: the tenant that ``invalidate_cache`` then invalidates."""
+    """Tell the wrapper which scope a handler resolved itself: the tenant that ``invalidate_cache``
+    then invalidates."""
     record = current.get()
     if record is not None:
         record.scope = scope
 
 
 def current_scope() -> Scope | None:
-    """Return the scope that the wrapper resolved for the request being handled, or None where it did not (writes, bypasses)."""
+    """Return the scope that the wrapper resolved for the request being handled, or None where it
+    did not (writes, bypasses)."""
     record = current.get()
     return None if record is None else record.scope

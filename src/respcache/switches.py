@@ -1,7 +1,8 @@
-"""The switches of all processes: what is not served from the cache, though invalidations go on being sent.
+"""The switches of all processes: what is not served from the cache, though invalidations go on
+being sent.
 
-They are one hash in the store that every process looks at once a second. What this process decides holds here at once, and is
-told to the store as soon as it can be reached.
+They are one hash in the store that every process looks at once a second. What this process decides
+holds here at once, and is told to the store as soon as it can be reached.
 """
 
 import asyncio
@@ -20,7 +21,16 @@ POLL_S = 1.0
 class Switches:
     """What is switched off, as far as this process knows."""
 
-    __slots__ = ("_decisions", "_polling", "_store", "_unsaid", "everything", "modules", "off", "tenants")
+    __slots__ = (
+        "_decisions",
+        "_polling",
+        "_store",
+        "_unsaid",
+        "everything",
+        "modules",
+        "off",
+        "tenants",
+    )
 
     def __init__(self, store: Store) -> None:
         self.everything = False
@@ -38,7 +48,8 @@ class Switches:
         return self.everything or tenant in self.tenants or module in self.modules
 
     async def turn(self, name: str, *, off: bool) -> bool:
-        """Decide a switch: ``keys.EVERYTHING``, or that of a tenant or a module. Returns whether the store was reached."""
+        """Decide a switch: ``keys.EVERYTHING``, or that of a tenant or a module. Returns whether
+        the store was reached."""
         log.warning("the cache is switched %s by this process: %s", "off" if off else "on", name)
         self._unsaid[name] = off
         self._decisions += 1
@@ -57,7 +68,11 @@ class Switches:
             return
         self._unsaid.clear()
         for name in sorted(off ^ self.off):
-            log.warning("the cache is switched %s for all processes: %s", "off" if name in off else "on", name)
+            log.warning(
+                "the cache is switched %s for all processes: %s",
+                "off" if name in off else "on",
+                name,
+            )
         self._take(off)
 
     async def start(self) -> None:

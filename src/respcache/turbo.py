@@ -1,15 +1,18 @@
-"""Hits answered below ASGI: a protocol class for uvicorn that sends what is in memory before a scope is built.
+"""Hits answered below ASGI: a protocol class for uvicorn that sends what is in memory before a
+scope is built.
 
     uvicorn.run(wrapped, http=turbo.protocol(wrapped, skips=["GZipMiddleware"]))
 
-It takes requests that were seen before: a GET without a body, on a kept connection, whose plan the wrapper remembers (so
-identity, policy and role were decided by the same code) and whose answer is held and proven by the same rules as in
-``lookup.py``. Everything else goes the usual way, untouched. While a view is being read the request has its place on the
-connection, so answers never overtake each other.
+It takes requests that were seen before: a GET without a body, on a kept connection, whose plan the
+wrapper remembers (so identity, policy and role were decided by the same code) and whose answer is
+held and proven by the same rules as in ``lookup.py``. Everything else goes the usual way,
+untouched. While a view is being read the request has its place on the connection, so answers never
+overtake each other.
 
-A hit skips whatever stands around the application and in it. For the wrapper that was so before, of what stands inside it;
-here it is also so for what stands around it. ``protocol`` therefore refuses to be made unless every middleware that it finds
-is named in ``skips``: name those that do nothing which a hit needs.
+A hit skips whatever stands around the application and in it. For the wrapper that was so before, of
+what stands inside it; here it is also so for what stands around it. ``protocol`` therefore refuses
+to be made unless every middleware that it finds is named in ``skips``: name those that do nothing
+which a hit needs.
 """
 
 import asyncio
@@ -20,7 +23,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from respcache.asgi import Wrapper
 from respcache.core.errors import ConfigurationError, StoreError
@@ -34,13 +41,15 @@ from respcache.ops.stats import SAMPLE_MASK
 from respcache.plans import MEMO_BYTES, PLAN_BYTES, Aim, Grant, Key, Memo, Plan
 
 HARMLESS = frozenset({"uvicorn.middleware.proxy_headers.ProxyHeadersMiddleware"})
-"""What uvicorn itself puts around an application: it changes who the client is, at which no plan may look."""
+"""What uvicorn itself puts around an application: it changes who the client is, at which no plan
+may look."""
 
 WITH_A_BODY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
 log = logging.getLogger("respcache")
 
 KEY_BYTES = PLAN_BYTES
-"""What remembering a request takes besides the bytes that it is recognised by: its plan may have left the memo."""
+"""What remembering a request takes besides the bytes that it is recognised by: its plan may have
+left the memo."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -48,17 +57,23 @@ Headers = list[tuple[bytes, bytes]]
 def protocol(app: Any, *, skips: Collection[str] = ()) -> type[HttpToolsProtocol]:
     """Make the protocol class for an application, to be given to uvicorn as ``http``.
 
-    ``skips`` names the classes of all middlewares around the wrapper and in the wrapped application (``GZipMiddleware``, or in
-    full ``package.module.GZipMiddleware``): each is declared to do nothing that a hit needs. Raises ``ConfigurationError`` for
-    one that is not named, for an application that is not wrapped, and for a resolver that does not say which headers it reads.
+    ``skips`` names the classes of all middlewares around the wrapper and in the wrapped application
+    (``GZipMiddleware``, or in full ``package.module.GZipMiddleware``): each is declared to do
+    nothing that a hit needs. Raises ``ConfigurationError`` for one that is not named, for an
+    application that is not wrapped, and for a resolver that does not say which headers it reads.
     """
     wrapper = _wrapper_of(app, frozenset(skips))
     if getattr(wrapper.cache.resolver, "headers", None) is None:
         raise ConfigurationError(
-            f"{type(wrapper.cache.resolver).__name__} has no attribute 'headers': without it no request is recognised"
+            f"{type(wrapper.cache.resolver).__name__} has no attribute 'headers': without it no "
+            f"request is recognised"
         )
     own = {"wrapper": wrapper, "skips": frozenset(skips), "checked": set()}
-    return type("TurboProtocol", (_Turbo,), {**own, "known": S3Fifo(MEMO_BYTES), "recognised": S3Fifo(MEMO_BYTES)})
+    return type(
+        "TurboProtocol",
+        (_Turbo,),
+        {**own, "known": S3Fifo(MEMO_BYTES), "recognised": S3Fifo(MEMO_BYTES)},
+    )
 
 
 class _Never:
@@ -69,15 +84,33 @@ class _Never:
 
 
 class _Request:
-    """A request that is answered here, or waits for that: what the base class looks at of a cycle, and how it came.
+    """A request that is answered here, or waits for that: what the base class looks at of a cycle,
+    and how it came.
 
     ``data``: its bytes, where the parser has not seen them.
     """
 
-    __slots__ = ("began", "body", "data", "disconnected", "headers", "keep_alive", "more_body", "response_complete", "url")
+    __slots__ = (
+        "began",
+        "body",
+        "data",
+        "disconnected",
+        "headers",
+        "keep_alive",
+        "more_body",
+        "response_complete",
+        "url",
+    )
     message_event = _Never()
 
-    def __init__(self, began: float, *, url: bytes = b"", headers: Headers | None = None, data: bytes | None = None) -> None:
+    def __init__(
+        self,
+        began: float,
+        *,
+        url: bytes = b"",
+        headers: Headers | None = None,
+        data: bytes | None = None,
+    ) -> None:
         self.began = began
         self.data = data
         self.url = url
@@ -92,8 +125,8 @@ class _Request:
 class _Turbo(HttpToolsProtocol):
     """One connection.
 
-    ``known``: the plans of requests by their bytes as they came. ``recognised``: the same by what the parser made of them, for
-    those that differ in what no plan depends on.
+    ``known``: the plans of requests by their bytes as they came. ``recognised``: the same by what
+    the parser made of them, for those that differ in what no plan depends on.
     """
 
     wrapper: Wrapper
@@ -101,7 +134,8 @@ class _Turbo(HttpToolsProtocol):
     known: S3Fifo[bytes, Plan]
     recognised: S3Fifo[Key, Plan]
     checked: set[tuple[int, str]]
-    """What uvicorn was seen to serve: whether it is the one application that this was made for, under one path."""
+    """What uvicorn was seen to serve: whether it is the one application that this was made for,
+    under one path."""
 
     _between = True
     """Whether the parser stands between two requests."""
@@ -125,24 +159,41 @@ class _Turbo(HttpToolsProtocol):
 
     def _check_served(self) -> None:
         if _wrapper_of(self.app, self.skips | HARMLESS) is not self.wrapper:
-            raise ConfigurationError("uvicorn serves another application than the one that turbo.protocol was given")
+            raise ConfigurationError(
+                "uvicorn serves another application than the one that turbo.protocol was given"
+            )
         if any(path != self.root_path for _, path in self.checked):
-            raise ConfigurationError(f"another server has root_path {self.root_path!r}: give it a turbo.protocol of its own")
+            raise ConfigurationError(
+                f"another server has root_path {self.root_path!r}: give it a turbo.protocol of "
+                f"its own"
+            )
 
     def data_received(self, data: bytes) -> None:
         """Answer a request whose bytes are known, else have them parsed (asyncio.Protocol).
 
-        Bytes that were one whole request when they came between two others are the same request whenever they do so again.
+        Bytes that were one whole request when they came between two others are the same request
+        whenever they do so again.
         """
         plan = self.known.get(data)
         if plan is not None and self._between and not self._busy():
             cache, memo = self.wrapper.cache, self.wrapper.memo
             now = cache.clock()
-            if memo is not None and now < plan.expires_at and plan.life == memo.life and self._safely(plan, now, data):
+            if (
+                memo is not None
+                and now < plan.expires_at
+                and plan.life == memo.life
+                and self._safely(plan, now, data)
+            ):
                 return
         between, self._begun, self._found = self._between, 0, None
         super().data_received(data)
-        if self._found is not None and between and self._between and self._begun == 1 and data.endswith(b"\r\n\r\n"):
+        if (
+            self._found is not None
+            and between
+            and self._between
+            and self._begun == 1
+            and data.endswith(b"\r\n\r\n")
+        ):
             self.known.put(data, self._found, size_bytes=len(data) + KEY_BYTES)
 
     def on_message_begin(self) -> None:
@@ -169,10 +220,11 @@ class _Turbo(HttpToolsProtocol):
         if plan is None or not self._safely(plan, now, None):
             self._go_on()
 
-    # -- which requests ------------------------------------------------------------------------------------------------
+    # -- which requests ----------------------------------------------------------------------------
 
     def _busy(self) -> bool:
-        """Whether nothing may be answered here at present: an answer is under way, or uvicorn wants to see every request."""
+        """Whether nothing may be answered here at present: an answer is under way, or uvicorn wants
+        to see every request."""
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             return True
@@ -183,7 +235,11 @@ class _Turbo(HttpToolsProtocol):
         memo, parser = self.wrapper.memo, self.parser
         if memo is None or self._busy():
             return None
-        if parser.get_method() != b"GET" or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
+        if (
+            parser.get_method() != b"GET"
+            or parser.get_http_version() != "1.1"
+            or not parser.should_keep_alive()
+        ):
             return None
         if parser.should_upgrade():
             return None
@@ -201,7 +257,8 @@ class _Turbo(HttpToolsProtocol):
         return plan
 
     def _recall(self, memo: Memo, key: Key, seen: Headers, now: float) -> Plan | None:
-        """Ask the wrapper's memo. Not for the absolute form of an address, nor for what is none at all."""
+        """Ask the wrapper's memo. Not for the absolute form of an address, nor for what is none at
+        all."""
         if not self.url.startswith(b"/"):
             return None
         parsed = httptools.parse_url(self.url)
@@ -209,10 +266,14 @@ class _Turbo(HttpToolsProtocol):
         path = self.root_path + (unquote(path) if "%" in path else path)
         plan = memo.recall((path, parsed.query or b"", self.root_path, *seen), now)
         if plan is not None:
-            self.recognised.put(key, plan, size_bytes=len(self.url) + sum(len(value) for _, value in seen) + KEY_BYTES)
+            self.recognised.put(
+                key,
+                plan,
+                size_bytes=len(self.url) + sum(len(value) for _, value in seen) + KEY_BYTES,
+            )
         return plan
 
-    # -- proving -------------------------------------------------------------------------------------------------------
+    # -- proving -----------------------------------------------------------------------------------
 
     def _safely(self, plan: Plan, now: float, data: bytes | None) -> bool:
         try:
@@ -243,7 +304,11 @@ class _Turbo(HttpToolsProtocol):
                     return False
         else:
             held, fence, view = grant.held, grant.fence, grant.view if aim.view_s else None
-        request = _Request(now, data=data) if data is not None else _Request(now, url=self.url, headers=self.headers)
+        request = (
+            _Request(now, data=data)
+            if data is not None
+            else _Request(now, url=self.url, headers=self.headers)
+        )
         if view is None:
             cache.wait_for_view(aim, partial(self._land, request, plan, aim, grant, held, fence))
             if data is None:
@@ -283,13 +348,15 @@ class _Turbo(HttpToolsProtocol):
             log.exception("a request could not be answered below ASGI")
             self.transport.close()
 
-    # -- answering -----------------------------------------------------------------------------------------------------
+    # -- answering ---------------------------------------------------------------------------------
 
     def _send(self, request: _Request, plan: Plan, aim: Aim, grant: Grant, now: float) -> None:
         request.response_complete = True
         held, variant, figures = grant.held, grant.variant, aim.figures
         body, state = variant.body, self.server_state
-        head = variant.head(STATUS_LINE[held.entry.status], state.default_headers, int(held.expires_at - now))
+        head = variant.head(
+            STATUS_LINE[held.entry.status], state.default_headers, int(held.expires_at - now)
+        )
         self.transport.writelines((head, body))
         figures.hits = hits = figures.hits + 1
         figures.bytes_served += len(body)
@@ -308,7 +375,8 @@ class _Turbo(HttpToolsProtocol):
             self._arm(self.timeout_keep_alive)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if it was idle for so long, else look again later: hits move no timer."""
+        """Close the connection if it was idle for so long, else look again later: hits move no
+        timer."""
         if self.transport.is_closing():  # a cycle whose client has left is never complete
             return
         left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
@@ -320,9 +388,11 @@ class _Turbo(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def _arm(self, seconds: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
 
-    # -- the usual way -------------------------------------------------------------------------------------------------
+    # -- the usual way -----------------------------------------------------------------------------
 
     def _go_on(self) -> None:
         """Let the base class have the request whose head was read just now."""
@@ -334,7 +404,8 @@ class _Turbo(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _go_on_late(self, request: _Request) -> None:
-        """Run the application for a request that waited: the parser may be at another one by now, or has not seen this one."""
+        """Run the application for a request that waited: the parser may be at another one by now,
+        or has not seen this one."""
         cycle = RequestResponseCycle(
             scope=self._scope(request),
             transport=self.transport,
@@ -395,12 +466,15 @@ def _parse(data: bytes) -> tuple[bytes, Headers]:
 
 
 def _wrapper_of(app: Any, skips: frozenset[str]) -> Wrapper:
-    """Find the wrapper in a chain of ASGI applications. Raises ``ConfigurationError`` for a layer that is not in ``skips``."""
+    """Find the wrapper in a chain of ASGI applications. Raises ``ConfigurationError`` for a layer
+    that is not in ``skips``."""
     layer = app
     while not isinstance(layer, Wrapper):
         inner = getattr(layer, "app", None)
         if inner is None:
-            raise ConfigurationError(f"{type(app).__name__} is not wrapped by a cache: give what Cache.wrap returned")
+            raise ConfigurationError(
+                f"{type(app).__name__} is not wrapped by a cache: give what Cache.wrap returned"
+            )
         _check(type(layer), skips)
         layer = inner
     for middleware in _inside(layer.app):
@@ -409,10 +483,13 @@ def _wrapper_of(app: Any, skips: frozenset[str]) -> Wrapper:
 
 
 def _inside(app: Any) -> Iterator[type]:
-    """Name the middlewares within a wrapped application, and within its mounts and routes that lead to a cached endpoint: those
-    of Starlette's lists, and plain ASGI layers."""
+    """Name the middlewares within a wrapped application, and within its mounts and routes that lead
+    to a cached endpoint: those of Starlette's lists, and plain ASGI layers."""
     while app is not None:
-        yield from (getattr(middleware.cls, "__wrapped__", middleware.cls) for middleware in getattr(app, "user_middleware", ()))
+        yield from (
+            getattr(middleware.cls, "__wrapped__", middleware.cls)
+            for middleware in getattr(app, "user_middleware", ())
+        )
         for mounted in before_cached(getattr(app, "routes", ())):
             yield from _inside(mounted)
         inner = getattr(app, "app", None)
@@ -424,4 +501,6 @@ def _inside(app: Any) -> Iterator[type]:
 def _check(layer: type, skips: frozenset[str]) -> None:
     name = f"{layer.__module__}.{layer.__qualname__}"
     if not skips & {layer.__name__, name}:
-        raise ConfigurationError(f"a hit would skip {name}: if nothing that it does is needed then, name it in skips")
+        raise ConfigurationError(
+            f"a hit would skip {name}: if nothing that it does is needed then, name it in skips"
+        )

@@ -1,4 +1,5 @@
-"""Values that the application's own code makes, cached under the same rules as responses (``Cache.get_or_set``)."""
+"""Values that the application's own code makes, cached under the same rules as responses
+(``Cache.get_or_set``)."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,7 +23,9 @@ Make = Callable[[], Awaitable[T]]
 class Values:
     """Finds values, or has them made once. One per cache with a store."""
 
-    def __init__(self, lookup: Lookup, filler: Filler, *, stats: Stats, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, lookup: Lookup, filler: Filler, *, stats: Stats, clock: Callable[[], float]
+    ) -> None:
         self.tracing = Tracing()
         self._lookup = lookup
         self._filler = filler
@@ -30,11 +33,15 @@ class Values:
         self._clock = clock
 
     async def get(self, tenant: str, policy: Policy, key: Mapping[str, Any], make: Make[T]) -> T:
-        """Return the value of a tenant under this key, cached or made. ``current`` is the record of whoever asks."""
+        """Return the value of a tenant under this key, cached or made. ``current`` is the record of
+        whoever asks."""
         began, outer, route = self._clock(), current.get(), VALUE + policy.module
-        target = self._lookup.target(policy, tenant=tenant, route=route, fingerprint=b"", parameters=as_parameters(key))
+        target = self._lookup.target(
+            policy, tenant=tenant, route=route, fingerprint=b"", parameters=as_parameters(key)
+        )
         figures = self._stats.at(tenant, policy.module, route)
-        # within a fill the value must be as fresh as what is made of it, whose certificate says so for all its time
+        # within a fill the value must be as fresh as what is made of it, whose certificate says so
+        # for all its time
         view_s = policy.view_s(anonymous=True) if outer is None or outer.reads is None else 0.0
         aim = Aim(tenant, target, policy, figures=figures, view_s=view_s)
         held = await self._lookup.hit(aim, sent=None if outer is None else outer.sent)
@@ -59,20 +66,28 @@ class Values:
         return _decode(entry.body)
 
     async def _fill(self, make: Make[T], look: Look, outer: Record | None) -> T:
-        entered = await self._filler.enter(look.target, view=look.view, certificate=look.certificate)
+        entered = await self._filler.enter(
+            look.target, view=look.view, certificate=look.certificate
+        )
         if isinstance(entered, Entry):
             look.aim.figures.collapsed += 1
             return cast(T, _decode(entered.body))
         if entered is None:
             return await make()
         module = look.aim.policy.module
-        with self.tracing.fill(tenant=look.aim.tenant, module=module, route=VALUE + module) as trace:
+        with self.tracing.fill(
+            tenant=look.aim.tenant, module=module, route=VALUE + module
+        ) as trace:
             return await self._make(make, look, entered, outer, trace)
 
-    async def _make(self, make: Make[T], look: Look, lead: Lead, outer: Record | None, trace: Trace) -> T:
+    async def _make(
+        self, make: Make[T], look: Look, lead: Lead, outer: Record | None, trace: Trace
+    ) -> T:
         """Make the value, store and share it if that may be."""
         policy, figures = look.aim.policy, look.aim.figures
-        record = Record(reads=Reads(look.aim.tenant)) if outer is None else outer.nested(look.aim.tenant)
+        record = (
+            Record(reads=Reads(look.aim.tenant)) if outer is None else outer.nested(look.aim.tenant)
+        )
         token = current.set(record)
         started = self._clock()
         try:
@@ -84,8 +99,16 @@ class Values:
             if storable:
                 seconds = self._clock() - started
                 body = msgspec.msgpack.encode(value)
-                now_ms, ttl_ms, fill_ms = int(time.time() * 1000), int(policy.ttl_s * 1000), round(seconds * 1000)
-                lead.land(Entry(lead.certificate, look.target.digest, now_ms, ttl_ms, fill_ms, 200, (), body))
+                now_ms, ttl_ms, fill_ms = (
+                    int(time.time() * 1000),
+                    int(policy.ttl_s * 1000),
+                    round(seconds * 1000),
+                )
+                lead.land(
+                    Entry(
+                        lead.certificate, look.target.digest, now_ms, ttl_ms, fill_ms, 200, (), body
+                    )
+                )
                 figures.store(size_bytes=len(body), seconds=seconds)
                 value = _decode(body)
             else:

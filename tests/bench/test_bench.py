@@ -1,4 +1,5 @@
-"""The benchmark runs, tells apart what it must not measure, and leaves nothing behind. No figure has a limit here."""
+"""The benchmark runs, tells apart what it must not measure, and leaves nothing behind. No figure
+has a limit here."""
 
 import json
 import math
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CPU time is rea
 
 
 def test_two_lanes_have_figures_at_every_number_of_connections(tmp_path: Path) -> None:
-    """The last line is one JSON object; ratios are finite and positive; the bare lane is its own measure."""
+    """The last line is one JSON object; ratios are finite and positive; the bare lane is its own
+    measure."""
     found = measure(tmp_path, "bare,strict")
     assert found["skipped"] == found["refused"] == {}
     for lane in ("bare", "strict"):
@@ -33,7 +35,8 @@ def test_two_lanes_have_figures_at_every_number_of_connections(tmp_path: Path) -
 
 
 def test_lanes_whose_answers_are_wrong_are_refused(tmp_path: Path) -> None:
-    """Another page's bytes, a byte too few, a handler that runs again, an error later on: said, and no figure given."""
+    """Another page's bytes, a byte too few, a handler that runs again, an error later on: said, and
+    no figure given."""
     found = measure(tmp_path, ",".join(["bare", *(f"wrong:{name}" for name in WRONG)]))
     refused = found["refused"]
     assert set(refused) == {f"wrong:{name}" for name in WRONG}
@@ -47,9 +50,12 @@ def test_lanes_whose_answers_are_wrong_are_refused(tmp_path: Path) -> None:
 
 def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
     """Ctrl-C in the middle leaves no process and no file."""
-    process = subprocess.Popen([*RUN, "--seconds", "600", "--lanes", "bare,strict"], env=environment(tmp_path))
+    process = subprocess.Popen(
+        [*RUN, "--seconds", "600", "--lanes", "bare,strict"], env=environment(tmp_path)
+    )
     try:
-        wait_until(lambda: len(working_below(tmp_path)) >= 2 or process.poll() is not None)  # Valkey and a lane
+        # Valkey and a lane
+        wait_until(lambda: len(working_below(tmp_path)) >= 2 or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     finally:
@@ -60,9 +66,12 @@ def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
 
 
 def measure(folder: Path, lanes: str) -> Any:
-    """Run the benchmark with few requests; return its last line. It must leave nothing in its folder."""
+    """Run the benchmark with few requests; return its last line. It must leave nothing in its
+    folder."""
     command = [*RUN, "--requests", "64", "--lanes", lanes]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment(folder), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert list(folder.iterdir()) == []
     return json.loads(done.stdout.splitlines()[-1])
@@ -70,7 +79,9 @@ def measure(folder: Path, lanes: str) -> Any:
 
 def environment(folder: Path) -> dict[str, str]:
     """Have it put its files into a folder, and find the lanes of this one."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     return {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 

@@ -1,4 +1,5 @@
-"""Lanes that do not do what they are measured for, each in one way: the benchmark must refuse them."""
+"""Lanes that do not do what they are measured for, each in one way: the benchmark must refuse
+them."""
 
 from typing import Any
 
@@ -8,7 +9,8 @@ from lanes import bare
 
 
 def other_page(url: str) -> Any:
-    """Answer every request with the same page: right status, right length, the bytes of another one."""
+    """Answer every request with the same page: right status, right length, the bytes of another
+    one."""
     return _answering(lambda page: handler.body(0))
 
 

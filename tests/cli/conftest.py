@@ -24,7 +24,10 @@ Run = Callable[..., Done]
 
 def clean(**environment: str) -> dict[str, str]:
     """Return our environment without what the command reads, and with what is given."""
-    return {**{name: value for name, value in os.environ.items() if not OURS.match(name)}, **environment}
+    return {
+        **{name: value for name, value in os.environ.items() if not OURS.match(name)},
+        **environment,
+    }
 
 
 @pytest.fixture

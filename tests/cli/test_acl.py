@@ -42,7 +42,8 @@ async def until(condition: Callable[[], object], seconds: float = 2.0) -> bool:
 
 
 async def exercise(url: str, admin: redis.Redis) -> str:
-    """Have a store do everything that a store does; return what went wrong, nothing if nothing did."""
+    """Have a store do everything that a store does; return what went wrong, nothing if nothing
+    did."""
     store, heard = RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S), list[str]()
     store.listen(heard.append, lambda: None)
     await store.connect()
@@ -50,7 +51,9 @@ async def exercise(url: str, admin: redis.Redis) -> str:
         if not await until(lambda: store._link.listening):
             return "not listening"
         admin.script_flush()
-        certificate = (await store.open(GEN, nonce=secrets.token_hex(8).encode(), ttl_ms=HOUR_MS)).certificate()
+        certificate = (
+            await store.open(GEN, nonce=secrets.token_hex(8).encode(), ttl_ms=HOUR_MS)
+        ).certificate()
         assert certificate is not None
         await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=["a" * 16])
         if not await until(lambda: heard.count(GEN) > 2):
@@ -82,14 +85,22 @@ async def admin(valkey_url: str) -> AsyncIterator[redis.Redis]:
 
 
 @pytest.mark.anyio
-async def test_the_user_of_the_application_can_do_all_that_a_store_does(valkey_url: str, admin: redis.Redis) -> None:
+async def test_the_user_of_the_application_can_do_all_that_a_store_does(
+    valkey_url: str, admin: redis.Redis
+) -> None:
     """Scripts in full and by digest, messages, switches, a foreign value in their place."""
     assert await exercise(log_in_as(valkey_url, DATA_PLANE), admin) == ""
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "right", [*(f"+{name}" for name in DATA_PLANE.commands), "~tenant:*", "~respcache:~*", "&respcache:~bumps"]
+    "right",
+    [
+        *(f"+{name}" for name in DATA_PLANE.commands),
+        "~tenant:*",
+        "~respcache:~*",
+        "&respcache:~bumps",
+    ],
 )
 async def test_there_is_no_right_too_much(valkey_url: str, admin: redis.Redis, right: str) -> None:
     """Without any single one something fails."""
@@ -104,21 +115,32 @@ async def test_there_is_no_right_too_much(valkey_url: str, admin: redis.Redis, r
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_the_user_of_the_application_is_refused_everything_else(valkey_url: str, words: tuple[str, ...]) -> None:
+def test_the_user_of_the_application_is_refused_everything_else(
+    valkey_url: str, words: tuple[str, ...]
+) -> None:
     """Other commands, other keys, other channels."""
-    with redis.Redis.from_url(log_in_as(valkey_url, DATA_PLANE)) as client, pytest.raises(NoPermissionError):
+    with (
+        redis.Redis.from_url(log_in_as(valkey_url, DATA_PLANE)) as client,
+        pytest.raises(NoPermissionError),
+    ):
         client.execute_command(*words)
 
 
-def test_other_channels_are_refused_whatever_the_server_allows_by_itself(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+def test_other_channels_are_refused_whatever_the_server_allows_by_itself(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """Redis 6.2 gives a user that was reset all channels."""
     url = make_valkey(acl_pubsub_default="allchannels").url
-    with redis.Redis.from_url(log_in_as(url, DATA_PLANE)) as client, pytest.raises(NoPermissionError):
+    with (
+        redis.Redis.from_url(log_in_as(url, DATA_PLANE)) as client,
+        pytest.raises(NoPermissionError),
+    ):
         client.publish("other", "x")
 
 
 async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
-    """Have a board and an ``Admin`` do everything that they do; return what went wrong, nothing if nothing did."""
+    """Have a board and an ``Admin`` do everything that they do; return what went wrong, nothing if
+    nothing did."""
     board, other = (Board(as_user, deadline_s=LONG_S) for _ in range(2))
     cache, neighbour = (
         Cache(
@@ -143,7 +165,12 @@ async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
         await board._prune()
         if admin.sismember(PROCESSES_KEY, "0" * 16):
             return "what has ended is not forgotten"
-        for seen in (await board.fleet(), await board.tenant("public"), await board.tenants(), await board.series(1)):
+        for seen in (
+            await board.fleet(),
+            await board.tenant("public"),
+            await board.tenants(),
+            await board.series(1),
+        ):
             if seen.problem:
                 return seen.problem
         if (await facade.overview(root)).server is None:
@@ -151,7 +178,11 @@ async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
         if len((await board.fleet()).processes) != 2:
             return "the other process is not seen"
         keys = (await facade.keys(root, tenant="public")).keys
-        if len(keys) != 1 or not isinstance(keys[0].size_bytes, int) or (await facade.sample(root)).sampled != 1:
+        if (
+            len(keys) != 1
+            or not isinstance(keys[0].size_bytes, int)
+            or (await facade.sample(root)).sampled != 1
+        ):
             return "the stored value is not found"
         facade._feed.note([("public", "*", "a row")], Outcome.CONFIRMED, 0.1, by="somebody")
         await facade._feed.close()
@@ -183,7 +214,9 @@ async def test_the_user_of_administration_can_do_all_that_is_done(valkey_url: st
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("right", [f"+{name}" for name in ADMINISTRATION.commands if name != "config|get"])
+@pytest.mark.parametrize(
+    "right", [f"+{name}" for name in ADMINISTRATION.commands if name != "config|get"]
+)
 async def test_administration_has_no_right_too_much(valkey_url: str, right: str) -> None:
     """Without any single one something fails; the server's configuration is for the doctor."""
     url = elsewhere(valkey_url)
@@ -191,7 +224,9 @@ async def test_administration_has_no_right_too_much(valkey_url: str, right: str)
         assert await operate(url, log_in_as(url, ADMINISTRATION, without=right), client) != ""
 
 
-def test_the_command_prints_each_rule_as_a_line_that_the_server_takes(respcache: Run, valkey_url: str) -> None:
+def test_the_command_prints_each_rule_as_a_line_that_the_server_takes(
+    respcache: Run, valkey_url: str
+) -> None:
     """Less the lines that begin with #; --role is one of them."""
     done = respcache("acl")
     rules = [line for line in done.stdout.splitlines() if not line.startswith("#")]
@@ -199,7 +234,10 @@ def test_the_command_prints_each_rule_as_a_line_that_the_server_takes(respcache:
     with redis.Redis.from_url(valkey_url) as client:
         for rule in rules:
             assert client.execute_command(*rule.split()) in (True, b"OK", "OK")
-    assert document(respcache("acl", "--role", "application", "--json"))["application"]["rule"] == DATA_PLANE.rule()
+    assert (
+        document(respcache("acl", "--role", "application", "--json"))["application"]["rule"]
+        == DATA_PLANE.rule()
+    )
 
 
 def test_an_unknown_role_is_wrong_usage(respcache: Run) -> None:

@@ -1,4 +1,5 @@
-"""Commands that ask a running application: the CRM with its demo data, met as a superadmin, a tenant's admin and a manager."""
+"""Commands that ask a running application: the CRM with its demo data, met as a superadmin, a
+tenant's admin and a manager."""
 
 import json
 import os
@@ -42,24 +43,39 @@ def tokens(system: System) -> dict[str, str]:
         "manager": ("globex", "manager"),
         "nobody": ("acme", "employee"),
     }
-    return {name: system.command("token", "--tenant", who[0], "--role", who[1]).stdout.strip() for name, who in people.items()}
+    return {
+        name: system.command("token", "--tenant", who[0], "--role", who[1]).stdout.strip()
+        for name, who in people.items()
+    }
 
 
 @pytest.fixture
 def ask(respcache: Run, system: System, tokens: dict[str, str]) -> Ask:
     """Run a command as somebody, after a list was read twice: a miss and a hit at least."""
     for _ in range(2):
-        httpx2.get(f"{system.base}/api/accounts?limit=2", headers={"authorization": f"Bearer {tokens['admin']}"})
+        httpx2.get(
+            f"{system.base}/api/accounts?limit=2",
+            headers={"authorization": f"Bearer {tokens['admin']}"},
+        )
 
     def run(*arguments: str, who: str = "root", **environment: str) -> Done:
-        return respcache(*arguments, RESPCACHE_URL=f"{system.base}/cache", RESPCACHE_TOKEN=tokens[who], **environment)
+        return respcache(
+            *arguments,
+            RESPCACHE_URL=f"{system.base}/cache",
+            RESPCACHE_TOKEN=tokens[who],
+            **environment,
+        )
 
     return run
 
 
 def first_key(ask: Ask) -> str:
     """Name a stored answer."""
-    return str(document(ask("keys", "--tenant", "acme", "--module", "accounts", "--json"))["keys"][0]["key"])
+    return str(
+        document(ask("keys", "--tenant", "acme", "--module", "accounts", "--json"))["keys"][0][
+            "key"
+        ]
+    )
 
 
 COMMANDS = [
@@ -71,7 +87,9 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_prints_text_for_people_and_json_for_programs(ask: Ask, command: tuple[str, ...]) -> None:
+def test_every_command_prints_text_for_people_and_json_for_programs(
+    ask: Ask, command: tuple[str, ...]
+) -> None:
     """No colours in a pipe, no blanks at the end of lines, nothing on standard error."""
     said = ask(*command)
     assert (said.returncode, said.stderr, "\x1b" in said.stdout) == (0, "", False)
@@ -91,16 +109,22 @@ def test_status_says_how_it_is(ask: Ask) -> None:
     assert (own["processes"], own["server"]) == ([], None)
 
 
-def test_status_fails_while_the_cache_is_switched_off(ask: Ask, system: System, tokens: dict[str, str]) -> None:
+def test_status_fails_while_the_cache_is_switched_off(
+    ask: Ask, system: System, tokens: dict[str, str]
+) -> None:
     """A check that has failed: status 1, with the reason."""
     headers = {"authorization": f"Bearer {tokens['root']}"}
-    httpx2.post(f"{system.base}/cache/api/switch", json={"off": True}, headers=headers).raise_for_status()
+    httpx2.post(
+        f"{system.base}/cache/api/switch", json={"off": True}, headers=headers
+    ).raise_for_status()
     try:
         done = ask("status")
         assert (done.returncode, "! the cache is switched off" in done.stdout) == (1, True)
         assert document(ask("status", "--json"))["problems"]
     finally:
-        httpx2.post(f"{system.base}/cache/api/switch", json={"off": False}, headers=headers).raise_for_status()
+        httpx2.post(
+            f"{system.base}/cache/api/switch", json={"off": False}, headers=headers
+        ).raise_for_status()
 
 
 def test_a_key_is_looked_at_and_its_body_printed(ask: Ask) -> None:
@@ -120,19 +144,37 @@ def test_explain_says_why(ask: Ask) -> None:
     found = document(ask("explain", "/api/accounts?limit=2", "--json", who="admin"))
     assert (found["outcome"], found["policy"]["module"]) == ("hit", "accounts")
     said = ask("explain", "/api/accounts?limit=2", who="admin").stdout
-    for name in ("route", "policy", "reads", "caller", "key", "depends on", "generation", "certificate", "verdict", "fence"):
+    for name in (
+        "route",
+        "policy",
+        "reads",
+        "caller",
+        "key",
+        "depends on",
+        "generation",
+        "certificate",
+        "verdict",
+        "fence",
+    ):
         assert re.search(rf"^{name} +\S", said, re.MULTILINE), name
     assert "eyJ" not in said
     assert document(ask("explain", "/api/accounts", "--anonymous", "--json"))["outcome"] == "bypass"
 
 
-def test_a_purge_says_what_it_would_do_and_does_it(ask: Ask, system: System, tokens: dict[str, str]) -> None:
+def test_a_purge_says_what_it_would_do_and_does_it(
+    ask: Ask, system: System, tokens: dict[str, str]
+) -> None:
     """After it, the next read is a miss."""
-    preview = document(ask("purge", "--tenant", "acme", "--module", "accounts", "--dry-run", "--json"))
+    preview = document(
+        ask("purge", "--tenant", "acme", "--module", "accounts", "--dry-run", "--json")
+    )
     assert (preview["dry_run"], preview["entries"] > 0) == (True, True)
     done = document(ask("purge", "--tenant", "acme", "--module", "accounts", "--yes", "--json"))
     assert (done["confirmed"], done["module"]) == (True, "accounts")
-    answer = httpx2.get(f"{system.base}/api/accounts?limit=2", headers={"authorization": f"Bearer {tokens['admin']}"})
+    answer = httpx2.get(
+        f"{system.base}/api/accounts?limit=2",
+        headers={"authorization": f"Bearer {tokens['admin']}"},
+    )
     assert "fwd=stale" in answer.headers["cache-status"]
     key = first_key(ask)
     assert document(ask("purge", "--key", key, "--yes", "--json"))["key"] == key
@@ -164,15 +206,19 @@ def test_a_purge_says_what_it_would_do_and_does_it(ask: Ask, system: System, tok
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_every_failure_has_its_exit_status(ask: Ask, system: System, arguments: tuple[str, ...], who: str, status: int) -> None:
-    """One line on standard error, nothing of a traceback, no secret; with --json a document that says the same."""
+def test_every_failure_has_its_exit_status(
+    ask: Ask, system: System, arguments: tuple[str, ...], who: str, status: int
+) -> None:
+    """One line on standard error, nothing of a traceback, no secret; with --json a document that
+    says the same."""
     given = [argument.format(base=system.base) for argument in arguments]
     done = ask(*given, who=who)
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert done.stderr
     assert "Traceback" not in done.stderr
     assert "hidden-one" not in done.stderr
-    if "colours" not in arguments and "0" not in arguments:  # those are refused before a command begins
+    # those are refused before a command begins
+    if "colours" not in arguments and "0" not in arguments:
         assert document(ask(*given, "--json", who=who))["error"]["message"] in done.stderr
 
 
@@ -188,8 +234,14 @@ def test_a_token_comes_from_a_file_that_nobody_else_can_read(
     assert (shown.returncode, "chmod 600" in shown.stderr) == (2, True)
     file.chmod(0o600)
     assert respcache("stats", "--token-file", str(file), RESPCACHE_URL=url).returncode == 0
-    assert respcache("stats", "--token-file", "-", stdin=tokens["root"], RESPCACHE_URL=url).returncode == 0
-    assert respcache("status", "--token-file", str(tmp_path / "none"), RESPCACHE_URL=url).returncode == 2
+    assert (
+        respcache("stats", "--token-file", "-", stdin=tokens["root"], RESPCACHE_URL=url).returncode
+        == 0
+    )
+    assert (
+        respcache("status", "--token-file", str(tmp_path / "none"), RESPCACHE_URL=url).returncode
+        == 2
+    )
     without = respcache("status", RESPCACHE_URL=url)
     assert (without.returncode, "RESPCACHE_TOKEN" in without.stderr) == (4, True)
 
@@ -203,7 +255,9 @@ def test_a_token_that_cannot_be_one_is_not_shown(respcache: Run, token: str) -> 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_token_that_nobody_knows_is_refused_with_what_to_do(respcache: Run, system: System) -> None:
+def test_a_token_that_nobody_knows_is_refused_with_what_to_do(
+    respcache: Run, system: System
+) -> None:
     """The fix is a new one."""
     done = respcache("status", RESPCACHE_URL=f"{system.base}/cache", RESPCACHE_TOKEN="wrong")
     assert (done.returncode, "set RESPCACHE_TOKEN anew" in done.stderr) == (4, True)
@@ -214,12 +268,19 @@ def test_a_search_shows_no_more_than_was_asked_for_in_the_order_of_names(
 ) -> None:
     """And says when there is more."""
     for limit in range(1, 9):
-        httpx2.get(f"{system.base}/api/leads?limit={limit}", headers={"authorization": f"Bearer {tokens['admin']}"})
+        httpx2.get(
+            f"{system.base}/api/leads?limit={limit}",
+            headers={"authorization": f"Bearer {tokens['admin']}"},
+        )
     everything = document(ask("keys", "--json"))
     names = [one["key"] for one in everything["keys"]]
     assert (names == sorted(names), everything["complete"], len(names) > 1) == (True, True, True)
     part = document(ask("keys", "--limit", "1", "--json"))
-    assert (len(part["keys"]), part["complete"], part["looked_at"] <= part["total"]) == (1, False, True)
+    assert (len(part["keys"]), part["complete"], part["looked_at"] <= part["total"]) == (
+        1,
+        False,
+        True,
+    )
     assert "there may be more: --limit 10" in ask("keys", "--limit", "1").stdout
 
 
@@ -230,7 +291,8 @@ def test_a_tenant_is_looked_for_as_it_was_spelt(ask: Ask) -> None:
 
 
 def test_a_purge_of_nobody_is_doubted(ask: Ask) -> None:
-    """It is done, as applications need not name all of their tenants; a key that is gone is said to be gone."""
+    """It is done, as applications need not name all of their tenants; a key that is gone is said to
+    be gone."""
     done = ask("purge", "--tenant", "amce", "--dry-run")
     assert (done.returncode, "names no tenant 'amce'" in done.stderr) == (0, True)
     assert ask("purge", "--tenant", "Acme", "--dry-run").stderr == ""
@@ -240,31 +302,47 @@ def test_a_purge_of_nobody_is_doubted(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["host=h password=hidden-one", "me:hidden-one@h/db", "//me:hidden-one@h/db", "redis://me@h?password=hidden-one"]
+    "given",
+    [
+        "host=h password=hidden-one",
+        "me:hidden-one@h/db",
+        "//me:hidden-one@h/db",
+        "redis://me@h?password=hidden-one",
+    ],
 )
 def test_an_address_that_is_none_is_not_shown(respcache: Run, given: str) -> None:
     """It may hold a password in a form that nobody knows."""
     done = respcache("config", "--json", DATABASE_URL=given)
     assert "hidden-one" not in done.stdout
-    assert [one["source"] for one in document(done)["environment"] if one["name"] == "DATABASE_URL"] == ["environment"]
+    assert [
+        one["source"] for one in document(done)["environment"] if one["name"] == "DATABASE_URL"
+    ] == ["environment"]
 
 
 def test_config_shows_no_secret(ask: Ask) -> None:
     """Values and sources of this environment and of the application."""
-    done = ask("config", "--json", REDIS_CACHE_URL="redis://me:hidden-one@h/1", RESPCACHE_KEY="hidden-one")
+    done = ask(
+        "config", "--json", REDIS_CACHE_URL="redis://me:hidden-one@h/1", RESPCACHE_KEY="hidden-one"
+    )
     report = document(done)
     assert "hidden-one" not in done.stdout
     local = {one["name"]: (one["value"], one["source"]) for one in report["environment"]}
     assert local["REDIS_CACHE_URL"] == ("redis://me:***@h/1", "environment")
-    assert (local["RESPCACHE_KEY"], local["REDIS_URL"]) == (("set", "environment"), ("not set", "default"))
+    assert (local["RESPCACHE_KEY"], local["REDIS_URL"]) == (
+        ("set", "environment"),
+        ("not set", "default"),
+    )
     assert report["application"]
 
 
 def on_a_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple[int, str]:
-    """Run the command on a terminal of its own, type something, and return its status and what was shown."""
+    """Run the command on a terminal of its own, type something, and return its status and what was
+    shown."""
     ours, theirs = pty.openpty()
     environment = clean(TERM="xterm-256color", **environment)
-    process = subprocess.Popen([COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = subprocess.Popen(
+        [COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
     os.close(theirs)
     shown = b""
     while True:
@@ -282,7 +360,9 @@ def on_a_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple
     return process.wait(30), shown.decode()
 
 
-def test_a_terminal_has_colours_unless_it_wants_none(ask: Ask, system: System, tokens: dict[str, str]) -> None:
+def test_a_terminal_has_colours_unless_it_wants_none(
+    ask: Ask, system: System, tokens: dict[str, str]
+) -> None:
     """NO_COLOR is honoured."""
     given = {"RESPCACHE_URL": f"{system.base}/cache", "RESPCACHE_TOKEN": tokens["root"]}
     colours = re.compile(r"\x1b\[[0-9;]*3[0-9]m")
@@ -296,16 +376,23 @@ def test_a_purge_asks_for_the_name_of_the_tenant(
 ) -> None:
     """Anything else than the name: nothing is purged."""
     given = {"RESPCACHE_URL": f"{system.base}/cache", "RESPCACHE_TOKEN": tokens["root"]}
-    code, shown = on_a_terminal("purge", "--tenant", "acme", "--module", "leads", typed=typed or " ", **given)
+    code, shown = on_a_terminal(
+        "purge", "--tenant", "acme", "--module", "leads", typed=typed or " ", **given
+    )
     assert code == status, shown
     assert ("it holds everywhere" in shown) == (status == 0)
     assert ("nothing was purged" in shown) == (status == 4)
 
 
-def test_tail_tells_of_a_write_and_ends_when_it_is_not_to_follow(ask: Ask, system: System, tokens: dict[str, str]) -> None:
-    """With its cause; one document a line. The feed is published in the background, so it is looked at until it is there."""
+def test_tail_tells_of_a_write_and_ends_when_it_is_not_to_follow(
+    ask: Ask, system: System, tokens: dict[str, str]
+) -> None:
+    """With its cause; one document a line. The feed is published in the background, so it is looked
+    at until it is there."""
     headers = {"authorization": f"Bearer {tokens['admin']}"}
-    httpx2.post(f"{system.base}/api/accounts", json={"name": "Acorn"}, headers=headers).raise_for_status()
+    httpx2.post(
+        f"{system.base}/api/accounts", json={"name": "Acorn"}, headers=headers
+    ).raise_for_status()
     deadline = time.monotonic() + 30
     while True:
         done = ask("tail", "--no-follow", "--module", "accounts", "--json")
@@ -316,7 +403,9 @@ def test_tail_tells_of_a_write_and_ends_when_it_is_not_to_follow(ask: Ask, syste
     assert "POST /api/accounts" in ask("tail", "--no-follow").stdout
 
 
-def test_the_last_lines_of_a_module_are_of_that_module(ask: Ask, system: System, tokens: dict[str, str]) -> None:
+def test_the_last_lines_of_a_module_are_of_that_module(
+    ask: Ask, system: System, tokens: dict[str, str]
+) -> None:
     """However many of others came after them."""
     ask("purge", "--tenant", "acme", "--module", "contacts", "--yes")
     ask("purge", "--tenant", "acme", "--module", "leads", "--yes")
@@ -324,18 +413,29 @@ def test_the_last_lines_of_a_module_are_of_that_module(ask: Ask, system: System,
     while "leads" not in ask("tail", "--no-follow", "-n", "1").stdout:
         assert time.monotonic() < deadline
     (event,) = [
-        json.loads(line) for line in ask("tail", "--no-follow", "-n", "1", "--module", "contacts", "--json").stdout.splitlines()
+        json.loads(line)
+        for line in ask(
+            "tail", "--no-follow", "-n", "1", "--module", "contacts", "--json"
+        ).stdout.splitlines()
     ]
     assert event["modules"] == ["contacts"]
 
 
 def test_an_invalidation_is_told_in_one_line() -> None:
-    """When, what became of it, how fast, whose, what, why, by whom; what is not in the feed is counted."""
+    """When, what became of it, how fast, whose, what, why, by whom; what is not in the feed is
+    counted."""
     event = Event(
         id="1", at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), tenant="acme", modules=("leads",), tables=("leads",),
         cause="PUT /api/leads/{id}", outcome="confirmed", seconds=0.0031, process="host:7", skipped=2,
     )  # fmt: skip
     line = _line(msgspec.to_builtins(event)).plain
     assert line.startswith("2026-01-02 03:04:05")
-    for words in ("confirmed after 3.1 ms", "acme", "leads (leads)", "PUT /api/leads/{id}", "host:7", "2 more"):
+    for words in (
+        "confirmed after 3.1 ms",
+        "acme",
+        "leads (leads)",
+        "PUT /api/leads/{id}",
+        "host:7",
+        "2 more",
+    ):
         assert words in line

@@ -1,4 +1,5 @@
-"""``respcache bench`` on small applications: figures of right answers, none of wrong ones. No figure has a limit here."""
+"""``respcache bench`` on small applications: figures of right answers, none of wrong ones. No
+figure has a limit here."""
 
 import contextlib
 import os
@@ -79,7 +80,16 @@ def running(shop: Path) -> Iterator[list[tuple[str, int]]]:
     try:
         for off in ("0", "1"):
             port = free_port()
-            command = [sys.executable, "-m", "uvicorn", "shop:app", "--port", str(port), "--log-level", "error"]
+            command = [
+                sys.executable,
+                "-m",
+                "uvicorn",
+                "shop:app",
+                "--port",
+                str(port),
+                "--log-level",
+                "error",
+            ]
             process = subprocess.Popen(command, cwd=shop, env=clean(OFF=off))
             started.append((f"http://127.0.0.1:{port}", process))
         for url, _ in started:
@@ -127,7 +137,11 @@ def test_running_servers_are_measured(respcache: Run, running: list[tuple[str, i
     (cached, pid), (uncached, other) = running
     more = ("--without", uncached, "--pid", str(pid), "--without-pid", str(other))
     report = document(respcache("bench", f"{cached}/books", *more, *QUICK))
-    assert {way: cell["c1"]["hit_share"] for way, cell in report["lanes"].items()} == {"with": 1, "without": 0, "bare": 0}
+    assert {way: cell["c1"]["hit_share"] for way, cell in report["lanes"].items()} == {
+        "with": 1,
+        "without": 0,
+        "bare": 0,
+    }
     assert all(figures["c4"]["cpu_us"] > 0 for figures in report["lanes"].values())
     report = document(respcache("bench", f"{cached}/books", *QUICK))
     assert report["lanes"]["with"]["c1"]["cpu_us"] is None
@@ -138,12 +152,16 @@ def test_headers_are_sent(respcache: Run, shop: Path) -> None:
     """Given, or from a file, where no process list shows them."""
     (shop / "headers").write_text("X-Password: sesame\n\n")
     for header in ("X-Password: sesame", "@headers"):
-        assert respcache("bench", "--app", "shop:app", "/secret", "-H", header, *QUICK).returncode == 0
+        assert (
+            respcache("bench", "--app", "shop:app", "/secret", "-H", header, *QUICK).returncode == 0
+        )
     done = respcache("bench", "--app", "shop:app", "/secret", *QUICK)
     assert (done.returncode, "401" in document(done)["error"]["message"]) == (1, True)
 
 
-def test_answers_that_differ_by_themselves_are_measured_and_noted(respcache: Run, shop: Path) -> None:
+def test_answers_that_differ_by_themselves_are_measured_and_noted(
+    respcache: Run, shop: Path
+) -> None:
     """They cannot be compared; and as none is a hit, that is said too."""
     report = document(respcache("bench", "--app", "shop:app", "/now", *QUICK))
     assert "differs from one time to the next" in report["notes"][0]
@@ -171,19 +189,32 @@ def test_answers_that_differ_by_themselves_are_measured_and_noted(respcache: Run
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_what_cannot_be_measured_is_said(respcache: Run, shop: Path, arguments: tuple[str, ...], status: int, said: str) -> None:
+def test_what_cannot_be_measured_is_said(
+    respcache: Run, shop: Path, arguments: tuple[str, ...], status: int, said: str
+) -> None:
     """With its own exit status, no traceback, no process left, and no header's value."""
     done = respcache("bench", *QUICK, *arguments)
-    assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (status, True, False), done.stderr
+    assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (
+        status,
+        True,
+        False,
+    ), done.stderr
     assert document(done)["error"]["message"] in done.stderr
     assert "hidden-one" not in done.stderr
     assert not servers()
 
 
-def test_an_application_that_does_not_start_is_shown_with_its_last_words(respcache: Run, shop: Path) -> None:
+def test_an_application_that_does_not_start_is_shown_with_its_last_words(
+    respcache: Run, shop: Path
+) -> None:
     """Those of its log."""
-    broken = "from contextlib import asynccontextmanager\n" + APPLICATION.replace("FastAPI()", "FastAPI(lifespan=fails)")
-    fails = "@asynccontextmanager\nasync def fails(app):\n    raise RuntimeError('no coffee')\n    yield\n"
+    broken = "from contextlib import asynccontextmanager\n" + APPLICATION.replace(
+        "FastAPI()", "FastAPI(lifespan=fails)"
+    )
+    fails = (
+        "@asynccontextmanager\nasync def fails(app):\n    raise RuntimeError('no coffee')\n    "
+        "yield\n"
+    )
     (shop / "broken.py").write_text(broken.replace("api = ", f"{fails}\napi = "))
     done = respcache("bench", "--app", "broken:app", "/books", *QUICK)
     assert (done.returncode, "no coffee" in done.stderr) == (1, True)
@@ -212,6 +243,8 @@ def servers() -> list[str]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"respcache.ops.bench.serve" in words and os.readlink(entry / "cwd").startswith("/tmp/pytest"):
+                if b"respcache.ops.bench.serve" in words and os.readlink(entry / "cwd").startswith(
+                    "/tmp/pytest"
+                ):
                     found.append(entry.name)
     return found

@@ -1,4 +1,5 @@
-"""``respcache doctor`` on set-ups that are really broken: each fault is found, with why it matters and how to mend it."""
+"""``respcache doctor`` on set-ups that are really broken: each fault is found, with why it matters
+and how to mend it."""
 
 import asyncio
 import re
@@ -55,34 +56,53 @@ def sql(postgres_server: EmbeddedPostgres, bare_database: str) -> Sql:
 @pytest.fixture
 def environment(valkey_url: str, memory_url: str, empty_database_url: str, sql: Sql) -> Environment:
     """Everything as it should be: an outbox, and two tables that are watched."""
-    statements = [f"CREATE TABLE {name} (id int PRIMARY KEY, tenant_id text)" for name in TABLES.split(",")]
+    statements = [
+        f"CREATE TABLE {name} (id int PRIMARY KEY, tenant_id text)" for name in TABLES.split(",")
+    ]
     triggers.create_outbox(statements.append)
     triggers.create_triggers(statements.append, [Watched("accounts"), Watched("leads")])
     sql(*statements)
     url = empty_database_url.replace("+asyncpg", "")
-    return {"REDIS_CACHE_URL": valkey_url, "REDIS_URL": memory_url, "DATABASE_URL": url, "RESPCACHE_KEY": SECRET}
+    return {
+        "REDIS_CACHE_URL": valkey_url,
+        "REDIS_URL": memory_url,
+        "DATABASE_URL": url,
+        "RESPCACHE_KEY": SECRET,
+    }
 
 
 def finding(done: Done, about: str, check: str, level: str) -> dict[str, Any]:
-    """Return the one finding of this kind, from ``--json``; unless all is well it says why it matters and how to mend it."""
+    """Return the one finding of this kind, from ``--json``; unless all is well it says why it
+    matters and how to mend it."""
     report = document(done)
     assert done.returncode == (1 if report["faults"] else 0)
-    found = [one for one in report["findings"] if (one["about"], one["check"], one["level"]) == (about, check, level)]
+    found = [
+        one
+        for one in report["findings"]
+        if (one["about"], one["check"], one["level"]) == (about, check, level)
+    ]
     assert len(found) == 1, report["findings"]
     assert level == "ok" or (found[0]["why"] and found[0]["mend"])
     return dict(found[0])
 
 
 def test_a_right_set_up_has_no_fault(respcache: Run, environment: Environment) -> None:
-    """Nor a warning, but that no process has taken the fence yet. It takes the library's own view of the tables."""
+    """Nor a warning, but that no process has taken the fence yet. It takes the library's own view
+    of the tables."""
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
     report = document(done)
     assert (done.returncode, report["faults"], done.stderr) == (0, 0, "")
-    assert [(one["about"], one["check"]) for one in report["findings"] if one["level"] != "ok"] == [("database", "fence")]
-    assert finding(done, "database", "triggers", "ok")["found"] == "2 tables watched: accounts, leads"
+    assert [(one["about"], one["check"]) for one in report["findings"] if one["level"] != "ok"] == [
+        ("database", "fence")
+    ]
+    assert (
+        finding(done, "database", "triggers", "ok")["found"] == "2 tables watched: accounts, leads"
+    )
 
 
-def test_nothing_is_changed_by_it(respcache: Run, environment: Environment, valkey_url: str) -> None:
+def test_nothing_is_changed_by_it(
+    respcache: Run, environment: Environment, valkey_url: str
+) -> None:
     """The probes of rights leave no key and change none."""
     with redis.Redis.from_url(valkey_url) as client:
         client.set("tenant:a:accounts:list:00", "x")
@@ -92,7 +112,7 @@ def test_nothing_is_changed_by_it(respcache: Run, environment: Environment, valk
         assert {key: client.dump(key) for key in client.scan_iter()} == before
 
 
-# -- servers -----------------------------------------------------------------------------------------------------------
+# -- servers ---------------------------------------------------------------------------------------
 
 
 def test_a_cache_that_does_not_evict_is_a_fault_and_is_mended_by_what_is_said(
@@ -109,20 +129,28 @@ def test_a_cache_that_does_not_evict_is_a_fault_and_is_mended_by_what_is_said(
     finding(respcache("doctor", "--json", **environment), "cache", "eviction", "ok")
 
 
-def test_a_cache_on_disk_without_limits_is_warned_of(respcache: Run, environment: Environment, make_valkey: Make) -> None:
-    """Append-only file, snapshots, no memory limit, time-outs, unlimited buffers: five warnings, no fault."""
+def test_a_cache_on_disk_without_limits_is_warned_of(
+    respcache: Run, environment: Environment, make_valkey: Make
+) -> None:
+    """Append-only file, snapshots, no memory limit, time-outs, unlimited buffers: five warnings, no
+    fault."""
     server = make_valkey(
         appendonly="yes", save="60 1", maxmemory="0", timeout="30", client_output_buffer_limit="pubsub 0 0 0"
     )  # fmt: skip
     environment["REDIS_CACHE_URL"] = server.url
     done = respcache("doctor", "--json", **environment)
-    assert finding(done, "cache", "persistence", "warning")["found"] == "append-only file and snapshots (60 1)"
+    assert (
+        finding(done, "cache", "persistence", "warning")["found"]
+        == "append-only file and snapshots (60 1)"
+    )
     for check in ("maxmemory", "timeout", "output buffers"):
         finding(done, "cache", check, "warning")
     assert done.returncode == 0
 
 
-def test_agent_memory_that_evicts_is_a_fault(respcache: Run, environment: Environment, make_valkey: Make) -> None:
+def test_agent_memory_that_evicts_is_a_fault(
+    respcache: Run, environment: Environment, make_valkey: Make
+) -> None:
     """And one that forgets at a restart is warned of."""
     environment["REDIS_URL"] = make_valkey(tcp_keepalive="0").url
     done = respcache("doctor", "--json", **environment)
@@ -132,7 +160,9 @@ def test_agent_memory_that_evicts_is_a_fault(respcache: Run, environment: Enviro
 
 
 @pytest.mark.parametrize("database", ["0", "1"])
-def test_one_server_for_both_is_a_fault_whatever_the_database(respcache: Run, environment: Environment, database: str) -> None:
+def test_one_server_for_both_is_a_fault_whatever_the_database(
+    respcache: Run, environment: Environment, database: str
+) -> None:
     """And no advice is given for it that would break the other half."""
     environment["REDIS_URL"] = environment["REDIS_CACHE_URL"].removesuffix("0") + database
     done = respcache("doctor", "--json", **environment)
@@ -140,23 +170,37 @@ def test_one_server_for_both_is_a_fault_whatever_the_database(respcache: Run, en
     assert "noeviction" not in {one["found"] for one in document(done)["findings"]}
 
 
-def test_a_wrong_password_is_said_without_showing_it(respcache: Run, environment: Environment) -> None:
+def test_a_wrong_password_is_said_without_showing_it(
+    respcache: Run, environment: Environment
+) -> None:
     """The server is there, so it is the login."""
-    environment["REDIS_CACHE_URL"] = re.sub(r":[^:@]*@", ":hidden-one@", environment["REDIS_CACHE_URL"])
+    environment["REDIS_CACHE_URL"] = re.sub(
+        r":[^:@]*@", ":hidden-one@", environment["REDIS_CACHE_URL"]
+    )
     done = respcache("doctor", "--json", **environment)
     assert "refuses the login" in finding(done, "cache", "reachable", "fault")["found"]
     assert "hidden-one" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://:hidden-one@127.0.0.1:1", "rediss://:hidden-one@127.0.0.1:1", "http://:hidden-one@x", ""]
+    "url",
+    [
+        "redis://:hidden-one@127.0.0.1:1",
+        "rediss://:hidden-one@127.0.0.1:1",
+        "http://:hidden-one@x",
+        "",
+    ],
 )
-def test_a_server_that_is_not_there_is_a_fault(respcache: Run, environment: Environment, url: str) -> None:
+def test_a_server_that_is_not_there_is_a_fault(
+    respcache: Run, environment: Environment, url: str
+) -> None:
     """So is an address that is none, and one that is not set."""
     environment["REDIS_CACHE_URL"] = url
     done = respcache("doctor", "--json", **environment)
     assert done.returncode == 1
-    assert any(one["about"] == "cache" and one["level"] == "fault" for one in document(done)["findings"])
+    assert any(
+        one["about"] == "cache" and one["level"] == "fault" for one in document(done)["findings"]
+    )
     assert "hidden-one" not in done.stdout + done.stderr
 
 
@@ -175,7 +219,9 @@ def test_a_server_without_a_password_is_warned_of_on_this_machine(
     assert "well-known" in finding(done, "cache", "password", "warning")["found"]
 
 
-def test_a_replica_is_a_fault(respcache: Run, environment: Environment, make_valkey: Make, valkey_server: EmbeddedValkey) -> None:
+def test_a_replica_is_a_fault(
+    respcache: Run, environment: Environment, make_valkey: Make, valkey_server: EmbeddedValkey
+) -> None:
     """It cannot be written to; the primary is named."""
     environment["REDIS_CACHE_URL"] = make_valkey(replicaof=f"127.0.0.1 {valkey_server.port}").url
     found = finding(respcache("doctor", "--json", **environment), "cache", "role", "fault")
@@ -199,14 +245,17 @@ def test_a_missing_right_is_named_and_granted_by_what_is_said(
     assert said in found["found"]
     finding(done, "cache", "configuration", "warning")  # this user may not see it
     grant = found["mend"].partition(" ACL ")[2]
-    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {grant}"], capture_output=True, text=True, check=True).stdout.split()
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {grant}"], capture_output=True, text=True, check=True
+    ).stdout.split()
     with redis.Redis.from_url(valkey_url) as client:
         client.execute_command("ACL", *words)
     finding(respcache("doctor", "--json", **environment), "cache", "rights", "ok")
 
 
 def test_clocks_and_networks_are_judged() -> None:
-    """What a test cannot break for real: a clock that is a minute off, a server elsewhere in the clear."""
+    """What a test cannot break for real: a clock that is a minute off, a server elsewhere in the
+    clear."""
 
     def judged(host: str, skew_s: float) -> dict[str, str]:
         report = Report("cache")
@@ -229,11 +278,23 @@ def test_clocks_and_networks_are_judged() -> None:
         ({"redis_version": "6.2.0"}, {}, "version", "ok"),
         ({"redis_version": "7.2.4", "valkey_version": "9.1.2"}, {}, "version", "ok"),
         ({"role": "master", "cluster_enabled": 1}, {}, "role", "fault"),
-        ({}, {"client-output-buffer-limit": "normal 0 0 0 slave 0 0 0 pubsub 65536 0 0"}, "output buffers", "warning"),
-        ({}, {"client-output-buffer-limit": "normal 0 0 0 slave 0 0 0 pubsub 33554432 8388608 60"}, "output buffers", "ok"),
+        (
+            {},
+            {"client-output-buffer-limit": "normal 0 0 0 slave 0 0 0 pubsub 65536 0 0"},
+            "output buffers",
+            "warning",
+        ),
+        (
+            {},
+            {"client-output-buffer-limit": "normal 0 0 0 slave 0 0 0 pubsub 33554432 8388608 60"},
+            "output buffers",
+            "ok",
+        ),
     ],
 )
-def test_servers_of_other_kinds_are_judged(info: dict[str, Any], config: dict[str, str], check: str, level: str) -> None:
+def test_servers_of_other_kinds_are_judged(
+    info: dict[str, Any], config: dict[str, str], check: str, level: str
+) -> None:
     """Old ones, clusters, small output buffers: by what they say of themselves."""
     report = Report("cache")
     server = Server("REDIS_CACHE_URL", ServerURL.parse("redis://:x@127.0.0.1"), info, config, 0.0)
@@ -243,18 +304,34 @@ def test_servers_of_other_kinds_are_judged(info: dict[str, Any], config: dict[st
     assert [one.level for one in report.findings if one.check == check] == [level]
 
 
-# -- database ----------------------------------------------------------------------------------------------------------
+# -- database --------------------------------------------------------------------------------------
 
-EXCHANGED = ("ALTER TABLE leads RENAME TO old", "ALTER TABLE accounts RENAME TO leads", "ALTER TABLE old RENAME TO accounts")
+EXCHANGED = (
+    "ALTER TABLE leads RENAME TO old",
+    "ALTER TABLE accounts RENAME TO leads",
+    "ALTER TABLE old RENAME TO accounts",
+)
 
 
 @pytest.mark.parametrize(
     ("broken", "table", "said"),
     [
-        (("CREATE TABLE tasks (id int)",), "tasks", "no trigger for delete, insert, truncate, update"),
+        (
+            ("CREATE TABLE tasks (id int)",),
+            "tasks",
+            "no trigger for delete, insert, truncate, update",
+        ),
         (("DROP TRIGGER respcache_update ON leads",), "leads", "no trigger for update"),
-        (("ALTER TABLE leads DISABLE TRIGGER respcache_insert",), "leads", "disabled, or not ENABLE ALWAYS"),
-        (("ALTER TABLE leads ENABLE TRIGGER respcache_insert",), "leads", "disabled, or not ENABLE ALWAYS"),
+        (
+            ("ALTER TABLE leads DISABLE TRIGGER respcache_insert",),
+            "leads",
+            "disabled, or not ENABLE ALWAYS",
+        ),
+        (
+            ("ALTER TABLE leads ENABLE TRIGGER respcache_insert",),
+            "leads",
+            "disabled, or not ENABLE ALWAYS",
+        ),
         (EXCHANGED, "leads", "its triggers run respcache_note_accounts"),
         (("CREATE TABLE child () INHERITS (leads)",), "leads", "inherits"),
         ((), "nowhere", "no such table"),
@@ -262,18 +339,31 @@ EXCHANGED = ("ALTER TABLE leads RENAME TO old", "ALTER TABLE accounts RENAME TO 
     ids=["unwatched", "dropped", "disabled", "not always", "exchanged", "inherited", "missing"],
 )
 def test_a_table_whose_writes_are_not_seen_is_a_fault(
-    respcache: Run, environment: Environment, sql: Sql, broken: tuple[str, ...], table: str, said: str
+    respcache: Run,
+    environment: Environment,
+    sql: Sql,
+    broken: tuple[str, ...],
+    table: str,
+    said: str,
 ) -> None:
     """By name, with the reason. Where tables were exchanged, both."""
     sql(*broken)
     tables = f"accounts,{table}" if broken != EXCHANGED else table
-    found = finding(respcache("doctor", "--tables", tables, "--json", **environment), "database", "triggers", "fault")
+    found = finding(
+        respcache("doctor", "--tables", tables, "--json", **environment),
+        "database",
+        "triggers",
+        "fault",
+    )
     assert found["found"].startswith(f"{table}: ")
     assert said in found["found"]
 
 
-def test_both_tables_that_were_exchanged_are_named(respcache: Run, environment: Environment, sql: Sql) -> None:
-    """Without being told which tables are declared, it checks those that have triggers, and says so."""
+def test_both_tables_that_were_exchanged_are_named(
+    respcache: Run, environment: Environment, sql: Sql
+) -> None:
+    """Without being told which tables are declared, it checks those that have triggers, and says
+    so."""
     sql(*EXCHANGED)
     report = document(respcache("doctor", "--json", **environment))
     faults = [one["found"].split(":")[0] for one in report["findings"] if one["level"] == "fault"]
@@ -281,10 +371,17 @@ def test_both_tables_that_were_exchanged_are_named(respcache: Run, environment: 
     assert any("is not known here" in one["found"] for one in report["findings"])
 
 
-def test_triggers_are_mended_by_what_is_said(respcache: Run, environment: Environment, sql: Sql) -> None:
+def test_triggers_are_mended_by_what_is_said(
+    respcache: Run, environment: Environment, sql: Sql
+) -> None:
     """The statement that is printed, as it stands."""
     sql("ALTER TABLE leads DISABLE TRIGGER ALL")
-    found = finding(respcache("doctor", "--tables", TABLES, "--json", **environment), "database", "triggers", "fault")
+    found = finding(
+        respcache("doctor", "--tables", TABLES, "--json", **environment),
+        "database",
+        "triggers",
+        "fault",
+    )
     mended = re.search(r"-c '(.*)'$", found["mend"])
     assert mended is not None
     sql(mended[1])
@@ -303,19 +400,32 @@ def test_an_outbox_that_is_not_whole_is_a_fault(
 ) -> None:
     """Nothing is cached then."""
     sql(broken)
-    assert said in finding(respcache("doctor", "--json", **environment), "database", check, "fault")["found"]
+    assert (
+        said
+        in finding(respcache("doctor", "--json", **environment), "database", check, "fault")[
+            "found"
+        ]
+    )
 
 
 def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
     respcache: Run, environment: Environment, sql: Sql, postgres_server: EmbeddedPostgres
 ) -> None:
     """Row level security hides rows: also a fault, with the statement against it."""
-    sql("DROP ROLE IF EXISTS visitor", f"CREATE ROLE visitor LOGIN PASSWORD 'visitor'; GRANT SELECT ON {OUTBOX} TO visitor")
-    environment["DATABASE_URL"] = re.sub(r"//.*@", "//visitor:visitor@", environment["DATABASE_URL"])
+    sql(
+        "DROP ROLE IF EXISTS visitor",
+        f"CREATE ROLE visitor LOGIN PASSWORD 'visitor'; GRANT SELECT ON {OUTBOX} TO visitor",
+    )
+    environment["DATABASE_URL"] = re.sub(
+        r"//.*@", "//visitor:visitor@", environment["DATABASE_URL"]
+    )
     try:
         done = respcache("doctor", "--tables", TABLES, "--json", **environment)
         found = finding(done, "database", "rights", "fault")
-        assert f'USAGE ON SCHEMA "public"; UPDATE, DELETE, INSERT ON "public".{OUTBOX}; SELECT, UPDATE ON' in found["found"]
+        assert (
+            f'USAGE ON SCHEMA "public"; UPDATE, DELETE, INSERT ON "public".{OUTBOX}; SELECT, '
+            f"UPDATE ON" in found["found"]
+        )
         finding(done, "database", "password", "warning")  # that of the user is the user's name
         mended = re.search(r"-c '(.*)' \(", found["mend"])
         assert mended is not None
@@ -323,7 +433,12 @@ def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
         done = respcache("doctor", "--tables", TABLES, "--json", **environment)
         finding(done, "database", "rights", "ok")
         sql(f"ALTER TABLE {OUTBOX} ENABLE ROW LEVEL SECURITY")
-        found = finding(respcache("doctor", "--tables", TABLES, "--json", **environment), "database", "outbox", "fault")
+        found = finding(
+            respcache("doctor", "--tables", TABLES, "--json", **environment),
+            "database",
+            "outbox",
+            "fault",
+        )
         assert "DISABLE ROW LEVEL SECURITY" in found["mend"]
     finally:
         sql("DROP OWNED BY visitor", "DROP ROLE visitor")
@@ -340,24 +455,34 @@ def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
 def test_a_database_that_cannot_be_had_is_a_fault(
     respcache: Run, environment: Environment, postgres_server: EmbeddedPostgres, url: str
 ) -> None:
-    """Nobody there, no address, a wrong password, a driver that is not here or cannot be used: never shown."""
+    """Nobody there, no address, a wrong password, a driver that is not here or cannot be used:
+    never shown."""
     environment["DATABASE_URL"] = url.format(port=postgres_server.port)
     done = respcache("doctor", "--json", **environment)
     assert done.returncode == 1
-    (found,) = [one for one in document(done)["findings"] if one["about"] == "database" and one["level"] == "fault"]
+    (found,) = [
+        one
+        for one in document(done)["findings"]
+        if one["about"] == "database" and one["level"] == "fault"
+    ]
     assert found["check"] == ("reachable" if ":1/" in url or "bare" in url else "address")
     assert "hidden-one" not in done.stdout + done.stderr
 
 
-def test_rows_that_nobody_deletes_are_warned_of(respcache: Run, environment: Environment, sql: Sql) -> None:
+def test_rows_that_nobody_deletes_are_warned_of(
+    respcache: Run, environment: Environment, sql: Sql
+) -> None:
     """Such rows are left where no process prunes."""
     sql(f"INSERT INTO {OUTBOX} (tenant, tag, at) VALUES ('a', 'T:leads', now() - interval '1 day')")
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
     assert "the oldest 864" in finding(done, "database", "outbox rows", "warning")["found"]
 
 
-def test_invalidations_that_wait_are_warned_of(respcache: Run, environment: Environment, sql: Sql, valkey_url: str) -> None:
-    """A row after the cursor that the store keeps, older than that cursor gets while a process runs."""
+def test_invalidations_that_wait_are_warned_of(
+    respcache: Run, environment: Environment, sql: Sql, valkey_url: str
+) -> None:
+    """A row after the cursor that the store keeps, older than that cursor gets while a process
+    runs."""
 
     async def look() -> Page:
         engine = create_async_engine(environment["DATABASE_URL"].replace("://", "+asyncpg://"))
@@ -372,9 +497,14 @@ def test_invalidations_that_wait_are_warned_of(respcache: Run, environment: Envi
     with redis.Redis.from_url(valkey_url) as client:
         identity = client.info("replication")["master_replid"]
         client.set(EPOCH_KEY, Epoch("ab", identity, page.incarnation, page.cursor).encode())
-    sql(f"INSERT INTO {OUTBOX} (tenant, tag, at) VALUES ('a', 'T:leads', now() - interval '2 minutes')")
+    sql(
+        f"INSERT INTO {OUTBOX} (tenant, tag, at) VALUES ('a', 'T:leads', now() - interval '2 "
+        f"minutes')"
+    )
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
-    assert "1 wait, the oldest for 12" in finding(done, "database", "outbox rows", "warning")["found"]
+    assert (
+        "1 wait, the oldest for 12" in finding(done, "database", "outbox rows", "warning")["found"]
+    )
 
 
 def test_an_epoch_or_a_fence_of_somebody_else_is_a_fault(
@@ -393,7 +523,7 @@ def test_an_epoch_or_a_fence_of_somebody_else_is_a_fault(
     assert "another server" in finding(done, "database", "fence", "fault")["found"]
 
 
-# -- the rest ----------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -415,8 +545,11 @@ def test_a_secret_that_everybody_knows_is_a_fault(secret: str | None, level: str
     assert secret is None or secret not in str(found)
 
 
-def test_tables_come_from_an_application(respcache: Run, environment: Environment, tmp_path: Path) -> None:
-    """As its cached routes declare them; an application without a cache, or none at all, is wrong usage."""
+def test_tables_come_from_an_application(
+    respcache: Run, environment: Environment, tmp_path: Path
+) -> None:
+    """As its cached routes declare them; an application without a cache, or none at all, is wrong
+    usage."""
     (tmp_path / "shop.py").write_text(APPLICATION)
     done = respcache("doctor", "--app", "shop:app", "--json", **environment)
     assert finding(done, "database", "triggers", "fault")["found"].startswith("orders: ")
@@ -427,7 +560,9 @@ def test_tables_come_from_an_application(respcache: Run, environment: Environmen
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
 
 
-def test_what_people_see_says_why_and_how_to_mend(respcache: Run, environment: Environment, make_valkey: Make) -> None:
+def test_what_people_see_says_why_and_how_to_mend(
+    respcache: Run, environment: Environment, make_valkey: Make
+) -> None:
     """In a pipe without colours, however long the lines."""
     environment["REDIS_CACHE_URL"] = make_valkey(maxmemory_policy="noeviction").url
     done = respcache("doctor", "--tables", TABLES, **environment)
@@ -437,7 +572,10 @@ def test_what_people_see_says_why_and_how_to_mend(respcache: Run, environment: E
     at = next(number for number, line in enumerate(lines) if "FAULT" in line)
     assert re.fullmatch(r"  FAULT +eviction +noeviction", lines[at])
     assert lines[at + 1].strip().startswith("why ")
-    assert re.fullmatch(r' +mend  valkey-cli -u "\$REDIS_CACHE_URL" CONFIG SET maxmemory-policy allkeys-lru; .*', lines[at + 2])
+    assert re.fullmatch(
+        r' +mend  valkey-cli -u "\$REDIS_CACHE_URL" CONFIG SET maxmemory-policy allkeys-lru; .*',
+        lines[at + 2],
+    )
     assert re.fullmatch(r"\d+ checks: 1 faults, \d+ warnings", lines[-1])
 
 

@@ -1,4 +1,5 @@
-"""``respcache status`` and ``stats``: every field that they read is one that ``Admin`` says, and what is wrong is said."""
+"""``respcache status`` and ``stats``: every field that they read is one that ``Admin`` says, and
+what is wrong is said."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -31,7 +32,13 @@ class Running:
     """A cache in this process, as its operators see it."""
 
     def __init__(self, *, enabled: bool = True) -> None:
-        self.cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("acme"), audit_share=0, enabled=enabled)
+        self.cache = Cache(
+            MemoryStore(),
+            secret=b"k" * 32,
+            resolver=SingleTenant("acme"),
+            audit_share=0,
+            enabled=enabled,
+        )
         self.admin = Admin(self.cache)
 
     async def overview(self, access: Access, **changed: Any) -> dict[str, Any]:
@@ -69,14 +76,23 @@ async def test_a_tenants_admin_hears_what_is_switched_off(running: Running) -> N
     assert "switched off for all" in _problems(await running.overview(ROOT))[0]
 
 
-@pytest.mark.parametrize(("access", "who"), [(ROOT, "{name} "), (OWN, "the process that answered ")], ids=["root", "admin"])
-async def test_a_process_that_was_started_without_its_cache_is_named(access: Access, who: str) -> None:
+@pytest.mark.parametrize(
+    ("access", "who"),
+    [(ROOT, "{name} "), (OWN, "the process that answered ")],
+    ids=["root", "admin"],
+)
+async def test_a_process_that_was_started_without_its_cache_is_named(
+    access: Access, who: str
+) -> None:
     """Once; to the admin of a tenant, who sees no processes, the one that answered."""
     running = Running(enabled=False)
     await running.cache.connect()
     process = await running.process()
     (problem,) = _problems(await running.overview(access))
-    assert problem.startswith(who.format(name=f"{process.host}:{process.pid}") + "serves nothing from the cache: it was started")
+    assert problem.startswith(
+        who.format(name=f"{process.host}:{process.pid}")
+        + "serves nothing from the cache: it was started"
+    )
     (problem,) = _problems(await running.overview(OWN, available=False))
     assert "server is away" in problem
     await running.cache.close()
@@ -84,7 +100,9 @@ async def test_a_process_that_was_started_without_its_cache_is_named(access: Acc
 
 async def test_a_store_that_is_away_is_one_problem(running: Running) -> None:
     """And not one more for what follows from it."""
-    process = await running.process(available=False, fence=msgspec.structs.replace(FENCE, unsound_tables=[]))
+    process = await running.process(
+        available=False, fence=msgspec.structs.replace(FENCE, unsound_tables=[])
+    )
     for access in (ROOT, OWN):
         (problem,) = _problems(await running.overview(access, available=False, processes=[process]))
         assert "server is away" in problem
@@ -103,7 +121,10 @@ async def test_a_process_without_a_fence_says_why(running: Running) -> None:
 async def test_the_last_wrong_answer_is_named(running: Running) -> None:
     """With its kind, route, tenant and time."""
     (problem,) = _problems(await running.overview(ROOT, findings=[FINDING] * 2))
-    assert "(2 are kept), the last one stale: /api/leads of tenant acme, at 2026-01-02T03:04:05" in problem
+    assert (
+        "(2 are kept), the last one stale: /api/leads of tenant acme, at 2026-01-02T03:04:05"
+        in problem
+    )
 
 
 async def test_rows_are_made_of_what_the_api_says(running: Running) -> None:

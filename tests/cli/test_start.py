@@ -1,4 +1,5 @@
-"""How the command starts: fast, with a clear message where its packages are missing, and its help."""
+"""How the command starts: fast, with a clear message where its packages are missing, and its
+help."""
 
 import subprocess
 import sys
@@ -7,8 +8,31 @@ import pytest
 
 from .conftest import Run
 
-COMMANDS = ("status", "stats", "keys", "get", "explain", "purge", "tail", "config", "doctor", "acl", "bench")
-HEAVY = ("asyncio", "httpx2", "hiredis", "msgspec", "pydantic", "redis", "rich", "sqlalchemy", "ssl", "uvicorn")
+COMMANDS = (
+    "status",
+    "stats",
+    "keys",
+    "get",
+    "explain",
+    "purge",
+    "tail",
+    "config",
+    "doctor",
+    "acl",
+    "bench",
+)
+HEAVY = (
+    "asyncio",
+    "httpx2",
+    "hiredis",
+    "msgspec",
+    "pydantic",
+    "redis",
+    "rich",
+    "sqlalchemy",
+    "ssl",
+    "uvicorn",
+)
 
 
 def test_help_imports_nothing_of_weight() -> None:

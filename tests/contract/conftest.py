@@ -92,7 +92,9 @@ class MemorySubject:
 class ValkeySubject:
     """The store on a real server, which a second client manipulates."""
 
-    def __init__(self, url: str, server: EmbeddedValkey | None = None, *, store_url: str | None = None) -> None:
+    def __init__(
+        self, url: str, server: EmbeddedValkey | None = None, *, store_url: str | None = None
+    ) -> None:
         self.store = RedisStore(store_url or url, deadline_s=LONG_S, connect_deadline_s=LONG_S)
         self.server = server
         self.client = redis.Redis.from_url(url, decode_responses=True)

@@ -12,7 +12,8 @@ HOUR_MS = 3_600_000
 
 
 async def test_the_least_recently_used_key_goes_first_also_when_it_is_a_generation() -> None:
-    """Eviction is as harmless as on a server: what the evicted generation certified is not valid any more."""
+    """Eviction is as harmless as on a server: what the evicted generation certified is not valid
+    any more."""
     store = MemoryStore(max_keys=3)
     certificate = (await store.open(GEN, nonce=b"n" * 16, ttl_ms=HOUR_MS)).certificate()
     assert certificate is not None

@@ -7,7 +7,14 @@ import pytest
 
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreUnavailable
-from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Certificate, Generation, Verdict
+from respcache.core.generations import (
+    FLOOR,
+    MAX_FIELDS,
+    RING_ROWS,
+    Certificate,
+    Generation,
+    Verdict,
+)
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
 from respcache.stores.base import Bumped, Lease, Store
 
@@ -34,7 +41,9 @@ async def bump(store: Store, *tags: str, generation: str = GEN) -> None:
     await store.bump(generation, tags=tags, ttl_ms=HOUR_MS)
 
 
-def put(store: Store, envelope: bytes, *, ttl_ms: int = HOUR_MS, generation_ttl_ms: int = 2 * HOUR_MS) -> None:
+def put(
+    store: Store, envelope: bytes, *, ttl_ms: int = HOUR_MS, generation_ttl_ms: int = 2 * HOUR_MS
+) -> None:
     store.put(ENTRY, envelope, ttl_ms=ttl_ms, generation=GEN, generation_ttl_ms=generation_ttl_ms)
 
 
@@ -42,7 +51,7 @@ async def entry(store: Store) -> bytes | None:
     return (await store.read(ENTRY, [])).entry
 
 
-# -- read ------------------------------------------------------------------------------------------------------------------
+# -- read ------------------------------------------------------------------------------------------
 
 
 async def test_an_empty_store_has_neither_entries_nor_generations(store: Store) -> None:
@@ -71,7 +80,7 @@ async def test_views_come_in_the_order_asked_for_with_the_tags_asked_for(store: 
     assert [found.sequence for found in reading.generations] == [1, 0, 1]
 
 
-# -- open ------------------------------------------------------------------------------------------------------------------
+# -- open ------------------------------------------------------------------------------------------
 
 
 async def test_a_generation_begins_at_zero_with_the_given_nonce(store: Store) -> None:
@@ -90,7 +99,9 @@ async def test_a_usable_generation_is_kept(store: Store) -> None:
 
 
 @pytest.mark.parametrize("field", ["n", "r", "s"])
-async def test_a_generation_without_its_whole_head_is_missing_and_made_anew(subject, field: str) -> None:
+async def test_a_generation_without_its_whole_head_is_missing_and_made_anew(
+    subject, field: str
+) -> None:
     """A hash that a foreign hand has damaged does not keep its tenant out of the cache for ever."""
     await opened(subject.store, N1)
     await bump(subject.store, "T:accounts")
@@ -101,8 +112,11 @@ async def test_a_generation_without_its_whole_head_is_missing_and_made_anew(subj
 
 
 @pytest.mark.parametrize("field", ["n", "r", "s"])
-async def test_a_bump_of_a_generation_without_its_whole_head_deletes_it(subject, field: str) -> None:
-    """A sequence that began again under the same nonce would make entries from before the bump valid."""
+async def test_a_bump_of_a_generation_without_its_whole_head_deletes_it(
+    subject, field: str
+) -> None:
+    """A sequence that began again under the same nonce would make entries from before the bump
+    valid."""
     before = await opened(subject.store, N1)
     for _ in range(3):
         await bump(subject.store, "T:accounts")
@@ -115,7 +129,10 @@ async def test_a_bump_of_a_generation_without_its_whole_head_deletes_it(subject,
 
 async def test_a_head_with_something_that_is_no_sequence_is_missing_and_made_anew(subject) -> None:
     """Neither a reading nor a bump fails because of it."""
-    for repair in (subject.store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS), opened(subject.store, N2)):
+    for repair in (
+        subject.store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS),
+        opened(subject.store, N2),
+    ):
         await opened(subject.store, N1)
         subject.spoil(GEN, "s")
         assert (await view(subject.store)).nonce is None
@@ -135,7 +152,7 @@ async def test_opening_and_bumping_renew_the_time_to_live(subject) -> None:
     assert 90_000 < subject.ttl_ms(GEN) <= 150_000
 
 
-# -- bump ------------------------------------------------------------------------------------------------------------------
+# -- bump ------------------------------------------------------------------------------------------
 
 
 async def test_a_bump_advances_the_sequence_and_stamps_it_on_every_tag(store: Store) -> None:
@@ -163,7 +180,8 @@ async def test_bumping_the_floor_invalidates_whatever_was_captured_before(store:
 
 
 async def test_too_many_tags_are_forgotten_by_raising_the_floor(subject) -> None:
-    """A generation stays small, and forgetting invalidates: no certificate from before is valid for any tag."""
+    """A generation stays small, and forgetting invalidates: no certificate from before is valid for
+    any tag."""
     store = subject.store
     await opened(store)
     tags = [f"T:t{number}" for number in range(2100)]
@@ -183,7 +201,8 @@ async def test_too_many_tags_are_forgotten_by_raising_the_floor(subject) -> None
 
 
 async def test_rows_that_were_all_applied_before_bump_once(store: Store) -> None:
-    """Every process sees every row of the outbox; one of them bumps for all. A row that is new bumps all tags of the call."""
+    """Every process sees every row of the outbox; one of them bumps for all. A row that is new
+    bumps all tags of the call."""
     await opened(store)
     first, second = "a" * 16, "b" * 16
     await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[first])
@@ -197,8 +216,11 @@ async def test_rows_that_were_all_applied_before_bump_once(store: Store) -> None
     assert (await view(store)).sequence == 3
 
 
-async def test_rows_are_remembered_in_a_ring_and_forgotten_by_the_oldest_first(store: Store) -> None:
-    """A row that was forgotten is bumped once more, which is harmless; a row of another generation is not remembered."""
+async def test_rows_are_remembered_in_a_ring_and_forgotten_by_the_oldest_first(
+    store: Store,
+) -> None:
+    """A row that was forgotten is bumped once more, which is harmless; a row of another generation
+    is not remembered."""
     await opened(store)
     rows = [f"{number:016x}" for number in range(RING_ROWS + 1)]
     for row in rows:
@@ -214,21 +236,29 @@ async def test_rows_are_remembered_in_a_ring_and_forgotten_by_the_oldest_first(s
 
 
 async def test_a_bump_tells_what_the_generation_has_reached(subject) -> None:
-    """The sequence of this bump under this nonce; with rows that were applied before, one that is no lower than theirs."""
+    """The sequence of this bump under this nonce; with rows that were applied before, one that is
+    no lower than theirs."""
     store, row = subject.store, "a" * 16
     await opened(store, N1)
     server = (await view(store)).server
-    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(server, Certificate(N1, 1))
-    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row]) == Bumped(server, Certificate(N1, 2))
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(
+        server, Certificate(N1, 1)
+    )
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row]) == Bumped(
+        server, Certificate(N1, 2)
+    )
     await bump(store, "T:leads")
-    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row]) == Bumped(server, Certificate(N1, 3))
+    assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS, rows=[row]) == Bumped(
+        server, Certificate(N1, 3)
+    )
     many = [f"T:t{number}" for number in range(MAX_FIELDS)]
     assert await store.bump(GEN, tags=many, ttl_ms=HOUR_MS) == Bumped(server, Certificate(N1, 4))
     assert (await view(store)).certificate() == Certificate(N1, 4)
 
 
 async def test_a_bump_of_no_generation_has_reached_nothing(subject) -> None:
-    """There is none, or it was deleted: its life is over, and views of it know nothing of the bump."""
+    """There is none, or it was deleted: its life is over, and views of it know nothing of the
+    bump."""
     store = subject.store
     server = (await view(store)).server
     assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(server)
@@ -237,7 +267,7 @@ async def test_a_bump_of_no_generation_has_reached_nothing(subject) -> None:
     assert await store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS) == Bumped(server)
 
 
-# -- epochs ----------------------------------------------------------------------------------------------------------------
+# -- epochs ----------------------------------------------------------------------------------------
 
 E1, E2 = "1" * 16, "2" * 16
 
@@ -257,7 +287,11 @@ async def test_an_epoch_is_kept_until_it_is_replaced_by_name(subject) -> None:
     assert (await store.epoch())[0] is None
     first = await proposed(store, E1)
     assert first is not None
-    assert (first.token, first.incarnation, first.cursor) == (E1, "incarnation", Cursor("750:760:751,755", 1234.5))
+    assert (first.token, first.incarnation, first.cursor) == (
+        E1,
+        "incarnation",
+        Cursor("750:760:751,755", 1234.5),
+    )
     assert (await store.epoch())[0] == first
     assert await proposed(store, E2) == first
     assert await proposed(store, E2, replacing="other") == first
@@ -268,7 +302,9 @@ async def test_an_epoch_is_kept_until_it_is_replaced_by_name(subject) -> None:
     assert subject.ttl_ms(EPOCH_KEY) <= HOUR_MS
 
 
-async def test_an_epoch_of_another_server_life_is_replaced_by_the_first_who_proposes(mortal) -> None:
+async def test_an_epoch_of_another_server_life_is_replaced_by_the_first_who_proposes(
+    mortal,
+) -> None:
     """It says so itself: the identity in it is not the server's."""
     store = mortal.store
     old = await proposed(store, E1)
@@ -284,7 +320,8 @@ async def test_an_epoch_of_another_server_life_is_replaced_by_the_first_who_prop
 
 
 async def test_another_epoch_is_another_server_life(store: Store) -> None:
-    """Its token is part of what generations record: what was captured before is worth nothing, and no bump keeps it."""
+    """Its token is part of what generations record: what was captured before is worth nothing, and
+    no bump keeps it."""
     before = await opened(store)
     store.adopt(E1)
     found = await view(store)
@@ -299,7 +336,7 @@ async def test_another_epoch_is_another_server_life(store: Store) -> None:
     assert (await view(store)).nonce is None
 
 
-# -- put -------------------------------------------------------------------------------------------------------------------
+# -- put -------------------------------------------------------------------------------------------
 
 
 async def test_what_was_put_is_read_byte_by_byte(store: Store) -> None:
@@ -350,7 +387,7 @@ async def test_every_key_has_a_time_to_live(subject) -> None:
     assert all(0 < subject.ttl_ms(key) <= 2 * HOUR_MS for key in subject.keys())  # noqa: SIM118 - not a dict
 
 
-# -- leases ----------------------------------------------------------------------------------------------------------------
+# -- leases ----------------------------------------------------------------------------------------
 
 
 async def test_a_free_lease_is_taken_and_a_held_one_is_shown(store: Store) -> None:
@@ -401,11 +438,12 @@ async def test_who_finds_the_lease_released_finds_the_entry_put_before(store: St
         store.release(FILL, "yours")
 
 
-# -- switch, info, close ---------------------------------------------------------------------------------------------------
+# -- switch, info, close ---------------------------------------------------------------------------
 
 
 async def test_switches_are_on_until_they_are_turned_off(store: Store) -> None:
-    """Turning returns what is off then; looking changes nothing; both ways can be repeated, and each switch is by itself."""
+    """Turning returns what is off then; looking changes nothing; both ways can be repeated, and
+    each switch is by itself."""
     assert await store.switch() == frozenset()
     assert await store.switch({"*": True, "tenant:a": True}) == {"*", "tenant:a"}
     assert await store.switch({"*": True}) == {"*", "tenant:a"}
@@ -455,7 +493,7 @@ async def test_a_closed_store_is_unavailable_and_can_be_connected_again(store: S
     assert await entry(store) is None
 
 
-# -- what the argument in core/generations.py rests on ---------------------------------------------------------------------
+# -- what the argument in core/generations.py rests on ---------------------------------------------
 
 
 async def test_a_generation_that_was_evicted_comes_back_under_another_nonce(subject) -> None:
@@ -476,7 +514,10 @@ async def test_losing_everything_makes_everything_invalid_and_hits_come_back(sub
     assert await entry(store) == b"x"
     subject.lose_all()
     reading = await store.read(ENTRY, [(GEN, TAGS)])
-    assert (reading.entry, reading.generations[0].judge(before, [])) == (None, Verdict.NO_GENERATION)
+    assert (reading.entry, reading.generations[0].judge(before, [])) == (
+        None,
+        Verdict.NO_GENERATION,
+    )
     after = await opened(store, N2)
     assert (await view(store)).judge(after, TAGS) is Verdict.VALID
 
@@ -499,7 +540,8 @@ async def test_losing_any_single_key_leaves_no_wrong_answer(subject) -> None:
 
 
 async def test_another_server_life_with_the_old_data_makes_everything_invalid(mortal) -> None:
-    """Old generation and old entries agree with each other; the identity does not. OPEN replaces what it finds."""
+    """Old generation and old entries agree with each other; the identity does not. OPEN replaces
+    what it finds."""
     store = mortal.store
     before = await opened(store, N1)
     put(store, b"x")
@@ -533,14 +575,17 @@ async def test_an_empty_server_life_is_just_cold(mortal) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_nothing_valid_is_older_than_the_last_confirmed_bump(subject, seed: int) -> None:
-    """Random captures, late and reordered puts, writes, evictions: what is judged valid is the present truth."""
+    """Random captures, late and reordered puts, writes, evictions: what is judged valid is the
+    present truth."""
     store, rng = subject.store, random.Random(seed)
     truth = dict.fromkeys(("T:accounts", "T:leads"), 0)
     late: list[tuple[Certificate, str, int]] = []
     stored: tuple[Certificate, str, int] | None = None
     hits = 0
     for step in range(400):
-        action = rng.choices(("fill", "land", "write", "read", "evict", "flush", "all"), (6, 6, 3, 12, 1, 0.2, 0.3))[0]
+        action = rng.choices(
+            ("fill", "land", "write", "read", "evict", "flush", "all"), (6, 6, 3, 12, 1, 0.2, 0.3)
+        )[0]
         tag = rng.choice(list(truth))
         if action == "fill":
             certificate = (await view(store)).certificate() or await opened(store, b"%016x" % step)
@@ -548,7 +593,9 @@ async def test_nothing_valid_is_older_than_the_last_confirmed_bump(subject, seed
         elif action == "land" and late:
             stored = late.pop(rng.randrange(len(late)))
         elif action in ("write", "all"):
-            truth = {name: value + (action == "all" or name == tag) for name, value in truth.items()}
+            truth = {
+                name: value + (action == "all" or name == tag) for name, value in truth.items()
+            }
             await bump(store, *([FLOOR] if action == "all" else [tag]))
         elif action == "evict":
             subject.lose(GEN)

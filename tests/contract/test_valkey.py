@@ -1,4 +1,5 @@
-"""What only a real server can do to its store: scripts forgotten, replicas, full memory, freezing, many clients."""
+"""What only a real server can do to its store: scripts forgotten, replicas, full memory, freezing,
+many clients."""
 
 import asyncio
 import logging
@@ -69,11 +70,12 @@ async def work(store: RedisStore, nonce: bytes = N1) -> None:
     store.release(FILL, "yours")
 
 
-# -- scripts and commands --------------------------------------------------------------------------------------------------
+# -- scripts and commands --------------------------------------------------------------------------
 
 
 async def test_forgotten_scripts_are_sent_again(store_on: MakeStore, valkey_url: str) -> None:
-    """SCRIPT FLUSH at any time: the same operation succeeds, and later ones use the digest again."""
+    """SCRIPT FLUSH at any time: the same operation succeeds, and later ones use the digest
+    again."""
     store = store_on(valkey_url)
     await store.connect()
     with redis.Redis.from_url(valkey_url) as client:
@@ -88,7 +90,9 @@ async def test_forgotten_scripts_are_sent_again(store_on: MakeStore, valkey_url:
 def test_each_script_touches_one_key_and_is_packaged() -> None:
     """Any single key may be evicted, moved or lost; no script may depend on two being together."""
     folder = resources.files("respcache.stores").joinpath("lua")
-    assert {path.name for path in folder.iterdir() if path.name.endswith(".lua")} == {f"{name}.lua" for name in SCRIPTS}
+    assert {path.name for path in folder.iterdir() if path.name.endswith(".lua")} == {
+        f"{name}.lua" for name in SCRIPTS
+    }
     for name in SCRIPTS:
         text = folder.joinpath(f"{name}.lua").read_text("ascii")
         assert set(re.findall(r"KEYS\[\d+\]", text)) == {"KEYS[1]"}
@@ -97,7 +101,9 @@ def test_each_script_touches_one_key_and_is_packaged() -> None:
         assert {command for command, _ in commands} <= SCRIPT_COMMANDS
 
 
-async def test_a_look_up_is_one_round_trip_of_plain_commands(store_on: MakeStore, valkey_url: str) -> None:
+async def test_a_look_up_is_one_round_trip_of_plain_commands(
+    store_on: MakeStore, valkey_url: str
+) -> None:
     """One GET and one HMGET per generation: no script, no transaction, nothing per entry."""
     store = store_on(valkey_url)
     await store.connect()
@@ -111,7 +117,9 @@ async def test_a_look_up_is_one_round_trip_of_plain_commands(store_on: MakeStore
     assert store.counters()["commands"] == 4 + 4  # and four of the handshake
 
 
-async def test_a_write_of_an_entry_is_one_set_with_its_time_to_live(store_on: MakeStore, valkey_url: str) -> None:
+async def test_a_write_of_an_entry_is_one_set_with_its_time_to_live(
+    store_on: MakeStore, valkey_url: str
+) -> None:
     """No moment in which the entry has none."""
     store = store_on(valkey_url)
     await store.connect()
@@ -120,11 +128,17 @@ async def test_a_write_of_an_entry_is_one_set_with_its_time_to_live(store_on: Ma
         store.put(ENTRY, b"x", ttl_ms=HOUR_MS, generation=GEN, generation_ttl_ms=HOUR_MS)
         await store.read(None, [(GEN, [])])
         called = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
-    writes = {name: calls for name, calls in called.items() if "config" not in name and name != "cmdstat_hmget"}
+    writes = {
+        name: calls
+        for name, calls in called.items()
+        if "config" not in name and name != "cmdstat_hmget"
+    }
     assert writes == {"cmdstat_set": 1, "cmdstat_pexpire": 1}
 
 
-async def test_a_foreign_value_under_a_key_is_as_good_as_missing(store_on: MakeStore, valkey_url: str) -> None:
+async def test_a_foreign_value_under_a_key_is_as_good_as_missing(
+    store_on: MakeStore, valkey_url: str
+) -> None:
     """It keeps no tenant out of the cache, and no bump from being confirmed."""
     store = store_on(valkey_url)
     await store.connect()
@@ -171,8 +185,11 @@ async def test_a_foreign_value_in_place_of_the_epoch_is_none_and_is_replaced(
         assert await store.epoch(mine, ttl_ms=HOUR_MS) == (mine, identity)
 
 
-async def test_a_foreign_value_in_place_of_a_lease_is_an_error_of_the_store(store_on: MakeStore, valkey_url: str) -> None:
-    """Of the wrong type, or not a lease: the caller gets ``StoreReplyError``, and the connection stays."""
+async def test_a_foreign_value_in_place_of_a_lease_is_an_error_of_the_store(
+    store_on: MakeStore, valkey_url: str
+) -> None:
+    """Of the wrong type, or not a lease: the caller gets ``StoreReplyError``, and the connection
+    stays."""
     store = store_on(valkey_url)
     await store.connect()
     with redis.Redis.from_url(valkey_url) as client:
@@ -182,10 +199,13 @@ async def test_a_foreign_value_in_place_of_a_lease_is_an_error_of_the_store(stor
             with pytest.raises(StoreReplyError):
                 await store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS)
     assert store.available
-    assert store.counters()["errors"] == 1  # the other is one only to us, and a script that must be sent in full is none
+    # the other is one only to us, and a script that must be sent in full is none
+    assert store.counters()["errors"] == 1
 
 
-async def test_a_foreign_value_in_place_of_the_switches_is_none_and_is_replaced(store_on: MakeStore, valkey_url: str) -> None:
+async def test_a_foreign_value_in_place_of_the_switches_is_none_and_is_replaced(
+    store_on: MakeStore, valkey_url: str
+) -> None:
     """Also that of a release which kept one switch in a string."""
     store = store_on(valkey_url)
     await store.connect()
@@ -196,8 +216,11 @@ async def test_a_foreign_value_in_place_of_the_switches_is_none_and_is_replaced(
         assert client.hgetall(SWITCHES_KEY) == {b"*": b"1"}
 
 
-async def test_the_kill_switch_survives_other_clients_and_restarts_of_the_store(store_on: MakeStore, valkey_url: str) -> None:
-    """It is one key that all processes look at; looking at it counts as a use, so it is not what LRU evicts first."""
+async def test_the_kill_switch_survives_other_clients_and_restarts_of_the_store(
+    store_on: MakeStore, valkey_url: str
+) -> None:
+    """It is one key that all processes look at; looking at it counts as a use, so it is not what
+    LRU evicts first."""
     first, second = store_on(valkey_url), store_on(valkey_url)
     await first.connect()
     await second.connect()
@@ -210,13 +233,14 @@ async def test_the_kill_switch_survives_other_clients_and_restarts_of_the_store(
         assert client.exists(SWITCHES_KEY)
 
 
-# -- identity --------------------------------------------------------------------------------------------------------------
+# -- identity --------------------------------------------------------------------------------------
 
 
 async def test_a_first_replica_changes_the_identity_and_a_live_connection_learns_it(
     store_on: MakeStore, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """Without learning it again, the connection would take every generation of others for another server's, for ever."""
+    """Without learning it again, the connection would take every generation of others for another
+    server's, for ever."""
     master = make_valkey(repl_diskless_sync_delay="0")
     reader, writer = store_on(master.url), store_on(master.url)
     await reader.connect()
@@ -225,7 +249,8 @@ async def test_a_first_replica_changes_the_identity_and_a_live_connection_learns
     make_valkey(replicaof=f"127.0.0.1 {master.port}", masterauth=master.password)
     with redis.Redis.from_url(master.url) as client:
         await until(lambda: client.info("replication")["master_replid"] != before.server)
-    assert (await reader.open(GEN, nonce=N2, ttl_ms=HOUR_MS)).certificate() is None  # made, but not for this connection
+    # made, but not for this connection
+    assert (await reader.open(GEN, nonce=N2, ttl_ms=HOUR_MS)).certificate() is None
     await until(lambda: reader.available)
     certificate = (await reader.open(GEN, nonce=N1, ttl_ms=HOUR_MS)).certificate()
     assert certificate == Certificate(N2, 0)
@@ -239,7 +264,9 @@ async def test_a_first_replica_changes_the_identity_and_a_live_connection_learns
 
 
 async def test_a_replica_is_not_read(
-    store_on: MakeStore, make_valkey: Callable[..., EmbeddedValkey], caplog: pytest.LogCaptureFixture
+    store_on: MakeStore,
+    make_valkey: Callable[..., EmbeddedValkey],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It may lag behind confirmed bumps."""
     master = make_valkey(repl_diskless_sync_delay="0")
@@ -275,13 +302,14 @@ async def test_a_promoted_replica_with_the_data_of_its_master_is_another_server(
     assert found.judge(before, []) is Verdict.OTHER_SERVER
 
 
-# -- trouble ---------------------------------------------------------------------------------------------------------------
+# -- trouble ---------------------------------------------------------------------------------------
 
 
 async def test_a_full_server_refuses_writes_and_still_answers(
     store_on: MakeStore, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """With OOM, puts are lost and counted, bumps are not confirmed, reads go on, the connection stays."""
+    """With OOM, puts are lost and counted, bumps are not confirmed, reads go on, the connection
+    stays."""
     server = make_valkey(maxmemory_policy="noeviction")
     store = store_on(server.url)
     await store.connect()
@@ -304,7 +332,8 @@ async def test_a_full_server_refuses_writes_and_still_answers(
 async def test_eviction_under_pressure_loses_nothing_but_hits(
     store_on: MakeStore, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """A small server that evicts all the time: what is judged valid was captured after the last bump."""
+    """A small server that evicts all the time: what is judged valid was captured after the last
+    bump."""
     server = make_valkey(maxmemory="4mb", maxmemory_policy="allkeys-random")
     store = store_on(server.url)
     await store.connect()
@@ -315,7 +344,13 @@ async def test_eviction_under_pressure_loses_nothing_but_hits(
         before = view.certificate()
         assert before is not None
         await store.bump(generation, tags=["T:accounts"], ttl_ms=HOUR_MS)
-        store.put(f"tenant:t:x:list:{number}", b"x" * 30_000, ttl_ms=HOUR_MS, generation=generation, generation_ttl_ms=HOUR_MS)
+        store.put(
+            f"tenant:t:x:list:{number}",
+            b"x" * 30_000,
+            ttl_ms=HOUR_MS,
+            generation=generation,
+            generation_ttl_ms=HOUR_MS,
+        )
         found = (await store.read(None, [(generation, ["T:accounts"])])).generations[0]
         verdict = found.judge(before, ["T:accounts"])
         assert verdict in (Verdict.INVALIDATED, Verdict.NO_GENERATION)
@@ -324,12 +359,17 @@ async def test_eviction_under_pressure_loses_nothing_but_hits(
 
 
 @pytest.mark.parametrize(
-    "anyio_backend", [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})], ids=["asyncio", "uvloop"]
+    "anyio_backend",
+    [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})],
+    ids=["asyncio", "uvloop"],
 )
 async def test_a_frozen_server_delays_nobody_for_longer_than_one_deadline(
-    store_on: MakeStore, make_valkey: Callable[..., EmbeddedValkey], caplog: pytest.LogCaptureFixture
+    store_on: MakeStore,
+    make_valkey: Callable[..., EmbeddedValkey],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Every operation fails, the first within its deadline, the later ones at once; thawed, all work again."""
+    """Every operation fails, the first within its deadline, the later ones at once; thawed, all
+    work again."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server = make_valkey()
     store = store_on(server.url, deadline_s=0.05)
@@ -357,14 +397,16 @@ async def test_a_frozen_server_delays_nobody_for_longer_than_one_deadline(
     assert time.monotonic() - started < 0.05  # for all of them together
     server.thaw()
     await until(lambda: store.available)
-    assert (await store.read(ENTRY, [])).entry is None  # what was put while it was down is lost, not late
+    # what was put while it was down is lost, not late
+    assert (await store.read(ENTRY, [])).entry is None
     await work(store)
 
 
 async def test_after_a_crash_the_store_comes_back_by_itself(
     store_on: MakeStore, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """Killed in the middle of work: those who wait fail at once, and later ones are served by the new life."""
+    """Killed in the middle of work: those who wait fail at once, and later ones are served by the
+    new life."""
     server = make_valkey()
     store = store_on(server.url)
     await store.connect()
@@ -383,20 +425,32 @@ async def test_after_a_crash_the_store_comes_back_by_itself(
     await work(store, N2)
 
 
-async def test_two_processes_that_open_and_bump_at_once_agree(store_on: MakeStore, valkey_url: str) -> None:
+async def test_two_processes_that_open_and_bump_at_once_agree(
+    store_on: MakeStore, valkey_url: str
+) -> None:
     """Each on a connection of its own: one nonce wins, and no bump is lost."""
     stores = [store_on(valkey_url) for _ in range(4)]
     for store in stores:
         await store.connect()
-    views = await asyncio.gather(*(store.open(GEN, nonce=b"%016d" % n, ttl_ms=HOUR_MS) for n, store in enumerate(stores)))
+    views = await asyncio.gather(
+        *(store.open(GEN, nonce=b"%016d" % n, ttl_ms=HOUR_MS) for n, store in enumerate(stores))
+    )
     assert len({view.nonce for view in views}) == 1
-    await asyncio.gather(*(store.bump(GEN, tags=[f"T:t{n % 3}"], ttl_ms=HOUR_MS) for n in range(25) for store in stores))
+    await asyncio.gather(
+        *(
+            store.bump(GEN, tags=[f"T:t{n % 3}"], ttl_ms=HOUR_MS)
+            for n in range(25)
+            for store in stores
+        )
+    )
     found = (await stores[0].read(None, [(GEN, ["T:t0", "T:t1", "T:t2"])])).generations[0]
     assert found.sequence == 100
     assert max(found.bumps.values()) == 100
 
 
-async def test_the_password_shows_nowhere(store_on: MakeStore, valkey_server: EmbeddedValkey) -> None:
+async def test_the_password_shows_nowhere(
+    store_on: MakeStore, valkey_server: EmbeddedValkey
+) -> None:
     """Stores are printed in tracebacks and logs."""
     store = store_on(valkey_server.url)
     assert valkey_server.password not in repr(store)

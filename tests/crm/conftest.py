@@ -1,4 +1,5 @@
-"""The CRM in process, on a real PostgreSQL and a real Valkey, with two tenants whose people see different rows."""
+"""The CRM in process, on a real PostgreSQL and a real Valkey, with two tenants whose people see
+different rows."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -47,11 +48,14 @@ class Crm:
             token = issue_token(SECRET, self.users[name], hours=1) if name else None
             headers = {"authorization": f"Bearer {token}"} if token else {}
             transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
-            self.clients[key] = httpx2.AsyncClient(transport=transport, base_url="http://crm", headers=headers, timeout=30)
+            self.clients[key] = httpx2.AsyncClient(
+                transport=transport, base_url="http://crm", headers=headers, timeout=30
+            )
         return self.clients[key]
 
     async def said(self, name: str, path: str) -> str:
-        """Return what the cache says to somebody; asked again while it is left alone, as on a busy machine for a moment."""
+        """Return what the cache says to somebody; asked again while it is left alone, as on a busy
+        machine for a moment."""
         async with asyncio.timeout(60):
             while "fwd=bypass" in (said := status(await self.as_user(name).get(path))):
                 await asyncio.sleep(0.05)
@@ -87,13 +91,21 @@ NEW: dict[str, dict[str, Any]] = {
 
 
 DEADLINE_S = 2.0
-"""Of the cache server: a busy machine must not make bypasses of what these tests look at. The real one has tests of its own."""
+"""Of the cache server: a busy machine must not make bypasses of what these tests look at. The real
+one has tests of its own."""
 
 
 @pytest.fixture
-async def crm(database_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Crm]:
+async def crm(
+    database_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Crm]:
     monkeypatch.setitem(RedisStore.__init__.__kwdefaults__, "deadline_s", DEADLINE_S)
-    settings = Settings(database_url=database_url, redis_cache_url=valkey_url, jwt_secret=SECRET, respcache_key=SECRET)
+    settings = Settings(
+        database_url=database_url,
+        redis_cache_url=valkey_url,
+        jwt_secret=SECRET,
+        respcache_key=SECRET,
+    )
     app = create_app(settings, strict_reads=True)
     made = Crm(app, app.app.state.cache)
     await made.cache.connect()
@@ -108,10 +120,16 @@ async def crm(database_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatc
 
 async def populate(crm: Crm) -> None:
     for slug, mode in (("acme", "shared"), ("globex", "hierarchical")):
-        crm.tenants[slug] = Tenant(id=uuid4(), slug=slug, name=slug.title(), settings={"visibility_mode": mode})
+        crm.tenants[slug] = Tenant(
+            id=uuid4(), slug=slug, name=slug.title(), settings={"visibility_mode": mode}
+        )
     sales = Team(id=uuid4(), name="Sales", tenant_id=crm.tenants["globex"].id)
-    north = Team(id=uuid4(), name="North", tenant_id=crm.tenants["globex"].id, parent_team_id=sales.id)
-    south = Team(id=uuid4(), name="South", tenant_id=crm.tenants["globex"].id, parent_team_id=sales.id)
+    north = Team(
+        id=uuid4(), name="North", tenant_id=crm.tenants["globex"].id, parent_team_id=sales.id
+    )
+    south = Team(
+        id=uuid4(), name="South", tenant_id=crm.tenants["globex"].id, parent_team_id=sales.id
+    )
     crm.teams = {"sales": sales, "north": north, "south": south}
 
     def person(name: str, tenant: str | None, role: str, team: Team | None = None) -> Employee:

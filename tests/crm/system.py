@@ -28,7 +28,9 @@ class System:
         self.base = f"http://127.0.0.1:{port}"
         with self.log.open("wb") as log:
             command = [sys.executable, "-m", "crm", "run"]
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def ready(self) -> "System":
         """Wait until it answers."""
@@ -43,11 +45,22 @@ class System:
     def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run another command in the same surroundings."""
         command = [sys.executable, "-m", "crm", *arguments]
-        return subprocess.run(command, env={**self.environment, **environment}, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def children(self) -> list[int]:
         """Return the processes that it started."""
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return [int(pid) for pid in found.stdout.split()]
 
     def end(self) -> None:
@@ -63,5 +76,14 @@ class System:
 
 def clean() -> dict[str, str]:
     """Return the environment without settings of the CRM."""
-    ours = {"PORT", "DATA_DIR", "DATABASE_URL", "REDIS_CACHE_URL", "REDIS_URL", "JWT_SECRET", "RESPCACHE_KEY", "ENVIRONMENT"}
+    ours = {
+        "PORT",
+        "DATA_DIR",
+        "DATABASE_URL",
+        "REDIS_CACHE_URL",
+        "REDIS_URL",
+        "JWT_SECRET",
+        "RESPCACHE_KEY",
+        "ENVIRONMENT",
+    }
     return {key: value for key, value in os.environ.items() if key not in ours}

@@ -1,4 +1,5 @@
-"""Who may see and do what: ``Admin`` enforces every access itself. Two tenants, with answers, writes, findings and switches."""
+"""Who may see and do what: ``Admin`` enforces every access itself. Two tenants, with answers,
+writes, findings and switches."""
 
 import asyncio
 import inspect
@@ -60,7 +61,10 @@ class Ground:
 
     def request(self, name: str) -> dict[str, Any]:
         """Return a request of somebody, to be explained."""
-        return {"path": "/api/leads", "headers": {"authorization": self.crm.as_user(name).headers["authorization"]}}
+        return {
+            "path": "/api/leads",
+            "headers": {"authorization": self.crm.as_user(name).headers["authorization"]},
+        }
 
 
 def finding(tenant: str) -> Finding:
@@ -77,8 +81,11 @@ async def ground(crm: Crm) -> Ground:
     return made
 
 
-def looks(ground: Ground, tenant: str | None, key: str, who: str) -> dict[str, Callable[[Access], Any]]:
-    """Return every method that only looks, as asked about a tenant (None: about nobody in particular)."""
+def looks(
+    ground: Ground, tenant: str | None, key: str, who: str
+) -> dict[str, Callable[[Access], Any]]:
+    """Return every method that only looks, as asked about a tenant (None: about nobody in
+    particular)."""
     admin, about = ground.admin, {} if tenant is None else {"tenant": tenant}
     return {
         "overview": lambda access: admin.overview(access),
@@ -123,8 +130,14 @@ def global_deeds(ground: Ground) -> dict[str, Callable[[Access], Any]]:
 
 async def test_every_method_is_tried_here(ground: Ground) -> None:
     """A new one has to be added to the lists above."""
-    methods = {name for name, _ in inspect.getmembers(Admin, inspect.iscoroutinefunction) if not name.startswith("_")}
-    tried = {name.split()[0] for name in looks(ground, None, "", "abe")} | {name.split()[0] for name in deeds(ground, "", "")}
+    methods = {
+        name
+        for name, _ in inspect.getmembers(Admin, inspect.iscoroutinefunction)
+        if not name.startswith("_")
+    }
+    tried = {name.split()[0] for name in looks(ground, None, "", "abe")} | {
+        name.split()[0] for name in deeds(ground, "", "")
+    }
     assert methods == tried - {"dry"}
     assert all("access" in inspect.signature(getattr(Admin, name)).parameters for name in methods)
 
@@ -139,7 +152,11 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
     assert overview.totals.hits > 0
     assert len(overview.processes) == 1
     assert overview.server is not None
-    assert {found.tenant for found in overview.findings} == set(overview.pending_tenants) == {ground.acme, ground.globex}
+    assert (
+        {found.tenant for found in overview.findings}
+        == set(overview.pending_tenants)
+        == {ground.acme, ground.globex}
+    )
     assert overview.hit_times is not None
     assert len(overview.series) == 360
     assert len((await ground.admin.overview(ground.root, minutes=1)).series) == 6
@@ -148,7 +165,9 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
     assert (row.module, row.kind, row.level, row.ttl_s) == ("leads", "list", "strict", 180)
     assert row.fill_mean_s is not None
     ground.crm.cache._invalidator._pending.clear()
-    for name, deed in (deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)).items():
+    for name, deed in (
+        deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)
+    ).items():
         if name == "reveal":
             await ground.crm.as_user("abe").get("/api/leads")
             await asyncio.sleep(0)
@@ -162,7 +181,9 @@ async def test_a_viewer_sees_everything_and_does_nothing(ground: Ground) -> None
         for name, look in looks(ground, tenant, ground.key[ground.acme], "abe").items():
             assert await look(ground.viewer) is not None, name
     for access in (ground.viewer, ground.max):
-        for deed in (deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)).values():
+        for deed in (
+            deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)
+        ).values():
             with pytest.raises(AccessRefused, match="operator"):
                 await deed(access)
     assert await ground.admin.trail(ground.root) == trail
@@ -178,9 +199,18 @@ async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground:
             await asyncio.sleep(0)
         assert await deed(ground.abe) is not None, name
     acts = await ground.admin.trail(ground.abe)
-    assert [act.act for act in acts if act.name == "abe"] == ["reveal", "switch", "switch", "purge", "purge", "purge"]
+    assert [act.act for act in acts if act.name == "abe"] == [
+        "reveal",
+        "switch",
+        "switch",
+        "purge",
+        "purge",
+        "purge",
+    ]
     assert hit(await ground.crm.as_user("gus").get("/api/leads"))
-    assert (await ground.admin.switch(ground.abe, off=True, tenant=ground.acme)).tenants == [ground.acme]
+    assert (await ground.admin.switch(ground.abe, off=True, tenant=ground.acme)).tenants == [
+        ground.acme
+    ]
 
 
 async def test_an_operator_of_a_tenant_does_nothing_that_concerns_others(ground: Ground) -> None:
@@ -224,21 +254,31 @@ async def test_nothing_of_another_tenant_ever_appears(ground: Ground, role: str)
 
 
 async def test_the_figures_of_a_tenant_are_its_own(ground: Ground) -> None:
-    """What is kept of all tenants together is not shown: times, processes, the server, the series."""
+    """What is kept of all tenants together is not shown: times, processes, the server, the
+    series."""
     for _ in range(10):
         await ground.crm.as_user("gus").get("/api/accounts")
     overview = await ground.admin.overview(ground.abe)
     own = ground.crm.cache.stats(ground.acme)
-    assert (overview.tenant, overview.totals.hits, overview.totals.misses) == (ground.acme, own["hits"], own["misses"])
+    assert (overview.tenant, overview.totals.hits, overview.totals.misses) == (
+        ground.acme,
+        own["hits"],
+        own["misses"],
+    )
     assert (overview.processes, overview.series, overview.server) == ([], [], None)
     assert (overview.hit_times, overview.miss_times) == (None, None)
-    assert [found.tenant for found in overview.findings] == overview.pending_tenants == [ground.acme]
+    assert (
+        [found.tenant for found in overview.findings] == overview.pending_tenants == [ground.acme]
+    )
     assert overview.switches.tenants == []
     (row,) = await ground.admin.tenants(ground.abe)
     assert (row.name, row.requests) == (ground.acme, overview.totals.requests)
     for rows in (await ground.admin.modules(ground.abe), await ground.admin.routes(ground.abe)):
         assert sum(row.hits for row in rows) == own["hits"]
-        assert all(row.hit_p50_s is None and row.saved_s is None and row.fill_mean_s is None for row in rows)
+        assert all(
+            row.hit_p50_s is None and row.saved_s is None and row.fill_mean_s is None
+            for row in rows
+        )
     assert await ground.crm.cache.board.publish()
     all_of_them = await ground.admin.tenants(ground.root)
     assert {row.name for row in all_of_them} == {ground.acme, ground.globex, SHARED}
@@ -248,12 +288,18 @@ async def test_the_figures_of_a_tenant_are_its_own(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize("module", [None, "leads"])
-async def test_a_switch_says_what_is_off_and_is_followed(ground: Ground, module: str | None) -> None:
+async def test_a_switch_says_what_is_off_and_is_followed(
+    ground: Ground, module: str | None
+) -> None:
     """And who did it is trailed."""
     ground.crm.cache._invalidator._pending.clear()
     said = await ground.admin.switch(ground.root, off=True, module=module)
     assert said.told
-    assert (said.everything, said.modules, said.enabled) == (module is None, ["leads"] if module else [], module is not None)
+    assert (said.everything, said.modules, said.enabled) == (
+        module is None,
+        ["leads"] if module else [],
+        module is not None,
+    )
     answer = await ground.crm.as_user("abe").get("/api/leads")
     assert answer.headers["cache-status"].endswith("detail=off")
     assert (await ground.admin.switches(ground.abe)).modules == said.modules
@@ -267,7 +313,9 @@ async def test_a_switch_says_what_is_off_and_is_followed(ground: Ground, module:
     ]
 
 
-async def test_what_cannot_be_is_refused_by_name(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_cannot_be_is_refused_by_name(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is trailed."""
     trail = await ground.admin.trail(ground.root)
     with pytest.raises(NotFound, match=r"no module 'nothing'; known are accounts"):
@@ -280,7 +328,12 @@ async def test_what_cannot_be_is_refused_by_name(ground: Ground, monkeypatch: py
         with pytest.raises(InvalidOperation, match=str(minutes)):
             await ground.admin.overview(ground.root, minutes=minutes)
     for limit in (0, MAX_ROWS + 1):
-        for question in (ground.admin.tenants, ground.admin.keys, ground.admin.feed, ground.admin.trail):
+        for question in (
+            ground.admin.tenants,
+            ground.admin.keys,
+            ground.admin.feed,
+            ground.admin.trail,
+        ):
             with pytest.raises(InvalidOperation, match=str(limit)):
                 await question(ground.root, limit=limit)
     with pytest.raises(InvalidOperation, match="order"):
@@ -309,7 +362,7 @@ def test_an_access_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
         Access(name="x", **wrong)
 
 
-# -- configuration ---------------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 async def test_the_configuration_says_where_each_value_comes_from(ground: Ground) -> None:
@@ -317,24 +370,44 @@ async def test_the_configuration_says_where_each_value_comes_from(ground: Ground
     found = {setting.name: setting for setting in await ground.admin.configuration(ground.viewer)}
     said = repr(found)
     assert SECRET not in said
-    password = re.search(r":([^:@/]+)@", ground.crm.app.app.state.settings.redis_cache_url.get_secret_value())
+    password = re.search(
+        r":([^:@/]+)@", ground.crm.app.app.state.settings.redis_cache_url.get_secret_value()
+    )
     assert password is not None
     assert password[1] not in said
     assert "only-for-tests" not in said
-    assert (found["Cache.secret"].value, found["JWT_SECRET"].value, found["METRICS_TOKEN"].value) == ("set", "set", "not set")
-    assert (found["Cache.near_bytes"].value, found["Cache.near_bytes"].source) == (str(64 * 1024 * 1024), "default")
-    assert (found["Cache.strict_reads"].value, found["Cache.strict_reads"].source) == ("True", "argument")
-    assert (found["Cache.outbox"].value, found["Cache.outbox"].source) == ("PostgresOutbox, lease 2.0 s", "argument")
+    assert (
+        found["Cache.secret"].value,
+        found["JWT_SECRET"].value,
+        found["METRICS_TOKEN"].value,
+    ) == ("set", "set", "not set")
+    assert (found["Cache.near_bytes"].value, found["Cache.near_bytes"].source) == (
+        str(64 * 1024 * 1024),
+        "default",
+    )
+    assert (found["Cache.strict_reads"].value, found["Cache.strict_reads"].source) == (
+        "True",
+        "argument",
+    )
+    assert (found["Cache.outbox"].value, found["Cache.outbox"].source) == (
+        "PostgresOutbox, lease 2.0 s",
+        "argument",
+    )
     options = set(inspect.signature(Cache).parameters) - {"clock"}
     assert options == {name.removeprefix("Cache.") for name in found if name.startswith("Cache.")}
 
 
-def test_settings_of_the_environment_are_named_after_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_environment_are_named_after_their_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What was given by the program is an argument, everything else a default."""
     monkeypatch.setenv("RESPCACHE_NEAR_BYTES", "1000")
     monkeypatch.setenv("DATABASE_URL", "postgresql://app:hidden@db.example:5432/crm?ssl=1")
     found = {setting.name: setting for setting in shown(Settings(port=4002))}
-    assert (found["RESPCACHE_NEAR_BYTES"].value, found["RESPCACHE_NEAR_BYTES"].source) == ("1000", "RESPCACHE_NEAR_BYTES")
+    assert (found["RESPCACHE_NEAR_BYTES"].value, found["RESPCACHE_NEAR_BYTES"].source) == (
+        "1000",
+        "RESPCACHE_NEAR_BYTES",
+    )
     assert (found["PORT"].value, found["PORT"].source) == ("4002", "argument")
     assert (found["LOG_LEVEL"].value, found["LOG_LEVEL"].source) == ("info", "default")
     assert found["DATABASE_URL"].value == "postgresql+asyncpg://db.example:5432/crm"

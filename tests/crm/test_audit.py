@@ -1,4 +1,5 @@
-"""The continuous audit of the running CRM, on a real PostgreSQL and a real Valkey: it finds what is wrong, and nothing else."""
+"""The continuous audit of the running CRM, on a real PostgreSQL and a real Valkey: it finds what is
+wrong, and nothing else."""
 
 import asyncio
 import random
@@ -18,7 +19,8 @@ from .conftest import MODULES, NEW, SINGULAR, Crm
 
 pytestmark = pytest.mark.anyio
 FOUND_WITHIN = 150
-"""Audits: at the default share, what is wrong must be found in so many of them, however long a busy machine takes."""
+"""Audits: at the default share, what is wrong must be found in so many of them, however long a busy
+machine takes."""
 RENAME = "UPDATE accounts SET name = $2 WHERE tenant_id = $1"
 FORGET = "DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()"
 READERS = ("ann", "abe", "gus", "max", "nora", "suzy")
@@ -57,7 +59,9 @@ async def endlessly(*steps: Callable[[], Awaitable[Any]]) -> AsyncIterator[None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def reader(crm: Crm, name: str, paths: Sequence[str], *, pause_s: float = 0.0) -> Callable[[], Awaitable[Any]]:
+def reader(
+    crm: Crm, name: str, paths: Sequence[str], *, pause_s: float = 0.0
+) -> Callable[[], Awaitable[Any]]:
     """Read as somebody, now this and now that."""
 
     async def read() -> None:
@@ -68,7 +72,9 @@ def reader(crm: Crm, name: str, paths: Sequence[str], *, pause_s: float = 0.0) -
     return read
 
 
-def writer(crm: Crm, name: str, modules: Sequence[str], *, pause_s: float, keep: bool = False) -> Callable[[], Awaitable[Any]]:
+def writer(
+    crm: Crm, name: str, modules: Sequence[str], *, pause_s: float, keep: bool = False
+) -> Callable[[], Awaitable[Any]]:
     """Write as somebody: make rows, and delete them again unless they are to be kept."""
 
     async def write() -> None:
@@ -98,12 +104,17 @@ async def found(crm: Crm) -> float:
 async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
     crm: Crm, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No hook, no round and no trigger can see it. At default settings, under load; and the users are helped."""
+    """No hook, no round and no trigger can see it. At default settings, under load; and the users
+    are helped."""
     acme = crm.tenants["acme"].id
     accounts = [crm.account("acme", f"Acorn {number}") for number in range(5)]
     await crm.save(*accounts)
     lists = [f"/api/{module}" for module in MODULES]
-    paths = [*lists, *(f"/api/accounts/{account.id}" for account in accounts), "/api/reports/dashboard-bundle"]
+    paths = [
+        *lists,
+        *(f"/api/accounts/{account.id}" for account in accounts),
+        "/api/reports/dashboard-bundle",
+    ]
     busy = [
         *(reader(crm, name, paths) for name in READERS),
         writer(crm, "abe", ["tasks", "activities"], pause_s=0.1),
@@ -155,13 +166,19 @@ async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm) -> None:
     assert audit_of(crm).findings[0].kind == "stale"
 
 
-async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(crm: Crm, psql: asyncpg.Connection) -> None:
+async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(
+    crm: Crm, psql: asyncpg.Connection
+) -> None:
     """He is moved to another team past everything, and still shown the rows of his former one."""
     await crm.save(crm.account("globex", "North's", assigned_to=crm.users["nora"].id))
     async with endlessly(reader(crm, "nils", ["/api/accounts"])):
         await asyncio.sleep(1)
         async with psql.transaction():
-            await psql.execute("UPDATE employees SET team_id = $2 WHERE id = $1", crm.users["nils"].id, crm.teams["south"].id)
+            await psql.execute(
+                "UPDATE employees SET team_id = $2 WHERE id = $1",
+                crm.users["nils"].id,
+                crm.teams["south"].id,
+            )
             await psql.execute(FORGET)
         seconds = await found(crm)
         finding = audit_of(crm).findings[0]
@@ -171,7 +188,9 @@ async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(crm: Crm, 
     print(f"found after {seconds:.1f} s")
 
 
-async def test_after_a_round_what_was_committed_before_is_bumped(crm: Crm, psql: asyncpg.Connection) -> None:
+async def test_after_a_round_what_was_committed_before_is_bumped(
+    crm: Crm, psql: asyncpg.Connection
+) -> None:
     """That is what a suspicion waits for."""
     assert crm.cache.rounds is not None
     await crm.save(crm.account("acme", "Acorn"))
@@ -186,24 +205,46 @@ async def test_after_a_round_what_was_committed_before_is_bumped(crm: Crm, psql:
     assert "fwd=stale" in answer.headers["cache-status"]
 
 
-async def test_there_are_no_false_alarms(crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody reads, writes and is moved between teams; psql writes too. As many audits as there can be, none finds a thing."""
+async def test_there_are_no_false_alarms(
+    crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody reads, writes and is moved between teams; psql writes too. As many audits as there
+    can be, none finds a thing."""
     monkeypatch.setattr(audits, "LEAST_PAUSE_S", 0.0)
     monkeypatch.setattr(audits, "MOST_SHARE_OF_TIME", 0.999)
     audit = audit_of(crm)
     audit._interval = audit.countdown = 1
-    await crm.save(*(crm.account(tenant, f"Acorn {number}") for tenant in ("acme", "globex") for number in range(3)))
+    await crm.save(
+        *(
+            crm.account(tenant, f"Acorn {number}")
+            for tenant in ("acme", "globex")
+            for number in range(3)
+        )
+    )
 
     async def move() -> None:
         team = random.choice([crm.teams["north"], crm.teams["south"]])
-        await psql.execute("UPDATE employees SET team_id = $2 WHERE id = $1", crm.users["nils"].id, team.id)
-        await psql.execute(RENAME, crm.tenants[random.choice(["acme", "globex"])].id, f"Renamed {random.random()}")
+        await psql.execute(
+            "UPDATE employees SET team_id = $2 WHERE id = $1", crm.users["nils"].id, team.id
+        )
+        await psql.execute(
+            RENAME, crm.tenants[random.choice(["acme", "globex"])].id, f"Renamed {random.random()}"
+        )
         await asyncio.sleep(0.3)
 
-    paths = ["/api/accounts", "/api/leads", "/api/activities", "/api/reports/dashboard-bundle", "/api/opportunities/stats"]
+    paths = [
+        "/api/accounts",
+        "/api/leads",
+        "/api/activities",
+        "/api/reports/dashboard-bundle",
+        "/api/opportunities/stats",
+    ]
     busy = [
         *(reader(crm, name, paths, pause_s=0.05) for name in (*READERS, "nils")),
-        *(writer(crm, name, ["accounts", "leads", "activities"], pause_s=0.05) for name in ("abe", "gus")),
+        *(
+            writer(crm, name, ["accounts", "leads", "activities"], pause_s=0.05)
+            for name in ("abe", "gus")
+        ),
         move,
     ]
     async with endlessly(*busy), asyncio.timeout(100):
@@ -212,5 +253,10 @@ async def test_there_are_no_false_alarms(crm: Crm, psql: asyncpg.Connection, mon
     figures = audit.to_dict()
     assert figures["equal"] > 20
     assert figures["inconclusive"].keys() == {"overtaken"}
-    assert (figures["findings"], figures["stale"], figures["leaks"], figures["nondeterministic"]) == ([], 0, 0, 0)
+    assert (
+        figures["findings"],
+        figures["stale"],
+        figures["leaks"],
+        figures["nondeterministic"],
+    ) == ([], 0, 0, 0)
     assert figures["excluded_routes"] == []

@@ -38,22 +38,37 @@ def all_gone(pids: list[int]) -> bool:
 
 
 def test_run_starts_everything_says_what_to_try_and_stops_with_ctrl_c(start: Start) -> None:
-    """Two systems side by side; the printed token works; Ctrl-C of one ends its servers and nobody else's."""
+    """Two systems side by side; the printed token works; Ctrl-C of one ends its servers and nobody
+    else's."""
     one, other = start("one"), start("other")
     one.ready()
     other.ready()
     said = one.log.read_text()
     assert f"http://localhost:{one.environment['PORT']}" in said
     assert str(one.data) in said
-    printed = next(line.strip().removeprefix("TOKEN=") for line in said.splitlines() if "TOKEN=" in line)
+    printed = next(
+        line.strip().removeprefix("TOKEN=") for line in said.splitlines() if "TOKEN=" in line
+    )
     token = one.command("token", "--tenant", "globex", "--role", "manager").stdout.strip()
     for bearer, status in ((printed, 200), (token, 200)):
-        answer = httpx2.get(f"{one.base}/api/accounts", headers={"authorization": f"Bearer {bearer}"})
+        answer = httpx2.get(
+            f"{one.base}/api/accounts", headers={"authorization": f"Bearer {bearer}"}
+        )
         assert answer.status_code == status
     assert 0 < answer.json()["data"]["total"] < 900
-    assert httpx2.get(f"{other.base}/api/accounts", headers={"authorization": f"Bearer {printed}"}).status_code == 401
+    assert (
+        httpx2.get(
+            f"{other.base}/api/accounts", headers={"authorization": f"Bearer {printed}"}
+        ).status_code
+        == 401
+    )
     secrets = one.data / "secrets"
-    assert {path.name for path in secrets.iterdir()} == {"JWT_SECRET", "RESPCACHE_KEY", "POSTGRES_PASSWORD", "VALKEY_PASSWORD"}
+    assert {path.name for path in secrets.iterdir()} == {
+        "JWT_SECRET",
+        "RESPCACHE_KEY",
+        "POSTGRES_PASSWORD",
+        "VALKEY_PASSWORD",
+    }
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secrets.iterdir())
     assert not any(path.read_text() in said for path in secrets.iterdir())
     refused = one.command("run", PORT=str(free_port()))
@@ -98,18 +113,31 @@ def test_a_taken_port_is_a_clear_message(start: Start) -> None:
         ({"PORT": "none"}, "PORT"),
         ({"DATABASE_URL": "mysql://x"}, "postgresql://"),
         ({"REDIS_CACHE_URL": "http://:hidden@x"}, "redis://"),
-        ({"DATABASE_URL": "postgresql://u:hidden@127.0.0.1:1/x", "REDIS_CACHE_URL": "none"}, "DATABASE_URL"),
+        (
+            {"DATABASE_URL": "postgresql://u:hidden@127.0.0.1:1/x", "REDIS_CACHE_URL": "none"},
+            "DATABASE_URL",
+        ),
         ({"JWT_SECRET": "short"}, "JWT_SECRET"),
         ({"ENVIRONMENT": "production"}, "JWT_SECRET"),
-        ({"ENVIRONMENT": "production", "JWT_SECRET": "changeme" * 4, "RESPCACHE_KEY": "k" * 40}, "JWT_SECRET"),
+        (
+            {"ENVIRONMENT": "production", "JWT_SECRET": "changeme" * 4, "RESPCACHE_KEY": "k" * 40},
+            "JWT_SECRET",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else value,
 )
-def test_wrong_settings_are_one_clear_line(tmp_path: Path, environment: dict[str, str], words: str) -> None:
+def test_wrong_settings_are_one_clear_line(
+    tmp_path: Path, environment: dict[str, str], words: str
+) -> None:
     """Exit status 1, the variable's name, no traceback, no secret."""
     arguments = {**clean(), "DATA_DIR": str(tmp_path), "PORT": str(free_port()), **environment}
     done = subprocess.run(
-        [sys.executable, "-m", "crm", "run"], env=arguments, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "crm", "run"],
+        env=arguments,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 1
     assert words in done.stderr
@@ -122,7 +150,13 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "JWT_SECRET").write_text("x" * 64)
     arguments = {**clean(), "DATA_DIR": str(tmp_path), "PORT": str(free_port())}
-    done = subprocess.run([sys.executable, "-m", "crm", "run"], env=arguments, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "crm", "run"],
+        env=arguments,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, "chmod 600" in done.stderr) == (1, True)
 
 
@@ -130,16 +164,29 @@ def test_ctrl_c_while_it_is_loaded_is_no_traceback(tmp_path: Path) -> None:
     """That takes a second, and people are quick."""
     (tmp_path / "uvicorn.py").write_text("raise KeyboardInterrupt")
     environment = {**clean(), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "crm", "run"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "crm", "run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (1, "crm: stopped\n")
 
 
 def test_wrong_usage_is_exit_status_2() -> None:
     """As everywhere."""
-    assert subprocess.run([sys.executable, "-m", "crm", "dance"], capture_output=True, check=False).returncode == 2
+    assert (
+        subprocess.run(
+            [sys.executable, "-m", "crm", "dance"], capture_output=True, check=False
+        ).returncode
+        == 2
+    )
 
 
-def test_the_check_passes_on_a_right_system_and_fails_without_invalidation(start: Start, tmp_path: Path) -> None:
+def test_the_check_passes_on_a_right_system_and_fails_without_invalidation(
+    start: Start, tmp_path: Path
+) -> None:
     """``make test-cache``: 0 on a running system; 1 on one whose engine is not watched."""
     system = start().ready()
     right = system.command("test-cache", "--json")

@@ -1,4 +1,5 @@
-"""``python -m crm demo`` as a newcomer meets it, and the memory by which its traffic finds answers that are too old."""
+"""``python -m crm demo`` as a newcomer meets it, and the memory by which its traffic finds answers
+that are too old."""
 
 import asyncio
 import json
@@ -43,7 +44,9 @@ class Demo:
         surroundings = {**clean(), "DATA_DIR": str(data), "PORT": str(self.port), **environment}
         with self.said.open("wb") as said, self.summary.open("wb") as summary:
             command = [sys.executable, "-m", "crm", "demo", "--json", *options]
-            self.process = subprocess.Popen(command, env=surroundings, stdout=summary, stderr=said, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=surroundings, stdout=summary, stderr=said, start_new_session=True
+            )
 
     def until(self, text: str) -> None:
         """Wait until it says something."""
@@ -53,7 +56,12 @@ class Demo:
 
     def children(self) -> list[int]:
         """Return the processes that it started."""
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return [int(pid) for pid in found.stdout.split()]
 
     def interrupt(self) -> int:
@@ -88,8 +96,11 @@ def free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_a_demo_shows_traffic_and_outages_without_a_fault_and_ends_with_ctrl_c(start_demo: Any) -> None:
-    """Reads and writes of all kinds, a stopped and a frozen server, nothing failed, nothing stale; nothing stays behind."""
+def test_a_demo_shows_traffic_and_outages_without_a_fault_and_ends_with_ctrl_c(
+    start_demo: Any,
+) -> None:
+    """Reads and writes of all kinds, a stopped and a frozen server, nothing failed, nothing stale;
+    nothing stays behind."""
     demo = start_demo(*OUTAGES, "--rate", "40")
     demo.until("is started again")
     demo.until("goes on")
@@ -104,7 +115,11 @@ def test_a_demo_shows_traffic_and_outages_without_a_fault_and_ends_with_ctrl_c(s
     assert summary["kinds"].keys() >= OFTEN
     assert summary["times"]["hit"]["count"] > 0
     assert summary["times_in_outages"]["database"]["count"] > 0
-    assert (summary["writes"] > 0, summary["compared"] > 0, len(summary["tenants"]) > 5) == (True, True, True)
+    assert (summary["writes"] > 0, summary["compared"] > 0, len(summary["tenants"]) > 5) == (
+        True,
+        True,
+        True,
+    )
     said = demo.said.read_text()
     assert f"http://localhost:{demo.port}/cache" in said
     assert "root@crm.example" in said
@@ -125,10 +140,19 @@ def test_ctrl_c_while_it_starts_leaves_nothing(start_demo: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--rate", "0"), ("--rate", "many"), ("--minutes", "-1"), ("--outage-seconds", "nan"), ("--seed", "x"), ("--loud",)],
+    [
+        ("--rate", "0"),
+        ("--rate", "many"),
+        ("--minutes", "-1"),
+        ("--outage-seconds", "nan"),
+        ("--seed", "x"),
+        ("--loud",),
+    ],
     ids=" ".join,
 )
-def test_wrong_options_are_exit_status_2(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+def test_wrong_options_are_exit_status_2(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
     """Before anything is started."""
     with pytest.raises(SystemExit) as ended:
         main(["demo", *options])
@@ -141,14 +165,22 @@ def test_wrong_options_are_exit_status_2(capsys: pytest.CaptureFixture[str], opt
         ({"DATABASE_URL": "postgresql://u:hidden@127.0.0.1:1/x"}, "unset DATABASE_URL"),
         ({"REDIS_CACHE_URL": "none"}, "unset REDIS_CACHE_URL"),
         (
-            {"ENVIRONMENT": "production", "JWT_SECRET": "0123456789abcdef" * 4, "RESPCACHE_KEY": "fedcba9876543210" * 4},
+            {
+                "ENVIRONMENT": "production",
+                "JWT_SECRET": "0123456789abcdef" * 4,
+                "RESPCACHE_KEY": "fedcba9876543210" * 4,
+            },
             "production",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_servers_of_others_and_a_production_system_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    words: str,
 ) -> None:
     """With the way out in the message, and before anything is made."""
     for name, value in {"DATA_DIR": str(tmp_path / "data"), **environment}.items():
@@ -213,7 +245,7 @@ def test_an_outage_lasts_while_another_program_has_the_servers_port(
     assert ["taken" in text for text in said] == [False, True, False]
 
 
-# -- which answers are too old -----------------------------------------------------------------------------------------
+# -- which answers are too old ---------------------------------------------------------------------
 
 
 def row(name: str, made: str, version: int = 1) -> dict[str, Any]:
@@ -232,7 +264,9 @@ def test_an_answer_older_than_a_confirmed_write_is_noticed() -> None:
     mine.sent = 2
     before = memory.look("leads")
     memory.written(mine)
-    assert not [*stale_rows(before, old, first=50)], "it was asked for before the write was confirmed"
+    assert not [*stale_rows(before, old, first=50)], (
+        "it was asked for before the write was confirmed"
+    )
     assert [*stale_rows(memory.look("leads"), old)] == ["leads a is shown in version 1, not 2"]
     memory.add("leads", row("c", "t3"))
     assert "leads c is missing" in [*stale_rows(memory.look("leads"), old, first=50)]
@@ -244,7 +278,8 @@ def test_an_answer_older_than_a_confirmed_write_is_noticed() -> None:
 
 
 def test_what_a_list_need_not_show_is_not_missed() -> None:
-    """What is older than a full page, what is being deleted, and on pages that are not the first one."""
+    """What is older than a full page, what is being deleted, and on pages that are not the first
+    one."""
     memory = Memory()
     memory.add("leads", row("a", "t1"))
     newer = [row("y", "t3"), row("x", "t2")]
@@ -263,14 +298,22 @@ WRITTEN = ("create", "change", "delete", "convert", "promote")
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
-async def test_traffic_notices_a_cache_that_is_not_told_of_writes(crm: Crm, monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
-    """Where writes are answered before the cache knows of them, answers are stale and counted; else none, whatever is done."""
+async def test_traffic_notices_a_cache_that_is_not_told_of_writes(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Where writes are answered before the cache knows of them, answers are stale and counted; else
+    none, whatever is done."""
     monkeypatch.setattr("crm.demo_traffic.THINK_S", 0.02)
     monkeypatch.setattr("crm.demo_traffic.WRITES", dict.fromkeys(WRITES, 4))
     if not told:
         monkeypatch.setattr(crm.cache, "committed", lambda rows: None)
     figures = Figures()
-    users = {"acme": [Person("acme", name, issue_token(SECRET, crm.users[name], hours=1)) for name in ("abe", "ann")]}
+    users = {
+        "acme": [
+            Person("acme", name, issue_token(SECRET, crm.users[name], hours=1))
+            for name in ("abe", "ann")
+        ]
+    }
     transport = httpx2.ASGITransport(crm.app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://crm", timeout=30) as client:
         traffic = Traffic(client, users, figures, rate=200, seed=1)

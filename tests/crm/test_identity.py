@@ -1,4 +1,5 @@
-"""Who may see what: login, tokens, tenants, roles, team visibility, and the cache under all of it."""
+"""Who may see what: login, tokens, tenants, roles, team visibility, and the cache under all of
+it."""
 
 import asyncio
 import time
@@ -27,13 +28,18 @@ async def names(crm: Crm, user: str, query: str = "") -> list[str]:
 async def test_login_gives_a_token_that_works(crm: Crm) -> None:
     """As bearer and as cookie; the password never comes back."""
     http = crm.as_user(None)
-    answer = await http.post("/api/auth/login", json={"email": "Ann@X.example", "password": PASSWORD})
+    answer = await http.post(
+        "/api/auth/login", json={"email": "Ann@X.example", "password": PASSWORD}
+    )
     token = answer.json()["data"]["access_token"]
     assert answer.headers["cache-control"] == "no-store"
     assert PASSWORD not in answer.text
     for headers in ({"authorization": f"Bearer {token}"}, {"cookie": f"access_token={token}"}):
         me = await http.get("/api/auth/me", headers=headers)
-        assert (me.json()["data"]["email"], me.json()["data"]["role"]) == ("ann@x.example", "employee")
+        assert (me.json()["data"]["email"], me.json()["data"]["role"]) == (
+            "ann@x.example",
+            "employee",
+        )
 
 
 async def test_wrong_logins_are_indistinguishable(crm: Crm) -> None:
@@ -50,8 +56,15 @@ async def test_wrong_logins_are_indistinguishable(crm: Crm) -> None:
 
 def token_of(crm: Crm, name: str, **changes: Any) -> str:
     user = crm.users[name]
-    claims = {"sub": str(user.id), "tenant_id": str(user.tenant_id), "exp": datetime.now(UTC) + timedelta(hours=1), **changes}
-    return jwt.encode({k: v for k, v in claims.items() if v is not None}, changes.pop("key", SECRET), "HS256")
+    claims = {
+        "sub": str(user.id),
+        "tenant_id": str(user.tenant_id),
+        "exp": datetime.now(UTC) + timedelta(hours=1),
+        **changes,
+    }
+    return jwt.encode(
+        {k: v for k, v in claims.items() if v is not None}, changes.pop("key", SECRET), "HS256"
+    )
 
 
 async def test_only_a_valid_token_is_somebody(crm: Crm) -> None:
@@ -86,7 +99,9 @@ async def test_a_token_that_was_good_ends_when_it_says(crm: Crm) -> None:
 async def test_the_role_in_the_token_does_not_count(crm: Crm) -> None:
     """Role, team and status are the database's."""
     forged = token_of(crm, "ann", role="superadmin")
-    answer = await crm.as_user(None).get("/api/system/cache-stats", headers={"authorization": f"Bearer {forged}"})
+    answer = await crm.as_user(None).get(
+        "/api/system/cache-stats", headers={"authorization": f"Bearer {forged}"}
+    )
     assert answer.status_code == 403
 
 
@@ -95,17 +110,27 @@ async def test_slug_and_uuid_callers_share_and_invalidate_each_other(crm: Crm) -
     await crm.save(crm.account("acme", "One"))
     tenant = crm.tenants["acme"].id
     assert await names(crm, "ann") == ["One"]
-    for query in ("&tenant_id=acme", f"&tenant_id={tenant}", "&tenant_id=ACME", f"&tenant_id={str(tenant).upper()}"):
+    for query in (
+        "&tenant_id=acme",
+        f"&tenant_id={tenant}",
+        "&tenant_id=ACME",
+        f"&tenant_id={str(tenant).upper()}",
+    ):
         assert hit(await crm.as_user("ann").get(f"/api/accounts?sort=name{query}"))
-    assert hit(await crm.as_user("ann").get("/api/accounts?sort=name", headers={"x-tenant-id": "acme"}))
-    created = await crm.as_user("ann").post("/api/accounts", json={"name": "Two", "tenant_id": "acme"})
+    assert hit(
+        await crm.as_user("ann").get("/api/accounts?sort=name", headers={"x-tenant-id": "acme"})
+    )
+    created = await crm.as_user("ann").post(
+        "/api/accounts", json={"name": "Two", "tenant_id": "acme"}
+    )
     assert created.status_code == 201
     assert await names(crm, "ann", f"&tenant_id={tenant}") == ["One", "Two"]
 
 
 @pytest.mark.parametrize("module", MODULES)
 async def test_another_tenant_gets_nothing_of_ours(crm: Crm, module: str) -> None:
-    """Lists, details, changes, deletes and conversions; a foreign id looks exactly like an unknown one."""
+    """Lists, details, changes, deletes and conversions; a foreign id looks exactly like an unknown
+    one."""
     mine, theirs = crm.as_user("ann"), crm.as_user("gus")
     record = (await mine.post(f"/api/{module}", json=NEW[module])).json()["data"][SINGULAR[module]]
     for _ in range(2):
@@ -135,10 +160,14 @@ async def test_a_reference_to_another_tenants_row_is_refused(crm: Crm) -> None:
     theirs = crm.account("globex", "Theirs")
     await crm.save(theirs)
     for field, value in (("account_id", theirs.id), ("assigned_to", crm.users["gus"].id)):
-        answer = await crm.as_user("ann").post("/api/contacts", json={**NEW["contacts"], field: str(value)})
+        answer = await crm.as_user("ann").post(
+            "/api/contacts", json={**NEW["contacts"], field: str(value)}
+        )
         assert (answer.status_code, answer.json()["field"]) == (422, field)
     lead = (await crm.as_user("ann").post("/api/leads", json=NEW["leads"])).json()["data"]["lead"]
-    answer = await crm.as_user("ann").post(f"/api/leads/{lead['id']}/convert", json={"selected_account_id": str(theirs.id)})
+    answer = await crm.as_user("ann").post(
+        f"/api/leads/{lead['id']}/convert", json={"selected_account_id": str(theirs.id)}
+    )
     assert (answer.status_code, answer.json()["message"]) == (404, "Account not found")
 
 
@@ -166,14 +195,20 @@ async def test_an_invisible_row_looks_unknown_and_cannot_be_changed(crm: Crm) ->
     hidden = crm.account("globex", "suzy's", assigned_to=crm.users["suzy"].id)
     await crm.save(hidden)
     http, path = crm.as_user("nora"), f"/api/accounts/{hidden.id}"
-    assert {(await http.request(method, path, json={})).status_code for method in ("GET", "PUT", "DELETE")} == {404}
+    assert {
+        (await http.request(method, path, json={})).status_code
+        for method in ("GET", "PUT", "DELETE")
+    } == {404}
     assert (await crm.as_user("suzy").get(path)).status_code == 200
 
 
 @pytest.mark.parametrize("change", ["team", "mode", "role", "new member"])
 async def test_a_change_of_visibility_takes_effect_at_once(crm: Crm, change: str) -> None:
-    """Team, mode of the tenant, role, membership: the next request sees it, memo and cache notwithstanding."""
-    await crm.save(*(crm.account("globex", name, assigned_to=crm.users[name].id) for name in ("nora", "suzy")))
+    """Team, mode of the tenant, role, membership: the next request sees it, memo and cache
+    notwithstanding."""
+    await crm.save(
+        *(crm.account("globex", name, assigned_to=crm.users[name].id) for name in ("nora", "suzy"))
+    )
     for _ in range(2):
         assert await names(crm, "nora") == ["nora"]
     async with crm.session() as session, session.begin():
@@ -183,7 +218,9 @@ async def test_a_change_of_visibility_takes_effect_at_once(crm: Crm, change: str
         elif change == "role":
             nora.role = "admin"
         elif change == "mode":
-            (await session.get_one(Tenant, crm.tenants["globex"].id)).settings = {"visibility_mode": "shared"}
+            (await session.get_one(Tenant, crm.tenants["globex"].id)).settings = {
+                "visibility_mode": "shared"
+            }
         else:
             (await session.get_one(Employee, crm.users["suzy"].id)).team_id = crm.teams["north"].id
     await crm.cache.settled()
@@ -192,8 +229,11 @@ async def test_a_change_of_visibility_takes_effect_at_once(crm: Crm, change: str
 
 
 async def test_visibility_never_lags_while_the_team_changes_under_load(crm: Crm) -> None:
-    """Readers hammer while the user moves between teams; after each confirmed move only the new view is served."""
-    await crm.save(*(crm.account("globex", name, assigned_to=crm.users[name].id) for name in ("nils", "suzy")))
+    """Readers hammer while the user moves between teams; after each confirmed move only the new
+    view is served."""
+    await crm.save(
+        *(crm.account("globex", name, assigned_to=crm.users[name].id) for name in ("nils", "suzy"))
+    )
     views = {"north": ["nils"], "south": ["suzy"]}
     now, epoch, done = "north", 0, asyncio.Event()
     wrong: list[Any] = []
@@ -232,9 +272,14 @@ async def test_a_user_who_is_gone_is_refused_at_once(crm: Crm) -> None:
         await http.get("/api/accounts")
         assert hit(await http.get("/api/accounts"))
         async with crm.session() as session, session.begin():
-            where = (Employee.tenant_id == crm.tenants["acme"].id, Employee.id == crm.users[name].id)
+            where = (
+                Employee.tenant_id == crm.tenants["acme"].id,
+                Employee.id == crm.users[name].id,
+            )
             await session.execute(
-                delete(Employee).where(*where) if away == "delete" else update(Employee).where(*where).values(status="left")
+                delete(Employee).where(*where)
+                if away == "delete"
+                else update(Employee).where(*where).values(status="left")
             )
         await crm.cache.settled()
         assert (await http.get("/api/accounts")).status_code == 401
@@ -254,7 +299,9 @@ async def test_a_superadmin_reads_any_tenant_or_all_and_writes_to_one(crm: Crm) 
     assert (refused.status_code, refused.json()["message"]) == (
         400, "Superadmin write operations require a tenant_id to be specified",
     )  # fmt: skip
-    assert (await root.post("/api/accounts", json={"name": "B", "tenant_id": "acme"})).status_code == 201
+    assert (
+        await root.post("/api/accounts", json={"name": "B", "tenant_id": "acme"})
+    ).status_code == 201
     assert await names(crm, "ann") == ["A", "B"]
     assert (await root.get("/api/accounts?tenant_id=nowhere")).status_code == 404
 
@@ -277,4 +324,7 @@ async def test_a_user_without_a_tenant_is_told_so(crm: Crm) -> None:
         (await session.get_one(Employee, crm.users["root"].id)).role = "manager"
     await crm.cache.settled()
     answer = await crm.as_user("root").get("/api/accounts")
-    assert (answer.status_code, answer.json()["message"]) == (403, "User not assigned to any tenant. Contact administrator.")
+    assert (answer.status_code, answer.json()["message"]) == (
+        403,
+        "User not assigned to any tenant. Contact administrator.",
+    )

@@ -1,4 +1,5 @@
-"""``python -m crm import`` and ``export``: what files become, what is refused, and lists that are right at once."""
+"""``python -m crm import`` and ``export``: what files become, what is refused, and lists that are
+right at once."""
 
 import argparse
 import asyncio
@@ -36,14 +37,27 @@ def run_import(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Import:
-    """Write a file and import it for acme, as the command does; return the exit status and what ``--json`` says."""
+    """Write a file and import it for acme, as the command does; return the exit status and what
+    ``--json`` says."""
     monkeypatch.chdir(tmp_path)
     settings = Settings(jwt_secret=SECRET, respcache_key=SECRET)
 
-    async def run(content: str | bytes | Path, kind: str = "accounts", **options: Any) -> tuple[int, dict[str, Any]]:
+    async def run(
+        content: str | bytes | Path, kind: str = "accounts", **options: Any
+    ) -> tuple[int, dict[str, Any]]:
         path = content if isinstance(content, Path) else written(tmp_path / f"{kind}.csv", content)
-        chosen = {"files": [path], "kind": kind, "tenant": "acme", "map": [], "dry_run": False, "rejects": None, "json": True}
-        status = await import_files(settings, database_url, valkey_url, argparse.Namespace(**{**chosen, **options}))
+        chosen = {
+            "files": [path],
+            "kind": kind,
+            "tenant": "acme",
+            "map": [],
+            "dry_run": False,
+            "rejects": None,
+            "json": True,
+        }
+        status = await import_files(
+            settings, database_url, valkey_url, argparse.Namespace(**{**chosen, **options})
+        )
         return status, json.loads(capsys.readouterr().out)[0]
 
     return run
@@ -66,8 +80,11 @@ def counts(outcome: dict[str, Any]) -> tuple[int, int, int, int]:
     return outcome["created"], outcome["updated"], outcome["unchanged"], outcome["rejected"]
 
 
-async def test_a_file_becomes_rows_that_the_next_cached_list_shows(crm: Crm, run_import: Import) -> None:
-    """Guessed columns, metadata, metres of noise; the list that was cached before is right when the import returns."""
+async def test_a_file_becomes_rows_that_the_next_cached_list_shows(
+    crm: Crm, run_import: Import
+) -> None:
+    """Guessed columns, metadata, metres of noise; the list that was cached before is right when the
+    import returns."""
     abe = crm.as_user("abe")
     for _ in range(2):
         before = await abe.get("/api/accounts?limit=200")
@@ -87,8 +104,11 @@ async def test_a_file_becomes_rows_that_the_next_cached_list_shows(crm: Crm, run
     assert await listed(crm, user="gus") == []
 
 
-async def test_a_repeated_import_changes_nothing_and_a_changed_cell_only_its_row(crm: Crm, run_import: Import) -> None:
-    """Rows are recognised; a blank cell leaves what is there; an unchanged file leaves the cached list in the cache."""
+async def test_a_repeated_import_changes_nothing_and_a_changed_cell_only_its_row(
+    crm: Crm, run_import: Import
+) -> None:
+    """Rows are recognised; a blank cell leaves what is there; an unchanged file leaves the cached
+    list in the cache."""
     await run_import("name,city,note\nAcorn,Leeds,x\nBirch,Berlin,y\n")
     abe = crm.as_user("abe")
     for _ in range(2):
@@ -103,14 +123,21 @@ async def test_a_repeated_import_changes_nothing_and_a_changed_cell_only_its_row
     assert found == {"acorn": ("Leeds", "x"), "BIRCH": ("Bonn", "z")}
 
 
-async def test_a_column_of_ids_names_rows_even_when_everything_else_changes(crm: Crm, run_import: Import) -> None:
+async def test_a_column_of_ids_names_rows_even_when_everything_else_changes(
+    crm: Crm, run_import: Import
+) -> None:
     """As in most systems' exports; two rows of one id are one too many."""
     await run_import("Organization Id,Name\n7,Acorn\n8,Birch\n")
     status, outcome = await run_import("Organization Id,Name\n7,Oak\n8,Birch\n8,Beech\n")
     assert (status, counts(outcome)) == (1, (0, 1, 1, 1))
     assert {record["name"] for record in await listed(crm)} == {"Oak", "Birch"}
     assert rejected("accounts") == [
-        {"line": "4", "reason": "the same record as in line 3", "Organization Id": "8", "Name": "Beech"}
+        {
+            "line": "4",
+            "reason": "the same record as in line 3",
+            "Organization Id": "8",
+            "Name": "Beech",
+        }
     ]
 
 
@@ -123,10 +150,21 @@ async def test_rejected_rows_are_written_with_line_and_reason_and_can_be_mended_
     )
     assert (status, counts(outcome)) == (1, (2, 0, 0, 4))
     assert [(row["line"], row["reason"].partition(":")[0]) for row in rejected("accounts")] == [
-        ("3", "name"), ("4", "employee_count"), ("7", "type"), ("8", "5 cells in a file of 3 columns"),
+        ("3", "name"), ("4", "employee_count"), ("7", "type"), ("8", "5 cells in a file of 3 "
+                                                                     "columns"),
     ]  # fmt: skip
-    assert outcome["reasons"] == {"name": 1, "employee_count": 1, "type": 1, "5 cells in a file of 3 columns": 1}
-    mended = (tmp_path / outcome["rejects"]).read_text().replace("many", "20").replace("friend", "partner")
+    assert outcome["reasons"] == {
+        "name": 1,
+        "employee_count": 1,
+        "type": 1,
+        "5 cells in a file of 3 columns": 1,
+    }
+    mended = (
+        (tmp_path / outcome["rejects"])
+        .read_text()
+        .replace("many", "20")
+        .replace("friend", "partner")
+    )
     status, outcome = await run_import(written(tmp_path / "mended.csv", mended))
     assert counts(outcome) == (2, 0, 0, 2)
     found = {record["name"]: record for record in await listed(crm)}
@@ -142,16 +180,23 @@ def rejected(stem: str) -> list[dict[str, str]]:
 async def test_a_dry_run_checks_everything_and_stores_nothing(crm: Crm, run_import: Import) -> None:
     """The same rejects, no rows."""
     status, outcome = await run_import("name,employees\nAcorn,12\nBirch,many\n", dry_run=True)
-    assert (status, outcome["read"], counts(outcome), outcome["dry_run"]) == (1, 2, (0, 0, 0, 1), True)
+    assert (status, outcome["read"], counts(outcome), outcome["dry_run"]) == (
+        1,
+        2,
+        (0, 0, 0, 1),
+        True,
+    )
     assert await listed(crm) == []
 
 
 async def test_people_find_their_accounts_and_sellers_by_name(crm: Crm, run_import: Import) -> None:
-    """A name that nobody has is kept; a full name is taken apart; a contact without an account is no error."""
+    """A name that nobody has is kept; a full name is taken apart; a contact without an account is
+    no error."""
     acorn = crm.account("acme", "Acorn  Ltd")
     await crm.save(acorn, crm.account("globex", "Birch"))
     status, outcome = await run_import(
-        "Name,Company,Phone 1,assigned_to\nAda M. Lovelace,ACORN Ltd,+1,ann\nBob Ross,Birch,+2,Somebody Else\nCher,,,\n",
+        "Name,Company,Phone 1,assigned_to\nAda M. Lovelace,ACORN Ltd,+1,ann\nBob "
+        "Ross,Birch,+2,Somebody Else\nCher,,,\n",
         "contacts",
     )
     assert (status, outcome["unlinked"], outcome["reasons"]) == (1, 1, {"last_name": 1})
@@ -160,26 +205,42 @@ async def test_people_find_their_accounts_and_sellers_by_name(crm: Crm, run_impo
         "Ada M.", "Lovelace", str(acorn.id), "Acorn  Ltd",
     )  # fmt: skip
     assert (ada["assigned_to"], ada["phone"]) == (str(crm.users["ann"].id), "+1")
-    assert (bob["account_id"], bob["account"], bob["owner"], bob["assigned_to"]) == (None, "Birch", "Somebody Else", None)
+    assert (bob["account_id"], bob["account"], bob["owner"], bob["assigned_to"]) == (
+        None,
+        "Birch",
+        "Somebody Else",
+        None,
+    )
 
 
-async def test_references_to_other_tenants_are_refused_and_their_rows_untouched(crm: Crm, run_import: Import) -> None:
-    """An id of another tenant's row names a new row here; a reference to one is the error that an unknown one is."""
+async def test_references_to_other_tenants_are_refused_and_their_rows_untouched(
+    crm: Crm, run_import: Import
+) -> None:
+    """An id of another tenant's row names a new row here; a reference to one is the error that an
+    unknown one is."""
     theirs = crm.account("globex", "Theirs", city="Bonn")
     await crm.save(theirs)
     status, outcome = await run_import(f"id,name,city\n{theirs.id},Mine,Leeds\n")
     assert (status, counts(outcome)) == (0, (1, 0, 0, 0))
     (mine,) = await listed(crm)
     assert mine["id"] != str(theirs.id)
-    assert [(record["name"], record["city"]) for record in await listed(crm, user="gus")] == [("Theirs", "Bonn")]
+    assert [(record["name"], record["city"]) for record in await listed(crm, user="gus")] == [
+        ("Theirs", "Bonn")
+    ]
     foreign = {"account_id": theirs.id, "assigned_to": crm.users["gus"].id}
     for field, key in foreign.items():
-        status, outcome = await run_import(f"first_name,last_name,{field}\nA,B,{key}\nA,C,{uuid4()}\n", "contacts")
+        status, outcome = await run_import(
+            f"first_name,last_name,{field}\nA,B,{key}\nA,C,{uuid4()}\n", "contacts"
+        )
         assert (status, counts(outcome)) == (1, (0, 0, 0, 2))
-        assert {row["reason"] for row in rejected("contacts")} == {f"{field}: no such record in this tenant"}
+        assert {row["reason"] for row in rejected("contacts")} == {
+            f"{field}: no such record in this tenant"
+        }
 
 
-async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(crm: Crm, database_url: str) -> None:
+async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(
+    crm: Crm, database_url: str
+) -> None:
     """Whatever led to such a record: the statement itself changes no foreign row."""
     theirs = crm.account("globex", "Theirs")
     await crm.save(theirs)
@@ -192,7 +253,9 @@ async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(crm: Cr
     assert [account["name"] for account in await listed(crm, user="gus")] == ["Theirs"]
 
 
-async def test_a_rename_by_import_reaches_the_activities_about_the_row(crm: Crm, run_import: Import) -> None:
+async def test_a_rename_by_import_reaches_the_activities_about_the_row(
+    crm: Crm, run_import: Import
+) -> None:
     """Also in the cached list of activities."""
     abe = crm.as_user("abe")
     contact = (await abe.post("/api/contacts", json=NEW["contacts"])).json()["data"]["contact"]
@@ -201,34 +264,61 @@ async def test_a_rename_by_import_reaches_the_activities_about_the_row(crm: Crm,
     for _ in range(2):
         before = await listed(crm, "activities")
     assert before[0]["related_name"] == "Con Tact"
-    status, _ = await run_import(f"id,first_name,last_name\n{contact['id']},Connie,Tact\n", "contacts")
+    status, _ = await run_import(
+        f"id,first_name,last_name\n{contact['id']},Connie,Tact\n", "contacts"
+    )
     assert (status, (await listed(crm, "activities"))[0]["related_name"]) == (0, "Connie Tact")
 
 
 async def test_what_is_exported_can_be_imported_and_changes_nothing(
     crm: Crm, run_import: Import, database_url: str, tmp_path: Path
 ) -> None:
-    """Metadata of every shape, lists, dates, numbers, line breaks, references: all the way and back; then in another tenant."""
+    """Metadata of every shape, lists, dates, numbers, line breaks, references: all the way and
+    back; then in another tenant."""
     abe = crm.as_user("abe")
-    awkward = {"nested": {"a": [1, None, "x"]}, "count": 3, "company": "no column", "Case": "kept", "quote": 'a "b", c\nd;e'}
+    awkward = {
+        "nested": {"a": [1, None, "x"]},
+        "count": 3,
+        "company": "no column",
+        "Case": "kept",
+        "quote": 'a "b", c\nd;e',
+    }
     account = (
-        await abe.post("/api/accounts", json={"name": "Acorn", "tags": ["a", "b, c"], "annual_revenue": 1.5, **awkward})
+        await abe.post(
+            "/api/accounts",
+            json={"name": "Acorn", "tags": ["a", "b, c"], "annual_revenue": 1.5, **awkward},
+        )
     ).json()
     key = account["data"]["account"]["id"]
-    await abe.post("/api/accounts", json={"name": "Birch", "tags": ["x", "y"], "description": "two\nlines"})
+    await abe.post(
+        "/api/accounts", json={"name": "Birch", "tags": ["x", "y"], "description": "two\nlines"}
+    )
     contact = {**NEW["contacts"], "account_id": key, "assigned_to": str(crm.users["ann"].id)}
     await abe.post("/api/contacts", json=contact)
-    await abe.post("/api/leads", json={**NEW["leads"], "last_contacted": "2026-02-03", "do_not_call": True, "score": 5})
+    await abe.post(
+        "/api/leads",
+        json={**NEW["leads"], "last_contacted": "2026-02-03", "do_not_call": True, "score": 5},
+    )
     await abe.post(
         "/api/opportunities",
-        json={"name": "Deal", "stage": "proposal", "amount": 10, "close_date": "2026-03-04", "account_id": key},
+        json={
+            "name": "Deal",
+            "stage": "proposal",
+            "amount": 10,
+            "close_date": "2026-03-04",
+            "account_id": key,
+        },
     )
     for kind, rows in {"accounts": 2, "contacts": 1, "leads": 1, "opportunities": 1}.items():
         path = tmp_path / f"{kind}.csv"
-        await export_module(database_url, argparse.Namespace(tenant="acme", module=kind, output=path))
+        await export_module(
+            database_url, argparse.Namespace(tenant="acme", module=kind, output=path)
+        )
         before = await listed(crm, kind)
         status, outcome = await run_import(path, kind)
-        assert (kind, status, counts(outcome)) == (kind, 0, (0, 0, rows, 0)), rejected(kind) if outcome["rejects"] else outcome
+        assert (kind, status, counts(outcome)) == (kind, 0, (0, 0, rows, 0)), (
+            rejected(kind) if outcome["rejects"] else outcome
+        )
         assert await listed(crm, kind) == before
     status, outcome = await run_import(tmp_path / "accounts.csv", tenant="globex")
     assert counts(outcome) == (2, 0, 0, 0)
@@ -237,13 +327,19 @@ async def test_what_is_exported_can_be_imported_and_changes_nothing(
     assert copy["tags"] == ["a", "b, c"]
 
 
-async def test_an_empty_module_is_exported_as_its_header(crm: Crm, database_url: str, tmp_path: Path) -> None:
+async def test_an_empty_module_is_exported_as_its_header(
+    crm: Crm, database_url: str, tmp_path: Path
+) -> None:
     """So that it says what an import may give."""
-    await export_module(database_url, argparse.Namespace(tenant="acme", module="tasks", output=tmp_path / "t.csv"))
+    await export_module(
+        database_url, argparse.Namespace(tenant="acme", module="tasks", output=tmp_path / "t.csv")
+    )
     assert (tmp_path / "t.csv").read_text().startswith("id,description,status,")
 
 
-async def test_a_cancelled_import_leaves_whole_batches_and_a_right_list(crm: Crm, run_import: Import) -> None:
+async def test_a_cancelled_import_leaves_whole_batches_and_a_right_list(
+    crm: Crm, run_import: Import
+) -> None:
     """Ctrl-C: what is in is in, what is not can be had by repeating it."""
     abe = crm.as_user("abe")
     await abe.get("/api/accounts")
@@ -270,17 +366,27 @@ async def stored(crm: Crm) -> int:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-async def test_encodings_and_delimiters(run_import: Import, crm: Crm, encoding: str, delimiter: str) -> None:
+async def test_encodings_and_delimiters(
+    run_import: Import, crm: Crm, encoding: str, delimiter: str
+) -> None:
     """What Excel and its like write, line ends included."""
-    lines = [["name", "city"], ["Müller, Söhne; & Co", "Zürich"], ["Café “Olé”", "Málaga"], ["O'Brien", "Saint-Étienne"]]
+    lines = [
+        ["name", "city"],
+        ["Müller, Söhne; & Co", "Zürich"],
+        ["Café “Olé”", "Málaga"],
+        ["O'Brien", "Saint-Étienne"],
+    ]
     text = "\r\n".join(delimiter.join(f'"{cell}"' for cell in line) for line in lines)
     status, outcome = await run_import(text.encode(encoding))
     assert (status, counts(outcome)) == (0, (3, 0, 0, 0))
-    assert {(record["name"], record["city"]) for record in await listed(crm)} == {tuple(line) for line in lines[1:]}
+    assert {(record["name"], record["city"]) for record in await listed(crm)} == {
+        tuple(line) for line in lines[1:]
+    }
 
 
 async def test_odd_headers_and_huge_fields(crm: Crm, run_import: Import) -> None:
-    """Repeated and blank column names stay apart; a field too long for its column is refused, one too long for CSV too."""
+    """Repeated and blank column names stay apart; a field too long for its column is refused, one
+    too long for CSV too."""
     status, outcome = await run_import(
         f"name,city,city,,Name\nAcorn,Leeds,Bonn,blank,again\n{'x' * 300},Leeds,,,\nCedar,Leeds,{'y' * 150_000},,\n"
     )
@@ -310,7 +416,9 @@ async def test_files_that_are_none(run_import: Import, content: bytes, words: st
         await run_import(content)
 
 
-async def test_a_header_alone_is_an_empty_import_and_a_missing_file_an_error(run_import: Import, tmp_path: Path) -> None:
+async def test_a_header_alone_is_an_empty_import_and_a_missing_file_an_error(
+    run_import: Import, tmp_path: Path
+) -> None:
     """The one is fine, the other is named."""
     status, outcome = await run_import("name,city\n")
     assert (status, outcome["read"]) == (0, 0)
@@ -324,11 +432,16 @@ async def test_a_header_alone_is_an_empty_import_and_a_missing_file_an_error(run
 
 async def test_map_overrules_the_guess_and_says_what_is_wrong(crm: Crm, run_import: Import) -> None:
     """A field may be taken from another column, a column dropped."""
-    status, outcome = await run_import("alias,name,city\nOak,Acorn,Leeds\n", map=["alias=name", "city="])
+    status, outcome = await run_import(
+        "alias,name,city\nOak,Acorn,Leeds\n", map=["alias=name", "city="]
+    )
     assert (status, outcome["mapping"]) == (0, {"alias": "name", "city": ""})
     (record,) = await listed(crm)
     assert (record["name"], record["name_2"], record["city"]) == ("Oak", "Acorn", None)
-    for wrong, words in (("colour=name", "there is no column 'colour'"), ("alias=colour", "have no field 'colour'")):
+    for wrong, words in (
+        ("colour=name", "there is no column 'colour'"),
+        ("alias=colour", "have no field 'colour'"),
+    ):
         with pytest.raises(WrongMapping, match=words):
             await run_import("name,alias\nAcorn,Oak\n", map=[wrong])
 
@@ -336,10 +449,13 @@ async def test_map_overrules_the_guess_and_says_what_is_wrong(crm: Crm, run_impo
 async def test_import_with_the_cache_server_away_leaves_no_old_list_anywhere(
     crm: Crm, database_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rows in the outbox are found by the process that still reaches the server; it returns when none can be old."""
+    """Its rows in the outbox are found by the process that still reaches the server; it returns
+    when none can be old."""
     path = tmp_path / "accounts.csv"
     path.write_text("name\nAcorn\n")
-    options = argparse.Namespace(files=[path], kind="accounts", tenant="acme", map=[], dry_run=False, rejects=None, json=True)
+    options = argparse.Namespace(
+        files=[path], kind="accounts", tenant="acme", map=[], dry_run=False, rejects=None, json=True
+    )
     settings = Settings(jwt_secret=SECRET, respcache_key=SECRET)
     assert await listed(crm, "accounts") == []
     assert await import_files(settings, database_url, "redis://127.0.0.1:1", options) == 0
@@ -365,7 +481,14 @@ async def test_stages_dates_and_amounts_of_deals(crm: Crm, run_import: Import) -
 
 def test_numbers_and_dates_are_read_as_people_write_them() -> None:
     """Thousands, currencies, decimal commas; a format fits a whole column or none."""
-    written = {"1,234.50": "1234.50", "1.234,50": "1234.50", "€ 1,234": "1234", "12,5": "12.5", "-7": "-7", "1 000": "1000"}
+    written = {
+        "1,234.50": "1234.50",
+        "1.234,50": "1234.50",
+        "€ 1,234": "1234",
+        "12,5": "12.5",
+        "-7": "-7",
+        "1 000": "1000",
+    }
     assert {text: read_number(text) for text in written} == written
     assert date_format(["01-02-17", "25-12-17", ""]) == "%d-%m-%y"
     assert date_format(["01/25/2017"]) == "%m-%d-%Y"
@@ -380,8 +503,19 @@ def test_each_field_is_guessed_from_one_column_only() -> None:
     }
 
 
-@given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00\r")), min_size=3, max_size=3), max_size=8))
-def test_any_cells_survive_being_written_and_read(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
+@given(
+    st.lists(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_characters="\x00\r")),
+            min_size=3,
+            max_size=3,
+        ),
+        max_size=8,
+    )
+)
+def test_any_cells_survive_being_written_and_read(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
+) -> None:
     """Quotes, delimiters, line breaks, every script."""
     path = tmp_path_factory.mktemp("csv") / "any.csv"
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
-"""The invalidation map: every write of the application against every cached read. The oracle is what the reads return."""
+"""The invalidation map: every write of the application against every cached read. The oracle is
+what the reads return."""
 
 import asyncio
 import re
@@ -11,7 +12,18 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import update
 
-from crm.models import REFERABLE, Account, Activity, BizDevSource, Contact, Document, Employee, Lead, Opportunity, Task
+from crm.models import (
+    REFERABLE,
+    Account,
+    Activity,
+    BizDevSource,
+    Contact,
+    Document,
+    Employee,
+    Lead,
+    Opportunity,
+    Task,
+)
 
 from .conftest import SINGULAR, Crm, hit, status
 
@@ -38,7 +50,8 @@ READS = {
 
 @dataclass(frozen=True)
 class Call:
-    """A write over HTTP by an admin. Names in ``ids`` of the body stand for the ids of the base records."""
+    """A write over HTTP by an admin. Names in ``ids`` of the body stand for the ids of the base
+    records."""
 
     method: str
     path: str
@@ -46,7 +59,10 @@ class Call:
 
     async def __call__(self, crm: Crm, ids: Ids) -> None:
         """Make it."""
-        body = {key: [str(ids[name]) for name in value] if key == "ids" else value for key, value in self.body.items()}
+        body = {
+            key: [str(ids[name]) for name in value] if key == "ids" else value
+            for key, value in self.body.items()
+        }
         answer = await crm.as_user("abe").request(self.method, self.path.format(**ids), json=body)
         assert answer.status_code in (200, 201), answer.text
 
@@ -62,7 +78,9 @@ async def bulk_import(crm: Crm, ids: Ids) -> None:
     """Core statements, many rows."""
     async with crm.session() as session, session.begin():
         tenant = crm.tenants["acme"].id
-        await session.execute(update(Contact).where(Contact.tenant_id == tenant).values(department="Imported"))
+        await session.execute(
+            update(Contact).where(Contact.tenant_id == tenant).values(department="Imported")
+        )
     await crm.cache.settled()
 
 
@@ -77,9 +95,15 @@ def module(plural: str, *more: str) -> set[str]:
     return {plural, SINGULAR[plural], "dashboard", *more}
 
 
-ACCOUNTS, CONTACTS = module("accounts", "account search"), module("contacts", "contact search", "people")
+ACCOUNTS, CONTACTS = (
+    module("accounts", "account search"),
+    module("contacts", "contact search", "people"),
+)
 LEADS, SOURCES = module("leads", "people"), module("bizdevsources")
-DEALS, ACTIVITIES = module("opportunities", "stages", "deals"), module("activities", "late activities")
+DEALS, ACTIVITIES = (
+    module("opportunities", "stages", "deals"),
+    module("activities", "late activities"),
+)
 DOCUMENTS, TASKS = module("documents"), module("tasks")
 NAMED = CONTACTS | LEADS | SOURCES | module("opportunities") | ACTIVITIES | DOCUMENTS
 """What shows the name of an account."""
@@ -92,30 +116,58 @@ MAP: dict[str, tuple[Write, set[str]]] = {
     "account rename": (Call("PUT", "/api/accounts/{account}", CHANGED), ACCOUNTS | NAMED),
     "account delete": (Call("DELETE", "/api/accounts/{account}"), ACCOUNTS | NAMED | TASKS),
     "lead create": (Call("POST", "/api/leads", {"first_name": "A", "last_name": "B"}), LEADS),
-    "lead rename": (Call("PUT", "/api/leads/{lead}", {"first_name": "New"}), LEADS | ACTIVITIES | module("opportunities")),
+    "lead rename": (
+        Call("PUT", "/api/leads/{lead}", {"first_name": "New"}),
+        LEADS | ACTIVITIES | module("opportunities"),
+    ),
     "lead delete": (Call("DELETE", "/api/leads/{lead}"), LEADS | ABOUT | module("opportunities")),
-    "leads bulk-delete": (Call("POST", "/api/leads/bulk-delete", {"ids": ["lead"]}), LEADS | ABOUT | module("opportunities")),
+    "leads bulk-delete": (
+        Call("POST", "/api/leads/bulk-delete", {"ids": ["lead"]}),
+        LEADS | ABOUT | module("opportunities"),
+    ),
     "lead convert": (
-        Call("POST", "/api/leads/{lead}/convert", {"create_account": True, "account_name": "Base 3", "create_opportunity": True}),
+        Call(
+            "POST",
+            "/api/leads/{lead}/convert",
+            {"create_account": True, "account_name": "Base 3", "create_opportunity": True},
+        ),
         LEADS | CONTACTS | ACCOUNTS | DEALS | ABOUT,
     ),
-    "contact create": (Call("POST", "/api/contacts", {"first_name": "Base", "last_name": "2"}), CONTACTS),
+    "contact create": (
+        Call("POST", "/api/contacts", {"first_name": "Base", "last_name": "2"}),
+        CONTACTS,
+    ),
     "contact rename": (
         Call("PUT", "/api/contacts/{contact}", {"last_name": "New"}),
         CONTACTS | ACTIVITIES | module("opportunities"),
     ),
-    "contact delete": (Call("DELETE", "/api/contacts/{contact}"), CONTACTS | ABOUT | module("opportunities")),
+    "contact delete": (
+        Call("DELETE", "/api/contacts/{contact}"),
+        CONTACTS | ABOUT | module("opportunities"),
+    ),
     "source create": (Call("POST", "/api/bizdevsources", {"source_name": "2"}), SOURCES),
-    "source rename": (Call("PUT", "/api/bizdevsources/{bizdevsource}", {"source_name": "New"}), SOURCES | ACTIVITIES),
+    "source rename": (
+        Call("PUT", "/api/bizdevsources/{bizdevsource}", {"source_name": "New"}),
+        SOURCES | ACTIVITIES,
+    ),
     "source delete": (Call("DELETE", "/api/bizdevsources/{bizdevsource}"), SOURCES | ABOUT),
-    "sources archive": (Call("POST", "/api/bizdevsources/archive", {"ids": ["bizdevsource"]}), SOURCES),
+    "sources archive": (
+        Call("POST", "/api/bizdevsources/archive", {"ids": ["bizdevsource"]}),
+        SOURCES,
+    ),
     "source promote": (
         Call("POST", "/api/bizdevsources/{bizdevsource}/promote", {"delete_source": True}),
         SOURCES | ACCOUNTS | CONTACTS | ABOUT | module("opportunities"),
     ),
     "opportunity create": (Call("POST", "/api/opportunities", {"name": "2", "amount": 5}), DEALS),
-    "opportunity rename": (Call("PUT", "/api/opportunities/{opportunity}", CHANGED), module("opportunities") | ACTIVITIES),
-    "opportunity won": (Call("PUT", "/api/opportunities/{opportunity}", {"stage": "closed_won"}), DEALS),
+    "opportunity rename": (
+        Call("PUT", "/api/opportunities/{opportunity}", CHANGED),
+        module("opportunities") | ACTIVITIES,
+    ),
+    "opportunity won": (
+        Call("PUT", "/api/opportunities/{opportunity}", {"stage": "closed_won"}),
+        DEALS,
+    ),
     "opportunity delete": (Call("DELETE", "/api/opportunities/{opportunity}"), DEALS | ABOUT),
     "activity create": (Call("POST", "/api/activities", {"type": "note"}), ACTIVITIES),
     "activity change": (Call("PUT", "/api/activities/{activity}", {"subject": "New"}), ACTIVITIES),
@@ -128,13 +180,17 @@ MAP: dict[str, tuple[Write, set[str]]] = {
     "task change": (Call("PUT", "/api/tasks/{task}", {"status": "COMPLETED"}), TASKS),
     "task delete": (Call("DELETE", "/api/tasks/{task}"), TASKS),
     "settings change": (Call("PUT", "/api/settings", {"greeting": "New"}), {"settings"}),
-    "time zone": (Call("PUT", "/api/settings", {"timezone": "Pacific/Kiritimati"}), {"settings"} | ACTIVITIES),
+    "time zone": (
+        Call("PUT", "/api/settings", {"timezone": "Pacific/Kiritimati"}),
+        {"settings"} | ACTIVITIES,
+    ),
     "visibility": (Call("PUT", "/api/settings", {"visibility_mode": "hierarchical"}), {"settings"}),
     "a worker renames an account": (worker, ACCOUNTS | NAMED),
     "an import": (bulk_import, CONTACTS),
     "an employee's role": (employee_moves, set()),
 }
-"""Write -> the reads whose bytes it may change. Others must not change; whether they stay cached is not promised."""
+"""Write -> the reads whose bytes it may change. Others must not change; whether they stay cached is
+not promised."""
 
 
 async def base(crm: Crm) -> Ids:
@@ -146,21 +202,48 @@ async def base(crm: Crm) -> Ids:
         return {"id": ids[name], "tenant_id": tenant}
 
     account, contact, lead = ids["account"], ids["contact"], ids["lead"]
-    deal = {"account_id": account, "contact_id": contact, "lead_id": lead, "source": f"bizdev_source:{ids['bizdevsource']}"}
+    deal = {
+        "account_id": account,
+        "contact_id": contact,
+        "lead_id": lead,
+        "source": f"bizdev_source:{ids['bizdevsource']}",
+    }
     about = [(kind, ids[kind.replace("_", "")]) for kind in REFERABLE]
     more = [
-        Activity(id=uuid4(), tenant_id=tenant, type="call", related_to=kind, related_id=key, related_name="Base")
+        Activity(
+            id=uuid4(),
+            tenant_id=tenant,
+            type="call",
+            related_to=kind,
+            related_id=key,
+            related_name="Base",
+        )
         for kind, key in about
     ]
-    more += [Document(id=uuid4(), tenant_id=tenant, name="Base", related_type=kind, related_id=key) for kind, key in about]
-    more += [Task(id=uuid4(), tenant_id=tenant, description="Base", entity_type=kind, entity_id=key) for kind, key in about]
-    late = {"type": "call", "status": "scheduled", "due_date": date(2020, 1, 1), "related_name": "Base"}
+    more += [
+        Document(id=uuid4(), tenant_id=tenant, name="Base", related_type=kind, related_id=key)
+        for kind, key in about
+    ]
+    more += [
+        Task(id=uuid4(), tenant_id=tenant, description="Base", entity_type=kind, entity_id=key)
+        for kind, key in about
+    ]
+    late = {
+        "type": "call",
+        "status": "scheduled",
+        "due_date": date(2020, 1, 1),
+        "related_name": "Base",
+    }
     await crm.save(
         Account(**of("account"), name="Base"),
         Lead(**of("lead"), first_name="Base", last_name="Lead", account_id=account),
         Contact(**of("contact"), first_name="Base", last_name="Contact", account_id=account),
         BizDevSource(
-            **of("bizdevsource"), source_name="Base", company_name="Base 4", account_id=account, contact_person="Base P"
+            **of("bizdevsource"),
+            source_name="Base",
+            company_name="Base 4",
+            account_id=account,
+            contact_person="Base P",
         ),
         Opportunity(**of("opportunity"), name="Base", **deal),
         Activity(**of("activity"), **late, related_to="account", related_id=account),
@@ -173,7 +256,8 @@ async def base(crm: Crm) -> Ids:
 
 
 async def walk(crm: Crm, write: Write) -> tuple[set[str], set[str], set[str]]:
-    """Warm all reads, write, and read again; return which were wrong, which changed and which were served from the cache."""
+    """Warm all reads, write, and read again; return which were wrong, which changed and which were
+    served from the cache."""
     ids = await base(crm)
     http = crm.as_user("abe")
     before = {}
@@ -189,7 +273,10 @@ async def walk(crm: Crm, write: Write) -> tuple[set[str], set[str], set[str]]:
     crm.cache.switches.everything = True
     truth = {read: await http.get(path.format(**ids)) for read, path in READS.items()}
     wrong = {
-        read for read in READS if (after[read].status_code, after[read].content) != (truth[read].status_code, truth[read].content)
+        read
+        for read in READS
+        if (after[read].status_code, after[read].content)
+        != (truth[read].status_code, truth[read].content)
     }
     changed = {read for read in READS if truth[read].content != before[read].content}
     return wrong, changed, {read for read in READS if hit(after[read])}
@@ -200,18 +287,25 @@ def table() -> Iterator[dict[str, tuple[set[str], set[str]]]]:
     """Print the whole walk in the end: pytest -s."""
     walked: dict[str, tuple[set[str], set[str]]] = {}
     yield walked
-    print("\n\n#: changed, and read anew   -: as before, and read anew   .: as before, from the cache\n")
+    print(
+        "\n\n#: changed, and read anew   -: as before, and read anew   .: as before, from the "
+        "cache\n"
+    )
     for number, read in enumerate(READS):
         print(f"{'':<28}{'| ' * number}{read}")
     for name, (changed, kept) in walked.items():
-        print(f"{name:<28}" + " ".join("#" if read in changed else "." if read in kept else "-" for read in READS))
+        print(
+            f"{name:<28}"
+            + " ".join("#" if read in changed else "." if read in kept else "-" for read in READS)
+        )
 
 
 @pytest.mark.parametrize("name", MAP)
 async def test_every_cached_read_is_right_after_every_write(
     crm: Crm, name: str, table: dict[str, tuple[set[str], set[str]]]
 ) -> None:
-    """Each answer after the write equals the one without the cache, and exactly the mapped ones may have changed."""
+    """Each answer after the write equals the one without the cache, and exactly the mapped ones may
+    have changed."""
     write, expected = MAP[name]
     wrong, changed, kept = await walk(crm, write)
     table[name] = (changed, kept)
@@ -227,17 +321,28 @@ def template(path: str) -> str:
 
 async def test_every_cached_route_is_read_above(crm: Crm) -> None:
     """A new cached route must be added to the walk."""
-    assert {route.template for route in crm.app.prepare().routes if route.policy is not None} == set(
-        map(template, READS.values())
-    )
+    assert {
+        route.template for route in crm.app.prepare().routes if route.policy is not None
+    } == set(map(template, READS.values()))
 
 
 async def test_every_write_is_made_above(crm: Crm) -> None:
     """A new route that writes must be added to the walk, or be named here."""
-    no_rows_of_tenants = {("POST", "/api/auth/login"), ("POST", "/api/cache/invalidate"), ("POST", "/api/cache/switch")}
+    no_rows_of_tenants = {
+        ("POST", "/api/auth/login"),
+        ("POST", "/api/cache/invalidate"),
+        ("POST", "/api/cache/switch"),
+    }
     paths = crm.app.app.openapi()["paths"]
-    writes = {(method.upper(), path) for path, methods in paths.items() for method in methods if method != "get"}
-    made = {(write.method, template(write.path)) for write, _ in MAP.values() if isinstance(write, Call)}
+    writes = {
+        (method.upper(), path)
+        for path, methods in paths.items()
+        for method in methods
+        if method != "get"
+    }
+    made = {
+        (write.method, template(write.path)) for write, _ in MAP.values() if isinstance(write, Call)
+    }
     assert writes - no_rows_of_tenants == made
 
 

@@ -35,7 +35,9 @@ async def test_without_a_scrape_token_superadmins_alone_are_answered(crm: Crm) -
     """The first request of a list is a miss, and counted under its route."""
     abe, root, nobody = crm.as_user("abe"), crm.as_user("root"), crm.as_user(None)
     await abe.get("/api/accounts")
-    assert [(await client.get("/metrics")).status_code for client in (nobody, abe, crm.as_user("ann"))] == [401, 403, 401]
+    assert [
+        (await client.get("/metrics")).status_code for client in (nobody, abe, crm.as_user("ann"))
+    ] == [401, 403, 401]
     answer = await root.get("/metrics")
     assert answer.status_code == 200
     assert 'respcache_misses_total{module="accounts",route="/api/accounts",' in answer.text
@@ -45,9 +47,12 @@ async def test_without_a_scrape_token_superadmins_alone_are_answered(crm: Crm) -
 
 async def test_the_scrape_token_is_answered(scraped: Wrapper) -> None:
     """And nothing that resembles it."""
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(scraped), base_url="http://crm") as client:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(scraped), base_url="http://crm"
+    ) as client:
         answers = [
-            await client.get("/metrics", headers={"authorization": f"Bearer {token}"}) for token in (TOKEN, TOKEN.upper(), "")
+            await client.get("/metrics", headers={"authorization": f"Bearer {token}"})
+            for token in (TOKEN, TOKEN.upper(), "")
         ]
     assert [answer.status_code for answer in answers] == [200, 401, 401]
     assert "respcache_fence_held{" in answers[0].text
@@ -57,9 +62,14 @@ async def test_the_scrape_token_is_answered(scraped: Wrapper) -> None:
 def test_a_weak_scrape_token_is_refused_in_production(token: str) -> None:
     """As other secrets are."""
     with pytest.raises(ValidationError, match="METRICS_TOKEN"):
-        Settings(environment="production", jwt_secret=TOKEN, respcache_key=TOKEN, metrics_token=token)
+        Settings(
+            environment="production", jwt_secret=TOKEN, respcache_key=TOKEN, metrics_token=token
+        )
 
 
 def test_a_scrape_token_is_not_demanded() -> None:
     """Without one the page is closed, which is safe."""
-    assert Settings(environment="production", jwt_secret=TOKEN, respcache_key=TOKEN).metrics_token is None
+    assert (
+        Settings(environment="production", jwt_secret=TOKEN, respcache_key=TOKEN).metrics_token
+        is None
+    )

@@ -1,4 +1,5 @@
-"""The migrations against the models and against what the routes declare: nothing is missing, nothing is left over."""
+"""The migrations against the models and against what the routes declare: nothing is missing,
+nothing is left over."""
 
 import inspect
 import os
@@ -22,7 +23,14 @@ from crm.embedded import EmbeddedPostgres
 from crm.migrations import configuration, upgrade
 from crm.settings import Settings
 from respcache.writes import triggers
-from respcache.writes.alembic import CreateOutbox, CreateTrail, DropOutbox, DropTrail, UnwatchTable, WatchTable
+from respcache.writes.alembic import (
+    CreateOutbox,
+    CreateTrail,
+    DropOutbox,
+    DropTrail,
+    UnwatchTable,
+    WatchTable,
+)
 from respcache.writes.triggers import EVENTS, Watched
 
 from ..conftest import administer
@@ -49,29 +57,42 @@ def differences(config: Config) -> list[Any]:
     return []
 
 
-def test_migrations_make_the_tables_of_the_models_and_watch_those_of_the_routes(migrated: str) -> None:
-    """A new column or a newly cached table without a migration shows here: ``alembic revision --autogenerate`` writes it."""
+def test_migrations_make_the_tables_of_the_models_and_watch_those_of_the_routes(
+    migrated: str,
+) -> None:
+    """A new column or a newly cached table without a migration shows here: ``alembic revision
+    --autogenerate`` writes it."""
     assert differences(configuration(migrated)) == []
 
 
 @pytest.mark.anyio
-async def test_the_watched_tables_are_those_that_the_running_application_depends_on(crm: Crm) -> None:
+async def test_the_watched_tables_are_those_that_the_running_application_depends_on(
+    crm: Crm,
+) -> None:
     """A route that declares its tables elsewhere than in ``crm/caching.py`` shows here."""
     assert {*crm.cache.tables, *crm.cache.resolver.tables} == set(TABLES)
 
 
 def test_hooks_and_triggers_name_the_same_tenants(database_url: str) -> None:
-    """The application's hooks are set up in ``crm/app.py``, the triggers from ``crm/caching.py``."""
+    """The application's hooks are set up in ``crm/app.py``, the triggers from
+    ``crm/caching.py``."""
     settings = Settings(database_url=database_url, jwt_secret=SECRET, respcache_key=SECRET)
     _, watch = watched_cache(settings, create_async_engine(database_url), None)
     watch.close()
-    seen = [Watched(table, watch._schema.tenant_column(table), table in watch._shared) for table in TABLES]
+    seen = [
+        Watched(table, watch._schema.tenant_column(table), table in watch._shared)
+        for table in TABLES
+    ]
     assert seen == caching.watched_tables()
 
 
-def test_a_newly_cached_table_without_a_migration_is_named(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newly_cached_table_without_a_migration_is_named(
+    migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As long as nothing watches it, what reads it is not cached."""
-    monkeypatch.setattr(caching, "declared_tables", {*caching.declared_tables, "entity_transitions"})
+    monkeypatch.setattr(
+        caching, "declared_tables", {*caching.declared_tables, "entity_transitions"}
+    )
     assert differences(configuration(migrated)) == [("watch_table", Watched("entity_transitions"))]
 
 
@@ -81,22 +102,30 @@ def test_a_table_that_is_no_longer_watched_is_named(
 ) -> None:
     """One of its triggers is gone, each time another one."""
     event = EVENTS[TABLES.index(table) % len(EVENTS)]
-    administer(postgres_server, f"DROP TRIGGER respcache_{event} ON {table}", database=bare_database)
+    administer(
+        postgres_server, f"DROP TRIGGER respcache_{event} ON {table}", database=bare_database
+    )
     assert [watched.table for _, watched in differences(configuration(migrated))] == [table]
 
 
 def test_the_revision_that_alembic_writes_for_a_newly_cached_table_runs_both_ways(
     migrated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the template of the CRM, as ``CONTRIBUTING.md`` tells to; the import it needs is in it."""
+    """With the template of the CRM, as ``CONTRIBUTING.md`` tells to; the import it needs is in
+    it."""
     shutil.copytree(Path(migrations.__file__).parent, tmp_path / "migrations")
     config = configuration(migrated)
     config.set_main_option("script_location", str(tmp_path / "migrations"))
-    monkeypatch.setattr(caching, "declared_tables", {*caching.declared_tables, "entity_transitions"})
+    monkeypatch.setattr(
+        caching, "declared_tables", {*caching.declared_tables, "entity_transitions"}
+    )
     command.revision(config, "Transitions are cached", autogenerate=True, rev_id="next")
     text = (tmp_path / "migrations" / "versions" / "next_transitions_are_cached.py").read_text()
     assert "import respcache.writes.alembic" in text
-    assert "    op.watch_table('entity_transitions', tenant_column='tenant_id', shared=False)\n" in text
+    assert (
+        "    op.watch_table('entity_transitions', tenant_column='tenant_id', shared=False)\n"
+        in text
+    )
     assert "    op.unwatch_table('entity_transitions')\n" in text
     for _ in range(2):
         command.upgrade(config, "head")
@@ -106,7 +135,9 @@ def test_the_revision_that_alembic_writes_for_a_newly_cached_table_runs_both_way
     assert differences(configuration(migrated)) == []
 
 
-def test_a_revision_without_the_operations_does_not_import_them(migrated: str, tmp_path: Path) -> None:
+def test_a_revision_without_the_operations_does_not_import_them(
+    migrated: str, tmp_path: Path
+) -> None:
     """And is a module that can be read."""
     shutil.copytree(Path(migrations.__file__).parent, tmp_path / "migrations")
     config = configuration(migrated)
@@ -117,10 +148,14 @@ def test_a_revision_without_the_operations_does_not_import_them(migrated: str, t
     assert "respcache" not in text
 
 
-def test_a_newer_function_of_the_library_is_a_difference(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_function_of_the_library_is_a_difference(
+    migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A release that changes what triggers do needs a revision; it names every table."""
     body = triggers.body
-    monkeypatch.setattr(triggers, "body", lambda watched, *, schema: body(watched, schema=schema) + "-- changed")
+    monkeypatch.setattr(
+        triggers, "body", lambda watched, *, schema: body(watched, schema=schema) + "-- changed"
+    )
     assert [watched.table for _, watched in differences(configuration(migrated))] == TABLES
 
 
@@ -128,7 +163,12 @@ def test_the_command_line_of_alembic_finds_the_migrations(migrated: str) -> None
     """Its settings are in ``pyproject.toml``, the address in ``DATABASE_URL``."""
     environment = {**os.environ, "DATABASE_URL": migrated.replace("+asyncpg", "")}
     run = subprocess.run(
-        [sys.executable, "-m", "alembic.config", "check"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "alembic.config", "check"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "No new upgrade operations detected" in run.stdout
 
@@ -154,4 +194,6 @@ def test_the_reference_names_the_operations_with_their_options() -> None:
 
 def signature(operation: str) -> str:
     parameters = list(inspect.signature(getattr(Operations, operation)).parameters.values())[1:]
-    return operation + str(inspect.Signature([one.replace(annotation=one.empty) for one in parameters]))
+    return operation + str(
+        inspect.Signature([one.replace(annotation=one.empty) for one in parameters])
+    )

@@ -1,4 +1,5 @@
-"""The whole API under generated requests: nothing that anybody may send is a server error, and the schema says what comes."""
+"""The whole API under generated requests: nothing that anybody may send is a server error, and the
+schema says what comes."""
 
 import re
 import subprocess
@@ -25,7 +26,9 @@ def configure(system: System, token: str) -> str:
     """Name records that exist, each operation its own: generated ids would only ever meet a 404."""
     lines = ["[parameters]", 'tenant_id = "acme"', 'x-tenant-id = "acme"']
     for module in MODULES:
-        found = httpx2.get(f"{system.base}/api/{module}?limit=9", headers={"authorization": f"Bearer {token}"})
+        found = httpx2.get(
+            f"{system.base}/api/{module}?limit=9", headers={"authorization": f"Bearer {token}"}
+        )
         ids = [record["id"] for record in found.json()["data"][module]]
         for operation in ("GET", "PUT", "DELETE"):
             lines += operation_lines(operation, f"/api/{module}/{{id}}", ids.pop())

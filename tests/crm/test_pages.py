@@ -1,4 +1,5 @@
-"""The commands in the documentation, run as they stand on a system of their own; what they print is compared."""
+"""The commands in the documentation, run as they stand on a system of their own; what they print is
+compared."""
 
 import re
 import subprocess
@@ -29,14 +30,20 @@ def commands(page: str) -> list[tuple[str, str]]:
 
 
 def fits(printed: str, expected: str) -> bool:
-    """Whether a text is the expected one, with anything within a line or many lines for each ``...``."""
+    """Whether a text is the expected one, with anything within a line or many lines for each
+    ``...``."""
     pattern = ".*".join(re.escape(part) for part in expected.strip().split("..."))
     return re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
 
 
 def run(system: System, work: Path, page: str) -> list[str]:
     """Run a page in one shell on a system; return what does not print what the page says."""
-    text = (DOCS / page).read_text().replace("http://localhost:4001", system.base).replace(".venv/bin/python", sys.executable)
+    text = (
+        (DOCS / page)
+        .read_text()
+        .replace("http://localhost:4001", system.base)
+        .replace(".venv/bin/python", sys.executable)
+    )
     text = text.replace(".venv/bin/respcache", str(Path(sys.executable).with_name("respcache")))
     asked = commands(text)
     script = "".join(f"{command}\nprintf '{END}'\n" for command, _ in asked)
@@ -63,8 +70,11 @@ def run(system: System, work: Path, page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["curl.md", "operations.md", "cli.md"])
-def test_every_command_of_a_page_prints_what_the_page_says(start: Start, tmp_path: Path, page: str) -> None:
-    """On fresh demo data, once again where a busy machine let the cache server answer too late: such an answer is a bypass."""
+def test_every_command_of_a_page_prints_what_the_page_says(
+    start: Start, tmp_path: Path, page: str
+) -> None:
+    """On fresh demo data, once again where a busy machine let the cache server answer too late:
+    such an answer is a bypass."""
     wrong = run(start().ready(), tmp_path / "first", page)
     if wrong:
         print("\n".join(wrong))

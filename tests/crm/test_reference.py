@@ -1,4 +1,5 @@
-"""docs/reference.md against the code: nothing missing, nothing left over, every default the real one."""
+"""docs/reference.md against the code: nothing missing, nothing left over, every default the real
+one."""
 
 import argparse
 import ast
@@ -43,7 +44,11 @@ OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORE
 def section(heading: str) -> str:
     """Return the text of a section, up to the next one of its level or above."""
     level, name = heading.split(" ", 1)
-    found = re.search(rf"^{level} {re.escape(name)}\n(.*?)(?=^#{{2,{len(level)}}} |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^{level} {re.escape(name)}\n(.*?)(?=^#{{2,{len(level)}}} |\Z)",
+        PAGE,
+        re.MULTILINE | re.DOTALL,
+    )
     assert found is not None, heading
     return found[1]
 
@@ -55,7 +60,11 @@ def tables(heading: str) -> list[dict[str, str]]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|---"):
             found.append({})
-        elif line.startswith("| ") and found and cells[0] not in ("option", "header", "word", "`detail=`", "error", "status"):
+        elif (
+            line.startswith("| ")
+            and found
+            and cells[0] not in ("option", "header", "word", "`detail=`", "error", "status")
+        ):
             found[-1][cells[0].strip("`")] = cells[1].strip("`")
     return found
 
@@ -119,7 +128,9 @@ async def test_no_other_key_appears_on_the_server(crm: Crm, valkey_url: str) -> 
     with redis.Redis.from_url(valkey_url) as client:
         there = [key.decode() for key in client.scan_iter()]
     assert len(there) > len(MODULES)
-    assert [key for key in there if not any(re.fullmatch(pattern, key) for pattern in patterns)] == []
+    assert [
+        key for key in there if not any(re.fullmatch(pattern, key) for pattern in patterns)
+    ] == []
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -134,14 +145,19 @@ def test_options_and_defaults_are_those_of_the_signature(name: str) -> None:
 
     parameters = inspect.signature(OPTIONS[name]).parameters
     (listed,) = tables(f"### {name}")
-    assert list(listed.items()) == [(key, default(value)) for key, value in parameters.items() if key != "self"]
+    assert list(listed.items()) == [
+        (key, default(value)) for key, value in parameters.items() if key != "self"
+    ]
 
 
 def test_the_other_decorators_differ_in_their_ttl_only() -> None:
     """As the page says."""
     for kind, ttl in DEFAULT_TTL_S.items():
         parameters = inspect.signature(getattr(respcache, f"cache_{kind}")).parameters
-        assert (list(parameters), parameters["ttl"].default) == (list(tables("### cache_list")[0]), ttl)
+        assert (list(parameters), parameters["ttl"].default) == (
+            list(tables("### cache_list")[0]),
+            ttl,
+        )
         assert kind == "list" or f"{ttl:.0f}" in section("### cache_list")
 
 
@@ -150,7 +166,10 @@ def test_environment_is_that_of_the_settings() -> None:
     (listed,) = tables("## Environment")
     listed.pop("variable", None)
     fields = Settings.model_fields
-    assert listed == {name.upper(): "unset" if field.default is None else str(field.default) for name, field in fields.items()}
+    assert listed == {
+        name.upper(): "unset" if field.default is None else str(field.default)
+        for name, field in fields.items()
+    }
 
 
 def test_environment_of_the_command_is_what_it_reads() -> None:
@@ -162,7 +181,9 @@ def test_environment_of_the_command_is_what_it_reads() -> None:
 
 def test_commands_are_those_of_the_parser() -> None:
     """All of them."""
-    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
     (listed,) = tables("## Commands")
     listed.pop("command", None)
     assert list(listed) == list(commands.choices)
@@ -171,10 +192,17 @@ def test_commands_are_those_of_the_parser() -> None:
 def test_headers_are_those_in_the_code() -> None:
     """Every header of ours, and every header that is kept with a body."""
     asked, sent, _, _ = tables("## Headers")
-    used = {text.lower() for node in sources() for text in literals(node) if OUR_HEADERS.fullmatch(text)}
+    used = {
+        text.lower() for node in sources() for text in literals(node) if OUR_HEADERS.fullmatch(text)
+    }
     used -= {"cache-stats", "x-gzip", *(header.decode() for header in KEPT_HEADERS)}
     assert {name.lower() for name in (*asked, *sent)} == used
-    kept = set(re.findall(r"`([a-z-]+)`", section("## Headers").partition("Stored with")[2].partition("All others")[0]))
+    kept = set(
+        re.findall(
+            r"`([a-z-]+)`",
+            section("## Headers").partition("Stored with")[2].partition("All others")[0],
+        )
+    )
     assert kept == {header.decode() for header in KEPT_HEADERS}
 
 
@@ -183,13 +211,20 @@ def test_words_of_cache_status_are_those_in_the_code() -> None:
     words: set[str] = set()
     for node in sources():
         if isinstance(node, ast.FunctionDef) and node.name in ("refusal", "_late_refusal"):
-            words.update(text for part in ast.walk(node) if isinstance(part, ast.Return) for text in literals(part))
+            words.update(
+                text
+                for part in ast.walk(node)
+                if isinstance(part, ast.Return)
+                for text in literals(part)
+            )
         elif called(node) in ("Bypass", "_pass_through"):
             words.update(literals(node))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words.update(re.findall(r"^detail=([a-z-]+)$", node.value))
     assert words == set(tables("## Headers")[3])
-    forwards = {text for node in sources() for text in literals(node) if re.fullmatch(r"fwd=[a-z-]+", text)}
+    forwards = {
+        text for node in sources() for text in literals(node) if re.fullmatch(r"fwd=[a-z-]+", text)
+    }
     assert forwards | {"stored", "collapsed"} == set(tables("## Headers")[2])
 
 
@@ -199,10 +234,19 @@ def test_errors_are_those_of_the_library_and_the_api() -> None:
     assert set(classes) == {name for name, value in vars(errors).items() if inspect.isclass(value)}
     used: set[Any] = set()
     for node in sources():
-        if isinstance(node, ast.Call) and called(node) in ("ApiError", "Refused", "fail", "HTTPException"):
+        if isinstance(node, ast.Call) and called(node) in (
+            "ApiError",
+            "Refused",
+            "fail",
+            "HTTPException",
+        ):
             given = node.args[0]
             options = [given.body, given.orelse] if isinstance(given, ast.IfExp) else [given]
-            used.update(option.value for option in options if isinstance(option, ast.Constant) and isinstance(option.value, int))
+            used.update(
+                option.value
+                for option in options
+                if isinstance(option, ast.Constant) and isinstance(option.value, int)
+            )
     assert {int(status) for status in statuses} == used
 
 
@@ -213,7 +257,11 @@ def test_statements_are_those_that_are_counted() -> None:
     assert {request: int(count) for request, count in listed.items()} == STATEMENTS
 
 
-PAGES = [*sorted(path.name for path in (ROOT / "docs").glob("*.md")), "../README.md", "../ARCHITECTURE.md"]
+PAGES = [
+    *sorted(path.name for path in (ROOT / "docs").glob("*.md")),
+    "../README.md",
+    "../ARCHITECTURE.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -221,5 +269,8 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     """In backticks or as a link."""
     text = (ROOT / "docs" / page).read_text()
     named = re.findall(r"`((?:src|tests|docs|bench|examples)/[\w/.-]+)`", text)
-    linked = [str(Path("docs") / page).rpartition("/")[0] + "/" + link for link in re.findall(r"\]\(([\w./-]+)\)", text)]
+    linked = [
+        str(Path("docs") / page).rpartition("/")[0] + "/" + link
+        for link in re.findall(r"\]\(([\w./-]+)\)", text)
+    ]
     assert [path for path in (*named, *linked) if not (ROOT / path).exists()] == []

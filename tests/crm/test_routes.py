@@ -47,7 +47,10 @@ async def test_lists_page_newest_first_with_an_exact_total(crm: Crm) -> None:
     """limit, offset, order; stats count all."""
     http = crm.as_user("ann")
     for number in range(5):
-        await http.post("/api/accounts", json={"name": f"A{number}", "type": "customer" if number % 2 else "vendor"})
+        await http.post(
+            "/api/accounts",
+            json={"name": f"A{number}", "type": "customer" if number % 2 else "vendor"},
+        )
     data = (await http.get("/api/accounts?limit=2&offset=1")).json()["data"]
     assert [row["name"] for row in data["accounts"]] == ["A3", "A2"]
     assert (data["total"], data["limit"], data["offset"]) == (5, 2, 1)
@@ -58,7 +61,8 @@ async def test_lists_page_newest_first_with_an_exact_total(crm: Crm) -> None:
 
 
 async def test_the_counts_of_a_list_are_in_an_order_of_their_own(crm: Crm) -> None:
-    """That of their names, not of PostgreSQL's plan: else an answer made anew would differ from the stored one."""
+    """That of their names, not of PostgreSQL's plan: else an answer made anew would differ from the
+    stored one."""
     http = crm.as_user("ann")
     for kind in (*sorted(ACCOUNT_TYPES, reverse=True), None):
         await http.post("/api/accounts", json={"name": "A", "type": kind})
@@ -80,8 +84,14 @@ async def test_metadata_merges_and_is_spread_but_never_shadows(crm: Crm) -> None
 async def test_contacts_are_found_by_name_mail_and_phone(crm: Crm) -> None:
     """Without regard to case; % is a character like any other; last changed first."""
     http = crm.as_user("ann")
-    for first, last, phone in (("Ada", "Lovelace", "+1 23"), ("Grace", "Hopper", "+1 99"), ("50%", "Off", "")):
-        await http.post("/api/contacts", json={"first_name": first, "last_name": last, "phone": phone})
+    for first, last, phone in (
+        ("Ada", "Lovelace", "+1 23"),
+        ("Grace", "Hopper", "+1 99"),
+        ("50%", "Off", ""),
+    ):
+        await http.post(
+            "/api/contacts", json={"first_name": first, "last_name": last, "phone": phone}
+        )
 
     async def found(q: str) -> list[str]:
         answer = await http.get("/api/contacts/search", params={"q": q, "tenant_id": "acme"})
@@ -122,32 +132,50 @@ async def test_contacts_are_found_by_name_mail_and_phone(crm: Crm) -> None:
         ("POST", "/api/cache/invalidate", {"modules": ["nope"]}, 400, "modules"),
     ],
 )  # fmt: skip
-async def test_bad_input_names_the_field(crm: Crm, method: str, path: str, body: Any, status: int, field: str) -> None:
+async def test_bad_input_names_the_field(
+    crm: Crm, method: str, path: str, body: Any, status: int, field: str
+) -> None:
     """A clear 4xx in the envelope, never a 500."""
     answer = await crm.as_user("abe").request(
-        method, path, content=None if body is None else json.dumps(body), headers={"content-type": "application/json"}
+        method,
+        path,
+        content=None if body is None else json.dumps(body),
+        headers={"content-type": "application/json"},
     )
-    assert (answer.status_code, answer.json()["status"], answer.json()["field"]) == (status, "error", field), answer.text
+    assert (answer.status_code, answer.json()["status"], answer.json()["field"]) == (
+        status,
+        "error",
+        field,
+    ), answer.text
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff", b'{"name": NaN}', b"[" * 3000, b'{"name":"x","n":1e400}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"\xff", b'{"name": NaN}', b"[" * 3000, b'{"name":"x","n":1e400}'],
+)
 async def test_a_body_that_is_no_json_is_a_4xx(crm: Crm, content: bytes) -> None:
     """Whatever the bytes."""
-    answer = await crm.as_user("ann").post("/api/accounts", content=content, headers={"content-type": "application/json"})
+    answer = await crm.as_user("ann").post(
+        "/api/accounts", content=content, headers={"content-type": "application/json"}
+    )
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["status"] == "error"
 
 
 async def test_a_body_of_more_than_a_mebibyte_is_refused(crm: Crm) -> None:
     """Whether or not it says its length."""
-    body = json.dumps({"name": "x", **{f"extra{number}": "x" * 100_000 for number in range(12)}}).encode()
+    body = json.dumps(
+        {"name": "x", **{f"extra{number}": "x" * 100_000 for number in range(12)}}
+    ).encode()
 
     async def chunks() -> AsyncIterator[bytes]:
         for start in range(0, len(body), 65_536):
             yield body[start : start + 65_536]
 
     for content in (body, chunks()):
-        answer = await crm.as_user("ann").post("/api/accounts", content=content, headers={"content-type": "application/json"})
+        answer = await crm.as_user("ann").post(
+            "/api/accounts", content=content, headers={"content-type": "application/json"}
+        )
         assert (answer.status_code, answer.json()["status"]) == (413, "error"), answer.text
     assert (await crm.as_user("ann").get("/api/accounts")).json()["data"]["total"] == 0
 
@@ -155,14 +183,25 @@ async def test_a_body_of_more_than_a_mebibyte_is_refused(crm: Crm) -> None:
 async def test_huge_numbers_come_back_as_numbers(crm: Crm) -> None:
     """PostgreSQL keeps 1e300 in three hundred digits."""
     abe, huge = crm.as_user("abe"), {"note": "x", "huge": [1e300]}
-    made = (await abe.post("/api/accounts", json={"name": "Huge", **huge})).json()["data"]["account"]
-    changed = (await abe.put(f"/api/accounts/{made['id']}", json={"note": "y"})).json()["data"]["account"]
+    made = (await abe.post("/api/accounts", json={"name": "Huge", **huge})).json()["data"][
+        "account"
+    ]
+    changed = (await abe.put(f"/api/accounts/{made['id']}", json={"note": "y"})).json()["data"][
+        "account"
+    ]
     listed = (await abe.get("/api/accounts")).json()["data"]["accounts"][0]
-    settings = [(await ask).json()["data"]["settings"] for ask in (abe.put("/api/settings", json=huge), abe.get("/api/settings"))]
-    assert [[float(number) for number in shown["huge"]] for shown in (made, changed, listed, *settings)] == [[1e300]] * 5
+    settings = [
+        (await ask).json()["data"]["settings"]
+        for ask in (abe.put("/api/settings", json=huge), abe.get("/api/settings"))
+    ]
+    assert [
+        [float(number) for number in shown["huge"]] for shown in (made, changed, listed, *settings)
+    ] == [[1e300]] * 5
 
 
-@pytest.mark.parametrize("key", ["1", "x", "%00", "00000000-0000-0000-0000-000000000000", "' OR 1=1"])
+@pytest.mark.parametrize(
+    "key", ["1", "x", "%00", "00000000-0000-0000-0000-000000000000", "' OR 1=1"]
+)
 async def test_any_unknown_id_is_not_found(crm: Crm, key: str) -> None:
     """Also what cannot be an id."""
     answer = await crm.as_user("ann").get(f"/api/accounts/{key}")
@@ -172,17 +211,37 @@ async def test_any_unknown_id_is_not_found(crm: Crm, key: str) -> None:
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 columns = st.sampled_from([*Lead.__table__.c.keys(), "nope", ""])
 operators = st.sampled_from(
-    ["$eq", "$ne", "$gt", "$gte", "$lt", "$lte", "$in", "$nin", "$contains", "$icontains", "$startswith", "$x"]
+    [
+        "$eq",
+        "$ne",
+        "$gt",
+        "$gte",
+        "$lt",
+        "$lte",
+        "$in",
+        "$nin",
+        "$contains",
+        "$icontains",
+        "$startswith",
+        "$x",
+    ]
 )
 terms = st.dictionaries(
-    columns, values | st.dictionaries(operators, values | st.lists(values, max_size=3), max_size=2), max_size=3
+    columns,
+    values | st.dictionaries(operators, values | st.lists(values, max_size=3), max_size=2),
+    max_size=3,
 )
 filters = st.recursive(
-    terms, lambda inner: st.dictionaries(st.sampled_from(["$or", "$and"]), st.lists(inner, max_size=3), max_size=2)
+    terms,
+    lambda inner: st.dictionaries(
+        st.sampled_from(["$or", "$and"]), st.lists(inner, max_size=3), max_size=2
+    ),
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(document=filters)
 async def test_no_filter_is_ever_a_server_error(crm: Crm, document: Any) -> None:
     """Every filter is answered, or refused by its field."""
@@ -197,7 +256,9 @@ async def test_filters_mean_what_they_say(crm: Crm) -> None:
         await http.post("/api/accounts", json={"name": name, "city": city, "score": score})
 
     async def found(document: Any) -> str:
-        answer = await http.get("/api/accounts", params={"filter": json.dumps(document), "sort": "name"})
+        answer = await http.get(
+            "/api/accounts", params={"filter": json.dumps(document), "sort": "name"}
+        )
         return "".join(row["name"] for row in answer.json()["data"]["accounts"])
 
     assert await found({"city": {"$icontains": "ulm"}}) == "AB"
@@ -220,37 +281,62 @@ def test_filters_are_bounded() -> None:
             parse_filter(json.dumps(document), Account.__table__)
 
 
-# -- conversion and promotion --------------------------------------------------------------------------------------------
+# -- conversion and promotion ----------------------------------------------------------------------
 
 
 async def make_lead(crm: Crm, **values: Any) -> str:
-    created = await crm.as_user("ann").post("/api/leads", json={**NEW["leads"], "company": "Globe", **values})
+    created = await crm.as_user("ann").post(
+        "/api/leads", json={**NEW["leads"], "company": "Globe", **values}
+    )
     identity: str = created.json()["data"]["lead"]["id"]
     return identity
 
 
 async def test_a_conversion_moves_everything_in_one_transaction(crm: Crm) -> None:
-    """Contact, account and opportunity appear, activities and opportunities relink, a snapshot stays, the lead goes."""
+    """Contact, account and opportunity appear, activities and opportunities relink, a snapshot
+    stays, the lead goes."""
     http, tenant = crm.as_user("ann"), crm.tenants["acme"].id
     lead = await make_lead(crm, estimated_value=500, hobby="chess")
-    activity = Activity(id=uuid4(), tenant_id=tenant, type="call", related_to="lead", related_id=lead)
+    activity = Activity(
+        id=uuid4(), tenant_id=tenant, type="call", related_to="lead", related_id=lead
+    )
     opportunity = Opportunity(id=uuid4(), tenant_id=tenant, name="old", lead_id=lead)
     await crm.save(activity, opportunity)
-    answer = await http.post(f"/api/leads/{lead}/convert", json={"create_account": True, "create_opportunity": True})
+    answer = await http.post(
+        f"/api/leads/{lead}/convert", json={"create_account": True, "create_opportunity": True}
+    )
     data = answer.json()["data"]
-    assert (answer.status_code, answer.json()["message"]) == (200, "Lead converted and moved to contacts")
+    assert (answer.status_code, answer.json()["message"]) == (
+        200,
+        "Lead converted and moved to contacts",
+    )
     assert (data["contact"]["status"], data["contact"]["hobby"]) == ("prospect", "chess")
-    assert (data["account"]["name"], data["contact"]["account_id"]) == ("Globe", data["account"]["id"])
-    assert (data["opportunity"]["stage"], data["opportunity"]["probability"], data["opportunity"]["amount"]) == (
+    assert (data["account"]["name"], data["contact"]["account_id"]) == (
+        "Globe",
+        data["account"]["id"],
+    )
+    assert (
+        data["opportunity"]["stage"],
+        data["opportunity"]["probability"],
+        data["opportunity"]["amount"],
+    ) == (
         "prospecting",
         25,
         500,
     )
     async with crm.session() as session:
         moved = await session.get_one(Activity, activity.id)
-        assert (moved.related_to, str(moved.related_id), moved.related_name) == ("contact", data["contact"]["id"], "Lea Deed")
+        assert (moved.related_to, str(moved.related_id), moved.related_name) == (
+            "contact",
+            data["contact"]["id"],
+            "Lea Deed",
+        )
         kept = await session.get_one(Opportunity, opportunity.id)
-        assert (kept.lead_id, str(kept.contact_id), str(kept.account_id)) == (None, data["contact"]["id"], data["account"]["id"])
+        assert (kept.lead_id, str(kept.contact_id), str(kept.account_id)) == (
+            None,
+            data["contact"]["id"],
+            data["account"]["id"],
+        )
         snapshot = await session.scalar(select(EntityTransition.snapshot))
         assert snapshot is not None
         assert snapshot["first_name"] == "Lea"
@@ -263,14 +349,18 @@ async def test_a_conversion_finds_the_account_by_name(crm: Crm) -> None:
     account = crm.account("acme", "GLOBE")
     await crm.save(account)
     lead = await make_lead(crm)
-    answer = await crm.as_user("ann").post(f"/api/leads/{lead}/convert", json={"create_account": True})
+    answer = await crm.as_user("ann").post(
+        f"/api/leads/{lead}/convert", json={"create_account": True}
+    )
     assert answer.json()["data"]["account"]["id"] == str(account.id)
 
 
 async def test_two_conversions_at_once_convert_once(crm: Crm) -> None:
     """The second waits for the first and is refused."""
     lead = await make_lead(crm)
-    answers = await asyncio.gather(*(crm.as_user("ann").post(f"/api/leads/{lead}/convert", json={}) for _ in range(5)))
+    answers = await asyncio.gather(
+        *(crm.as_user("ann").post(f"/api/leads/{lead}/convert", json={}) for _ in range(5))
+    )
     assert sorted(answer.status_code for answer in answers)[0] == 200
     assert {answer.status_code for answer in answers} <= {200, 404, 409}
     assert sum(answer.status_code == 200 for answer in answers) == 1
@@ -283,7 +373,9 @@ async def test_a_failed_conversion_changes_nothing(crm: Crm) -> None:
     http = crm.as_user("ann")
     for _ in range(2):
         await http.get("/api/leads")
-    assert (await http.post(f"/api/leads/{lead}/convert", json={"selected_account_id": str(uuid4())})).status_code == 404
+    assert (
+        await http.post(f"/api/leads/{lead}/convert", json={"selected_account_id": str(uuid4())})
+    ).status_code == 404
     assert hit(await http.get("/api/leads"))
     assert (await http.get(f"/api/leads/{lead}")).status_code == 200
 
@@ -294,9 +386,15 @@ async def test_a_promotion_makes_an_account_and_a_contact(crm: Crm, delete_sourc
     http, tenant = crm.as_user("ann"), crm.tenants["acme"].id
     body = {"source_name": "List", "company_name": "Mine Ltd", "contact_person": "Mia Mine"}
     source = (await http.post("/api/bizdevsources", json=body)).json()["data"]["bizdevsource"]["id"]
-    opportunity = Opportunity(id=uuid4(), tenant_id=tenant, name="o", source=f"bizdev_source:{source}")
+    opportunity = Opportunity(
+        id=uuid4(), tenant_id=tenant, name="o", source=f"bizdev_source:{source}"
+    )
     await crm.save(opportunity)
-    data = (await http.post(f"/api/bizdevsources/{source}/promote", json={"delete_source": delete_source})).json()["data"]
+    data = (
+        await http.post(
+            f"/api/bizdevsources/{source}/promote", json={"delete_source": delete_source}
+        )
+    ).json()["data"]
     assert (data["account"]["name"], data["account"]["type"]) == ("Mine Ltd", "prospect")
     assert (data["contact"]["first_name"], data["contact"]["last_name"]) == ("Mia", "Mine")
     assert data["bizdev_source_id"] == source
@@ -312,4 +410,7 @@ async def test_a_promotion_makes_an_account_and_a_contact(crm: Crm, delete_sourc
         )
         assert (await http.post(f"/api/bizdevsources/{source}/promote", json={})).status_code == 409
     async with crm.session() as session:
-        assert str((await session.get_one(Opportunity, opportunity.id)).account_id) == data["account"]["id"]
+        assert (
+            str((await session.get_one(Opportunity, opportunity.id)).account_id)
+            == data["account"]["id"]
+        )

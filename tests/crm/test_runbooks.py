@@ -1,4 +1,5 @@
-"""The runbooks: the condition of each alert is made true, and every command of its page prints what the page says."""
+"""The runbooks: the condition of each alert is made true, and every command of its page prints what
+the page says."""
 
 import asyncio
 import json
@@ -61,11 +62,17 @@ class Stage:
 
     def read(self) -> str:
         """Ask for a list; return what became of it."""
-        return str(httpx2.get(f"{self.system.base}/api/accounts", headers=self.user).headers["cache-status"])
+        return str(
+            httpx2.get(f"{self.system.base}/api/accounts", headers=self.user).headers[
+                "cache-status"
+            ]
+        )
 
     def write(self) -> None:
         """Make an account."""
-        httpx2.post(f"{self.system.base}/api/accounts", headers=self.user, json={"name": "New"}).raise_for_status()
+        httpx2.post(
+            f"{self.system.base}/api/accounts", headers=self.user, json={"name": "New"}
+        ).raise_for_status()
 
     def wrong(self, part: str) -> list[str]:
         """Run the commands of a part of a page; return what does not print what it says."""
@@ -109,7 +116,9 @@ def root(stage: Stage) -> dict[str, str]:
 
 
 def switch(stage: Stage, **body: bool | str) -> None:
-    httpx2.post(f"{stage.system.base}/cache/api/switch", json=body, headers=root(stage)).raise_for_status()
+    httpx2.post(
+        f"{stage.system.base}/cache/api/switch", json=body, headers=root(stage)
+    ).raise_for_status()
 
 
 def write_without_a_trace(stage: Stage) -> None:
@@ -169,14 +178,19 @@ def stop_evicting(stage: Stage) -> None:
 
 def ask_for_what_nobody_asked_for(stage: Stage) -> None:
     for number in range(30):
-        answer = httpx2.get(f"{stage.system.base}/api/accounts?search=new-{time.monotonic_ns()}-{number}", headers=stage.user)
+        answer = httpx2.get(
+            f"{stage.system.base}/api/accounts?search=new-{time.monotonic_ns()}-{number}",
+            headers=stage.user,
+        )
         assert "hit" not in answer.headers["cache-status"]
 
 
 def lose_a_worker(stage: Stage) -> None:
     """Another one starts, is seen, and dies without a word."""
     environment = {**stage.environment, "PORT": str(free_port())}
-    with subprocess.Popen([sys.executable, "-m", "crm", "serve"], env=environment, stdout=subprocess.DEVNULL) as worker:
+    with subprocess.Popen(
+        [sys.executable, "-m", "crm", "serve"], env=environment, stdout=subprocess.DEVNULL
+    ) as worker:
         try:
             stage.until(lambda: workers(stage) == 2)
         finally:
@@ -184,7 +198,9 @@ def lose_a_worker(stage: Stage) -> None:
 
 
 def workers(stage: Stage) -> int:
-    metrics = httpx2.get(f"{stage.system.base}/metrics", headers={"authorization": f"Bearer {METRICS_TOKEN}"}).text
+    metrics = httpx2.get(
+        f"{stage.system.base}/metrics", headers={"authorization": f"Bearer {METRICS_TOKEN}"}
+    ).text
     return len(re.findall("^respcache_worker_info{", metrics, re.MULTILINE))
 
 
@@ -205,16 +221,19 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
     "RespcacheMissesSurge": (ask_for_what_nobody_asked_for, nothing),
     "RespcacheHitRatioCollapsed": (ask_for_what_nobody_asked_for, nothing),
     "RespcacheWorkerMissing": (lose_a_worker, nothing),
-    "RespcacheRoundsFailing": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO respcache_outbox")),
+    "RespcacheRoundsFailing": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME "
+                                                                        "TO respcache_outbox")),
     "RespcacheStoreDown": (take_the_server_away, lambda stage: stage.freeze(signal.SIGCONT)),
-    "RespcacheFenceLost": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO respcache_outbox")),
+    "RespcacheFenceLost": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO "
+                                                                    "respcache_outbox")),
     "RespcacheTablesUnwatched": (
-        disable_a_trigger, lambda stage: stage.sql("ALTER TABLE accounts ENABLE ALWAYS TRIGGER respcache_insert"),
+        disable_a_trigger, lambda stage: stage.sql("ALTER TABLE accounts ENABLE ALWAYS TRIGGER "
+                                                   "respcache_insert"),
     ),
     "RespcacheWrongAnswer": (write_without_a_trace, lambda stage: switch(stage, off=False, module="accounts")),
 }  # fmt: skip
-"""What makes the condition of an alert true, and what ends it where the page has no command for that. RespcacheNotScraped has
-none: what is wrong then is on the side of Prometheus."""
+"""What makes the condition of an alert true, and what ends it where the page has no command for
+that. RespcacheNotScraped has none: what is wrong then is on the side of Prometheus."""
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RUNBOOKS.glob("*.md")))

@@ -1,4 +1,5 @@
-"""What is stored, as operators see it: search, samples, one key, its body; and purges. On a real Valkey, through the CRM."""
+"""What is stored, as operators see it: search, samples, one key, its body; and purges. On a real
+Valkey, through the CRM."""
 
 import asyncio
 from typing import Any
@@ -57,21 +58,28 @@ async def stored(crm: Crm) -> Stored:
 
 
 async def test_keys_are_found_by_tenant_and_module(stored: Stored, valkey_url: str) -> None:
-    """All of them, each once, and nothing else: neither generations nor leases nor what others keep there."""
+    """All of them, each once, and nothing else: neither generations nor leases nor what others keep
+    there."""
     with redis.Redis.from_url(valkey_url) as client:
         client.set("tenant:foreign", "x")
         client.set(f"tenant:{stored.acme}:accounts:list:xyz", "x")
-        there = {key.decode() for key in client.keys("tenant:*:list:*")} - {f"tenant:{stored.acme}:accounts:list:xyz"}
+        there = {key.decode() for key in client.keys("tenant:*:list:*")} - {
+            f"tenant:{stored.acme}:accounts:list:xyz"
+        }
     assert set(await stored.keys()) == there
     assert len(there) == 2 * len(MODULES) + 1
     of_acme = await stored.keys(tenant=stored.acme)
-    assert sorted(of_acme) == sorted(key for key in there if key.startswith(f"tenant:{stored.acme}:"))
+    assert sorted(of_acme) == sorted(
+        key for key in there if key.startswith(f"tenant:{stored.acme}:")
+    )
     assert len(await stored.keys(tenant=stored.acme, module="accounts")) == 2
     assert len(await stored.keys(module="accounts")) == 3
     assert await stored.keys(tenant="nobody") == []
 
 
-async def test_a_search_says_what_each_key_is_and_how_far_it_looked(stored: Stored, valkey_url: str) -> None:
+async def test_a_search_says_what_each_key_is_and_how_far_it_looked(
+    stored: Stored, valkey_url: str
+) -> None:
     """Sizes as on the server."""
     page = await stored.admin.keys(VIEWER, tenant=stored.acme, module="leads")
     (facts,) = page.keys
@@ -114,9 +122,18 @@ async def test_a_search_goes_through_a_bounded_number_of_keys(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"cursor": "x"}, {"cursor": "-1"}, {"cursor": str(2**64)}, {"module": "*"}, {"module": "a:b"}, {"tenant": "*"}],
+    [
+        {"cursor": "x"},
+        {"cursor": "-1"},
+        {"cursor": str(2**64)},
+        {"module": "*"},
+        {"module": "a:b"},
+        {"tenant": "*"},
+    ],
 )
-async def test_a_search_for_what_cannot_be_is_refused(stored: Stored, wrong: dict[str, str]) -> None:
+async def test_a_search_for_what_cannot_be_is_refused(
+    stored: Stored, wrong: dict[str, str]
+) -> None:
     """No glob, no blank, no colon gets to the server."""
     with pytest.raises(NotFound):
         await stored.admin.keys(ROOT, **wrong)
@@ -125,7 +142,9 @@ async def test_a_search_for_what_cannot_be_is_refused(stored: Stored, wrong: dic
             await stored.admin.keys(ROOT, limit=limit)
 
 
-async def test_one_command_goes_through_a_bounded_number_of_keys(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_command_goes_through_a_bounded_number_of_keys(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Commands go through more and more of them, up to an end."""
     monkeypatch.setattr(keyspace, "FIRST_BATCH", 1)
     monkeypatch.setattr(keyspace, "MOST_BATCH", 2)
@@ -137,7 +156,9 @@ async def test_one_command_goes_through_a_bounded_number_of_keys(valkey_url: str
     await board.close()
 
 
-async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(stored: Stored) -> None:
+async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(
+    stored: Stored,
+) -> None:
     """Of one tenant and module, or of all."""
     for number in range(40):
         await stored.crm.as_user("abe").post("/api/accounts", json={"name": f"account {number}"})
@@ -159,15 +180,25 @@ async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(st
     assert (part.sampled, list(part.modules)) == (1, ["leads"])
 
 
-# -- one key ---------------------------------------------------------------------------------------------------------------
+# -- one key ---------------------------------------------------------------------------------------
 
 
 async def test_a_key_is_looked_at_closely(stored: Stored) -> None:
-    """With the parts of the request that leads to it, where this process remembers one; and no body."""
+    """With the parts of the request that leads to it, where this process remembers one; and no
+    body."""
     keys = await stored.keys(tenant=stored.acme, module="accounts")
     found = [await stored.admin.inspect(VIEWER, key) for key in keys]
-    (one,) = [inspection for inspection in found if any(part.value == "secret-name" for part in inspection.parts)]
-    assert (one.tenant, one.module, one.kind, one.route) == (stored.acme, "accounts", "list", "/api/accounts")
+    (one,) = [
+        inspection
+        for inspection in found
+        if any(part.value == "secret-name" for part in inspection.parts)
+    ]
+    assert (one.tenant, one.module, one.kind, one.route) == (
+        stored.acme,
+        "accounts",
+        "list",
+        "/api/accounts",
+    )
     assert one.key.endswith(one.digest)
     assert one.policy is not None
     assert one.tags == ("*", "M:accounts", "T:accounts")
@@ -178,7 +209,8 @@ async def test_a_key_is_looked_at_closely(stored: Stored) -> None:
 
 
 async def test_the_verdict_of_a_key_is_that_of_its_generation(stored: Stored) -> None:
-    """With and without a request that is remembered; where several routes are possible that differ, it says so."""
+    """With and without a request that is remembered; where several routes are possible that differ,
+    it says so."""
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
     await stored.crm.as_user("abe").post("/api/leads", json={"first_name": "A", "last_name": "B"})
     for _ in range(2):
@@ -188,18 +220,25 @@ async def test_the_verdict_of_a_key_is_that_of_its_generation(stored: Stored) ->
         stored.crm.cache.forget()
     keys = await stored.keys(tenant=stored.acme, module="accounts")
     contact = {"first_name": "A", "last_name": "B"}
-    await stored.crm.as_user("abe").post("/api/contacts", json=contact)  # which related-people reads, also a list of accounts
+    # which related-people reads, also a list of accounts
+    await stored.crm.as_user("abe").post("/api/contacts", json=contact)
     found = await stored.admin.inspect(VIEWER, keys[0])
     assert found.entry.verdict == "depends"
     assert "invalidated if it is of /api/accounts/{id}/related-people" in found.entry.why
     assert "valid if it is of /api/accounts" in found.entry.why
-    assert set(found.routes) == {"/api/accounts", "/api/accounts/search", "/api/accounts/{id}/related-people"}
+    assert set(found.routes) == {
+        "/api/accounts",
+        "/api/accounts/search",
+        "/api/accounts/{id}/related-people",
+    }
     await stored.crm.cache.invalidate_tenant_cache(stored.acme, "accounts")
     found = await stored.admin.inspect(VIEWER, keys[0])
     assert (found.entry.verdict, found.entry.bumped[:1]) == ("invalidated", ("M:accounts",))
 
 
-@pytest.mark.parametrize("key", ["", "x", "respcache:~inc", "tenant:{acme}:~gen", "tenant:{acme}:leads:list:" + "0" * 32])
+@pytest.mark.parametrize(
+    "key", ["", "x", "respcache:~inc", "tenant:{acme}:~gen", "tenant:{acme}:leads:list:" + "0" * 32]
+)
 async def test_a_key_that_is_none_is_not_found(stored: Stored, key: str) -> None:
     """Whatever else is stored under it."""
     for look in (stored.admin.inspect, stored.admin.reveal):
@@ -220,7 +259,9 @@ async def test_what_is_no_entry_is_not_found(stored: Stored, valkey_url: str) ->
 async def test_a_body_is_shown_to_operators_and_that_is_trailed(stored: Stored) -> None:
     """Decompressed."""
     for number in range(40):
-        await stored.crm.as_user("abe").post("/api/leads", json={"first_name": f"person {number}", "last_name": "B"})
+        await stored.crm.as_user("abe").post(
+            "/api/leads", json={"first_name": f"person {number}", "last_name": "B"}
+        )
     await stored.crm.as_user("abe").get("/api/leads")
     await stored.settle()
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
@@ -231,12 +272,23 @@ async def test_a_body_is_shown_to_operators_and_that_is_trailed(stored: Stored) 
     assert (await stored.admin.inspect(VIEWER, key)).entry.coding == "zstd"
     assert body.text is not None
     assert "person 39" in body.text
-    assert (body.content_type, body.size_bytes, body.truncated) == ("application/json", len(body.text), False)
+    assert (body.content_type, body.size_bytes, body.truncated) == (
+        "application/json",
+        len(body.text),
+        False,
+    )
     (act,) = await stored.admin.trail(ROOT)
-    assert (act.act, act.name, act.tenant, act.details) == ("reveal", "root", stored.acme, {"key": key})
+    assert (act.act, act.name, act.tenant, act.details) == (
+        "reveal",
+        "root",
+        stored.acme,
+        {"key": key},
+    )
 
 
-async def test_a_long_body_is_shown_in_part_and_a_value_as_json(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_body_is_shown_in_part_and_a_value_as_json(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is no text is not shown."""
     monkeypatch.setattr(search, "MAX_SHOWN", 10)
 
@@ -257,7 +309,7 @@ async def test_a_long_body_is_shown_in_part_and_a_value_as_json(stored: Stored, 
     assert (await stored.admin.inspect(VIEWER, key)).entry.verdict == "depends"
 
 
-# -- purge -----------------------------------------------------------------------------------------------------------------
+# -- purge -----------------------------------------------------------------------------------------
 
 
 async def test_a_dry_run_counts_and_changes_nothing(stored: Stored) -> None:
@@ -266,9 +318,19 @@ async def test_a_dry_run_counts_and_changes_nothing(stored: Stored) -> None:
     module = await stored.admin.purge(VIEWER, tenant=stored.acme, module="accounts", dry_run=True)
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
     one = await stored.admin.purge(VIEWER, key=key, dry_run=True)
-    none = await stored.admin.purge(VIEWER, key=key[:-1] + ("0" if key[-1] != "0" else "1"), dry_run=True)
-    assert [purge.entries for purge in (everything, module, one, none)] == [len(MODULES) + 1, 2, 1, 0]
-    assert all(purge.complete and purge.dry_run and purge.confirmed is None for purge in (everything, module, one, none))
+    none = await stored.admin.purge(
+        VIEWER, key=key[:-1] + ("0" if key[-1] != "0" else "1"), dry_run=True
+    )
+    assert [purge.entries for purge in (everything, module, one, none)] == [
+        len(MODULES) + 1,
+        2,
+        1,
+        0,
+    ]
+    assert all(
+        purge.complete and purge.dry_run and purge.confirmed is None
+        for purge in (everything, module, one, none)
+    )
     assert hit(await stored.crm.as_user("abe").get("/api/leads"))
     assert await stored.admin.trail(ROOT) == []
 
@@ -299,7 +361,12 @@ async def test_a_purge_of_a_module_or_a_tenant_is_one_bump(stored: Stored, valke
 async def test_a_purge_of_a_key_deletes_it_everywhere(stored: Stored, valkey_url: str) -> None:
     """From the server, and from the memory of every process that hears it."""
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
-    other = Cache(type(stored.crm.cache.store)(valkey_url), secret=b"k" * 32, resolver=SingleTenant("x"), audit_share=0)
+    other = Cache(
+        type(stored.crm.cache.store)(valkey_url),
+        secret=b"k" * 32,
+        resolver=SingleTenant("x"),
+        audit_share=0,
+    )
     await other.connect()
     assert other.near is not None
     assert stored.crm.cache.near is not None
@@ -323,16 +390,21 @@ async def test_a_purge_of_a_key_deletes_it_everywhere(stored: Stored, valkey_url
      {"key": "{key}", "tenant": "{globex}"}],
 )  # fmt: skip
 @pytest.mark.parametrize("dry_run", [True, False])
-async def test_a_purge_of_what_cannot_be_is_refused(stored: Stored, wrong: dict[str, str], dry_run: bool) -> None:
+async def test_a_purge_of_what_cannot_be_is_refused(
+    stored: Stored, wrong: dict[str, str], dry_run: bool
+) -> None:
     """And not trailed."""
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
-    given = {name: value.format(acme=stored.acme, globex=stored.globex, key=key) for name, value in wrong.items()}
+    given = {
+        name: value.format(acme=stored.acme, globex=stored.globex, key=key)
+        for name, value in wrong.items()
+    }
     with pytest.raises((NotFound, InvalidOperation)):
         await stored.admin.purge(ROOT, dry_run=dry_run, **given)
     assert await stored.admin.trail(ROOT) == []
 
 
-# -- other servers ---------------------------------------------------------------------------------------------------------
+# -- other servers ---------------------------------------------------------------------------------
 
 
 async def test_a_store_in_memory_is_searched_too() -> None:
@@ -363,12 +435,23 @@ async def test_a_store_in_memory_is_searched_too() -> None:
     await cache.close()
 
 
-async def test_without_its_server_the_keys_cannot_be_searched(stored: Stored, valkey_url: str) -> None:
+async def test_without_its_server_the_keys_cannot_be_searched(
+    stored: Stored, valkey_url: str
+) -> None:
     """That is said."""
-    cache = Cache(type(stored.crm.cache.store)(valkey_url), secret=b"k" * 32, resolver=SingleTenant("x"), audit_share=0)
+    cache = Cache(
+        type(stored.crm.cache.store)(valkey_url),
+        secret=b"k" * 32,
+        resolver=SingleTenant("x"),
+        audit_share=0,
+    )
     for board in (None, Board("redis://127.0.0.1:1/0")):
         admin = Admin(cache, board)
-        for question in (admin.keys(ROOT), admin.sample(ROOT), admin.purge(ROOT, tenant="x", dry_run=True)):
+        for question in (
+            admin.keys(ROOT),
+            admin.sample(ROOT),
+            admin.purge(ROOT, tenant="x", dry_run=True),
+        ):
             with pytest.raises(StoreUnavailable):
                 await question
         with pytest.raises(StoreUnavailable):

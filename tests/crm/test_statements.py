@@ -61,12 +61,15 @@ def counting(crm: Crm) -> Iterator[list[str]]:
 
 
 async def fill(crm: Crm, count: int) -> dict[str, Any]:
-    """Make so many records of each kind, all about one account, one contact and one lead; return the ids of these."""
+    """Make so many records of each kind, all about one account, one contact and one lead; return
+    the ids of these."""
     tenant = {"tenant_id": crm.tenants["acme"].id}
     ids = {"account": uuid4(), "contact": uuid4(), "lead": uuid4()}
     account = {**tenant, "account_id": ids["account"]}
     deal = {**account, "contact_id": ids["contact"], "lead_id": ids["lead"]}
-    leads = [Lead(id=ids["lead"], **account, first_name="many")] + [Lead(id=uuid4(), **account) for _ in range(count)]
+    leads = [Lead(id=ids["lead"], **account, first_name="many")] + [
+        Lead(id=uuid4(), **account) for _ in range(count)
+    ]
     await crm.save(
         Account(id=ids["account"], **tenant, name="many"),
         *(Account(**tenant, name="many") for _ in range(count)),
@@ -74,16 +77,27 @@ async def fill(crm: Crm, count: int) -> dict[str, Any]:
         *(Contact(**account, first_name="many") for _ in range(count)),
         *leads,
         *(Opportunity(**deal, name="many") for _ in range(count)),
-        *(Activity(**tenant, type="call", related_to="lead", related_id=ids["lead"]) for _ in range(count)),
-        *(Document(**tenant, name="many", related_type="account", related_id=ids["account"]) for _ in range(count)),
-        *(Task(**tenant, description="many", entity_type="lead", entity_id=ids["lead"]) for _ in range(count)),
+        *(
+            Activity(**tenant, type="call", related_to="lead", related_id=ids["lead"])
+            for _ in range(count)
+        ),
+        *(
+            Document(**tenant, name="many", related_type="account", related_id=ids["account"])
+            for _ in range(count)
+        ),
+        *(
+            Task(**tenant, description="many", entity_type="lead", entity_id=ids["lead"])
+            for _ in range(count)
+        ),
     )
     return {**ids, "ids": [str(lead.id) for lead in leads[1:]]}
 
 
 @pytest.mark.parametrize("count", [1, MANY])
 @pytest.mark.parametrize("request_line", STATEMENTS)
-async def test_the_number_of_statements_does_not_depend_on_the_number_of_rows(crm: Crm, request_line: str, count: int) -> None:
+async def test_the_number_of_statements_does_not_depend_on_the_number_of_rows(
+    crm: Crm, request_line: str, count: int
+) -> None:
     """And it is the one listed above: a change that costs another statement is seen here."""
     ids = await fill(crm, count)
     method, path = request_line.split(" ")
@@ -94,7 +108,9 @@ async def test_the_number_of_statements_does_not_depend_on_the_number_of_rows(cr
     with counting(crm) as identity:
         await http.get("/api/auth/me")
     with counting(crm) as sent:
-        answer = await http.request(method, path.format(**ids), json=body if method != "GET" else None)
+        answer = await http.request(
+            method, path.format(**ids), json=body if method != "GET" else None
+        )
     assert answer.status_code == 200, answer.text
     assert len(identity) == 1
     assert len(sent) - len(identity) == STATEMENTS[request_line], "\n".join(sent)

@@ -46,15 +46,24 @@ async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
     assert (answer.status_code, answer.json()["data"]["cache"]) == (200, "down")
 
 
-async def test_containers_status_says_who_answers_and_who_is_not_configured(crm: Crm, valkey_url: str) -> None:
-    """Of database, cache and agent memory; a wrong password is a problem that is named, without the password."""
+async def test_containers_status_says_who_answers_and_who_is_not_configured(
+    crm: Crm, valkey_url: str
+) -> None:
+    """Of database, cache and agent memory; a wrong password is a problem that is named, without the
+    password."""
     assert (await crm.as_user("ann").get("/api/system/containers-status")).status_code == 403
     data = (await crm.as_user("abe").get("/api/system/containers-status")).json()["data"]
-    assert [data[name]["reachable"] for name in ("database", "redis_cache", "redis_memory")] == [True, True, False]
+    assert [data[name]["reachable"] for name in ("database", "redis_cache", "redis_memory")] == [
+        True,
+        True,
+        False,
+    ]
     assert data["redis_memory"]["configured"] is False
     assert data["redis_cache"]["latency_ms"] > 0
     wrong = re.sub(r":[^:@]*@", ":wrong-password@", valkey_url)
-    crm.app.app.state.settings = crm.app.app.state.settings.model_copy(update={"redis_url": SecretStr(wrong)})
+    crm.app.app.state.settings = crm.app.app.state.settings.model_copy(
+        update={"redis_url": SecretStr(wrong)}
+    )
     answer = await crm.as_user("abe").get("/api/system/containers-status")
     memory = answer.json()["data"]["redis_memory"]
     assert (memory["configured"], memory["reachable"]) == (True, False)
@@ -64,13 +73,19 @@ async def test_containers_status_says_who_answers_and_who_is_not_configured(crm:
 
 def test_a_wrong_address_of_the_agent_memory_is_said_at_the_start() -> None:
     """Not at the first look at its state."""
-    settings = Settings(database_url="postgresql://127.0.0.1/x", redis_url="memory:6379", jwt_secret=SECRET, respcache_key=SECRET)
+    settings = Settings(
+        database_url="postgresql://127.0.0.1/x",
+        redis_url="memory:6379",
+        jwt_secret=SECRET,
+        respcache_key=SECRET,
+    )
     with pytest.raises(ConfigurationError, match="redis://"):
         create_app(settings)
 
 
 async def test_guessing_passwords_is_slowed_down(crm: Crm) -> None:
-    """Ten attempts for a mail; others still log in; whoever knows the password in time begins anew."""
+    """Ten attempts for a mail; others still log in; whoever knows the password in time begins
+    anew."""
     http = crm.as_user(None)
 
     async def attempt(email: str, password: str) -> httpx2.Response:
@@ -112,19 +127,30 @@ async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
     assert "tenants" not in data
     everything = (await crm.as_user("root").get("/api/system/cache-stats")).json()["data"]
     assert everything["hits"] == 4
-    assert {str(crm.tenants["acme"].id), str(crm.tenants["globex"].id)} <= everything["tenants"].keys()
+    assert {str(crm.tenants["acme"].id), str(crm.tenants["globex"].id)} <= everything[
+        "tenants"
+    ].keys()
     await crm.cache.store.close()
     answer = await crm.as_user("abe").get("/api/system/cache-stats")
-    assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Cache unavailable"})
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"status": "error", "message": "Cache unavailable"},
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
-async def test_figures_count_a_module_that_was_written_before_it_was_read(crm: Crm, module: str) -> None:
+async def test_figures_count_a_module_that_was_written_before_it_was_read(
+    crm: Crm, module: str
+) -> None:
     """Whichever way the rows were written."""
     abe = crm.as_user("abe")
     await abe.post(f"/api/{module}", json=NEW[module])
-    await abe.post("/api/activities", json={"type": "call", "status": "scheduled", "due_date": "2020-01-01"})
-    before = (await abe.get("/api/system/cache-stats")).json()["data"]["modules"]["activities"]["invalidations"]
+    await abe.post(
+        "/api/activities", json={"type": "call", "status": "scheduled", "due_date": "2020-01-01"}
+    )
+    before = (await abe.get("/api/system/cache-stats")).json()["data"]["modules"]["activities"][
+        "invalidations"
+    ]
     await abe.post("/api/activities/mark-overdue")
     modules = (await abe.get("/api/system/cache-stats")).json()["data"]["modules"]
     assert modules[module]["invalidations"] > 0
@@ -138,7 +164,9 @@ async def test_an_admin_invalidates_modules_of_his_own_tenant(crm: Crm) -> None:
             for _ in range(2):
                 await crm.as_user(user).get(path)
     http = crm.as_user("abe")
-    assert (await crm.as_user("ann").post("/api/cache/invalidate", json={"modules": []})).status_code == 403
+    assert (
+        await crm.as_user("ann").post("/api/cache/invalidate", json={"modules": []})
+    ).status_code == 403
     answer = await http.post("/api/cache/invalidate", json={"modules": ["accounts"]})
     assert answer.json()["data"]["confirmed"] is True
     assert not hit(await http.get("/api/accounts"))
@@ -146,12 +174,16 @@ async def test_an_admin_invalidates_modules_of_his_own_tenant(crm: Crm) -> None:
     await http.post("/api/cache/invalidate", json={"modules": ["*"]})
     assert not hit(await http.get("/api/leads"))
     assert hit(await crm.as_user("gus").get("/api/accounts"))
-    assert (await http.post("/api/cache/invalidate?tenant_id=globex", json={"modules": []})).status_code == 403
+    assert (
+        await http.post("/api/cache/invalidate?tenant_id=globex", json={"modules": []})
+    ).status_code == 403
 
 
 async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
     """Off and on without a deploy."""
-    assert (await crm.as_user("abe").post("/api/cache/switch", json={"enabled": False})).status_code == 403
+    assert (
+        await crm.as_user("abe").post("/api/cache/switch", json={"enabled": False})
+    ).status_code == 403
     root = crm.as_user("root")
     answer = await root.post("/api/cache/switch", json={"enabled": False})
     assert answer.json()["data"] == {"enabled": False, "other_processes_told": True}
@@ -160,7 +192,9 @@ async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
     assert "stored" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
 
 
-async def test_what_is_done_to_the_cache_by_the_api_is_in_the_trail_too(crm: Crm, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_done_to_the_cache_by_the_api_is_in_the_trail_too(
+    crm: Crm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With who did it, as by the dashboard; what cannot be written down is not done."""
     root, abe = crm.as_user("root"), crm.as_user("abe")
     acme, globex = (str(crm.tenants[slug].id) for slug in ("acme", "globex"))
@@ -168,7 +202,10 @@ async def test_what_is_done_to_the_cache_by_the_api_is_in_the_trail_too(crm: Crm
     await root.post("/api/cache/switch", json={"enabled": True})
     await abe.post("/api/cache/invalidate", json={"modules": ["leads", "accounts", "leads"]})
     await root.post("/api/cache/invalidate?tenant_id=globex", json={"modules": []})
-    acts = [(act["act"], act["name"], act["tenant"], act["details"]) for act in (await root.get("/cache/api/trail")).json()[::-1]]
+    acts = [
+        (act["act"], act["name"], act["tenant"], act["details"])
+        for act in (await root.get("/cache/api/trail")).json()[::-1]
+    ]
     assert acts == [
         ("switch", "root@x.example", None, {"off": True}),
         ("switch", "root@x.example", None, {"off": False}),
@@ -202,7 +239,10 @@ async def test_without_the_database_the_answer_is_503(crm: Crm) -> None:
     await crm.app.app.state.sessions.kw["bind"].dispose()
     assert hit(await http.get("/api/accounts"))
     answer = await http.get("/api/leads")
-    assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Database unavailable"})
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"status": "error", "message": "Database unavailable"},
+    )
     assert (await http.get("/api/system/health")).status_code == 503
 
 
@@ -216,7 +256,8 @@ async def _connect_again_and_again(url: str) -> None:
 
 
 async def test_while_the_database_shuts_down_the_answer_is_503(tmp_path: Path) -> None:
-    """A server that answers, but only that it lets nobody in (57P03), is away as well: no error of ours, no traceback."""
+    """A server that answers, but only that it lets nobody in (57P03), is away as well: no error of
+    ours, no traceback."""
     server = EmbeddedPostgres(tmp_path / "postgres", password=PASSWORD, durable=False).start()
     try:
         plain_url = server.url("postgres").replace("+asyncpg", "")
@@ -225,14 +266,24 @@ async def test_while_the_database_shuts_down_the_answer_is_503(tmp_path: Path) -
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(asyncpg.CannotConnectNowError):
             await asyncio.wait_for(_connect_again_and_again(plain_url), 30)
-        settings = Settings(database_url=server.url("postgres"), redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET)
+        settings = Settings(
+            database_url=server.url("postgres"),
+            redis_cache_url="none",
+            jwt_secret=SECRET,
+            respcache_key=SECRET,
+        )
         transport = httpx2.ASGITransport(create_app(settings), raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://crm") as http:
-            answer = await http.post("/api/auth/login", json={"email": "ann@x.example", "password": PASSWORD})
+            answer = await http.post(
+                "/api/auth/login", json={"email": "ann@x.example", "password": PASSWORD}
+            )
         await session.close()
     finally:
         server.remove()
-    assert (answer.status_code, answer.json()) == (503, {"status": "error", "message": "Database unavailable"})
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"status": "error", "message": "Database unavailable"},
+    )
 
 
 async def test_the_documentation_describes_every_route(crm: Crm) -> None:
@@ -240,9 +291,14 @@ async def test_the_documentation_describes_every_route(crm: Crm) -> None:
     schema = (await crm.as_user(None).get("/openapi.json")).json()
     operations = [operation for path in schema["paths"].values() for operation in path.values()]
     assert len(operations) > 25
-    assert all(operation["summary"] and operation["description"] and operation["tags"] for operation in operations)
+    assert all(
+        operation["summary"] and operation["description"] and operation["tags"]
+        for operation in operations
+    )
     assert "HTTPBearer" in schema["components"]["securitySchemes"]
-    parameters = {parameter["name"] for parameter in schema["paths"]["/api/accounts"]["get"]["parameters"]}
+    parameters = {
+        parameter["name"] for parameter in schema["paths"]["/api/accounts"]["get"]["parameters"]
+    }
     assert {"limit", "offset", "filter", "sort", "search", "tenant_id"} <= parameters
 
 
@@ -260,12 +316,19 @@ def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> Non
 
     async def run() -> tuple[str, str, str]:
         first, second = await seed_if_empty(database_url), await seed_if_empty(database_url)
-        settings = Settings(database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET)
+        settings = Settings(
+            database_url=database_url,
+            redis_cache_url="none",
+            jwt_secret=SECRET,
+            respcache_key=SECRET,
+        )
         app = create_app(settings).app
         from crm.auth import log_in
 
         user = await log_in(app.state.sessions, "admin@acme.example", DEMO_PASSWORD)
-        scope = await app.state.resolver.scope(Claim((str(user.id), str(user.tenant_id), None), str(user.tenant_id)))
+        scope = await app.state.resolver.scope(
+            Claim((str(user.id), str(user.tenant_id), None), str(user.tenant_id))
+        )
         await app.state.sessions.kw["bind"].dispose()
         return first, second, scope.role
 
@@ -276,7 +339,8 @@ def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> Non
 
 
 async def test_the_documentation_page_needs_nobody_elses_server(crm: Crm) -> None:
-    """Its script and style are served by us: it works without the internet, and tells nobody who reads it."""
+    """Its script and style are served by us: it works without the internet, and tells nobody who
+    reads it."""
     http = crm.as_user(None)
     page = (await http.get("/docs")).text
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)

@@ -17,20 +17,28 @@ from .conftest import Crm
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_write_of_psql_is_traced_apart_from_all_requests(crm: Crm, database_url: str) -> None:
+async def test_a_write_of_psql_is_traced_apart_from_all_requests(
+    crm: Crm, database_url: str
+) -> None:
     """The CRM's own writes belong to the request that wrote; what a round finds belongs to none."""
     spans, tracers = InMemorySpanExporter(), TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(spans))
     otel.instrument(crm.cache, tracer_provider=tracers)
 
     def invalidations(cause: str) -> list[ReadableSpan]:
-        return [span for span in spans.get_finished_spans() if (span.attributes or {}).get("respcache.cause") == cause]
+        return [
+            span
+            for span in spans.get_finished_spans()
+            if (span.attributes or {}).get("respcache.cause") == cause
+        ]
 
     with tracers.get_tracer("server").start_as_current_span("POST") as request:
         await crm.as_user("abe").post("/api/accounts", json={"name": "Acorn"})
     own = invalidations("write")
     assert own
-    assert {span.parent.span_id for span in own if span.parent} == {request.get_span_context().span_id}
+    assert {span.parent.span_id for span in own if span.parent} == {
+        request.get_span_context().span_id
+    }
     connection = await asyncpg.connect(database_url.replace("+asyncpg", ""))
     await connection.execute("UPDATE accounts SET name = 'Oak'")
     await connection.close()
@@ -45,7 +53,8 @@ async def test_a_write_of_psql_is_traced_apart_from_all_requests(crm: Crm, datab
 
 
 async def test_rounds_that_a_request_began_are_not_its_own(crm: Crm) -> None:
-    """Servers without lifespan events connect in the first request: its span must not be that of all rounds to come."""
+    """Servers without lifespan events connect in the first request: its span must not be that of
+    all rounds to come."""
     spans, tracers = InMemorySpanExporter(), TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(spans))
     otel.instrument(crm.cache, tracer_provider=tracers)

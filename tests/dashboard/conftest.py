@@ -1,4 +1,5 @@
-"""The dashboard as the CRM mounts it: in process, and with a browser on a running system of several workers."""
+"""The dashboard as the CRM mounts it: in process, and with a browser on a running system of several
+workers."""
 
 import asyncio
 import contextlib
@@ -25,7 +26,9 @@ from tests.crm.system import System
 __all__ = ["crm"]
 
 CHROMIUM = Path("/usr/bin/chromium")
-NO_BROWSER = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium")
+NO_BROWSER = pytest.mark.skipif(
+    not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"
+)
 ROOT, ADMIN, MANAGER = "root@crm.example", "admin@acme.example", "manager@acme.example"
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -59,15 +62,26 @@ class Stage:
         """Return somebody's token."""
         if (tenant, role) not in self.tokens:
             asked = ("--tenant", tenant) if tenant else ()
-            self.tokens[tenant, role] = self.system.command("token", *asked, "--role", role).stdout.strip()
+            self.tokens[tenant, role] = self.system.command(
+                "token", *asked, "--role", role
+            ).stdout.strip()
         return self.tokens[tenant, role]
 
     def ask(
-        self, method: str, path: str, *, tenant: str, worker: int = 0, role: str = "admin", **more: object
+        self,
+        method: str,
+        path: str,
+        *,
+        tenant: str,
+        worker: int = 0,
+        role: str = "admin",
+        **more: object,
     ) -> httpx2.Response:
         """Send a request of the API to a worker."""
         headers = {"authorization": f"Bearer {self.token(tenant, role)}"}
-        return httpx2.request(method, self.bases[worker] + path, headers=headers, timeout=30, **more)  # type: ignore[arg-type]
+        return httpx2.request(
+            method, self.bases[worker] + path, headers=headers, timeout=30, **more
+        )  # type: ignore[arg-type]
 
     def status(self, path: str, *, tenant: str, worker: int = 0) -> str:
         """Return what an answer says of the cache."""
@@ -88,10 +102,15 @@ class Stage:
         assert self.ask("GET", path, tenant=tenant).status_code == 200
         headers = {"authorization": f"Bearer {self.token(tenant)}"}
         asked = {"path": path, "headers": headers}
-        return str(self.ask("POST", "/cache/api/explain", tenant="", role="superadmin", json=asked).json()["key"])
+        return str(
+            self.ask("POST", "/cache/api/explain", tenant="", role="superadmin", json=asked).json()[
+                "key"
+            ]
+        )
 
     def psql(self, statement: str, *arguments: object) -> None:
-        """Write into the database as nobody that the cache knows of; in a thread, as the browser's event loop is in this one."""
+        """Write into the database as nobody that the cache knows of; in a thread, as the browser's
+        event loop is in this one."""
 
         async def run() -> None:
             connection = await asyncpg.connect(self.database_url.replace("+asyncpg", ""))
@@ -106,7 +125,8 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Start the system and more workers on its servers; some requests have been answered by each of them."""
+    """Start the system and more workers on its servers; some requests have been answered by each of
+    them."""
     data = tmp_path_factory.mktemp("stage") / "data"
     system, workers, bases = System(data), list[subprocess.Popen[bytes]](), list[str]()
     try:
@@ -114,17 +134,30 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         state = json.loads((data / "running.json").read_text())
         for _ in range(WORKERS - 1):
             port = free_port()
-            servers = {"DATABASE_URL": state["database_url"], "REDIS_CACHE_URL": state["cache_url"], "PORT": str(port)}
+            servers = {
+                "DATABASE_URL": state["database_url"],
+                "REDIS_CACHE_URL": state["cache_url"],
+                "PORT": str(port),
+            }
             with (data.parent / f"{port}.log").open("wb") as log:
                 command = [sys.executable, "-m", "crm", "serve"]
-                workers.append(subprocess.Popen(command, env={**system.environment, **servers}, stdout=log, stderr=log))
+                workers.append(
+                    subprocess.Popen(
+                        command, env={**system.environment, **servers}, stdout=log, stderr=log
+                    )
+                )
             bases.append(f"http://127.0.0.1:{port}")
         made = Stage(system, [system.base, *bases], state["database_url"])
         for base, worker in zip(bases, workers, strict=True):
             _until_up(base, worker)
         for number in range(WORKERS):
             for tenant in ("acme", "globex"):
-                for path in ("/api/accounts", "/api/leads", "/api/opportunities/stats", "/api/accounts"):
+                for path in (
+                    "/api/accounts",
+                    "/api/leads",
+                    "/api/opportunities/stats",
+                    "/api/accounts",
+                ):
                     assert made.ask("GET", path, tenant=tenant, worker=number).status_code == 200
         yield made
     finally:
@@ -171,21 +204,30 @@ def browser(stage: Stage) -> Iterator[Browser]:
 
 @dataclass
 class Faults:
-    """What went wrong in a browser's pages, but for answers that a test expects (by status and a part of their address)."""
+    """What went wrong in a browser's pages, but for answers that a test expects (by status and a
+    part of their address)."""
 
     seen: list[str] = field(default_factory=list)
     expected: list[tuple[int, str]] = field(default_factory=list)
 
     def watch(self, context: BrowserContext) -> None:
-        """Note violations of the content policy, errors in the console, failed requests and bad answers of all its pages."""
+        """Note violations of the content policy, errors in the console, failed requests and bad
+        answers of all its pages."""
         context.add_init_script(WATCHED)
-        context.on("console", lambda said: self._said(said.type, said.text, said.location.get("url", "")))
+        context.on(
+            "console", lambda said: self._said(said.type, said.text, said.location.get("url", ""))
+        )
         context.on("weberror", lambda error: self.seen.append(f"script: {error.error}"))
-        context.on("requestfailed", lambda request: self._failed(request.resource_type, request.url, request.failure or ""))
+        context.on(
+            "requestfailed",
+            lambda request: self._failed(request.resource_type, request.url, request.failure or ""),
+        )
         context.on("response", lambda answer: self._answered(answer.status, answer.url))
 
     def _said(self, kind: str, text: str, url: str) -> None:
-        told = text.startswith("Failed to load resource") and any(part in url for _, part in self.expected)
+        told = text.startswith("Failed to load resource") and any(
+            part in url for _, part in self.expected
+        )
         if kind in ("error", "warning") and not told:
             self.seen.append(f"{kind}: {text}")
 
@@ -194,7 +236,9 @@ class Faults:
             self.seen.append(f"failed: {kind} {url} {why}")
 
     def _answered(self, status: int, url: str) -> None:
-        if status >= 400 and not any(status == known and part in url for known, part in self.expected):
+        if status >= 400 and not any(
+            status == known and part in url for known, part in self.expected
+        ):
             self.seen.append(f"{status}: {url}")
 
 
@@ -208,7 +252,8 @@ def faults() -> Iterator[Faults]:
 
 @pytest.fixture
 def sign_in(browser: Browser, stage: Stage, faults: Faults) -> Iterator[Open]:
-    """Open a browser of its own and sign somebody in by hand: ``sign_in("root@crm.example", worker=0, ...)``."""
+    """Open a browser of its own and sign somebody in by hand: ``sign_in("root@crm.example",
+    worker=0, ...)``."""
     contexts: list[BrowserContext] = []
 
     def open_for(mail: str, *, worker: int = 0, **options: object) -> Page:

@@ -1,4 +1,5 @@
-"""The JSON API: who may ask what, what is answered, and that the page in docs/reference.md says so."""
+"""The JSON API: who may ask what, what is answered, and that the page in docs/reference.md says
+so."""
 
 import asyncio
 import json
@@ -34,22 +35,35 @@ async def post(crm: Crm, who: str | None, path: str, **body: Any) -> httpx2.Resp
 
 
 async def test_a_token_is_had_for_a_name_and_a_password(crm: Crm) -> None:
-    """Of those who may look at the cache; wrong passwords and people who may not are told the same."""
+    """Of those who may look at the cache; wrong passwords and people who may not are told the
+    same."""
     answer = await post(crm, None, "token", name="abe@x.example", password=PASSWORD)
     assert answer.status_code == 200
     token = answer.json()["token"]
     me = await crm.as_user(None).get("/cache/api/me", headers={"authorization": f"Bearer {token}"})
-    assert me.json()["access"] == {"name": "abe@x.example", "role": "operator", "tenant": tenant(crm, "acme")}
+    assert me.json()["access"] == {
+        "name": "abe@x.example",
+        "role": "operator",
+        "tenant": tenant(crm, "acme"),
+    }
     said = {
-        (answer := await post(crm, None, "token", name=name, password=password)).status_code: answer.json()["message"]
-        for name, password in (("abe@x.example", "wrong"), ("ann@x.example", PASSWORD), ("nobody@x.example", PASSWORD))
+        (
+            answer := await post(crm, None, "token", name=name, password=password)
+        ).status_code: answer.json()["message"]
+        for name, password in (
+            ("abe@x.example", "wrong"),
+            ("ann@x.example", PASSWORD),
+            ("nobody@x.example", PASSWORD),
+        )
     }
     assert list(said) == [401]
 
 
 async def test_guessing_is_slowed_down(crm: Crm) -> None:
     """By the application's own limit."""
-    answers = [await post(crm, None, "token", name="abe@x.example", password="wrong") for _ in range(11)]
+    answers = [
+        await post(crm, None, "token", name="abe@x.example", password="wrong") for _ in range(11)
+    ]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429]
     assert int(answers[-1].headers["retry-after"]) > 0
 
@@ -62,8 +76,11 @@ async def test_guessing_is_slowed_down(crm: Crm) -> None:
         ("max", {"role": "viewer", "tenant": "globex"}, {"globex"}),
     ],
 )
-async def test_roles_follow_from_those_of_the_crm(crm: Crm, who: str, access: dict[str, Any], reach: set[str]) -> None:
-    """A superadmin operates everything, a tenant's admin the tenant, a manager looks at it; names are of tenants within reach."""
+async def test_roles_follow_from_those_of_the_crm(
+    crm: Crm, who: str, access: dict[str, Any], reach: set[str]
+) -> None:
+    """A superadmin operates everything, a tenant's admin the tenant, a manager looks at it; names
+    are of tenants within reach."""
     me = (await get(crm, who, "me")).json()
     named = access["tenant"] and tenant(crm, access["tenant"])
     assert me["access"] == {**access, "tenant": named, "name": f"{who}@x.example"}
@@ -78,8 +95,14 @@ async def test_nobody_else_gets_anything(crm: Crm, who: str | None) -> None:
     assert answer.headers["www-authenticate"] == "Bearer"
     token = crm.as_user("root").headers["authorization"].split()[1]
     cookie = {"cookie": f"{gate.SESSION_COOKIE}={token}; access_token={token}"}
-    for headers in (cookie, {"authorization": "Bearer no-token"}, {"authorization": f"Basic {token}"}):
-        assert (await crm.as_user(None).get("/cache/api/overview", headers=headers)).status_code == 401
+    for headers in (
+        cookie,
+        {"authorization": "Bearer no-token"},
+        {"authorization": f"Basic {token}"},
+    ):
+        assert (
+            await crm.as_user(None).get("/cache/api/overview", headers=headers)
+        ).status_code == 401
 
 
 async def test_a_session_ends_when_the_application_says_so(crm: Crm) -> None:
@@ -99,16 +122,26 @@ async def test_a_tenant_is_named_by_id_or_name_and_others_are_not_found(crm: Crm
         assert (await get(crm, "abe", f"tenants/{name}")).json()["name"] == tenant(crm, "acme")
         assert (await get(crm, "root", f"tenants/{name}")).json()["name"] == tenant(crm, "acme")
     for name in ("globex", tenant(crm, "globex"), "nowhere"):
-        for path in (f"tenants/{name}", f"modules?tenant={name}", f"routes?tenant={name}", f"feed?tenant={name}"):
+        for path in (
+            f"tenants/{name}",
+            f"modules?tenant={name}",
+            f"routes?tenant={name}",
+            f"feed?tenant={name}",
+        ):
             answer = await get(crm, "abe", path)
             assert (answer.status_code, answer.json()["error"]) == (404, "not-found"), path
             assert tenant(crm, "globex") not in answer.text or name == tenant(crm, "globex")
-    assert [row["name"] for row in (await get(crm, "abe", "tenants")).json()] == [tenant(crm, "acme")]
+    assert [row["name"] for row in (await get(crm, "abe", "tenants")).json()] == [
+        tenant(crm, "acme")
+    ]
 
 
 async def test_acts_need_the_role_operator(crm: Crm) -> None:
     """A manager may count what a purge would concern, and do nothing."""
-    for path, body in (("purge", {"tenant": "globex", "dry_run": False}), ("switch", {"off": True, "tenant": "globex"})):
+    for path, body in (
+        ("purge", {"tenant": "globex", "dry_run": False}),
+        ("switch", {"off": True, "tenant": "globex"}),
+    ):
         answer = await post(crm, "max", path, **body)
         assert (answer.status_code, answer.json()["error"]) == (403, "refused"), path
 
@@ -138,23 +171,36 @@ async def test_bad_input_is_named(crm: Crm) -> None:
         assert (answer.status_code, answer.json()["error"]) == (400, "invalid"), answer.text
         assert answer.json()["message"]
     assert (await get(crm, "root", "nothing")).json()["error"] == "not-found"
-    assert (await crm.as_user("root").post("/cache/api/purge", content=b" " * 70_000)).status_code == 413
+    assert (
+        await crm.as_user("root").post("/cache/api/purge", content=b" " * 70_000)
+    ).status_code == 413
 
 
 async def test_nothing_of_it_is_ever_cached(crm: Crm) -> None:
-    """Every answer, failures too, says no-store and has the headers that keep pages safe; none has a Cache-Status."""
+    """Every answer, failures too, says no-store and has the headers that keep pages safe; none has
+    a Cache-Status."""
     root = crm.as_user("root")
-    for path in ("api/overview", "api/nothing", "api/tenants?limit=x", "nothing", "api/configuration"):
+    for path in (
+        "api/overview",
+        "api/nothing",
+        "api/tenants?limit=x",
+        "nothing",
+        "api/configuration",
+    ):
         answer = await root.get(f"/cache/{path}")
         assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS, path
         assert "cache-status" not in answer.headers
-    assert (await crm.as_user(None).get("/cache/api/overview")).headers["cache-control"] == "no-store"
+    assert (await crm.as_user(None).get("/cache/api/overview")).headers[
+        "cache-control"
+    ] == "no-store"
 
 
 async def test_it_can_stand_behind_a_path(crm: Crm) -> None:
     """As a proxy that strips a prefix announces it."""
     transport = httpx2.ASGITransport(crm.app, root_path="/behind/proxy")
-    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", headers=crm.as_user("root").headers) as client:
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://crm", headers=crm.as_user("root").headers
+    ) as client:
         answer = await client.get("/behind/proxy/cache")
         assert answer.headers["location"] == "/behind/proxy/cache/"
         assert (await client.get("/behind/proxy/cache/api/me")).status_code == 200
@@ -162,16 +208,24 @@ async def test_it_can_stand_behind_a_path(crm: Crm) -> None:
 
 def test_words_of_errors_are_those_in_the_code() -> None:
     """The table of docs/reference.md against where they are said."""
-    words = {word: int(status) for word, status in re.findall(r"^\| `([a-z-]+)` \| (\d+)", SECTION, re.MULTILINE)}
+    words = {
+        word: int(status)
+        for word, status in re.findall(r"^\| `([a-z-]+)` \| (\d+)", SECTION, re.MULTILINE)
+    }
     source = Path(api.__file__).read_text() + Path(api.__file__).with_name("app.py").read_text()
-    said = {word: int(status) for status, word in re.findall(r'say(?:_no)?\((?:request, )?(\d+), "([a-z-]+)"', source)}
+    said = {
+        word: int(status)
+        for status, word in re.findall(r'say(?:_no)?\((?:request, )?(\d+), "([a-z-]+)"', source)
+    }
     assert words == said | {word: status for status, word in api.WORDS.values()}
 
 
 async def test_methods_are_those_that_the_reference_lists(crm: Crm) -> None:
     """Nothing missing, nothing left over."""
     listed = set(re.findall(r"^\| `((?:GET|POST) api/\S+)`", SECTION, re.MULTILINE))
-    (mount,) = (route for route in crm.app.app.routes if isinstance(route, Mount) and route.path == "/cache")
+    (mount,) = (
+        route for route in crm.app.app.routes if isinstance(route, Mount) and route.path == "/cache"
+    )
     routes = {
         f"{method} {route.path.lstrip('/')}"
         for route in mount.app.routes
@@ -185,7 +239,9 @@ async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
     """As a server that shuts down needs it; each begins with all figures."""
     token = crm.as_user("root").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
-    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}) as client:
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}
+    ) as client:
         stream = asyncio.create_task(client.get("/cache/live"))
         while not crm.app.app.state.dashboard.streams:
             await asyncio.sleep(0.01)
@@ -205,16 +261,25 @@ async def test_streams_of_a_tenants_admin_are_of_the_tenant(crm: Crm) -> None:
     for _ in range(3):
         await crm.as_user("gus").get("/api/accounts")
     for name in ("abe", "gus"):
-        assert (await crm.as_user(name).post("/api/accounts", json={"name": "Acorn"})).status_code == 201
+        assert (
+            await crm.as_user(name).post("/api/accounts", json={"name": "Acorn"})
+        ).status_code == 201
     ids = {tenant(crm, slug) for slug in ("acme", "globex")}
     async with asyncio.timeout(60):
-        while not ids <= {event["tenant"] for event in (await get(crm, "root", "feed")).json()["events"]}:
+        while not ids <= {
+            event["tenant"] for event in (await get(crm, "root", "feed")).json()["events"]
+        }:
             await asyncio.sleep(0.05)
     token = crm.as_user("abe").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)
     crm.app.app.state.dashboard.close()  # so that each stream ends with what it begins with
-    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}) as client:
-        figures, feed = (await client.get("/cache/live")).text, (await client.get("/cache/live/feed")).text
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}
+    ) as client:
+        figures, feed = (
+            (await client.get("/cache/live")).text,
+            (await client.get("/cache/live/feed")).text,
+        )
     text = json.loads(figures.split("data: ")[1])["text"]
     assert text["requests"][0] == "1"
     assert "server" not in text
@@ -224,16 +289,21 @@ async def test_streams_of_a_tenants_admin_are_of_the_tenant(crm: Crm) -> None:
     assert tenant(crm, "globex") not in rows
 
 
-@pytest.mark.parametrize("change", [{"status": "inactive"}, {"role": "manager"}, {"role": "employee"}])
+@pytest.mark.parametrize(
+    "change", [{"status": "inactive"}, {"role": "manager"}, {"role": "employee"}]
+)
 async def test_a_stream_ends_when_its_viewer_may_something_else(
     crm: Crm, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
 ) -> None:
-    """The gate is asked again and again; the page is loaded anew then, as whoever its viewer is by now."""
+    """The gate is asked again and again; the page is loaded anew then, as whoever its viewer is by
+    now."""
     monkeypatch.setattr(live, "ASK_GATE_S", 0.0)
     monkeypatch.setattr(live, "FIGURES_S", 0.01)
     token = crm.as_user("abe").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
-    async with httpx2.AsyncClient(transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}) as client:
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}
+    ) as client:
         stream = asyncio.create_task(client.get("/cache/live"))
         while not crm.app.app.state.dashboard.streams:
             await asyncio.sleep(0.01)

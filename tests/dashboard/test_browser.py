@@ -1,4 +1,5 @@
-"""Every page in a browser, on a running CRM with several workers. Whatever goes wrong in a page fails its test (``Faults``)."""
+"""Every page in a browser, on a running CRM with several workers. Whatever goes wrong in a page
+fails its test (``Faults``)."""
 
 import re
 from urllib.parse import quote
@@ -12,17 +13,38 @@ from .conftest import ADMIN, MANAGER, NO_BROWSER, ROOT, WORKERS, Faults, Open, S
 pytestmark = NO_BROWSER
 
 EVERYTHING = [
-    "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a request", "Purge", "Switches",
+    "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a "
+                                                                                     "request", "Purge", "Switches",
     "Configuration", "Trail",
 ]  # fmt: skip
-OF_A_TENANT = ["Overview", "Modules and routes", "Invalidations", "Keys", "Explain a request", "Purge", "Switches", "Trail"]
+OF_A_TENANT = [
+    "Overview",
+    "Modules and routes",
+    "Invalidations",
+    "Keys",
+    "Explain a request",
+    "Purge",
+    "Switches",
+    "Trail",
+]
 LOOKING = [name for name in OF_A_TENANT if name not in ("Purge", "Switches")]
-PATHS = {"Tenants": "tenants", "Latency": "latency", "Purge": "purge", "Switches": "switches", "Configuration": "configuration"}
+PATHS = {
+    "Tenants": "tenants",
+    "Latency": "latency",
+    "Purge": "purge",
+    "Switches": "switches",
+    "Configuration": "configuration",
+}
 
 
-@pytest.mark.parametrize(("mail", "pages"), [(ROOT, EVERYTHING), (ADMIN, OF_A_TENANT), (MANAGER, LOOKING)])
-def test_everybody_sees_the_pages_that_are_theirs(sign_in: Open, faults: Faults, mail: str, pages: list[str]) -> None:
-    """Operator of everything, operator of a tenant, viewer: each page by a click, and the others not even by their address."""
+@pytest.mark.parametrize(
+    ("mail", "pages"), [(ROOT, EVERYTHING), (ADMIN, OF_A_TENANT), (MANAGER, LOOKING)]
+)
+def test_everybody_sees_the_pages_that_are_theirs(
+    sign_in: Open, faults: Faults, mail: str, pages: list[str]
+) -> None:
+    """Operator of everything, operator of a tenant, viewer: each page by a click, and the others
+    not even by their address."""
     page = sign_in(mail)
     links = page.locator("nav.nav a")
     assert links.all_inner_texts() == pages
@@ -31,7 +53,9 @@ def test_everybody_sees_the_pages_that_are_theirs(sign_in: Open, faults: Faults,
         expect(page.locator("nav.nav a[aria-current]")).to_have_text(name)
         heading = "acme" if name == "Overview" and mail != ROOT else name
         expect(page.locator("h1")).to_contain_text(heading)
-        page.wait_for_load_state("networkidle" if name not in ("Overview", "Invalidations") else "load")
+        page.wait_for_load_state(
+            "networkidle" if name not in ("Overview", "Invalidations") else "load"
+        )
         assert len(main(page)) > len(heading)
     for name, path in PATHS.items():
         if name not in pages:
@@ -55,14 +79,19 @@ def test_the_overview_is_live_and_over_all_workers(sign_in: Open, stage: Stage) 
     expect(page.get_by_role("link", name="60 min")).to_have_attribute("aria-current", "true")
 
 
-def test_invalidations_appear_as_they_happen_with_their_cause_and_time(sign_in: Open, stage: Stage) -> None:
-    """A write through another worker; who reaches one tenant is not even told that another one wrote."""
+def test_invalidations_appear_as_they_happen_with_their_cause_and_time(
+    sign_in: Open, stage: Stage
+) -> None:
+    """A write through another worker; who reaches one tenant is not even told that another one
+    wrote."""
     page, own = sign_in(ROOT), sign_in(ADMIN, worker=1)
     for one in (page, own):
         one.goto("/cache/feed")
         expect(one.locator("#live")).to_have_text("live")
     for tenant in ("globex", "acme"):
-        made = stage.ask("POST", "/api/accounts", tenant=tenant, worker=2, json={"name": f"Written by {tenant}"})
+        made = stage.ask(
+            "POST", "/api/accounts", tenant=tenant, worker=2, json={"name": f"Written by {tenant}"}
+        )
         assert made.status_code == 201
     for one in (page, own):
         newest = one.locator("#feed tr.new").first
@@ -75,7 +104,9 @@ def test_invalidations_appear_as_they_happen_with_their_cause_and_time(sign_in: 
     assert "globex" not in main(own)
 
 
-def test_a_tenants_admin_learns_nothing_of_another_tenant(sign_in: Open, stage: Stage, faults: Faults) -> None:
+def test_a_tenants_admin_learns_nothing_of_another_tenant(
+    sign_in: Open, stage: Stage, faults: Faults
+) -> None:
     """By no address: what exists is answered like what does not, letter for letter."""
     globex, nobody = stage.tenant("globex"), str(uuid4())
     key = stage.key("/api/leads", tenant="globex")
@@ -92,14 +123,21 @@ def test_a_tenants_admin_learns_nothing_of_another_tenant(sign_in: Open, stage: 
         assert said[0] == said[1], address
         assert "globex" not in said[0].lower(), address
     for stream in ("live", "live/feed"):
-        answers = [page.request.get(f"/cache/{stream}?tenant={tenant}") for tenant in (globex, nobody)]
+        answers = [
+            page.request.get(f"/cache/{stream}?tenant={tenant}") for tenant in (globex, nobody)
+        ]
         assert [answer.status for answer in answers] == [404, 404], stream
-        assert answers[0].text().replace(globex, "it") == answers[1].text().replace(nobody, "it"), stream
+        assert answers[0].text().replace(globex, "it") == answers[1].text().replace(nobody, "it"), (
+            stream
+        )
 
 
 @pytest.mark.parametrize("place", ["", "keys"])
-def test_a_page_of_an_ended_session_leads_to_sign_in(sign_in: Open, stage: Stage, faults: Faults, place: str) -> None:
-    """An open page with live figures by itself, any other with the next click; no figure is shown afterwards."""
+def test_a_page_of_an_ended_session_leads_to_sign_in(
+    sign_in: Open, stage: Stage, faults: Faults, place: str
+) -> None:
+    """An open page with live figures by itself, any other with the next click; no figure is shown
+    afterwards."""
     page = sign_in(MANAGER)
     page.goto(f"/cache/{place}")
     faults.expected.append((401, "/cache/"))
@@ -121,16 +159,25 @@ PLANTED = "<script>planted = 1</script><i class=planted>"
 
 
 def plant(stage: Stage) -> str:
-    """Make a tenant and somebody in it whose names are markup, have them ask and purge; return the tenant's id."""
+    """Make a tenant and somebody in it whose names are markup, have them ask and purge; return the
+    tenant's id."""
     tenant, mail = str(uuid4()), "<i class=planted>@x.example"
-    stage.psql("INSERT INTO tenants (id, slug, name) VALUES ($1::text::uuid, $2, $2)", tenant, PLANTED)
     stage.psql(
-        "INSERT INTO employees (id, tenant_id, email, name, role) VALUES (gen_random_uuid(), $1::text::uuid, $2, $2, 'admin')",
+        "INSERT INTO tenants (id, slug, name) VALUES ($1::text::uuid, $2, $2)", tenant, PLANTED
+    )
+    stage.psql(
+        "INSERT INTO employees (id, tenant_id, email, name, role) VALUES (gen_random_uuid(), "
+        "$1::text::uuid, $2, $2, 'admin')",
         tenant,
         mail,
     )
-    assert stage.ask("GET", "/api/accounts/search", tenant=tenant, params={"q": PLANTED}).status_code == 200
-    purged = stage.ask("POST", "/cache/api/purge", tenant=tenant, json={"module": "leads", "dry_run": False})
+    assert (
+        stage.ask("GET", "/api/accounts/search", tenant=tenant, params={"q": PLANTED}).status_code
+        == 200
+    )
+    purged = stage.ask(
+        "POST", "/cache/api/purge", tenant=tenant, json={"module": "leads", "dry_run": False}
+    )
     assert purged.status_code == 200
     return tenant
 
@@ -180,7 +227,10 @@ def test_every_page_can_be_read_without_scripts(sign_in: Open, mail: str) -> Non
 
 def everywhere(stage: Stage) -> list[str]:
     """Return the addresses of all pages with something on them."""
-    acme, key = stage.tenant("acme"), stage.key("/api/accounts?limit=7&sort=-annual_revenue", tenant="acme")
+    acme, key = (
+        stage.tenant("acme"),
+        stage.key("/api/accounts?limit=7&sort=-annual_revenue", tenant="acme"),
+    )
     return ["", "tenants", f"tenants/{acme}", "modules", "latency", "feed", "keys", f"key?key={key}", "explain",
             "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "trail", "nothing"]  # fmt: skip
 
@@ -218,8 +268,11 @@ MISSED = """() => [...document.querySelectorAll("a[href], button, input:not([typ
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_tab_key_reaches_everything_and_shows_where_it_is(sign_in: Open, stage: Stage, faults: Faults, width: int) -> None:
-    """Links, buttons and fields of every page, none of them hidden; the first leads past the navigation."""
+def test_the_tab_key_reaches_everything_and_shows_where_it_is(
+    sign_in: Open, stage: Stage, faults: Faults, width: int
+) -> None:
+    """Links, buttons and fields of every page, none of them hidden; the first leads past the
+    navigation."""
     faults.expected.append((404, "/cache/nothing"))
     page = sign_in(ROOT, viewport={"width": width, "height": 800}, reduced_motion="reduce")
     for address in everywhere(stage):

@@ -1,4 +1,5 @@
-"""Forms in a browser, on a running CRM with several workers: what they do, what they refuse, and what is written down.
+"""Forms in a browser, on a running CRM with several workers: what they do, what they refuse, and
+what is written down.
 
 ``scripts``: with JavaScript and without; everything can be done either way.
 """
@@ -11,7 +12,9 @@ from playwright.sync_api import Page, expect
 from .conftest import ADMIN, MANAGER, NO_BROWSER, ROOT, WORKERS, Faults, Open, Stage, main, until
 
 pytestmark = NO_BROWSER
-with_and_without_scripts = pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no-scripts"])
+with_and_without_scripts = pytest.mark.parametrize(
+    "scripts", [True, False], ids=["scripts", "no-scripts"]
+)
 
 
 def acts(stage: Stage) -> list[tuple[str, str]]:
@@ -34,7 +37,8 @@ def said(page: Page) -> str:
 def test_a_purge_is_counted_confirmed_and_written_down(
     sign_in: Open, stage: Stage, faults: Faults, mail: str, tenant: str, *, scripts: bool
 ) -> None:
-    """All workers had a hit before and have none after; a wrong confirmation purges nothing and keeps what was typed."""
+    """All workers had a hit before and have none after; a wrong confirmation purges nothing and
+    keeps what was typed."""
     faults.expected.append((400, "/cache/purge"))
     path, before = "/api/tasks?limit=3", acts(stage)
     for worker in range(WORKERS):
@@ -45,8 +49,13 @@ def test_a_purge_is_counted_confirmed_and_written_down(
         page.get_by_label("Tenant").fill(tenant)
     page.get_by_label("Module").select_option("tasks")
     page.get_by_role("button", name="Count").click()
-    expect(page.locator("main")).to_contain_text(re.compile(rf"[1-9]\d* stored answers?\s+of {tenant}, module tasks"))
-    field, button = page.get_by_label(f"Type {tenant} to purge"), page.get_by_role("button", name="Purge", exact=True)
+    expect(page.locator("main")).to_contain_text(
+        re.compile(rf"[1-9]\d* stored answers?\s+of {tenant}, module tasks")
+    )
+    field, button = (
+        page.get_by_label(f"Type {tenant} to purge"),
+        page.get_by_role("button", name="Purge", exact=True),
+    )
     field.fill("everything")
     if scripts:
         expect(button).to_be_disabled()
@@ -100,7 +109,9 @@ def test_a_tenant_is_switched_off_and_on_by_its_admin_and_all_workers_follow(
 
 
 @with_and_without_scripts
-def test_a_module_is_switched_off_and_on_for_all_tenants(sign_in: Open, stage: Stage, *, scripts: bool) -> None:
+def test_a_module_is_switched_off_and_on_for_all_tenants(
+    sign_in: Open, stage: Stage, *, scripts: bool
+) -> None:
     """The other modules are served as before, and the tenant's admin reads who switched it off."""
     page = sign_in(ROOT, java_script_enabled=scripts)
     page.get_by_role("link", name="Switches").click()
@@ -116,7 +127,9 @@ def test_a_module_is_switched_off_and_on_for_all_tenants(sign_in: Open, stage: S
     assert comes(stage, "; hit", "/api/leads", tenant="acme", worker=2)
 
 
-def test_everything_is_switched_off_by_typing_it(sign_in: Open, stage: Stage, faults: Faults) -> None:
+def test_everything_is_switched_off_by_typing_it(
+    sign_in: Open, stage: Stage, faults: Faults
+) -> None:
     """And by nothing less; what was typed is kept."""
     faults.expected.append((400, "/cache/switches"))
     page = sign_in(ROOT, java_script_enabled=False)
@@ -140,7 +153,9 @@ def test_a_body_is_hidden_until_somebody_reveals_it_and_that_is_written_down(
     sign_in: Open, stage: Stage, *, scripts: bool
 ) -> None:
     """Who may only look has no button for it."""
-    account = stage.ask("POST", "/api/accounts", tenant="acme", json={"name": "Hidden Acorns"}).json()["data"]["account"]["id"]
+    account = stage.ask(
+        "POST", "/api/accounts", tenant="acme", json={"name": "Hidden Acorns"}
+    ).json()["data"]["account"]["id"]
     key, before = stage.key(f"/api/accounts/{account}", tenant="acme"), acts(stage)
     viewer = sign_in(MANAGER, java_script_enabled=scripts)
     viewer.goto(f"/cache/key?key={key}")
@@ -164,7 +179,8 @@ def test_a_body_is_hidden_until_somebody_reveals_it_and_that_is_written_down(
 
 @with_and_without_scripts
 def test_a_request_is_explained(sign_in: Open, stage: Stage, *, scripts: bool) -> None:
-    """Hit, miss and bypass, each with the reason; credentials stand in no address and are not sent back."""
+    """Hit, miss and bypass, each with the reason; credentials stand in no address and are not sent
+    back."""
     page, token = sign_in(ADMIN, java_script_enabled=scripts), stage.token("acme")
     page.get_by_role("link", name="Explain").click()
     path = f"/api/activities?limit={5 if scripts else 6}"
@@ -202,12 +218,16 @@ def test_a_line_that_is_no_header_is_named_and_kept(sign_in: Open, faults: Fault
 
 
 @with_and_without_scripts
-def test_signing_out_ends_the_session_and_signing_in_leads_back(sign_in: Open, *, scripts: bool) -> None:
+def test_signing_out_ends_the_session_and_signing_in_leads_back(
+    sign_in: Open, *, scripts: bool
+) -> None:
     """To the page that was asked for."""
     page = sign_in(ADMIN, java_script_enabled=scripts)
     page.get_by_role("button", name="Sign out").click()
     page.wait_for_url("**/cache/sign-in")
-    assert [cookie["name"] for cookie in page.context.cookies() if "session" in cookie["name"]] == []
+    assert [
+        cookie["name"] for cookie in page.context.cookies() if "session" in cookie["name"]
+    ] == []
     page.goto("/cache/keys?module=leads")
     assert "acme" not in page.content()
     page.get_by_label("Name").fill(ADMIN)

@@ -25,13 +25,17 @@ ON = {
 
 def palette(name: str) -> dict[str, str]:
     """Return the colours of a palette by their names."""
-    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", CSS.split(PALETTES[name])[1].split("}")[0]))
+    return dict(
+        re.findall(r"--([\w-]+): (#[0-9a-f]{6})", CSS.split(PALETTES[name])[1].split("}")[0])
+    )
 
 
 def luminance(colour: str) -> float:
     """Return the relative luminance (WCAG 2.2)."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 

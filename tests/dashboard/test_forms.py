@@ -45,16 +45,27 @@ class Person:
         assert found is not None
         return found[1]
 
-    async def sign_in(self, name: str, password: str = PASSWORD, next_page: str = "") -> httpx2.Response:
+    async def sign_in(
+        self, name: str, password: str = PASSWORD, next_page: str = ""
+    ) -> httpx2.Response:
         """Fill the form in and send it."""
         token = await self.csrf("sign-in")
-        return await self.post("sign-in", csrf=token, name=f"{name}@x.example", password=password, next=next_page)
+        return await self.post(
+            "sign-in", csrf=token, name=f"{name}@x.example", password=password, next=next_page
+        )
 
 
 @asynccontextmanager
 async def system(database_url: str, server: EmbeddedValkey) -> AsyncIterator[Crm]:
     """The CRM on a server that the test may stop."""
-    app = create_app(Settings(database_url=database_url, redis_cache_url=server.url, jwt_secret=SECRET, respcache_key=SECRET))
+    app = create_app(
+        Settings(
+            database_url=database_url,
+            redis_cache_url=server.url,
+            jwt_secret=SECRET,
+            respcache_key=SECRET,
+        )
+    )
     made = Crm(app, app.app.state.cache)
     await made.cache.connect()
     app.prepare()
@@ -74,9 +85,12 @@ async def person(crm: Crm) -> AsyncIterator[Person]:
 
 
 async def stored(crm: Crm, who: str) -> str:
-    """Return the key of somebody's accounts. The server has it a moment after the answer, if the cache was asked for that."""
+    """Return the key of somebody's accounts. The server has it a moment after the answer, if the
+    cache was asked for that."""
     async with asyncio.timeout(60):
-        while not (found := (await crm.as_user(who).get("/cache/api/keys?module=accounts")).json()["keys"]):
+        while not (
+            found := (await crm.as_user(who).get("/cache/api/keys?module=accounts")).json()["keys"]
+        ):
             await crm.said(who, "/api/accounts")
     (one,) = found
     return str(one["key"])
@@ -86,18 +100,30 @@ async def test_cookies_are_for_this_dashboard_alone(crm: Crm, person: Person) ->
     """No script reads them, no other page sends them, and over TLS nobody on the way."""
     answer = await person.sign_in("abe")
     assert (answer.status_code, answer.headers["location"]) == (303, "/cache/")
-    (session,) = (line for line in answer.headers.get_list("set-cookie") if line.startswith(gate.SESSION_COOKIE))
+    (session,) = (
+        line
+        for line in answer.headers.get_list("set-cookie")
+        if line.startswith(gate.SESSION_COOKIE)
+    )
     assert {"HttpOnly", "Path=/cache", "SameSite=strict"} <= set(session.split("; "))
     assert "Secure" not in session
     other = Person(crm, "https://crm")
     answer = await other.sign_in("abe")
-    assert all("Secure" in line for line in answer.headers.get_list("set-cookie") if "Max-Age=0" not in line)
+    assert all(
+        "Secure" in line
+        for line in answer.headers.get_list("set-cookie")
+        if "Max-Age=0" not in line
+    )
     await other.http.aclose()
 
 
 async def test_who_may_not_look_is_told_what_a_wrong_password_is_told(person: Person) -> None:
     """And no session begins."""
-    said = [await person.sign_in("ann"), await person.sign_in("abe", "wrong"), await person.sign_in("nobody")]
+    said = [
+        await person.sign_in("ann"),
+        await person.sign_in("abe", "wrong"),
+        await person.sign_in("nobody"),
+    ]
     texts = {re.sub(r'value="[^"]*"', "", answer.text) for answer in said}
     assert ({answer.status_code for answer in said}, len(texts)) == ({401}, 1)
     assert gate.SESSION_COOKIE not in person.http.cookies
@@ -105,7 +131,8 @@ async def test_who_may_not_look_is_told_what_a_wrong_password_is_told(person: Pe
 
 
 async def test_signing_in_needs_the_form_that_was_sent(person: Person) -> None:
-    """So that nobody is signed in as somebody else by a page of theirs; and guessing is slowed down."""
+    """So that nobody is signed in as somebody else by a page of theirs; and guessing is slowed
+    down."""
     form = {"name": "abe@x.example", "password": PASSWORD}
     assert (await person.post("sign-in", **form)).status_code == 403
     token = await person.csrf("sign-in")
@@ -129,13 +156,17 @@ async def test_signing_in_needs_the_form_that_was_sent(person: Person) -> None:
         ("/cache/\r\nx: y", "/cache/"),
     ],
 )
-async def test_one_comes_back_to_a_page_of_the_dashboard_only(person: Person, wanted: str, leads: str) -> None:
+async def test_one_comes_back_to_a_page_of_the_dashboard_only(
+    person: Person, wanted: str, leads: str
+) -> None:
     """Never to another site."""
     assert (await person.sign_in("abe", next_page=wanted)).headers["location"] == leads
 
 
 @pytest.mark.parametrize("path", FORMS)
-async def test_a_form_without_the_token_of_its_session_does_nothing(crm: Crm, person: Person, path: str) -> None:
+async def test_a_form_without_the_token_of_its_session_does_nothing(
+    crm: Crm, person: Person, path: str
+) -> None:
     """Missing, made up, or of another session."""
     await person.sign_in("root")
     other = Person(crm)
@@ -209,8 +240,12 @@ async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) 
         {"everything": "yes", "off": "yes", "confirmation": "off"},
     ):
         assert (await person.post("switches", csrf=token, **form)).status_code in (403, 404), form
-    assert (await person.post("purge", csrf=token, tenant=globex, confirmation="globex")).status_code == 404
-    assert (await person.post("purge", csrf=token, key=key, confirmation=key[-8:])).status_code == 404
+    assert (
+        await person.post("purge", csrf=token, tenant=globex, confirmation="globex")
+    ).status_code == 404
+    assert (
+        await person.post("purge", csrf=token, key=key, confirmation=key[-8:])
+    ).status_code == 404
     assert (await person.post(f"key?key={key}", csrf=token)).status_code == 404
     assert "; hit" in await crm.said("gus", "/api/accounts")
     for path in ("", "modules", "keys", "feed", "trail"):
@@ -225,7 +260,9 @@ async def test_a_purge_needs_what_stands_there(crm: Crm, person: Person, typed: 
     await crm.as_user("abe").get("/api/accounts")
     await person.sign_in("root")
     token = await person.csrf("purge?tenant=acme")
-    answer = await person.post("purge", csrf=token, tenant="acme", module="accounts", confirmation=typed)
+    answer = await person.post(
+        "purge", csrf=token, tenant="acme", module="accounts", confirmation=typed
+    )
     assert answer.status_code == 400
     assert "Nothing was purged" in answer.text
     assert f'data-confirm="acme" value="{typed}"' in answer.text
@@ -248,8 +285,12 @@ async def test_a_tenant_can_be_purged_while_the_server_is_away(
         token = await person.csrf("purge?tenant=acme")
         answer = await person.post("purge", csrf=token, tenant="acme", confirmation="acme")
         assert "Not confirmed yet" in answer.text
-        assert [act["act"] for act in (await made.as_user("root").get("/cache/api/trail")).json()] == ["purge"]
-        assert (await person.get(f"purge?key=tenant:{made.tenants['acme'].id}:leads:list:{'0' * 32}")).status_code == 503
+        assert [
+            act["act"] for act in (await made.as_user("root").get("/cache/api/trail")).json()
+        ] == ["purge"]
+        assert (
+            await person.get(f"purge?key=tenant:{made.tenants['acme'].id}:leads:list:{'0' * 32}")
+        ).status_code == 503
         await person.http.aclose()
 
 
@@ -266,16 +307,33 @@ async def test_where_servers_are_is_told_to_those_who_reach_all_tenants(
         server.stop()
         made.app.app.state.dashboard.close()  # a stream that is let in ends at once
         token = await person.csrf("explain")
-        asked = {"path": "/api/leads", "headers": {"authorization": made.as_user("abe").headers["authorization"]}}
-        form = {"path": "/api/leads", "headers": f"Authorization: {asked['headers']['authorization']}"}
+        asked = {
+            "path": "/api/leads",
+            "headers": {"authorization": made.as_user("abe").headers["authorization"]},
+        }
+        form = {
+            "path": "/api/leads",
+            "headers": f"Authorization: {asked['headers']['authorization']}",
+        }
         answers = [
             *[
                 await person.get(path)
-                for path in ("", "tenants/acme", "modules", "keys", f"key?key={key}", f"purge?key={key}", "live")
+                for path in (
+                    "",
+                    "tenants/acme",
+                    "modules",
+                    "keys",
+                    f"key?key={key}",
+                    f"purge?key={key}",
+                    "live",
+                )
             ],
             await person.post("explain", csrf=token, **form),
             await person.post("purge", csrf=token, key=key, confirmation=key[-8:]),
-            *[await http.get(f"/cache/api/{path}") for path in ("overview", "keys", "sample", f"key?key={key}")],
+            *[
+                await http.get(f"/cache/api/{path}")
+                for path in ("overview", "keys", "sample", f"key?key={key}")
+            ],
             await http.post("/cache/api/explain", json=asked),
             await http.post("/cache/api/purge", json={"key": key, "dry_run": False}),
             await http.get("/cache/api/trail"),
@@ -311,10 +369,14 @@ async def test_a_body_is_shown_to_who_reveals_it_only(crm: Crm, person: Person) 
         assert ("Hidden Acorns" in answer.text) is shown, name
         await person.post("sign-out", csrf=token)
     acts = (await crm.as_user("root").get("/cache/api/trail")).json()
-    assert [(act["act"], act["name"], act["details"]) for act in acts] == [("reveal", "gus@x.example", {"key": key})]
+    assert [(act["act"], act["name"], act["details"]) for act in acts] == [
+        ("reveal", "gus@x.example", {"key": key})
+    ]
 
 
-async def test_what_cannot_be_written_down_is_not_done(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_cannot_be_written_down_is_not_done(
+    crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A purge, a switch, a look at a body: the page says so, and nothing has happened."""
     await crm.as_user("abe").get("/api/accounts")
     key = await stored(crm, "abe")
@@ -340,7 +402,8 @@ async def test_what_cannot_be_written_down_is_not_done(crm: Crm, person: Person,
 
 
 async def test_the_content_policy_lets_nothing_else_in(person: Person) -> None:
-    """On every page: nothing unless it is named, nothing inline, nothing from elsewhere, in no frame."""
+    """On every page: nothing unless it is named, nothing inline, nothing from elsewhere, in no
+    frame."""
     for path in ("sign-in", "nothing", "static/0/app.js"):
         policy = (await person.get(path)).headers["content-security-policy"]
         rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -353,11 +416,17 @@ async def test_everything_is_switched_off_by_typing_it(crm: Crm, person: Person)
     """And by nothing less."""
     await person.sign_in("root")
     token = await person.csrf("switches")
-    assert (await person.post("switches", csrf=token, everything="yes", off="yes", confirmation="of")).status_code == 400
+    assert (
+        await person.post("switches", csrf=token, everything="yes", off="yes", confirmation="of")
+    ).status_code == 400
     assert crm.cache.enabled
-    assert (await person.post("switches", csrf=token, everything="yes", off="yes", confirmation="off")).status_code == 200
+    assert (
+        await person.post("switches", csrf=token, everything="yes", off="yes", confirmation="off")
+    ).status_code == 200
     assert not crm.cache.enabled
-    assert (await person.post("switches", csrf=token, everything="yes", off="no")).status_code == 200
+    assert (
+        await person.post("switches", csrf=token, everything="yes", off="no")
+    ).status_code == 200
     assert crm.cache.enabled
 
 
@@ -365,25 +434,37 @@ async def test_files_of_pages_may_be_kept_and_change_their_address(person: Perso
     """Everything else may not; another address has nothing."""
     for name in layout.ASSETS:
         answer = await person.get(f"static/{layout.fingerprint()}/{name}")
-        assert (answer.status_code, answer.headers["cache-control"]) == (200, "public, max-age=31536000, immutable"), name
+        assert (answer.status_code, answer.headers["cache-control"]) == (
+            200,
+            "public, max-age=31536000, immutable",
+        ), name
         assert answer.headers["x-content-type-options"] == "nosniff"
-    for path in (f"static/{layout.fingerprint()}/vendor", f"static/{layout.fingerprint()}/..%2Fapp.py", "static/0/app.js"):
+    for path in (
+        f"static/{layout.fingerprint()}/vendor",
+        f"static/{layout.fingerprint()}/..%2Fapp.py",
+        "static/0/app.js",
+    ):
         answer = await person.get(path)
         assert (answer.status_code, answer.headers["cache-control"]) == (404, "no-store"), path
 
 
 async def test_pages_with_nothing_to_show_hold_nothing_inline(person: Person) -> None:
-    """No script, no style, no handler: what the content policy would refuse anyway. Before the first request they say so."""
+    """No script, no style, no handler: what the content policy would refuse anyway. Before the
+    first request they say so."""
     await person.sign_in("root")
     for _, places in layout.NAVIGATION:
         for place in places:
             answer = await person.get(place.path)
             assert answer.status_code == 200, place.path
-            assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", answer.text), place.path
+            assert not re.search(
+                r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", answer.text
+            ), place.path
             assert "<table" not in answer.text or "<td" in answer.text, place.path
 
 
-async def test_a_gate_that_fails_lets_nobody_in(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_gate_that_fails_lets_nobody_in(
+    crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pages and API answer 503 in their own way."""
     await person.sign_in("abe")
     headers = crm.as_user("abe").headers
@@ -399,7 +480,9 @@ async def test_a_gate_that_fails_lets_nobody_in(crm: Crm, person: Person, monkey
     assert (answer.status_code, answer.json()["error"]) == (503, "unavailable")
 
 
-async def test_streams_need_a_session_and_are_bounded(crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streams_need_a_session_and_are_bounded(
+    crm: Crm, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They say so in their own way, as no browser shows a page there."""
     crm.app.app.state.dashboard.close()  # a stream that is let in ends at once
     assert (await person.get("live")).status_code == 401

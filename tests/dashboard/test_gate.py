@@ -1,4 +1,5 @@
-"""Who is asking: names of tenants, by which nobody means one and acts on another; credentials are shown nowhere."""
+"""Who is asking: names of tenants, by which nobody means one and acts on another; credentials are
+shown nowhere."""
 
 from collections.abc import Mapping
 
@@ -47,8 +48,11 @@ async def viewer(names: Mapping[str, str]) -> Viewer:
     ],
     ids=["unique", "blanks", "of two", "an id", "an id in capitals", "none"],
 )
-async def test_what_a_tenant_is_called_leads_to_that_tenant(names: dict[str, str], shown: dict[str, str]) -> None:
-    """Names of several tenants, and those that are the id of another one, are not used: such tenants are called by their ids."""
+async def test_what_a_tenant_is_called_leads_to_that_tenant(
+    names: dict[str, str], shown: dict[str, str]
+) -> None:
+    """Names of several tenants, and those that are the id of another one, are not used: such
+    tenants are called by their ids."""
     found = await viewer(names)
     assert {tenant: found.name(tenant) for tenant in names} == shown
     for tenant, called in shown.items():
@@ -59,4 +63,6 @@ async def test_what_a_tenant_is_called_leads_to_that_tenant(names: dict[str, str
 async def test_credentials_are_in_no_repr() -> None:
     """So that no report of an error carries them."""
     assert "root-token" not in repr(await viewer({}))
-    assert "root-token" not in repr(Asked("GET", "/leads", headers=(("authorization", "Bearer root-token"),)))
+    assert "root-token" not in repr(
+        Asked("GET", "/leads", headers=(("authorization", "Bearer root-token"),))
+    )

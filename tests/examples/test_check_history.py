@@ -1,4 +1,5 @@
-"""The program of docs/checker.md runs, says what the page says that it does, and what it recorded can be checked again."""
+"""The program of docs/checker.md runs, says what the page says that it does, and what it recorded
+can be checked again."""
 
 import re
 import subprocess
@@ -14,14 +15,20 @@ PAGE = (ROOT / "docs" / "checker.md").read_text()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_program_finds_the_stale_read_and_prints_what_the_page_says() -> None:
     """Three dots on the page stand for a number."""
-    (expected,) = re.findall(r"```console\n\$ python examples/check_history\.py\n(.*?)```", PAGE, re.DOTALL)
+    (expected,) = re.findall(
+        r"```console\n\$ python examples/check_history\.py\n(.*?)```", PAGE, re.DOTALL
+    )
     done = run("examples/check_history.py")
-    pattern = r"-?[\d.]+".join(re.escape(part) for part in re.sub(r" +", " ", expected).split("..."))
+    pattern = r"-?[\d.]+".join(
+        re.escape(part) for part in re.sub(r" +", " ", expected).split("...")
+    )
     assert re.fullmatch(pattern, re.sub(r" +", " ", done.stdout)), done.stdout
     assert (done.returncode, done.stderr) == (1, "")
 

@@ -20,7 +20,16 @@ def test_the_quickstart_caches_and_invalidates(server: str, valkey_url: str) -> 
     """As its first line says: under uvicorn, on either store."""
     port = free_port()
     environment = {**os.environ, **({"REDIS_CACHE_URL": valkey_url} if server == "valkey" else {})}
-    command = [sys.executable, "-m", "uvicorn", "examples.quickstart:app", "--port", str(port), "--log-level", "error"]
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "examples.quickstart:app",
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as http:

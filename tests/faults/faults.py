@@ -1,7 +1,8 @@
-"""The faults. Each is a function that breaks something, holds it for a while, and mends it whatever happens.
+"""The faults. Each is a function that breaks something, holds it for a while, and mends it whatever
+happens.
 
-A fault returns whether it took place. Faults of one *lane* follow each other, those of different lanes overlap. Everything
-random comes from the given source.
+A fault returns whether it took place. Faults of one *lane* follow each other, those of different
+lanes overlap. Everything random comes from the given source.
 """
 
 import asyncio
@@ -32,7 +33,8 @@ REPLICATE_S = 30.0
 
 @dataclass
 class Scene:
-    """What a fault gets: the stage, those who write behind the application's back, and its own source of randomness."""
+    """What a fault gets: the stage, those who write behind the application's back, and its own
+    source of randomness."""
 
     stage: Stage
     outsiders: Outsiders
@@ -72,7 +74,7 @@ def _fault(lane: str) -> Callable[[Happens], Happens]:
     return note
 
 
-# -- the store as a server ---------------------------------------------------------------------------------------------
+# -- the store as a server -------------------------------------------------------------------------
 
 
 @_fault("store")
@@ -117,10 +119,13 @@ async def store_restarted_old(scene: Scene) -> bool:
 
 @_fault("store")
 async def replica_promoted(scene: Scene) -> bool:
-    """A replica that lags behind is promoted; at first only some processes go there, and the old master lives on."""
+    """A replica that lags behind is promoted; at first only some processes go there, and the old
+    master lives on."""
     stage = scene.stage
     async with asyncio.timeout(REPLICATE_S):
-        while (await stage.insist("INFO", "replication", server=stage.replica))["master_link_status"] != "up":
+        while (await stage.insist("INFO", "replication", server=stage.replica))[
+            "master_link_status"
+        ] != "up":
             await asyncio.sleep(0.1)
     stage.replication.set(State.DELAYED, delay_s=scene.random.uniform(0.2, 1.0))
     await scene.hold(0.3, 1.0)
@@ -162,7 +167,7 @@ async def _start(server: Any) -> None:
             await asyncio.sleep(0.3)
 
 
-# -- the keys in it, and its clients -----------------------------------------------------------------------------------
+# -- the keys in it, and its clients ---------------------------------------------------------------
 
 
 @_fault("keys")
@@ -219,7 +224,9 @@ async def clients_killed(scene: Scene) -> bool:
 async def clients_paused(scene: Scene) -> bool:
     """CLIENT PAUSE."""
     pause_s = scene.random.uniform(0.05, LEASE_S + 0.5)
-    done = await _asked(scene, ("CLIENT", "PAUSE", int(pause_s * 1000), scene.random.choice(("ALL", "WRITE"))))
+    done = await _asked(
+        scene, ("CLIENT", "PAUSE", int(pause_s * 1000), scene.random.choice(("ALL", "WRITE")))
+    )
     await asyncio.sleep(pause_s)
     return done
 
@@ -234,8 +241,11 @@ async def evictions(scene: Scene) -> bool:
         with contextlib.suppress(redis.RedisError, OSError):
             async with _client(stage) as client:
                 for number in range(20):
-                    with contextlib.suppress(redis.ResponseError):  # not even an eviction makes room
-                        await client.set(f"others:{round_}:{number}", scene.random.randbytes(3_000), px=60_000)
+                    # not even an eviction makes room
+                    with contextlib.suppress(redis.ResponseError):
+                        await client.set(
+                            f"others:{round_}:{number}", scene.random.randbytes(3_000), px=60_000
+                        )
         await scene.hold(0.0, 0.2)
     after = await _evicted(stage)
     for server in (stage.master, stage.replica):
@@ -272,11 +282,13 @@ async def _evicted(stage: Stage) -> int:
 
 @asynccontextmanager
 async def _client(stage: Stage) -> AsyncIterator[Any]:
-    async with redis.asyncio.Redis.from_url(stage.master.url, socket_timeout=2, socket_connect_timeout=2) as client:
+    async with redis.asyncio.Redis.from_url(
+        stage.master.url, socket_timeout=2, socket_connect_timeout=2
+    ) as client:
         yield client
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 
 @_fault("processes")
@@ -337,14 +349,17 @@ async def process_frozen_beyond_lease(scene: Scene) -> bool:
 
 
 async def _killed(scene: Scene, point: str) -> bool:
-    """Have a process die at a point; one that does not get there dies anyway, and that is not counted."""
+    """Have a process die at a point; one that does not get there dies anyway, and that is not
+    counted."""
     worker = scene.stage.workers[scene.random.choice(scene.stage.plan.names[:-1])]
     exited = worker.exited
     worker.order(die=point)
     if point in ("between two bumps", "in a round"):  # give its next round something to do
         with contextlib.suppress(*AWAY):
             connection = await scene.stage.connect()
-            await scene.outsiders.change(connection, [f"{tenant}/{ACCOUNTS[0]}" for tenant in TENANTS])
+            await scene.outsiders.change(
+                connection, [f"{tenant}/{ACCOUNTS[0]}" for tenant in TENANTS]
+            )
             await connection.close()
     try:
         await asyncio.wait_for(exited.wait(), DIE_S)
@@ -355,7 +370,7 @@ async def _killed(scene: Scene, point: str) -> bool:
     return True
 
 
-# -- links -------------------------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 @_fault("links")
@@ -409,7 +424,8 @@ async def database_link_black_hole(scene: Scene) -> bool:
 
 @_fault("links")
 async def writer_and_readers_apart(scene: Scene) -> bool:
-    """One process cannot reach Valkey, the others cannot reach PostgreSQL, longer than the lease."""
+    """One process cannot reach Valkey, the others cannot reach PostgreSQL, longer than the
+    lease."""
     stage = scene.stage
     writer = scene.random.choice(stage.plan.names)
     readers = [name for name in stage.plan.names if name != writer]
@@ -427,7 +443,12 @@ async def writer_and_readers_apart(scene: Scene) -> bool:
 
 
 async def _bad_store_link(scene: Scene, state: State, *, delay_s: float = 0.0) -> bool:
-    return await _bad(scene, scene.stage.seats[scene.random.choice(scene.stage.plan.names)].store_link, state, delay_s=delay_s)
+    return await _bad(
+        scene,
+        scene.stage.seats[scene.random.choice(scene.stage.plan.names)].store_link,
+        state,
+        delay_s=delay_s,
+    )
 
 
 async def _bad_database_link(scene: Scene, state: State) -> bool:
@@ -445,7 +466,7 @@ async def _bad(scene: Scene, link: Link, state: State, *, delay_s: float = 0.0) 
     return True
 
 
-# -- the database ------------------------------------------------------------------------------------------------------
+# -- the database ----------------------------------------------------------------------------------
 
 
 @_fault("database")
@@ -480,12 +501,15 @@ async def postgres_stopped_at_once(scene: Scene) -> bool:
 
 @_fault("database")
 async def long_transaction(scene: Scene) -> bool:
-    """A transaction changes rows of all tenants and commits seconds later; its number is then older than those of many others."""
+    """A transaction changes rows of all tenants and commits seconds later; its number is then older
+    than those of many others."""
     rows = [f"{tenant}/{scene.random.choice(ACCOUNTS)}" for tenant in TENANTS]
     try:
         connection = await scene.stage.connect()
         try:
-            await scene.outsiders.change(connection, rows, hold_s=scene.random.uniform(1.0, LEASE_S + 2.0))
+            await scene.outsiders.change(
+                connection, rows, hold_s=scene.random.uniform(1.0, LEASE_S + 2.0)
+            )
         finally:
             connection.terminate()
     except AWAY:
@@ -514,8 +538,12 @@ async def outbox_pruned(scene: Scene) -> bool:
         connection = await scene.stage.connect()
         try:
             async with connection.transaction():
-                await connection.execute("UPDATE respcache_fence SET pruned = pg_snapshot_xmin(pg_current_snapshot())")
-                await connection.execute("DELETE FROM respcache_outbox WHERE xid < (SELECT pruned FROM respcache_fence)")
+                await connection.execute(
+                    "UPDATE respcache_fence SET pruned = pg_snapshot_xmin(pg_current_snapshot())"
+                )
+                await connection.execute(
+                    "DELETE FROM respcache_outbox WHERE xid < (SELECT pruned FROM respcache_fence)"
+                )
         finally:
             connection.terminate()
     except (*AWAY, asyncpg.PostgresError):

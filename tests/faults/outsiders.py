@@ -1,4 +1,5 @@
-"""Those who write without the application (psql, COPY), and an observer who notes which versions are committed.
+"""Those who write without the application (psql, COPY), and an observer who notes which versions
+are committed.
 
 Nobody acknowledges these writes: reads must show them within the lease.
 """
@@ -15,12 +16,29 @@ import asyncpg
 from respcache.core.fence import LEASE_S
 from respcache.testing.history import Recorder, Write, now
 
-from .registers import ACCOUNTS, BATCH, TENANTS, VERSIONS_NOW, WINDOW, Settled, fate, key, lead, versioned
+from .registers import (
+    ACCOUNTS,
+    BATCH,
+    TENANTS,
+    VERSIONS_NOW,
+    WINDOW,
+    Settled,
+    fate,
+    key,
+    lead,
+    versioned,
+)
 from .stage import Stage
 
 OBSERVE_S = 0.25
 SETTLE_S = LEASE_S + 0.5
-AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)
+AWAY = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    TimeoutError,
+)
 """What a database that is not there raises."""
 
 BUMPED = """
@@ -43,7 +61,8 @@ class Outsiders:
         self._copied = dict.fromkeys(TENANTS, 0)  # batches
 
     async def observe(self) -> None:
-        """Note again and again which versions are committed: also those whose writers died before they could tell."""
+        """Note again and again which versions are committed: also those whose writers died before
+        they could tell."""
         seen: dict[Any, int] = {}
         before = now()
         while True:
@@ -54,21 +73,34 @@ class Outsiders:
                     committed = now()
                     for row in rows:
                         if seen.get(row["id"]) != row["v"]:
-                            # it was not there when we looked the last time, so nobody can have read it before that
-                            self._recorder.append(Write(self._names[row["id"]], row["v"], before, committed, None, "observer"))
+                            # it was not there when we looked the last time, so nobody can have read
+                            # it before that
+                            self._recorder.append(
+                                Write(
+                                    self._names[row["id"]],
+                                    row["v"],
+                                    before,
+                                    committed,
+                                    None,
+                                    "observer",
+                                )
+                            )
                             seen[row["id"]] = row["v"]
                     before = started
                     await asyncio.sleep(OBSERVE_S)
 
     async def write(self) -> None:
-        """Change versioned rows: one, all of a tenant, or some of all tenants, in one transaction."""
+        """Change versioned rows: one, all of a tenant, or some of all tenants, in one
+        transaction."""
         while True:
             async with self._connected() as connection:
                 while True:
                     kind = self._randomness.random()
                     tenants = TENANTS if kind < 0.3 else (self._randomness.choice(TENANTS),)
                     names = ACCOUNTS if 0.3 <= kind < 0.6 else (self._randomness.choice(ACCOUNTS),)
-                    await self.change(connection, [f"{tenant}/{name}" for tenant in tenants for name in names])
+                    await self.change(
+                        connection, [f"{tenant}/{name}" for tenant in tenants for name in names]
+                    )
                     await asyncio.sleep(self._randomness.uniform(0.5, 2.5))
 
     async def change(self, connection: Any, rows: list[str], *, hold_s: float = 0.0) -> None:
@@ -85,7 +117,9 @@ class Outsiders:
             raise
         finally:
             for row in found:
-                self._recorder.append(Write(self._names[row["id"]], row["v"], started, committed, None, "psql"))
+                self._recorder.append(
+                    Write(self._names[row["id"]], row["v"], started, committed, None, "psql")
+                )
         self.writes += len(found)
 
     async def trade(self) -> None:
@@ -103,7 +137,9 @@ class Outsiders:
         batch = self._copied[tenant]
         numbers = range(batch * BATCH, (batch + 1) * BATCH)
         rows = [(key(lead(tenant, n)), key(tenant), "Lead", str(n)) for n in numbers]
-        known = await connection.fetchval("SELECT count(*) FROM leads WHERE id = ANY($1)", [row[0] for row in rows])
+        known = await connection.fetchval(
+            "SELECT count(*) FROM leads WHERE id = ANY($1)", [row[0] for row in rows]
+        )
         started = now()
         if not known:
             for n in numbers:
@@ -121,7 +157,8 @@ class Outsiders:
         self._settled[tenant] = max(batches, self._settled[tenant])
 
     async def _delete(self, connection: Any, tenant: str) -> None:
-        """Delete what is ours of the newest batch that everybody knows, and all that reads look at no more."""
+        """Delete what is ours of the newest batch that everybody knows, and all that reads look at
+        no more."""
         settled = self._settled[tenant]
         newest = range(max(0, settled - 1) * BATCH, settled * BATCH)
         old = range(max(0, settled - WINDOW - 2) * BATCH, max(0, settled - WINDOW) * BATCH)
@@ -130,7 +167,10 @@ class Outsiders:
         for n in numbers:
             self._recorder.append(Write(lead(tenant, n), 2, started, None, None, "psql"))
         deleted = "DELETE FROM leads WHERE id = ANY($1) RETURNING id"
-        gone = {row["id"] for row in await connection.fetch(deleted, [key(lead(tenant, n)) for n in numbers])}
+        gone = {
+            row["id"]
+            for row in await connection.fetch(deleted, [key(lead(tenant, n)) for n in numbers])
+        }
         committed = now()
         for n in numbers:
             if key(lead(tenant, n)) in gone:

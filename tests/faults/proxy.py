@@ -1,7 +1,9 @@
-"""TCP links that can be made bad: delayed, cut, half-open, a black hole, or moved to another server.
+"""TCP links that can be made bad: delayed, cut, half-open, a black hole, or moved to another
+server.
 
-All links live in a thread with an event loop of its own, so that whatever the caller's thread does delays no traffic. What
-was sent is never reordered within a connection and never lost unless the connection is: that is TCP's promise, kept here.
+All links live in a thread with an event loop of its own, so that whatever the caller's thread does
+delays no traffic. What was sent is never reordered within a connection and never lost unless the
+connection is: that is TCP's promise, kept here.
 """
 
 import asyncio
@@ -29,13 +31,15 @@ class State(StrEnum):
     CUT = "cut"
     """Connections are reset, also new ones."""
     HALF_OPEN = "half-open"
-    """The server's side is closed, the client is not told and what it sends goes nowhere; it is reset afterwards."""
+    """The server's side is closed, the client is not told and what it sends goes nowhere; it is
+    reset afterwards."""
     BLACK_HOLE = "black hole"
     """Nothing arrives on either side, also of new connections; all of it does afterwards."""
 
 
 class Link:
-    """One listening port and the server behind it. Methods may be called from any thread; they return when it is done."""
+    """One listening port and the server behind it. Methods may be called from any thread; they
+    return when it is done."""
 
     def __init__(self, links: "Links", upstream: int) -> None:
         self.port = 0
@@ -108,7 +112,8 @@ class _Side(asyncio.Protocol):
         self.other: _Side | None = None
         self._pair = pair
         self._lost = lost
-        self._waiting: deque[tuple[float, bytes]] = deque()  # what has arrived and not left yet, and when it may leave
+        # what has arrived and not left yet, and when it may leave
+        self._waiting: deque[tuple[float, bytes]] = deque()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -127,7 +132,8 @@ class _Side(asyncio.Protocol):
                 self._pair.loop.call_later(link.delay_s, self.flush)
 
     def flush(self) -> None:
-        """Let leave what may: nothing in a black hole, what is due in a delayed link, all of it in a normal one."""
+        """Let leave what may: nothing in a black hole, what is due in a delayed link, all of it in
+        a normal one."""
         link = self._pair.link
         if link.state is State.BLACK_HOLE:
             return
@@ -140,7 +146,9 @@ class _Side(asyncio.Protocol):
 
     def _other_is_open(self) -> bool:
         other = self.other
-        return other is not None and other.transport is not None and not other.transport.is_closing()
+        return (
+            other is not None and other.transport is not None and not other.transport.is_closing()
+        )
 
 
 class _Pair:

@@ -1,12 +1,17 @@
-"""What is written and read: the rows of three tenants that carry a version, the users who ask, and what their answers tell.
+"""What is written and read: the rows of three tenants that carry a version, the users who ask, and
+what their answers tell.
 
-Versions are made by triggers of this suite alone (``v`` in the metadata of a row), so in the order of commits whoever writes:
-the CRM, psql, COPY. Accounts carry theirs in their name too, so the lists of other modules show it. Leads come and go: the
-register of a lead has version 1 while it is there and 2 when it is gone, that of its contact 1 when it was converted.
+Versions are made by triggers of this suite alone (``v`` in the metadata of a row), so in the order
+of commits whoever writes:
+the CRM, psql, COPY. Accounts carry theirs in their name too, so the lists of other modules show it.
+Leads come and go: the register of a lead has version 1 while it is there and 2 when it is gone,
+that of its contact 1 when it was converted.
 
-Tenant c is hierarchical: its employee sees the rows of nobody and his own. The superadmin reads tenant a.
+Tenant c is hierarchical: its employee sees the rows of nobody and his own. The superadmin reads
+tenant a.
 
-Most is read at level strict. Each query knows the level of its route (``ways.py``), and with it how old its answer may be.
+Most is read at level strict. Each query knows the level of its route (``ways.py``), and with it how
+old its answer may be.
 """
 
 import mmap
@@ -68,7 +73,10 @@ class User:
         """A bearer token."""
         tenant = None if self.tenant is None else key(self.tenant)
         user = Employee(
-            id=key(self.name), tenant_id=tenant, email=f"{self.name.replace('/', '.')}@faults.example", role=self.role
+            id=key(self.name),
+            tenant_id=tenant,
+            email=f"{self.name.replace('/', '.')}@faults.example",
+            role=self.role,
         )
         return issue_token(SECRET, user, hours=24)
 
@@ -79,7 +87,7 @@ SUPERADMIN = User("root", None, "superadmin")
 USERS = (*ADMINS.values(), EMPLOYEE, SUPERADMIN)
 
 
-# -- the database ------------------------------------------------------------------------------------------------------
+# -- the database ----------------------------------------------------------------------------------
 
 VERSIONS = """
 CREATE FUNCTION faults_version() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -114,7 +122,10 @@ async def furnish(connection: Any) -> None:
         mode = "hierarchical" if tenant == "c" else "shared"
         settings = orjson.dumps({"visibility_mode": mode, "called": tenant}).decode()
         await connection.execute(
-            "INSERT INTO tenants (id, slug, name, settings) VALUES ($1, $2, $2, $3)", key(tenant), tenant, settings
+            "INSERT INTO tenants (id, slug, name, settings) VALUES ($1, $2, $2, $3)",
+            key(tenant),
+            tenant,
+            settings,
         )
     for user in USERS:
         of = None if user.tenant is None else key(user.tenant)
@@ -127,13 +138,15 @@ async def furnish(connection: Any) -> None:
         for number, name in enumerate(ACCOUNTS):
             row = f"{tenant}/{name}"
             await connection.execute(
-                "INSERT INTO accounts (id, tenant_id, name, assigned_to, created_at) VALUES ($1, $2, $3, $4, $5)",
+                "INSERT INTO accounts (id, tenant_id, name, assigned_to, created_at) VALUES ($1, "
+                "$2, $3, $4, $5)",
                 key(row), key(tenant), name, _owner(row), _BEGINNING - timedelta(minutes=number),
             )  # fmt: skip
         for number, name in enumerate(OPPORTUNITIES):
             row = f"{tenant}/{name}"
             await connection.execute(
-                "INSERT INTO opportunities (id, tenant_id, name, assigned_to, created_at, account_id) "
+                "INSERT INTO opportunities (id, tenant_id, name, assigned_to, created_at, "
+                "account_id) "
                 "VALUES ($1, $2, $3, $4, $5, $6)",
                 key(row), key(tenant), name, _owner(row), _BEGINNING - timedelta(minutes=number),
                 key(f"{tenant}/{ACCOUNTS[number]}"),
@@ -147,14 +160,17 @@ def _owner(row: str) -> UUID | None:
 def versioned() -> dict[UUID, str]:
     """Name the register of each row that carries a version."""
     rows = [f"{tenant}/{name}" for tenant in TENANTS for name in (*ACCOUNTS, *OPPORTUNITIES)]
-    return {key(row): row for row in rows} | {key(tenant): f"{tenant}/settings" for tenant in TENANTS}
+    return {key(row): row for row in rows} | {
+        key(tenant): f"{tenant}/settings" for tenant in TENANTS
+    }
 
 
-# -- leads -------------------------------------------------------------------------------------------------------------
+# -- leads -----------------------------------------------------------------------------------------
 
 
 class Settled:
-    """How many batches of leads of each tenant everybody must know of by now: a few bytes that all processes share."""
+    """How many batches of leads of each tenant everybody must know of by now: a few bytes that all
+    processes share."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -194,12 +210,13 @@ def fate(number: int) -> str:
     return FATES[number % len(FATES)]
 
 
-# -- reads -------------------------------------------------------------------------------------------------------------
+# -- reads -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Query:
-    """A request, and how its answer is read. ``name`` says what was asked; an answer that fits it is told by the same name."""
+    """A request, and how its answer is read. ``name`` says what was asked; an answer that fits it
+    is told by the same name."""
 
     name: str
     path: str
@@ -232,9 +249,14 @@ class Query:
 
 
 def queries() -> list[Query]:
-    """List everything that is read: of the same rows by several users, as lists, records, searches, of several modules."""
+    """List everything that is read: of the same rows by several users, as lists, records, searches,
+    of several modules."""
     found: list[Query] = []
-    for user, tenant in (*((admin, tenant) for tenant, admin in ADMINS.items()), (EMPLOYEE, "c"), (SUPERADMIN, "a")):
+    for user, tenant in (
+        *((admin, tenant) for tenant, admin in ADMINS.items()),
+        (EMPLOYEE, "c"),
+        (SUPERADMIN, "a"),
+    ):
         found += _queries_of(user, tenant)
     return found
 
@@ -243,14 +265,28 @@ def _queries_of(user: User, tenant: str) -> Iterator[Query]:
     accounts, opportunities = (_visible(user, tenant, names) for names in (ACCOUNTS, OPPORTUNITIES))
     suffix = f"tenant_id={tenant}" if user.tenant is None else ""
 
-    def query(path: str, judge: Judge, *, level: Level = Level.STRICT, fixed: bool = True, weight: float = 1.0) -> Query:
+    def query(
+        path: str,
+        judge: Judge,
+        *,
+        level: Level = Level.STRICT,
+        fixed: bool = True,
+        weight: float = 1.0,
+    ) -> Query:
         full = path if not suffix else f"{path}{'&' if '?' in path else '?'}{suffix}"
-        return Query(f"{user.name} {tenant} {path}", full, user, tenant, judge, fixed, weight, level)
+        return Query(
+            f"{user.name} {tenant} {path}", full, user, tenant, judge, fixed, weight, level
+        )
 
     detail = f"/api/accounts/{key(f'{tenant}/{ACCOUNTS[0]}')}"
     yield query("/api/accounts", _list(tenant, "accounts", accounts), weight=12)
     yield query(detail, _detail(tenant, "account", ACCOUNTS[0]), level=Level.BOUNDED, weight=12)
-    yield query("/api/opportunities", _list(tenant, "opportunities", opportunities), level=Level.BOUNDED, weight=4)
+    yield query(
+        "/api/opportunities",
+        _list(tenant, "opportunities", opportunities),
+        level=Level.BOUNDED,
+        weight=4,
+    )
     yield query(VALUE, _list(tenant, "accounts", accounts), level=Level.TTL, weight=2)
     yield query("/api/reports/dashboard-bundle", _dashboard(tenant, accounts, opportunities))
     if user.role != "admin":
@@ -258,7 +294,10 @@ def _queries_of(user: User, tenant: str) -> Iterator[Query]:
     yield query("/api/accounts?limit=2", _list(tenant, "accounts", accounts[:2], limit=2), weight=8)
     yield query("/api/accounts?sort=name&limit=20", _list(tenant, "accounts", accounts, limit=20))
     yield query("/api/accounts/search?q=ACC", _list(tenant, "accounts", accounts, limit=25))
-    yield query(f"/api/opportunities/{key(f'{tenant}/{OPPORTUNITIES[0]}')}", _detail(tenant, "opportunity", OPPORTUNITIES[0]))
+    yield query(
+        f"/api/opportunities/{key(f'{tenant}/{OPPORTUNITIES[0]}')}",
+        _detail(tenant, "opportunity", OPPORTUNITIES[0]),
+    )
     yield query("/api/settings", _settings(tenant))
     yield query("/api/leads?limit=200", _leads(tenant), fixed=False, weight=0.5)
     yield query("/api/contacts?limit=200", _contacts(tenant), fixed=False, weight=0.5)
@@ -295,7 +334,9 @@ def _dashboard(tenant: str, accounts: Sequence[str], opportunities: Sequence[str
 def _settings(tenant: str) -> Judge:
     def judge(data: dict[str, Any], settled: int) -> tuple[Values, str | None]:
         found = data["settings"]
-        return {f"{tenant}/settings": found["v"]}, None if found["called"] == tenant else f"of {found['called']}"
+        return {f"{tenant}/settings": found["v"]}, None if found[
+            "called"
+        ] == tenant else f"of {found['called']}"
 
     return judge
 
@@ -303,7 +344,9 @@ def _settings(tenant: str) -> Judge:
 def _leads(tenant: str) -> Judge:
     def judge(data: dict[str, Any], settled: int) -> tuple[Values, str | None]:
         there = {row["id"] for row in data["leads"]}
-        values = {lead(tenant, n): 1 if str(key(lead(tenant, n))) in there else 2 for n in window(settled)}
+        values = {
+            lead(tenant, n): 1 if str(key(lead(tenant, n))) in there else 2 for n in window(settled)
+        }
         return values, _foreign(data["leads"], tenant) or _not_paged(data)
 
     return judge
@@ -322,8 +365,11 @@ def _contacts(tenant: str) -> Judge:
     return judge
 
 
-def _versions(rows: Sequence[Mapping[str, Any]], tenant: str, names: Sequence[str]) -> tuple[Values, str | None]:
-    """Read the versions of the rows that must be there (0 for one that is not), and of the accounts that they name."""
+def _versions(
+    rows: Sequence[Mapping[str, Any]], tenant: str, names: Sequence[str]
+) -> tuple[Values, str | None]:
+    """Read the versions of the rows that must be there (0 for one that is not), and of the accounts
+    that they name."""
     expected = {str(key(f"{tenant}/{name}")): f"{tenant}/{name}" for name in names}
     values = dict.fromkeys(expected.values(), 0)
     problem = _foreign(rows, tenant)
@@ -344,4 +390,8 @@ def _foreign(rows: Sequence[Mapping[str, Any]], tenant: str) -> str | None:
 
 
 def _not_paged(data: Mapping[str, Any]) -> str | None:
-    return None if (data["limit"], data["offset"]) == (200, 0) else f"limit {data['limit']}, offset {data['offset']}"
+    return (
+        None
+        if (data["limit"], data["offset"]) == (200, 0)
+        else f"limit {data['limit']}, offset {data['offset']}"
+    )

@@ -1,20 +1,25 @@
-"""What a run found, and what all runs found together: the figures that decide the exit status, and the page made of them.
+"""What a run found, and what all runs found together: the figures that decide the exit status, and
+the page made of them.
 
 The totals are one JSON object, the *state*; whoever goes on with it adds to it:
 
-* ``reads``, ``writes``, ``late_reads`` (less than the newest, as their level allows), ``stale_reads`` (less than that),
-  ``lost_invalidations``, ``failed_requests``, ``alarms``, ``seconds``: sums;
-  ``how`` and ``faults``: sums by word; ``worst_staleness_s``: the most, less what the level of the read allows;
-* words of ``how``: ``hit``, ``hit below ASGI``, ``shared``, ``fill``, ``bypass``; with ``bounded`` or ``ttl`` before it for reads
-  of that level;
-* ``seeds``: of the runs that were completed; ``aborted``: of those that were not, with the reason; what was recorded until then
-  was checked and is in the sums, but for failed requests: whatever ended the run may have failed them;
-* ``failed_runs``: seeds of runs in which something else than a single read was wrong, with what it was;
+* ``reads``, ``writes``, ``late_reads`` (less than the newest, as their level allows),
+  ``stale_reads`` (less than that), ``lost_invalidations``, ``failed_requests``, ``alarms``,
+  ``seconds``: sums; ``how`` and ``faults``: sums by word; ``worst_staleness_s``: the most, less
+  what the level of the read allows;
+* words of ``how``: ``hit``, ``hit below ASGI``, ``shared``, ``fill``, ``bypass``; with ``bounded``
+  or ``ttl`` before it for reads of that level;
+* ``seeds``: of the runs that were completed; ``aborted``: of those that were not, with the reason;
+  what was recorded until then was checked and is in the sums, but for failed requests: whatever
+  ended the run may have failed them;
+* ``failed_runs``: seeds of runs in which something else than a single read was wrong, with what it
+  was;
 * ``commands``: command lines as they were typed, with the seeds that they ran.
 
-States written before all of these were kept have no ``alarms``, ``aborted``, ``failed_runs`` and ``commands``: that is nothing of
-each. (Then a run with an alarm ended the series without a trace, and an aborted one was left out.) They can be added to. What was
-read before there were levels was strict, and above ASGI.
+States written before all of these were kept have no ``alarms``, ``aborted``, ``failed_runs`` and
+``commands``: that is nothing of each. (Then a run with an alarm ended the series without a trace,
+and an aborted one was left out.) They can be added to. What was read before there were levels was
+strict, and above ASGI.
 """
 
 from collections import Counter
@@ -34,31 +39,48 @@ from .faults import FAULTS
 from .stage import Problem
 
 BOUND_S = LEASE_S * DRIFT + 0.1
-"""How long a write that nobody acknowledged may stay unseen: the lease, and the slack between a COMMIT and who notes it."""
+"""How long a write that nobody acknowledged may stay unseen: the lease, and the slack between a
+COMMIT and who notes it."""
 
-SUMS = ("reads", "writes", "late_reads", "stale_reads", "lost_invalidations", "failed_requests", "alarms")
+SUMS = (
+    "reads",
+    "writes",
+    "late_reads",
+    "stale_reads",
+    "lost_invalidations",
+    "failed_requests",
+    "alarms",
+)
 PROMISES = ("stale_reads", "lost_invalidations", "failed_requests", "alarms", "failed_runs")
 """What of the totals must be nothing."""
 
 WAYS = (
-    f"Most routes are read at level `strict`, two at `bounded` with a bound of {ways.BOUND_S:.0f} s, and values at `ttl` with "
-    f"{ways.VALUE_TTL_S:.0f} s; one tenant after the other is read at the latter two alone for a while. About half of the "
-    "processes answer hits below ASGI, and about half are not told of bumps; the seed decides. Runs with seeds below 200, before "
+    f"Most routes are read at level `strict`, two at `bounded` with a bound of {ways.BOUND_S:.0f} "
+    f"s, and values at `ttl` with "
+    f"{ways.VALUE_TTL_S:.0f} s; one tenant after the other is read at the latter two alone for a "
+    f"while. About half of the "
+    "processes answer hits below ASGI, and about half are not told of bumps; the seed decides. "
+    "Runs with seeds below 200, before "
     "there were levels, were strict and above ASGI."
 )
 
 MAX_REASON = 200
-NO_COMMAND = "not kept at that time; nor were alarms, or runs that were aborted: numbers that are missing here"
+NO_COMMAND = (
+    "not kept at that time; nor were alarms, or runs that were aborted: numbers that are missing "
+    "here"
+)
 
 
 def judge(history: Path) -> Report:
-    """Check what was recorded, which may be nothing at all. Raises ``ValueError`` when it is no history."""
+    """Check what was recorded, which may be nothing at all. Raises ``ValueError`` when it is no
+    history."""
     return check(load([history] if history.exists() else []), bound_s=BOUND_S)
 
 
 @dataclass
 class Result:
-    """What a run found. ``aborted`` says why it was given up, ``unrecovered`` that the cache did not serve again at its end."""
+    """What a run found. ``aborted`` says why it was given up, ``unrecovered`` that the cache did
+    not serve again at its end."""
 
     seed: str
     seconds: float = 0.0
@@ -73,13 +95,18 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """What was wrong with the run as a whole. One that was given up is not expected to have come far."""
+        """What was wrong with the run as a whole. One that was given up is not expected to have
+        come far."""
         if self.aborted:
             return []
         found = [self.unrecovered] if self.unrecovered else []
         if not self.report.reads:
             return [*found, "nothing was read"]
-        return found if _count(self.report.how, "hit") else [*found, "nothing was served from the cache"]
+        return (
+            found
+            if _count(self.report.how, "hit")
+            else [*found, "nothing was served from the cache"]
+        )
 
     @property
     def ok(self) -> bool:
@@ -90,14 +117,27 @@ class Result:
 def add(state: dict[str, Any], result: Result, *, command: str | None = None) -> dict[str, Any]:
     """Add a run to the totals, and return them."""
     report = result.report
-    broken = report.violating_reads, report.lost_invalidations, len(result.failed), len(result.alarms)
-    for name, count in zip(SUMS, (report.reads, report.writes, report.late_reads, *broken), strict=True):
+    broken = (
+        report.violating_reads,
+        report.lost_invalidations,
+        len(result.failed),
+        len(result.alarms),
+    )
+    for name, count in zip(
+        SUMS, (report.reads, report.writes, report.late_reads, *broken), strict=True
+    ):
         state[name] = state.get(name, 0) + count
     state["seconds"] = round(state.get("seconds", 0) + result.seconds, 1)
-    state["worst_staleness_s"] = round(max(state.get("worst_staleness_s", 0), report.worst_staleness_s), 3)
+    state["worst_staleness_s"] = round(
+        max(state.get("worst_staleness_s", 0), report.worst_staleness_s), 3
+    )
     state["how"] = dict(Counter(state.get("how", {})) + Counter(report.how))
     state["faults"] = dict(Counter(state.get("faults", {})) + result.faults)
-    seeds, aborted, failed = state.setdefault("seeds", []), state.setdefault("aborted", {}), state.setdefault("failed_runs", {})
+    seeds, aborted, failed = (
+        state.setdefault("seeds", []),
+        state.setdefault("aborted", {}),
+        state.setdefault("failed_runs", {}),
+    )
     if result.aborted:
         aborted[result.seed] = result.aborted.strip().partition("\n")[0][:MAX_REASON]
     else:
@@ -130,35 +170,49 @@ def line(state: dict[str, Any]) -> dict[str, int]:
 
 def summary(state: dict[str, Any], *, command: str) -> str:
     """Put the totals into Markdown; ``command`` is the one that does."""
-    figures, how, seeds, aborted = line(state), state["how"], state["seeds"], state.get("aborted", {})
+    figures, how, seeds, aborted = (
+        line(state),
+        state["how"],
+        state["seeds"],
+        state.get("aborted", {}),
+    )
     reads, served = figures["reads"], _count(how, "hit") + _count(how, "shared")
     lines = [
         "# Reads under faults",
         "",
-        f"{reads:,} reads and {figures['writes']:,} writes in {len(seeds) + len(aborted)} runs of together "
+        f"{reads:,} reads and {figures['writes']:,} writes in {len(seeds) + len(aborted)} runs of "
+        f"together "
         f"{state['seconds']:,.0f} seconds, {figures['faults']:,} faults:",
         "",
         "| what | count |",
         "|---|---|",
         f"| stale, foreign or invented reads | {figures['stale_reads']} |",
         f"| lost invalidations | {figures['lost_invalidations']} |",
-        f"| requests that failed although the database could be reached | {figures['failed_requests']} |",
+        f"| requests that failed although the database could be reached | "
+        f"{figures['failed_requests']} |",
         f"| wrong answers found by the cache's own audit | {figures['alarms']} |",
-        "| runs in which nothing was read or served from the cache, or at whose end it did not serve again"
+        "| runs in which nothing was read or served from the cache, or at whose end it did not "
+        "serve again"
         f"{_reasons(state, 'failed_runs')} | {figures['failed_runs']} |",
-        f"| runs that were aborted; their histories were checked{_reasons(state, 'aborted')} | {figures['aborted']} |",
+        f"| runs that were aborted; their histories were checked{_reasons(state, 'aborted')} | "
+        f"{figures['aborted']} |",
         f"| reads served from the cache | {served:,} ({served / max(1, reads):.0%}) |",
         *(
-            f"| hits among the reads at level `{level}` | {_count(how, 'hit', level=level):,} of {_count(how, level=level):,} |"
+            f"| hits among the reads at level `{level}` | {_count(how, 'hit', level=level):,} of "
+            f"{_count(how, level=level):,} |"
             for level in Level
         ),
-        f"| hits that were answered below ASGI (`respcache.turbo`) | {_count(how, 'below ASGI'):,} |",
-        f"| reads that missed an acknowledged write as level `bounded` or `ttl` allows | {figures['late_reads']:,} |",
-        f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} s (allowed: {BOUND_S:.2f} s) |",
+        f"| hits that were answered below ASGI (`respcache.turbo`) | "
+        f"{_count(how, 'below ASGI'):,} |",
+        f"| reads that missed an acknowledged write as level `bounded` or `ttl` allows | "
+        f"{figures['late_reads']:,} |",
+        f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} "
+        f"s (allowed: {BOUND_S:.2f} s) |",
         "",
         WAYS,
         "",
-        f"This page: `{command}`. The figures are the sums of these runs; one is repeated by its command with its `--seed`, "
+        f"This page: `{command}`. The figures are the sums of these runs; one is repeated by its "
+        f"command with its `--seed`, "
         "without `--total-reads` and `--state`:",
         "",
         "| command | seeds |",
@@ -168,13 +222,18 @@ def summary(state: dict[str, Any], *, command: str) -> str:
         "| fault | what happens | times |",
         "|---|---|---|",
     ]
-    lines += [f"| {fault.kind} | {fault.what} | {state['faults'].get(fault.kind, 0):,} |" for fault in FAULTS.values()]
+    lines += [
+        f"| {fault.kind} | {fault.what} | {state['faults'].get(fault.kind, 0):,} |"
+        for fault in FAULTS.values()
+    ]
     return "\n".join([*lines, ""])
 
 
 def _count(how: Mapping[str, int], part: str = "", *, level: Level | None = None) -> int:
     """Count the reads of which this was said, of a level or of all."""
-    return sum(count for word, count in how.items() if part in word and level in (None, _level(word)))
+    return sum(
+        count for word, count in how.items() if part in word and level in (None, _level(word))
+    )
 
 
 def _level(word: str) -> Level:

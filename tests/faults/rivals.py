@@ -1,8 +1,9 @@
 """What others do to keep a cache fresh, and a driver that shows what comes of it.
 
-Each protocol is an adapter with ``read`` and ``write``: a plain cache-aside as in the original of this project, the same with a
-time window, and two libraries used as their documentation says. They run on a real Valkey and a real PostgreSQL. The driver
-has concurrent clients read and write tenants that nobody used before, in rounds, and records a history of each round.
+Each protocol is an adapter with ``read`` and ``write``: a plain cache-aside as in the original of
+this project, the same with a time window, and two libraries used as their documentation says. They
+run on a real Valkey and a real PostgreSQL. The driver has concurrent clients read and write tenants
+that nobody used before, in rounds, and records a history of each round.
 """
 
 import asyncio
@@ -26,7 +27,10 @@ from respcache.testing.checker import Report, check
 from respcache.testing.history import Read, Recorder, Write, load, now
 from respcache.testing.proofs import Kind
 
-TABLE = "CREATE TABLE registers (tenant text, name text, version bigint NOT NULL DEFAULT 0, PRIMARY KEY (tenant, name))"
+TABLE = (
+    "CREATE TABLE registers (tenant text, name text, version bigint NOT NULL DEFAULT 0, PRIMARY "
+    "KEY (tenant, name))"
+)
 NAMES = ("1", "2")
 QUERIES = {"list": NAMES, "one": NAMES[:1]}
 TTL_S = 180
@@ -45,7 +49,8 @@ _filled: ContextVar[list[str]] = ContextVar("filled")
 
 
 class Database:
-    """The registers. Answers take a while to be made after they were read, as handlers do: mostly 0-3 ms, now and then 30."""
+    """The registers. Answers take a while to be made after they were read, as handlers do: mostly
+    0-3 ms, now and then 30."""
 
     def __init__(self, pool: asyncpg.Pool, randomness: Random) -> None:
         self._pool = pool
@@ -55,13 +60,25 @@ class Database:
         """Answer a query: what it was, and the versions of the registers that it covers."""
         _filled.get([]).append(query)
         names = list(QUERIES[query])
-        rows = await self._pool.fetch("SELECT name, version FROM registers WHERE tenant = $1 AND name = ANY($2)", tenant, names)
-        await asyncio.sleep(0.03 if self._randomness.random() < 0.05 else self._randomness.uniform(0, 0.003))
-        return {"asked": f"{tenant} {query}", "values": {f"{tenant}/{row['name']}": row["version"] for row in rows}}
+        rows = await self._pool.fetch(
+            "SELECT name, version FROM registers WHERE tenant = $1 AND name = ANY($2)",
+            tenant,
+            names,
+        )
+        await asyncio.sleep(
+            0.03 if self._randomness.random() < 0.05 else self._randomness.uniform(0, 0.003)
+        )
+        return {
+            "asked": f"{tenant} {query}",
+            "values": {f"{tenant}/{row['name']}": row["version"] for row in rows},
+        }
 
     async def write(self, tenant: str, name: str) -> int:
         """Change a register; it is committed when this returns."""
-        statement = "UPDATE registers SET version = version + 1 WHERE tenant = $1 AND name = $2 RETURNING version"
+        statement = (
+            "UPDATE registers SET version = version + 1 WHERE tenant = $1 AND name = $2 RETURNING "
+            "version"
+        )
         return int(await self._pool.fetchval(statement, tenant, name))
 
     async def add(self, tenants: Sequence[str]) -> None:
@@ -71,7 +88,8 @@ class Database:
 
 
 class Uncached:
-    """No cache at all: the control, and what the others have in common. One object is one client process."""
+    """No cache at all: the control, and what the others have in common. One object is one client
+    process."""
 
     def __init__(self, database: Database, url: str) -> None:
         self.database = database
@@ -81,7 +99,8 @@ class Uncached:
         return await self.database.read(tenant, query)
 
     async def write(self, tenant: str, name: str) -> tuple[int, float]:
-        """Change a register and invalidate; whoever awaited it is acknowledged. Return the version, and when it was committed."""
+        """Change a register and invalidate; whoever awaited it is acknowledged. Return the version,
+        and when it was committed."""
         version = await self.database.write(tenant, name)
         committed = now()
         await self.invalidate(tenant)
@@ -95,7 +114,8 @@ class Uncached:
 
 
 class CacheAside(Uncached):
-    """The original's protocol: GET, on a miss SETEX 180; a write is followed by SCAN and DEL. Errors are passed over."""
+    """The original's protocol: GET, on a miss SETEX 180; a write is followed by SCAN and DEL.
+    Errors are passed over."""
 
     def __init__(self, database: Database, url: str) -> None:
         super().__init__(database, url)
@@ -129,7 +149,8 @@ class CacheAside(Uncached):
 
 
 class TimeWindow(CacheAside):
-    """The original's later repair: for 10 s after a write nothing may be stored. EXISTS and SETEX are two commands."""
+    """The original's later repair: for 10 s after a write nothing may be stored. EXISTS and SETEX
+    are two commands."""
 
     async def store(self, tenant: str, key: str, text: str) -> None:
         """Store an answer unless there was a write a short time ago."""
@@ -144,7 +165,8 @@ class TimeWindow(CacheAside):
 
 
 class Cashews(Uncached):
-    """cashews 7: a decorator with tags, and ``delete_tags`` after the write (its README, "Cache invalidation")."""
+    """cashews 7: a decorator with tags, and ``delete_tags`` after the write (its README, "Cache
+    invalidation")."""
 
     def __init__(self, database: Database, url: str) -> None:
         super().__init__(database, url)
@@ -171,7 +193,8 @@ class Cashews(Uncached):
 
 
 class Aiocache(Uncached):
-    """aiocache 0.12: the ``cached`` decorator, and ``delete`` of the keys after the write (its README)."""
+    """aiocache 0.12: the ``cached`` decorator, and ``delete`` of the keys after the write (its
+    README)."""
 
     def __init__(self, database: Database, url: str) -> None:
         super().__init__(database, url)
@@ -210,7 +233,8 @@ Make = Callable[[Database, str], Uncached]
 
 
 class Driver:
-    """Concurrent clients of two processes' worth of a protocol. Randomness is given; what the servers make of it is real."""
+    """Concurrent clients of two processes' worth of a protocol. Randomness is given; what the
+    servers make of it is real."""
 
     def __init__(self, processes: dict[str, Uncached], directory: Path, randomness: Random) -> None:
         self._processes = processes
@@ -219,7 +243,8 @@ class Driver:
         self._rounds = 0
 
     async def until_flagged(self) -> Report:
-        """Run rounds until a read was staler than an acknowledged write; return the report of that round."""
+        """Run rounds until a read was staler than an acknowledged write; return the report of that
+        round."""
         async with asyncio.timeout(DEADLINE_S):
             while self._rounds < MAX_ROUNDS:
                 report = await self.round()
@@ -236,9 +261,15 @@ class Driver:
         with Recorder(path) as recorder:
             async with asyncio.TaskGroup() as clients:
                 for tenant in tenants:
-                    for name, number in zip([*self._processes] * READERS, range(READERS), strict=False):
-                        clients.create_task(self._reader(name, tenant, list(QUERIES)[number // 2 % 2], recorder))
-                    clients.create_task(self._writer(self._randomness.choice([*self._processes]), tenant, recorder))
+                    for name, number in zip(
+                        [*self._processes] * READERS, range(READERS), strict=False
+                    ):
+                        clients.create_task(
+                            self._reader(name, tenant, list(QUERIES)[number // 2 % 2], recorder)
+                        )
+                    clients.create_task(
+                        self._writer(self._randomness.choice([*self._processes]), tenant, recorder)
+                    )
         return check(load([path]), bound_s=BOUND_S)
 
     async def _reader(self, process: str, tenant: str, query: str, recorder: Recorder) -> None:
@@ -249,20 +280,29 @@ class Driver:
     async def _writer(self, process: str, tenant: str, recorder: Recorder) -> None:
         for _ in range(WRITES):
             await asyncio.sleep(self._randomness.uniform(0, 0.03))
-            await write_once(self._processes[process], process, tenant, self._randomness.choice(NAMES), recorder)
+            await write_once(
+                self._processes[process], process, tenant, self._randomness.choice(NAMES), recorder
+            )
 
 
-async def read_once(rival: Uncached, process: str, tenant: str, query: str, recorder: Recorder) -> None:
-    """Read and record: a ``fill`` asked the database, ``shared`` got what another read had brought."""
+async def read_once(
+    rival: Uncached, process: str, tenant: str, query: str, recorder: Recorder
+) -> None:
+    """Read and record: a ``fill`` asked the database, ``shared`` got what another read had
+    brought."""
     filled: list[str] = []
     _filled.set(filled)
     start = now()
     body = await rival.read(tenant, query)
     how = "fill" if filled else "shared"
-    recorder.append(Read(start, now(), body["values"], process, f"{tenant} {query}", body["asked"], how=how))
+    recorder.append(
+        Read(start, now(), body["values"], process, f"{tenant} {query}", body["asked"], how=how)
+    )
 
 
-async def write_once(rival: Uncached, process: str, tenant: str, name: str, recorder: Recorder) -> None:
+async def write_once(
+    rival: Uncached, process: str, tenant: str, name: str, recorder: Recorder
+) -> None:
     """Write, be acknowledged, and record."""
     started = now()
     version, committed = await rival.write(tenant, name)

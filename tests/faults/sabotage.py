@@ -1,4 +1,5 @@
-"""Rules of the protocol taken out, one at a time, to see that the suite notices. Only ever in processes of the suite."""
+"""Rules of the protocol taken out, one at a time, to see that the suite notices. Only ever in
+processes of the suite."""
 
 import hashlib
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def _no_identity() -> None:
         prepare(self, *args, **options)
         for script in (self._open, self._bump, self._epoch):
             script.text = script.text.replace(
-                "string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')", f"'{SOME_SERVER}'"
+                "string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')",
+                f"'{SOME_SERVER}'",
             )
             assert SOME_SERVER in script.text
             script.digest = hashlib.sha1(script.text.encode(), usedforsecurity=False).hexdigest()
@@ -105,7 +107,14 @@ def _no_view_below() -> None:
     land = turbo._Turbo._land
 
     def land_unjudged(
-        self: Any, request: Any, plan: Plan, aim: Aim, grant: Any, held: Held, fence: Any, result: Generation | StoreError
+        self: Any,
+        request: Any,
+        plan: Plan,
+        aim: Aim,
+        grant: Any,
+        held: Held,
+        fence: Any,
+        result: Generation | StoreError,
     ) -> None:
         if isinstance(result, Generation):
             held.proven = aim.proven = result

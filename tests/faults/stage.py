@@ -1,7 +1,8 @@
-"""Everything that takes part: PostgreSQL, a Valkey and its replica, the processes, and the links between them.
+"""Everything that takes part: PostgreSQL, a Valkey and its replica, the processes, and the links
+between them.
 
-Each process has links of its own to both servers. The servers and processes run in sessions of their own, end when we die,
-and are told by the process ids that we started.
+Each process has links of its own to both servers. The servers and processes run in sessions of
+their own, end when we die, and are told by the process ids that we started.
 """
 
 import asyncio
@@ -47,7 +48,8 @@ END_S = 90.0
 ASK_S = 10.0
 INSIST_S = 30.0
 RECOVERY_S = 1.0
-"""After the database is back: what a process on a busy machine may take to read that its connections were closed."""
+"""After the database is back: what a process on a busy machine may take to read that its
+connections were closed."""
 
 STORE_PASSWORD = "only-for-faults"
 VALKEY = {
@@ -58,10 +60,12 @@ VALKEY = {
 
 @dataclass
 class Plan:
-    """How many of what, and how eager. The last of ``names`` is a server of its own that is asked over HTTP.
+    """How many of what, and how eager. The last of ``names`` is a server of its own that is asked
+    over HTTP.
 
-    Of the others every second one answers hits below ASGI, the server in every second run, by the seed; one that is alone does.
-    About half of all have no right to hear of bumps or to tell of them.
+    Of the others every second one answers hits below ASGI, the server in every second run, by the
+    seed; one that is alone does. About half of all have no right to hear of bumps or to tell of
+    them.
     """
 
     names: tuple[str, ...] = ("one", "two", "server")
@@ -95,20 +99,35 @@ class Problem:
 
 @dataclass
 class Seat:
-    """The place of a process: its links, and what it told. Whoever sits there may die and be replaced."""
+    """The place of a process: its links, and what it told. Whoever sits there may die and be
+    replaced."""
 
     name: str
     store_link: Link
     database_link: Link
     away: list[tuple[float, float]] = field(default_factory=list)
-    """When the database (or the whole process, for those who ask it over HTTP) could not be reached."""
+    """When the database (or the whole process, for those who ask it over HTTP) could not be
+    reached."""
     frozen: list[tuple[float, float]] = field(default_factory=list)
     """When the process itself was stopped."""
 
     def excuses(self) -> list[tuple[float, float]]:
-        """Return when requests may fail: a process that slept through the end of an outage finds out when it wakes up."""
+        """Return when requests may fail: a process that slept through the end of an outage finds
+        out when it wakes up."""
         return [
-            (begin, max([end, *(woken + RECOVERY_S for asleep, woken in self.frozen if asleep <= end and begin <= woken)]))
+            (
+                begin,
+                max(
+                    [
+                        end,
+                        *(
+                            woken + RECOVERY_S
+                            for asleep, woken in self.frozen
+                            if asleep <= end and begin <= woken
+                        ),
+                    ]
+                ),
+            )
             for begin, end in self.away
         ]
 
@@ -142,7 +161,11 @@ class Worker:
 
     def order(self, **what: Any) -> None:
         """Send an order."""
-        if self.process is not None and self.process.stdin is not None and self.process.returncode is None:
+        if (
+            self.process is not None
+            and self.process.stdin is not None
+            and self.process.returncode is None
+        ):
             with contextlib.suppress(OSError):
                 self.process.stdin.write(json.dumps(what).encode() + b"\n")
 
@@ -191,13 +214,17 @@ class Worker:
                 if line.endswith(b"\n"):
                     self.figures = json.loads(line)
                     self._stage.alarms.update(self.figures["alarms"])
-                    self._stage.problems += [Problem(self.name, *problem) for problem in self.figures["problems"]]
+                    self._stage.problems += [
+                        Problem(self.name, *problem) for problem in self.figures["problems"]
+                    ]
             status = await process.wait()
             self.exited.set()
             if self._ending:
                 return
             if status != -signal.SIGKILL:
-                self._stage.broken.append(f"{self.name} ended with status {status}: {self._stage.tail(self.name)}")
+                self._stage.broken.append(
+                    f"{self.name} ended with status {status}: {self._stage.tail(self.name)}"
+                )
                 return
             for what in ("reads", "writes", "hits"):
                 self._past[what] += self._figure(what)
@@ -206,7 +233,8 @@ class Worker:
 
 
 class Server:
-    """``python -m crm serve`` of an application with several levels (``ways.py``). ``below``: hits are answered below ASGI."""
+    """``python -m crm serve`` of an application with several levels (``ways.py``). ``below``: hits
+    are answered below ASGI."""
 
     def __init__(self, stage: "Stage", seat: Seat, *, below: bool) -> None:
         self.port = lasting_port()
@@ -239,7 +267,10 @@ class Server:
                     writer.close()
                     return
                 if self.process.returncode is not None:
-                    raise RuntimeError(f"the server ended with status {self.process.returncode}: {self._stage.tail('server')}")
+                    raise RuntimeError(
+                        f"the server ended with status {self.process.returncode}: "
+                        f"{self._stage.tail('server')}"
+                    )
                 await asyncio.sleep(0.05)
 
     def signal(self, number: signal.Signals) -> None:
@@ -265,13 +296,20 @@ class Stage:
         self.alarms: set[str] = set()
         """What the caches' own audits found."""
         self.broken: list[str] = []
-        self.postgres = EmbeddedPostgres(folder / "postgres", password=PASSWORD, port=lasting_port(), durable=False)
+        self.postgres = EmbeddedPostgres(
+            folder / "postgres", password=PASSWORD, port=lasting_port(), durable=False
+        )
         self.master, self.replica = (
-            EmbeddedValkey(folder / name, port=lasting_port(), password=STORE_PASSWORD, settings=VALKEY)
+            EmbeddedValkey(
+                folder / name, port=lasting_port(), password=STORE_PASSWORD, settings=VALKEY
+            )
             for name in ("valkey1", "valkey2")
         )
         self.replication = links.add(self.master.port)
-        self.seats = {name: Seat(name, links.add(self.master.port), links.add(self.postgres.port)) for name in plan.names}
+        self.seats = {
+            name: Seat(name, links.add(self.master.port), links.add(self.postgres.port))
+            for name in plan.names
+        }
         self.below, self.deaf = plan.below(seed), plan.deaf(seed)
         self.server = Server(self, self.seats[plan.names[-1]], below=plan.names[-1] in self.below)
         self.workers = {
@@ -290,7 +328,9 @@ class Stage:
 
     def database_url(self, seat: Seat) -> str:
         """Where a process finds the database."""
-        return self.postgres.url(DATABASE).replace(f":{self.postgres.port}/", f":{seat.database_link.port}/")
+        return self.postgres.url(DATABASE).replace(
+            f":{self.postgres.port}/", f":{seat.database_link.port}/"
+        )
 
     def store_url(self, seat: Seat) -> str:
         """Where a process finds the store."""
@@ -310,12 +350,18 @@ class Stage:
     def server_alarms(self) -> set[str]:
         """Return what the audit of the server found: that is only in its log."""
         with contextlib.suppress(OSError):
-            return {row for row in (self.folder / "server.log").read_text(errors="replace").splitlines() if SAYS_ALARM in row}
+            return {
+                row
+                for row in (self.folder / "server.log").read_text(errors="replace").splitlines()
+                if SAYS_ALARM in row
+            }
         return set()
 
     async def start_processes(self) -> None:
         """Start the server and the workers, all at the same time; returns when all read."""
-        await asyncio.gather(self.server.start(), *(worker.start() for worker in self.workers.values()))
+        await asyncio.gather(
+            self.server.start(), *(worker.start() for worker in self.workers.values())
+        )
 
     @contextmanager
     def unavailable(self, names: Iterable[str]) -> Iterator[None]:
@@ -328,14 +374,20 @@ class Stage:
                 self.seats[name].away.append((begin, now() + RECOVERY_S))
 
     def unexcused(self) -> list[Problem]:
-        """Return the problems for which there was no reason: the database could be reached all the time."""
+        """Return the problems for which there was no reason: the database could be reached all the
+        time."""
         found = []
         for problem in self.problems:
             away = self.seats[problem.process].excuses()
             if not any(begin <= problem.end and problem.start <= end for begin, end in away):
-                since = min((problem.start - end + RECOVERY_S for _, end in away if end < problem.start), default=None)
+                since = min(
+                    (problem.start - end + RECOVERY_S for _, end in away if end < problem.start),
+                    default=None,
+                )
                 when = "" if since is None else f" ({since:.2f} s after the database was back)"
-                found.append(Problem(problem.process, problem.start, problem.end, problem.what + when))
+                found.append(
+                    Problem(problem.process, problem.start, problem.end, problem.what + when)
+                )
         return found
 
     async def connect(self) -> Any:
@@ -343,13 +395,17 @@ class Stage:
         return await asyncpg.connect(self.postgres.url(DATABASE).replace("+asyncpg", ""), timeout=5)
 
     async def ask_store(self, *words: Any, server: EmbeddedValkey | None = None) -> Any:
-        """Send one command to the master (or another server), directly. Raises ``redis.RedisError``."""
-        client = redis.asyncio.Redis.from_url((server or self.master).url, socket_timeout=ASK_S, socket_connect_timeout=ASK_S)
+        """Send one command to the master (or another server), directly. Raises
+        ``redis.RedisError``."""
+        client = redis.asyncio.Redis.from_url(
+            (server or self.master).url, socket_timeout=ASK_S, socket_connect_timeout=ASK_S
+        )
         async with client:
             return await client.execute_command(*words)
 
     async def insist(self, *words: Any, server: EmbeddedValkey | None = None) -> Any:
-        """Send one command to the master (or another server) until it succeeds: other faults may be in the way."""
+        """Send one command to the master (or another server) until it succeeds: other faults may be
+        in the way."""
         async with asyncio.timeout(INSIST_S):
             while True:
                 with contextlib.suppress(redis.RedisError, OSError):
@@ -433,7 +489,11 @@ def _stop_servers(made: Stage) -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV")}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV")
+    }
 
 
 def _die_with_parent() -> None:

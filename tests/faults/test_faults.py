@@ -1,4 +1,5 @@
-"""The fault suite in short: seeded, with every kind of part broken once. ``make faults`` runs it for as long as you like."""
+"""The fault suite in short: seeded, with every kind of part broken once. ``make faults`` runs it
+for as long as you like."""
 
 import asyncio
 import re
@@ -35,7 +36,8 @@ SHORT = (
 
 
 async def test_no_promise_is_broken_while_everything_else_is(tmp_path: Path) -> None:
-    """No stale read, no lost invalidation, no request failed that the database could have served; and the cache did serve."""
+    """No stale read, no lost invalidation, no request failed that the database could have served;
+    and the cache did serve."""
     result = await play(tmp_path, seed="7", seconds=SECONDS, kinds=SHORT, hasty=True)
     print(f"\n{result.report}\n{dict(result.faults)}")
     assert result.aborted == ""
@@ -64,7 +66,8 @@ async def test_no_promise_is_broken_while_everything_else_is(tmp_path: Path) -> 
 async def test_a_missing_rule_is_noticed(
     tmp_path: Path, rule: str, writers: int, seconds: float, violated: Kind, way: str
 ) -> None:
-    """Those for which no fault is needed: what psql writes is not seen within the lease; what was acknowledged is not seen."""
+    """Those for which no fault is needed: what psql writes is not seen within the lease; what was
+    acknowledged is not seen."""
     plan = Plan(names=("server",), writers=writers, sabotage=rule)
     result = await play(tmp_path, seed="7", seconds=seconds, kinds=(), plan=plan)
     print(f"\n{result.report}")
@@ -73,7 +76,9 @@ async def test_a_missing_rule_is_noticed(
     assert way in result.report.proofs[violated].violation.read.how
 
 
-@pytest.mark.parametrize("names", [("one", "two", "server"), ("one", "two", "three", "four", "server"), ("server",)])
+@pytest.mark.parametrize(
+    "names", [("one", "two", "server"), ("one", "two", "three", "four", "server"), ("server",)]
+)
 def test_each_run_answers_hits_both_above_and_below_asgi(names: tuple[str, ...]) -> None:
     """Whatever its seed: of the workers one half each, the server now so, now so."""
     chosen = [Plan(names=names).below(str(seed)) for seed in range(20)]
@@ -83,7 +88,9 @@ def test_each_run_answers_hits_both_above_and_below_asgi(names: tuple[str, ...])
 
 
 @pytest.mark.parametrize("names", [("one", "two", "server"), ("one", "two", "three", "server")])
-def test_each_run_has_processes_that_are_told_of_bumps_and_others_that_are_not(names: tuple[str, ...]) -> None:
+def test_each_run_has_processes_that_are_told_of_bumps_and_others_that_are_not(
+    names: tuple[str, ...],
+) -> None:
     """Each of them is now so, now so: the bound holds without being told."""
     chosen = [Plan(names=names).deaf(str(seed)) for seed in range(20)]
     assert all(0 < len(deaf) < len(names) for deaf in chosen)
@@ -92,8 +99,11 @@ def test_each_run_has_processes_that_are_told_of_bumps_and_others_that_are_not(n
 
 
 async def test_reads_are_judged_by_the_level_of_their_route(database_url: str) -> None:
-    """A read that is spared something is one of a route that may be late, and the other way round."""
-    settings = Settings(database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET)
+    """A read that is spared something is one of a route that may be late, and the other way
+    round."""
+    settings = Settings(
+        database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET
+    )
     table = ways.application(settings).prepare()
     for query in queries():
         path, headers = query.path.partition("?")[0], {ways.MADE_IN: b"0.5"}
@@ -103,18 +113,33 @@ async def test_reads_are_judged_by_the_level_of_their_route(database_url: str) -
             assert (policy, query.slack_s(headers)) == (None, ways.VALUE_TTL_S + 0.5 + KEPT_IN_S)
         else:
             assert policy is not None, path
-            assert (policy.level, query.slack_s(headers)) == (query.level, policy.view_s(anonymous=False)), path
+            assert (policy.level, query.slack_s(headers)) == (
+                query.level,
+                policy.view_s(anonymous=False),
+            ), path
 
 
 def test_every_rule_that_can_be_taken_out_is_named_with_what_noticed_it() -> None:
     """The table in docs/proofs.md: those above are tests, the others are run by hand."""
     text = (ROOT / "docs" / "proofs.md").read_text()
-    assert set(re.findall(r"^\| `(?:.* )?--sabotage ([a-z-]+)[ `]", text, re.MULTILINE)) == set(SABOTAGES)
+    assert set(re.findall(r"^\| `(?:.* )?--sabotage ([a-z-]+)[ `]", text, re.MULTILINE)) == set(
+        SABOTAGES
+    )
 
 
-async def test_connections_that_died_in_the_pool_fail_no_request(database_url: str, postgres_server: EmbeddedPostgres) -> None:
-    """The database is back before anybody has noticed that it was away: the first request after that is served."""
-    app = create_app(Settings(database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET))
+async def test_connections_that_died_in_the_pool_fail_no_request(
+    database_url: str, postgres_server: EmbeddedPostgres
+) -> None:
+    """The database is back before anybody has noticed that it was away: the first request after
+    that is served."""
+    app = create_app(
+        Settings(
+            database_url=database_url,
+            redis_cache_url="none",
+            jwt_secret=SECRET,
+            respcache_key=SECRET,
+        )
+    )
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://faults") as http:
         await asyncio.gather(*(http.get("/api/system/health") for _ in range(5)))
@@ -125,12 +150,17 @@ async def test_connections_that_died_in_the_pool_fail_no_request(database_url: s
     await app.app.state.reading.dispose()
 
 
-async def test_rounds_that_connect_first_leave_the_engine_usable(database_url: str, postgres_server: EmbeddedPostgres) -> None:
-    """They have a copy of its pool; over a slow link, requests arrive before the first connection is set up."""
+async def test_rounds_that_connect_first_leave_the_engine_usable(
+    database_url: str, postgres_server: EmbeddedPostgres
+) -> None:
+    """They have a copy of its pool; over a slow link, requests arrive before the first connection
+    is set up."""
     with Links() as links:
         link = links.add(postgres_server.port)
         link.set(State.DELAYED, delay_s=0.02)
-        engine = create_async_engine(database_url.replace(f":{postgres_server.port}/", f":{link.port}/"))
+        engine = create_async_engine(
+            database_url.replace(f":{postgres_server.port}/", f":{link.port}/")
+        )
         outbox = PostgresOutbox(engine, deadline_s=30.0)
         reading = engine.execution_options(isolation_level="AUTOCOMMIT")
 

@@ -1,4 +1,5 @@
-"""What is made of a run: the verdict, the totals, the last line, the exit status and the page. No server is started here."""
+"""What is made of a run: the verdict, the totals, the last line, the exit status and the page. No
+server is started here."""
 
 import asyncio
 import contextlib
@@ -55,7 +56,9 @@ def series(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
 
         monkeypatch.setattr(run, "play", play)
         state = tmp_path / "state.json"
-        status = run.main(["--seed", "100", "--folder", str(tmp_path), "--state", str(state), *arguments])
+        status = run.main(
+            ["--seed", "100", "--folder", str(tmp_path), "--state", str(state), *arguments]
+        )
         assert coming == []
         return status, state
 
@@ -74,7 +77,7 @@ def interrupted(*events: Event) -> Play:
     return play
 
 
-# -- a run -------------------------------------------------------------------------------------------------------------
+# -- a run -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,18 @@ def interrupted(*events: Event) -> Play:
         ((), {"aborted": "a disk broke"}, None),
         (WRONG, {"aborted": "a disk broke"}, "stale_reads"),
     ],
-    ids=["right", "stale", "failed", "alarm", "unrecovered", "no read", "no hit", "another hit", "aborted", "aborted and stale"],
+    ids=[
+        "right",
+        "stale",
+        "failed",
+        "alarm",
+        "unrecovered",
+        "no read",
+        "no hit",
+        "another hit",
+        "aborted",
+        "aborted and stale",
+    ],
 )
 def test_a_run_is_ok_when_it_served_from_the_cache_and_broke_nothing(
     tmp_path: Path, events: tuple[Event, ...], more: dict[str, Any], broken: str | None
@@ -114,8 +128,16 @@ def test_a_read_that_violates_two_properties_is_one_stale_read(tmp_path: Path) -
 class Scenery(Stage):
     """A stage without servers, whose workers have recorded something and then fail in a way."""
 
-    def __init__(self, folder: Path, *events: Event, fails: str = "", serves: bool = False, log: str = "") -> None:
-        self.folder, self.workers, self.problems, self.alarms, self.broken = folder, {}, [], set(), []
+    def __init__(
+        self, folder: Path, *events: Event, fails: str = "", serves: bool = False, log: str = ""
+    ) -> None:
+        self.folder, self.workers, self.problems, self.alarms, self.broken = (
+            folder,
+            {},
+            [],
+            set(),
+            [],
+        )
         self._fails, self._serves = fails, serves
         record(folder, *events)
         (folder / "server.log").write_text(log)
@@ -151,14 +173,21 @@ def perform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Re
 
 
 @pytest.mark.parametrize("fails", ["one ended with status 1: why\nso", "raises"])
-def test_the_history_of_an_aborted_run_is_checked(perform: Callable[..., Result], fails: str) -> None:
+def test_the_history_of_an_aborted_run_is_checked(
+    perform: Callable[..., Result], fails: str
+) -> None:
     """A worker crashed, or something never started: what was recorded until then counts."""
     found = perform(*WRONG, fails=fails)
     assert found.report.violating_reads == 1
     assert not found.ok
-    reason = "TimeoutError: too slow" if fails == "raises" else "ServerFailed: one ended with status 1: why"
+    reason = (
+        "TimeoutError: too slow"
+        if fails == "raises"
+        else "ServerFailed: one ended with status 1: why"
+    )
     assert add({}, found)["aborted"] == {"7": reason}
-    assert ServerFailed.__name__ in found.aborted or "start_processes" in found.aborted  # where it came from
+    # where it came from
+    assert ServerFailed.__name__ in found.aborted or "start_processes" in found.aborted
 
 
 def test_a_cache_that_does_not_serve_again_is_a_failure(perform: Callable[..., Result]) -> None:
@@ -171,28 +200,39 @@ def test_a_cache_that_does_not_serve_again_is_a_failure(perform: Callable[..., R
 
 def test_alarms_of_the_server_are_in_its_log(perform: Callable[..., Result]) -> None:
     """Nobody else tells of them."""
-    found = perform(*RIGHT, serves=True, log=f"ERROR {SAYS_ALARM} a stale answer (0 more): ...\nERROR other\n")
+    found = perform(
+        *RIGHT, serves=True, log=f"ERROR {SAYS_ALARM} a stale answer (0 more): ...\nERROR other\n"
+    )
     assert len(found.alarms) == 1
     assert not found.ok
 
 
-# -- many runs, the command line ---------------------------------------------------------------------------------------
+# -- many runs, the command line -------------------------------------------------------------------
 
 
 def test_a_series_counts_aborted_runs_and_goes_on(
     series: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their reads are in the totals, their seeds and reasons in the state; their histories are kept, others are not."""
-    status, path = series(playing(HIT, ONE, aborted="ServerFailed: gone\nlog"), playing(*RIGHT, HIT, HIT))
+    """Their reads are in the totals, their seeds and reasons in the state; their histories are
+    kept, others are not."""
+    status, path = series(
+        playing(HIT, ONE, aborted="ServerFailed: gone\nlog"), playing(*RIGHT, HIT, HIT)
+    )
     state = json.loads(path.read_text())
-    assert (status, state["reads"], state["seeds"], state["aborted"]) == (0, 4, ["101"], {"100": "ServerFailed: gone"})
+    assert (status, state["reads"], state["seeds"], state["aborted"]) == (
+        0,
+        4,
+        ["101"],
+        {"100": "ServerFailed: gone"},
+    )
     assert len(list(tmp_path.glob("respcache-faults-*"))) == 1
     said = json.loads(capsys.readouterr().out)
     assert (said["aborted"], said["seed"]) == (1, "101")
     status, path = series(arguments=("--total-reads", "4"))  # there are enough already
     assert (status, json.loads(path.read_text())) == (0, state)
     status, path = series(playing(*RIGHT), arguments=())
-    assert json.loads(path.read_text())["seeds"] == ["101", "102"]  # the seed of an aborted run is not run again
+    # the seed of an aborted run is not run again
+    assert json.loads(path.read_text())["seeds"] == ["101", "102"]
 
 
 def test_a_violation_in_an_aborted_run_ends_the_series(series: Callable[..., Any]) -> None:
@@ -208,8 +248,12 @@ def test_a_run_that_could_not_take_place_is_no_success(series: Callable[..., Any
     assert series(gone, gone, gone)[0] == 2
 
 
-@pytest.mark.parametrize("more", [{"alarms": {"stale"}}, {"unrecovered": "never"}], ids=["alarm", "unrecovered"])
-def test_the_exit_status_is_that_of_the_totals(series: Callable[..., Any], more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "more", [{"alarms": {"stale"}}, {"unrecovered": "never"}], ids=["alarm", "unrecovered"]
+)
+def test_the_exit_status_is_that_of_the_totals(
+    series: Callable[..., Any], more: dict[str, Any]
+) -> None:
     """A run without a flaw does not make up for an earlier one."""
     assert series(playing(*RIGHT, **more))[0] == 1
     assert series(playing(*RIGHT), arguments=())[0] == 1
@@ -222,7 +266,11 @@ def test_a_run_that_the_user_stops_is_checked(series: Callable[..., Any], tmp_pa
     assert list(tmp_path.glob("respcache-faults-*")) == []
     status, path = series(interrupted(*WRONG))
     state = json.loads(path.read_text())
-    assert (status, state["stale_reads"], state["aborted"]) == (1, 1, {"100": "stopped by the user"})
+    assert (status, state["stale_reads"], state["aborted"]) == (
+        1,
+        1,
+        {"100": "stopped by the user"},
+    )
     assert len(list(tmp_path.glob("respcache-faults-*/history"))) == 1
 
 
@@ -242,7 +290,7 @@ def test_sabotaged_runs_are_not_added_up(tmp_path: Path) -> None:
     assert run.main(["--sabotage", "no-fence", "--state", str(tmp_path / "state.json")]) == 2
 
 
-# -- the page ----------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------
 
 
 def test_an_old_state_is_gone_on_with(tmp_path: Path) -> None:
@@ -252,14 +300,31 @@ def test_an_old_state_is_gone_on_with(tmp_path: Path) -> None:
     assert line(state)["alarms"] == line(state)["aborted"] == 0
     assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n" in summary(state, command="c")
     add(state, result(tmp_path, *RIGHT), command="run --seed 7")
-    assert (state["reads"], state["seeds"], state["faults"]) == (6, ["100", "101", "103", "7"], {"flushall": 5})
-    assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n| `run --seed 7` | 7 |\n" in summary(state, command="c")
+    assert (state["reads"], state["seeds"], state["faults"]) == (
+        6,
+        ["100", "101", "103", "7"],
+        {"flushall": 5},
+    )
+    assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n| `run --seed 7` | 7 |\n" in summary(
+        state, command="c"
+    )
 
 
 def test_the_page_counts_reads_by_level_and_hits_below_asgi(tmp_path: Path) -> None:
-    """So that it can be seen that these ways were taken; what was read before they were was strict and above."""
-    words = ["hit", "hit below ASGI", "bounded hit below ASGI", "bounded hit", "bounded fill", "ttl fill", "shared"]
-    found = result(tmp_path, ONE, *(Read(1.3, 1.4, {"x": 1}, "r", "q", "q", None, word) for word in words))
+    """So that it can be seen that these ways were taken; what was read before they were was strict
+    and above."""
+    words = [
+        "hit",
+        "hit below ASGI",
+        "bounded hit below ASGI",
+        "bounded hit",
+        "bounded fill",
+        "ttl fill",
+        "shared",
+    ]
+    found = result(
+        tmp_path, ONE, *(Read(1.3, 1.4, {"x": 1}, "r", "q", "q", None, word) for word in words)
+    )
     page = summary(add(json.loads(json.dumps(OLD_STATE)), found), command="c")
     assert "\n| reads served from the cache | 9 (75%) |\n" in page
     assert "\n| hits among the reads at level `strict` | 6 of 8 |\n" in page
@@ -268,15 +333,21 @@ def test_the_page_counts_reads_by_level_and_hits_below_asgi(tmp_path: Path) -> N
     assert "\n| hits that were answered below ASGI (`respcache.turbo`) | 2 |\n" in page
 
 
-def test_the_page_says_which_commands_made_it_and_what_was_aborted(series: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_page_says_which_commands_made_it_and_what_was_aborted(
+    series: Callable[..., Any], tmp_path: Path
+) -> None:
     """With their arguments, as they were typed."""
     _, state = series(
-        playing(ONE, HIT, aborted="ServerFailed: a | b"), playing(*RIGHT, HIT, HIT), arguments=("--total-reads", "4")
+        playing(ONE, HIT, aborted="ServerFailed: a | b"),
+        playing(*RIGHT, HIT, HIT),
+        arguments=("--total-reads", "4"),
     )
     page = tmp_path / "page.md"
     assert run.main(["--state", str(state), "--summary", str(page)]) == 0
     text = page.read_text()
-    started = f"python -m tests.faults.run --seed 100 --folder {tmp_path} --state {state} --total-reads 4"
+    started = (
+        f"python -m tests.faults.run --seed 100 --folder {tmp_path} --state {state} --total-reads 4"
+    )
     assert f"\n| `{started}` | 100 to 101 |\n" in text
     assert f"This page: `python -m tests.faults.run --state {state} --summary {page}`." in text
     assert "their histories were checked (seed 100: ServerFailed: a / b) | 1 |" in text

@@ -1,4 +1,5 @@
-"""Protocols that are in use elsewhere give stale reads without any fault, and the checker finds them. With -s it shows how."""
+"""Protocols that are in use elsewhere give stale reads without any fault, and the checker finds
+them. With -s it shows how."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -13,9 +14,25 @@ from respcache.testing.checker import check
 from respcache.testing.history import Recorder, load
 from respcache.testing.proofs import Kind
 
-from .rivals import TABLE, Aiocache, CacheAside, Cashews, Database, Driver, Make, TimeWindow, Uncached, read_once, write_once
+from .rivals import (
+    TABLE,
+    Aiocache,
+    CacheAside,
+    Cashews,
+    Database,
+    Driver,
+    Make,
+    TimeWindow,
+    Uncached,
+    read_once,
+    write_once,
+)
 
-pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")]  # in the libraries
+# in the libraries
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning"),
+]
 CONTROL_ROUNDS = 5
 
 
@@ -24,18 +41,28 @@ async def databases(empty_database_url: str) -> AsyncIterator[list[Database]]:
     """The database as two processes see it."""
     url = empty_database_url.replace("+asyncpg", "")
     async with AsyncExitStack() as stack:
-        pools = [await stack.enter_async_context(asyncpg.create_pool(url, min_size=4, max_size=10)) for _ in range(2)]
+        pools = [
+            await stack.enter_async_context(asyncpg.create_pool(url, min_size=4, max_size=10))
+            for _ in range(2)
+        ]
         await pools[0].execute(TABLE)
         yield [Database(pool, Random(number)) for number, pool in enumerate(pools)]
 
 
 @pytest.fixture
-async def drive(databases: list[Database], valkey_url: str, tmp_path: Path) -> AsyncIterator[Callable[[Make], Driver]]:
+async def drive(
+    databases: list[Database], valkey_url: str, tmp_path: Path
+) -> AsyncIterator[Callable[[Make], Driver]]:
     """Make two processes of a protocol, and their driver."""
     made: dict[str, Uncached] = {}
 
     def make(rival: Make) -> Driver:
-        made.update({f"process-{number}": rival(database, valkey_url) for number, database in enumerate(databases, 1)})
+        made.update(
+            {
+                f"process-{number}": rival(database, valkey_url)
+                for number, database in enumerate(databases, 1)
+            }
+        )
         return Driver(made, tmp_path, Random(0))
 
     yield make
@@ -47,15 +74,19 @@ async def drive(databases: list[Database], valkey_url: str, tmp_path: Path) -> A
 async def test_a_fill_that_a_write_overtakes_is_served_after_its_acknowledgement(
     drive: Callable[[Make], Driver], rival: Make
 ) -> None:
-    """No fault is needed: a read sees the old state, a write commits, deletes and is acknowledged, and then the read stores."""
+    """No fault is needed: a read sees the old state, a write commits, deletes and is acknowledged,
+    and then the read stores."""
     report = await drive(rival).until_flagged()
     print(f"\n{rival.__name__}\n{report}")
-    assert report.violations.keys() in ({Kind.FRESHNESS}, {Kind.FRESHNESS, Kind.BOUND})  # the latter on a very slow machine
+    # the latter on a very slow machine
+    assert report.violations.keys() in ({Kind.FRESHNESS}, {Kind.FRESHNESS, Kind.BOUND})
     assert report.how["shared"] > 0
     assert "<-- I1" in report.excerpt(Kind.FRESHNESS)
 
 
-async def test_what_always_asks_the_database_is_not_flagged(drive: Callable[[Make], Driver]) -> None:
+async def test_what_always_asks_the_database_is_not_flagged(
+    drive: Callable[[Make], Driver],
+) -> None:
     """The control: the same driver, clients and servers, and no cache."""
     driver = drive(Uncached)
     for _ in range(CONTROL_ROUNDS):
@@ -67,9 +98,13 @@ async def test_what_always_asks_the_database_is_not_flagged(drive: Callable[[Mak
 
 @pytest.mark.parametrize("rival", [CacheAside, TimeWindow])
 async def test_an_invalidation_during_an_outage_is_lost(
-    databases: list[Database], make_valkey: Callable[..., EmbeddedValkey], tmp_path: Path, rival: Make
+    databases: list[Database],
+    make_valkey: Callable[..., EmbeddedValkey],
+    tmp_path: Path,
+    rival: Make,
 ) -> None:
-    """The server does not answer while a write deletes; afterwards it still has the old state: one lost invalidation."""
+    """The server does not answer while a write deletes; afterwards it still has the old state: one
+    lost invalidation."""
     valkey, path = make_valkey(), tmp_path / "events"
     process = rival(databases[0], valkey.url)
     await databases[0].add(["t"])

@@ -1,4 +1,5 @@
-"""Ways from a client to the CRM's application: called in this process, over HTTP, and over HTTP to this very process."""
+"""Ways from a client to the CRM's application: called in this process, over HTTP, and over HTTP to
+this very process."""
 
 import asyncio
 import contextlib
@@ -19,7 +20,13 @@ from .ways import Passing, config
 WAIT_S = 0.05
 KEPT_S = 2.0
 
-POINTS = ("after COMMIT", "between two bumps", "before the acknowledgement", "in a round", "after PUT")
+POINTS = (
+    "after COMMIT",
+    "between two bumps",
+    "before the acknowledgement",
+    "in a round",
+    "after PUT",
+)
 """Where a process can be told to die."""
 
 Headers = dict[bytes, bytes]
@@ -125,7 +132,9 @@ class InProcess:
             await self._said.put(message["type"])
 
         if self._life is None:
-            self._life = asyncio.create_task(self._app({"type": "lifespan", "asgi": {"version": "3.0"}}, self._events.get, send))
+            self._life = asyncio.create_task(
+                self._app({"type": "lifespan", "asgi": {"version": "3.0"}}, self._events.get, send)
+            )
         await self._events.put({"type": event})
         said = await self._said.get()
         if said != f"{event}.complete":
@@ -136,9 +145,16 @@ class InProcess:
         plain, _, query = path.partition("?")
         headers = self._heads.get(user.name)
         if headers is None:
-            headers = self._heads[user.name] = [(b"host", b"faults"), (b"authorization", f"Bearer {user.token}".encode())]
+            headers = self._heads[user.name] = [
+                (b"host", b"faults"),
+                (b"authorization", f"Bearer {user.token}".encode()),
+            ]
         if body is not None:
-            headers = [*headers, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            headers = [
+                *headers,
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+            ]
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": plain,
             "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "", "scheme": "http", "headers": headers,
@@ -180,7 +196,8 @@ class OverHttp:
         return []
 
     async def start(self) -> None:
-        """Wait until the server listens: it is started at the same time as we are. Whoever started both stops waiting first."""
+        """Wait until the server listens: it is started at the same time as we are. Whoever started
+        both stops waiting first."""
         while True:
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection("127.0.0.1", self._port)
@@ -195,8 +212,11 @@ class OverHttp:
         self._idle.clear()
 
     async def send(self, method: str, path: str, user: User, body: bytes | None = None) -> Answer:
-        """Send a request and return the answer. Raises ``ConnectionError`` when the server went away."""
-        head = self._heads.setdefault(user.name, f"host: faults\r\nauthorization: Bearer {user.token}\r\n")
+        """Send a request and return the answer. Raises ``ConnectionError`` when the server went
+        away."""
+        head = self._heads.setdefault(
+            user.name, f"host: faults\r\nauthorization: Bearer {user.token}\r\n"
+        )
         request = f"{method} {path} HTTP/1.1\r\n{head}"
         if body is not None:
             request += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -204,7 +224,10 @@ class OverHttp:
             reader, writer = await self._connected()
             writer.write(request.encode() + b"\r\n" + (body or b""))
             first, *lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines if line)}
+            headers = {
+                name.lower(): value.strip()
+                for name, _, value in (line.partition(b":") for line in lines if line)
+            }
             content = await reader.readexactly(int(headers[b"content-length"]))
         except (OSError, asyncio.IncompleteReadError) as error:
             await OverHttp.stop(self)

@@ -1,7 +1,8 @@
-"""The CRM as the suite's processes serve it: some routes at other levels than strict, and hits above ASGI or below it.
+"""The CRM as the suite's processes serve it: some routes at other levels than strict, and hits
+above ASGI or below it.
 
-``python -m tests.faults.ways`` is ``python -m crm serve`` of that, told by the environment. With ``--turbo`` hits are answered by
-``respcache.turbo``, with ``--sabotage NAME`` a rule is missing.
+``python -m tests.faults.ways`` is ``python -m crm serve`` of that, told by the environment. With
+``--turbo`` hits are answered by ``respcache.turbo``, with ``--sabotage NAME`` a rule is missing.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from respcache.testing.history import now
 from . import sabotage
 
 BOUND_S = 1.0
-LEVELS: Mapping[str, Level] = {"/api/accounts/{id}": Level.BOUNDED, "/api/opportunities": Level.BOUNDED}
+LEVELS: Mapping[str, Level] = {
+    "/api/accounts/{id}": Level.BOUNDED,
+    "/api/opportunities": Level.BOUNDED,
+}
 """Routes that are not strict, by template."""
 
 VALUE, VALUE_TTL_S = "/api/faults/value", 2.0
@@ -44,7 +48,8 @@ ABOVE_ASGI = (ABOVE, b"1")
 
 
 class Passing:
-    """The outermost layer: marks what passes it, and tells when the answer to a write is about to leave."""
+    """The outermost layer: marks what passes it, and tells when the answer to a write is about to
+    leave."""
 
     def __init__(self, app: Wrapper, leaves: Callable[[], None] = lambda: None) -> None:
         self.app = app
@@ -76,11 +81,14 @@ def leveled(route: Route) -> Route:
     """Give a route its level."""
     if route.policy is None or "GET" not in route.methods or route.template not in LEVELS:
         return route
-    return replace(route, policy=replace(route.policy, level=LEVELS[route.template], bound_s=BOUND_S))
+    return replace(
+        route, policy=replace(route.policy, level=LEVELS[route.template], bound_s=BOUND_S)
+    )
 
 
 async def show_value(request: Request, rows: ReadRows) -> Response:
-    """List the accounts of a tenant, from a value of level ttl; whether it was there, and how long it took to make."""
+    """List the accounts of a tenant, from a value of level ttl; whether it was there, and how long
+    it took to make."""
     filled = False
 
     async def make() -> dict[str, Any]:
@@ -93,7 +101,13 @@ async def show_value(request: Request, rows: ReadRows) -> Response:
 
     tenant, seen = rows.scope.tenant, rows.scope.fingerprint.hex()
     value = await request.app.state.cache.get_or_set(
-        tenant, "accounts", {"seen": seen}, make, tables=["accounts"], ttl_s=VALUE_TTL_S, level=Level.TTL
+        tenant,
+        "accounts",
+        {"seen": seen},
+        make,
+        tables=["accounts"],
+        ttl_s=VALUE_TTL_S,
+        level=Level.TTL,
     )
     answer = respond({"accounts": value["accounts"], "limit": 50, "offset": 0})
     answer.headers["cache-status"] = "value; fwd=miss" if filled else "value; hit"
@@ -116,11 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turbo", action="store_true")
     parser.add_argument("--sabotage", choices=sorted(sabotage.SABOTAGES))
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     if options.sabotage is not None:
         sabotage.commit(options.sabotage)
     settings = Settings()
-    server = uvicorn.Server(config(Passing(application(settings)), port=settings.port, below=options.turbo))
+    server = uvicorn.Server(
+        config(Passing(application(settings)), port=settings.port, below=options.turbo)
+    )
     server.run()
     return 0 if server.started else 1
 

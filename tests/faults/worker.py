@@ -1,8 +1,10 @@
-"""One process of the fault suite: clients that read and write at the same time and record what they did.
+"""One process of the fault suite: clients that read and write at the same time and record what they
+did.
 
-They call the CRM's ASGI application in this process, or ask a server over HTTP: of another process, or of this one, with hits
-below ASGI (``transports.py``). What is to be done comes in on standard input, one JSON object a line, the first of which says who
-we are (``Orders``); reports go out on standard output.
+They call the CRM's ASGI application in this process, or ask a server over HTTP: of another process,
+or of this one, with hits below ASGI (``transports.py``). What is to be done comes in on standard
+input, one JSON object a line, the first of which says who we are (``Orders``); reports go out on
+standard output.
 """
 
 import asyncio
@@ -53,20 +55,22 @@ REPORT_S = 0.25
 FINISH_S = 30.0
 AFTER_ERROR_S = 0.05
 REST_S = 0.02
-"""A reader rests after what the database had to answer: an outage is not to take the processor from those who mend it."""
+"""A reader rests after what the database had to answer: an outage is not to take the processor from
+those who mend it."""
 
 ALONE_S = 4.0
-"""How long a tenant is read at other levels than strict alone, one after the other: a strict read renews the view that reads at
-level bounded then need not ask for."""
+"""How long a tenant is read at other levels than strict alone, one after the other: a strict read
+renews the view that reads at level bounded then need not ask for."""
 
 HITS = ("hit", "hit below ASGI")
 
 
 class Orders(msgspec.Struct):
-    """Who we are. ``base`` is the port of a server to be asked over HTTP; without one the application runs here, ``below`` with
-    a server around it that answers hits below ASGI.
+    """Who we are. ``base`` is the port of a server to be asked over HTTP; without one the
+    application runs here, ``below`` with a server around it that answers hits below ASGI.
 
-    ``pause_s`` is how long a reader rests on average; ``share`` and ``of`` say which leads are ours to write.
+    ``pause_s`` is how long a reader rests on average; ``share`` and ``of`` say which leads are ours
+    to write.
     """
 
     name: str
@@ -86,7 +90,8 @@ class Orders(msgspec.Struct):
 
 
 class Slowness:
-    """Lets handlers take a while after they have read: a little now and then, or long and often when it was ordered."""
+    """Lets handlers take a while after they have read: a little now and then, or long and often
+    when it was ordered."""
 
     def __init__(self, randomness: Random) -> None:
         self.ordered = False
@@ -119,13 +124,15 @@ def _application(orders: Orders, points: Points) -> Wrapper:
     return wrapper
 
 
-# -- clients -----------------------------------------------------------------------------------------------------------
+# -- clients ---------------------------------------------------------------------------------------
 
 
 class Clients:
     """The readers and writers of this process."""
 
-    def __init__(self, orders: Orders, transport: Transport, recorder: Recorder, settled: Settled) -> None:
+    def __init__(
+        self, orders: Orders, transport: Transport, recorder: Recorder, settled: Settled
+    ) -> None:
         self.reads = self.writes = self.hits = 0
         self.problems: list[tuple[float, float, str]] = []
         self.done = asyncio.Event()
@@ -148,7 +155,10 @@ class Clients:
     async def _reader(self, randomness: Random) -> None:
         while not self.done.is_set():
             (query,) = randomness.choices(self._queries, cum_weights=self._weights)
-            if query.level is Level.STRICT and query.tenant == TENANTS[int(now() / ALONE_S) % len(TENANTS)]:
+            if (
+                query.level is Level.STRICT
+                and query.tenant == TENANTS[int(now() / ALONE_S) % len(TENANTS)]
+            ):
                 continue
             how = await self._read(query)
             pause_s = self._orders.pause_s if how in (*HITS, "shared") else REST_S
@@ -157,7 +167,8 @@ class Clients:
     async def _read(self, query: Query) -> str | None:
         """Read and record; return where the answer came from, None for a failure.
 
-        At level bounded whatever this process has written shows at once: its reads are the session of its writes.
+        At level bounded whatever this process has written shows at once: its reads are the session
+        of its writes.
         """
         settled = self._settled[query.tenant]
         start = now()
@@ -173,7 +184,9 @@ class Clients:
         how, name = _how(headers), self._orders.name
         word = how if query.level is Level.STRICT else f"{query.level} {how}"
         session, slack_s = name if query.level is Level.BOUNDED else None, query.slack_s(headers)
-        self._recorder.append(Read(start, end, values, name, query.name, told, session, word, slack_s))
+        self._recorder.append(
+            Read(start, end, values, name, query.name, told, session, word, slack_s)
+        )
         self.reads += 1
         self.hits += word in HITS  # at level ttl there are some without a store
         return how
@@ -192,11 +205,16 @@ class Clients:
             else:
                 name, plural, singular, field = randomness.choice(rows)
                 change = orjson.dumps({field: str(randomness.random())})
-                await self._change(tenant, name, f"/api/{plural}/{key(f'{tenant}/{name}')}", change, singular)
+                await self._change(
+                    tenant, name, f"/api/{plural}/{key(f'{tenant}/{name}')}", change, singular
+                )
             await asyncio.sleep(randomness.uniform(0.15, 0.9))
 
-    async def _change(self, tenant: str, name: str, path: str, change: bytes, singular: str) -> None:
-        """Change a row; the answer shows the version that it had under its lock, so this write made the next one."""
+    async def _change(
+        self, tenant: str, name: str, path: str, change: bytes, singular: str
+    ) -> None:
+        """Change a row; the answer shows the version that it had under its lock, so this write made
+        the next one."""
         register, process, started = f"{tenant}/{name}", self._orders.name, now()
         self._recorder.append(Write(register, None, started, None, None, process))
         answer = await self._ask("PUT", path, ADMINS[tenant], started, change)
@@ -207,31 +225,50 @@ class Clients:
             self._problem(started, f"PUT {path}: {status} {body[:200]!r}")
             return
         version = orjson.loads(body)["data"][singular]["v"] + 1
-        self._recorder.append(Write(register, version, started, left, left, process, session=process))
+        self._recorder.append(
+            Write(register, version, started, left, left, process, session=process)
+        )
         self._written(started, headers)
 
     async def _dispose(self, tenant: str, randomness: Random) -> None:
         """Convert or delete leads that are ours to write."""
-        numbers = [n for n in window(self._settled[tenant]) if self._is_ours(n) and lead(tenant, n) not in self._finished]
+        numbers = [
+            n
+            for n in window(self._settled[tenant])
+            if self._is_ours(n) and lead(tenant, n) not in self._finished
+        ]
         if not numbers:
             return
         number = randomness.choice(numbers)
         path, ends = f"/api/leads/{key(lead(tenant, number))}", [lead(tenant, number)]
         if fate(number) == "convert":
-            await self._end("POST", f"{path}/convert", tenant, ends, becomes=contact(tenant, number))
+            await self._end(
+                "POST", f"{path}/convert", tenant, ends, becomes=contact(tenant, number)
+            )
         elif fate(number) == "delete":
             await self._end("DELETE", path, tenant, ends)
         else:
-            many = [n for n in numbers if fate(n) == "bulk-delete" and n // BATCH == number // BATCH]
+            many = [
+                n for n in numbers if fate(n) == "bulk-delete" and n // BATCH == number // BATCH
+            ]
             body = orjson.dumps({"ids": [str(key(lead(tenant, n))) for n in many]})
-            await self._end("POST", "/api/leads/bulk-delete", tenant, [lead(tenant, n) for n in many], body)
+            await self._end(
+                "POST", "/api/leads/bulk-delete", tenant, [lead(tenant, n) for n in many], body
+            )
 
     def _is_ours(self, number: int) -> bool:
         group = number // BATCH if fate(number) == "bulk-delete" else number // len(FATES)
         return fate(number) != "psql" and group % self._orders.of == self._orders.share
 
     async def _end(
-        self, method: str, path: str, tenant: str, leads: list[str], body: bytes = b"{}", *, becomes: str | None = None
+        self,
+        method: str,
+        path: str,
+        tenant: str,
+        leads: list[str],
+        body: bytes = b"{}",
+        *,
+        becomes: str | None = None,
     ) -> None:
         """End leads; where they were gone already, an attempt whose answer was lost has done it."""
         started, process = now(), self._orders.name
@@ -257,7 +294,9 @@ class Clients:
         if said not in (None, b"pending; safe"):
             self._problem(started, f"a write was acknowledged with {said!r}")
 
-    async def _ask(self, method: str, path: str, user: User, started: float, body: bytes | None = None) -> Answer | None:
+    async def _ask(
+        self, method: str, path: str, user: User, started: float, body: bytes | None = None
+    ) -> Answer | None:
         try:
             return await self._transport.send(method, path, user, body)
         except Exception as error:
@@ -278,23 +317,34 @@ def _how(headers: Headers) -> str:
     return "bypass" if b"fwd=bypass" in cache_status else "fill"
 
 
-# -- the process -------------------------------------------------------------------------------------------------------
+# -- the process -----------------------------------------------------------------------------------
 
 
 async def _lines() -> asyncio.StreamReader:
     reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
     return reader
 
 
 def _report(clients: Clients, alarms: list[str], **more: Any) -> None:
     problems, clients.problems = clients.problems, []
-    told = {"reads": clients.reads, "writes": clients.writes, "hits": clients.hits, "problems": problems, "alarms": alarms}
+    told = {
+        "reads": clients.reads,
+        "writes": clients.writes,
+        "hits": clients.hits,
+        "problems": problems,
+        "alarms": alarms,
+    }
     print(json.dumps({**told, **more}), flush=True)
 
 
-async def _obey(lines: asyncio.StreamReader, clients: Clients, points: Points, slowness: Slowness) -> None:
-    """Do what comes in; return when it is to end. Without whoever gives orders, this process has no reason to be."""
+async def _obey(
+    lines: asyncio.StreamReader, clients: Clients, points: Points, slowness: Slowness
+) -> None:
+    """Do what comes in; return when it is to end. Without whoever gives orders, this process has no
+    reason to be."""
     while line := await lines.readline():
         order = json.loads(line)
         points.ordered = order.get("die", points.ordered)
@@ -344,6 +394,8 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("crm").setLevel(logging.CRITICAL)  # an outage of the database is no news here
     uvloop.run(_main())

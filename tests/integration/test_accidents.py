@@ -1,4 +1,5 @@
-"""What can happen to the server: never old data, never a failed request, and hits come back. On a Valkey that tests may break."""
+"""What can happen to the server: never old data, never a failed request, and hits come back. On a
+Valkey that tests may break."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -45,7 +46,9 @@ class World:
             self.value += 1
             return self.value
 
-        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(self.cache.wrap(app)), base_url="http://test")
+        self.http = httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(self.cache.wrap(app)), base_url="http://test"
+        )
 
     async def get(self) -> tuple[int, str]:
         answer = await self.http.get("/value")
@@ -87,7 +90,8 @@ async def running(*urls: str) -> AsyncIterator[list[World]]:
 
 
 async def test_losing_any_single_key_brings_no_old_data_back(make_valkey: Make) -> None:
-    """Entry, generation, lease or switch: each is deleted once, around a write that bumps and one whose bump is lost."""
+    """Entry, generation, lease or switch: each is deleted once, around a write that bumps and one
+    whose bump is lost."""
     valkey = make_valkey()
     async with running(valkey.url) as [world]:
         await world.get()
@@ -119,7 +123,8 @@ async def test_flushing_is_safe(make_valkey: Make, accident: str) -> None:
 
 
 async def test_a_restart_with_an_old_dump_serves_nothing_of_it(make_valkey: Make) -> None:
-    """The dump holds an entry and a generation that agree with each other, from before an acknowledged write."""
+    """The dump holds an entry and a generation that agree with each other, from before an
+    acknowledged write."""
     valkey = make_valkey(dbfilename="old.rdb")
     async with running(valkey.url) as [world]:
         await world.get()
@@ -176,7 +181,9 @@ async def test_a_first_replica_changes_the_identity_and_hits_come_back(make_valk
 
 
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
-async def test_killing_and_freezing_under_load_fails_no_request(make_valkey: Make, accident: str) -> None:
+async def test_killing_and_freezing_under_load_fails_no_request(
+    make_valkey: Make, accident: str
+) -> None:
     """Every request is answered, with the present value; afterwards hits come back."""
     valkey = make_valkey()
     async with running(valkey.url) as [world]:
@@ -212,7 +219,8 @@ async def test_killing_and_freezing_under_load_fails_no_request(make_valkey: Mak
 
 
 async def test_two_processes_fill_a_cold_key_once(valkey_url: str) -> None:
-    """Two hundred callers in two processes (two caches, two connections), one handler call in all."""
+    """Two hundred callers in two processes (two caches, two connections), one handler call in
+    all."""
     async with running(valkey_url, valkey_url) as worlds:
         for world in worlds:
             world.pause_s = 0.1
@@ -222,7 +230,8 @@ async def test_two_processes_fill_a_cold_key_once(valkey_url: str) -> None:
 
 
 async def test_the_followers_of_a_dead_process_are_served(valkey_url: str) -> None:
-    """Its lease stays behind; waiting for it is capped, and the key is filled and stored by who waited."""
+    """Its lease stays behind; waiting for it is capped, and the key is filled and stored by who
+    waited."""
     async with running(valkey_url) as [world]:
         await world.get()
         with redis.Redis.from_url(valkey_url) as client:
@@ -241,7 +250,8 @@ async def test_the_followers_of_a_dead_process_are_served(valkey_url: str) -> No
 
 
 MOST_OF_A_FILL = 10
-"""Commands of one fill: look, lease, taking it over, put, release. Waiting for somebody else's takes dozens."""
+"""Commands of one fill: look, lease, taking it over, put, release. Waiting for somebody else's
+takes dozens."""
 
 
 async def test_a_lease_from_before_a_write_is_not_waited_for(valkey_url: str) -> None:
@@ -258,7 +268,9 @@ async def test_a_lease_from_before_a_write_is_not_waited_for(valkey_url: str) ->
             calls, commands = world.calls, world.store.counters()["commands"]
             assert (await world.get())[0] == 1
             assert world.calls == calls + 1
-            assert world.store.counters()["commands"] - commands <= MOST_OF_A_FILL, "it asked again and again"
+            assert world.store.counters()["commands"] - commands <= MOST_OF_A_FILL, (
+                "it asked again and again"
+            )
 
 
 async def test_an_entry_under_the_wrong_key_is_not_served(valkey_url: str) -> None:

@@ -1,4 +1,5 @@
-"""The figures of all processes on a real Valkey: they add up, come and go with their processes, and never get in the way."""
+"""The figures of all processes on a real Valkey: they add up, come and go with their processes, and
+never get in the way."""
 
 import asyncio
 import sys
@@ -31,10 +32,18 @@ class Worker:
 
     def __init__(self, url: str | None, **options: Any) -> None:
         self.board = Board(url, **options)
-        self.cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=self.board)
+        self.cache = Cache(
+            MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=self.board
+        )
 
     def count(
-        self, tenant: str | None, *, hits: int = 0, misses: int = 0, route: str = "/things", module: str = "things"
+        self,
+        tenant: str | None,
+        *,
+        hits: int = 0,
+        misses: int = 0,
+        route: str = "/things",
+        module: str = "things",
     ) -> None:
         """Have some requests."""
         figures = self.cache.figures.at(tenant, module, route)
@@ -71,7 +80,7 @@ def client(valkey_url: str) -> Any:
         yield made
 
 
-# -- adding up ---------------------------------------------------------------------------------------------------------
+# -- adding up -------------------------------------------------------------------------------------
 
 
 async def test_figures_of_processes_add_up(valkey_url: str) -> None:
@@ -90,16 +99,34 @@ async def test_figures_of_processes_add_up(valkey_url: str) -> None:
             assert (found.alone, found.problem) == (False, "")
             assert {process.id for process in found.processes} == {one.board.id, two.board.id}
             assert (found.totals.hits, found.totals.misses, found.totals.invalidations) == (7, 5, 4)
-            assert {route.route: route.totals.hits for route in found.routes} == {"/things": 7, "/others": 0}
-            assert {one.module: one.totals.misses for one in found.modules} == {"things": 2, "others": 3}
+            assert {route.route: route.totals.hits for route in found.routes} == {
+                "/things": 7,
+                "/others": 0,
+            }
+            assert {one.module: one.totals.misses for one in found.modules} == {
+                "things": 2,
+                "others": 3,
+            }
             assert found.times.misses.count == 1
             assert found.server is not None
-            assert (found.server.memory_bytes > 0, found.server.version > "", found.server.keys > 0) == (True, True, True)
+            assert (
+                found.server.memory_bytes > 0,
+                found.server.version > "",
+                found.server.keys > 0,
+            ) == (True, True, True)
             acme = await board.tenant("acme")
-            assert (acme.totals.hits, acme.totals.misses, acme.totals.invalidations, acme.alone) == (7, 2, 4, False)
+            assert (
+                acme.totals.hits,
+                acme.totals.misses,
+                acme.totals.invalidations,
+                acme.alone,
+            ) == (7, 2, 4, False)
             points = (await board.series(2)).points
             assert len(points) == 12
-            assert (sum(point.hits for point in points), sum(point.misses for point in points)) == (7, 5)
+            assert (sum(point.hits for point in points), sum(point.misses for point in points)) == (
+                7,
+                5,
+            )
     await reader.close()
 
 
@@ -112,8 +139,12 @@ async def test_a_tenants_figures_are_found_by_whoever_asks_for_that_tenant(valke
         await one.board.publish()
         acme = await two.board.tenant("acme")
         assert (acme.tenant, acme.totals.hits) == ("acme", 5)
-        assert [(route.route, route.totals.hits, route.times) for route in acme.routes] == [("/things", 5, None)]
-        assert [(found.module, found.totals.hits, found.times) for found in acme.modules] == [("things", 5, None)]
+        assert [(route.route, route.totals.hits, route.times) for route in acme.routes] == [
+            ("/things", 5, None)
+        ]
+        assert [(found.module, found.totals.hits, found.times) for found in acme.modules] == [
+            ("things", 5, None)
+        ]
         nobody = await two.board.tenant("initech")
         assert (nobody.totals.requests, nobody.routes, nobody.modules) == (0, [], [])
         assert (await two.board.tenant(OTHER)).totals.hits == 500
@@ -128,23 +159,52 @@ async def test_tenants_come_in_the_order_that_is_asked_for(valkey_url: str) -> N
         for worker in (one, two):
             await worker.board.publish()
         found = await one.board.tenants(limit=2)
-        assert ([row.tenant for row in found.tenants], found.count, found.alone) == (["t59", "t58"], 60, False)
-        assert [row.tenant for row in (await two.board.tenants(order="hit_ratio", offset=1, limit=2)).tenants] == ["t58", "t57"]
-        assert [row.tenant for row in (await two.board.tenants(order="tenant", limit=2)).tenants] == ["t00", "t01"]
+        assert ([row.tenant for row in found.tenants], found.count, found.alone) == (
+            ["t59", "t58"],
+            60,
+            False,
+        )
+        assert [
+            row.tenant
+            for row in (await two.board.tenants(order="hit_ratio", offset=1, limit=2)).tenants
+        ] == ["t58", "t57"]
+        assert [
+            row.tenant for row in (await two.board.tenants(order="tenant", limit=2)).tenants
+        ] == ["t00", "t01"]
 
 
 async def test_a_process_says_how_it_is(valkey_url: str) -> None:
     """Its memory, its breaker, its age, and what its audit has found."""
-    finding = Finding("2026-01-01", "stale", "acme", "things", "/things", "key", 1, {"sequence": 1}, {}, {}, "a", "b")
+    finding = Finding(
+        "2026-01-01",
+        "stale",
+        "acme",
+        "things",
+        "/things",
+        "key",
+        1,
+        {"sequence": 1},
+        {},
+        {},
+        "a",
+        "b",
+    )
     store = RedisStore(f"redis://127.0.0.1:{free_port()}")
     board, reader = Board(valkey_url), Board(valkey_url)
-    cache = Cache(store, secret=SECRET, resolver=SingleTenant("public"), board=board, near_bytes=1_000_000)
+    cache = Cache(
+        store, secret=SECRET, resolver=SingleTenant("public"), board=board, near_bytes=1_000_000
+    )
     assert cache.audit is not None
     cache.audit.findings.append(finding)
     await board.publish()
     found = await reader.fleet()
     (process,) = found.processes
-    assert (process.id, process.available, process.enabled, process.near_limit_bytes) == (board.id, False, True, 1_000_000)
+    assert (process.id, process.available, process.enabled, process.near_limit_bytes) == (
+        board.id,
+        False,
+        True,
+        1_000_000,
+    )
     assert process.commands == store.counters()
     assert 0 <= process.age_s < 30
     assert (process.fence, process.audit is not None and process.audit.stale) == (None, 0)
@@ -154,10 +214,12 @@ async def test_a_process_says_how_it_is(valkey_url: str) -> None:
     await reader.close()
 
 
-# -- coming and going --------------------------------------------------------------------------------------------------
+# -- coming and going ------------------------------------------------------------------------------
 
 
-async def test_a_process_that_ends_is_gone_at_once_and_one_that_died_after_30_seconds(valkey_url: str, client: Any) -> None:
+async def test_a_process_that_ends_is_gone_at_once_and_one_that_died_after_30_seconds(
+    valkey_url: str, client: Any
+) -> None:
     """The time to live of its figures tells how long it has been silent."""
     async with workers(valkey_url) as (one,):
         two, dead = Worker(valkey_url), Worker(valkey_url)
@@ -166,8 +228,18 @@ async def test_a_process_that_ends_is_gone_at_once_and_one_that_died_after_30_se
             await worker.board.publish()
         assert len((await one.board.fleet()).processes) == 3
         await two.board.close()
-        assert {process.id for process in (await one.board.fleet()).processes} == {one.board.id, dead.board.id}
-        assert client.exists(keys.figures_key(two.board.id), keys.tenants_key(two.board.id), keys.routes_key(two.board.id)) == 0
+        assert {process.id for process in (await one.board.fleet()).processes} == {
+            one.board.id,
+            dead.board.id,
+        }
+        assert (
+            client.exists(
+                keys.figures_key(two.board.id),
+                keys.tenants_key(two.board.id),
+                keys.routes_key(two.board.id),
+            )
+            == 0
+        )
         key = keys.figures_key(dead.board.id)
         client.pexpire(key, 31_000)  # as if it had been silent for 29 seconds
         found = {process.id: process.age_s for process in (await one.board.fleet()).processes}
@@ -185,8 +257,11 @@ async def test_a_process_that_ends_is_gone_at_once_and_one_that_died_after_30_se
         await dead.board.close()
 
 
-async def test_figures_come_back_with_the_server(make_valkey: Callable[..., EmbeddedValkey]) -> None:
-    """While it is away each process has its own, and says so; when it is back and empty, all of them are published again."""
+async def test_figures_come_back_with_the_server(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
+    """While it is away each process has its own, and says so; when it is back and empty, all of
+    them are published again."""
     server = make_valkey()
     async with workers(server.url, server.url) as (one, two):
         for worker in (one, two):
@@ -197,12 +272,28 @@ async def test_figures_come_back_with_the_server(make_valkey: Callable[..., Embe
         one.count("acme", hits=100)
         assert not await one.board.publish()
         found = await one.board.fleet()
-        assert (found.alone, found.server, [process.id for process in found.processes]) == (True, None, [one.board.id])
+        assert (found.alone, found.server, [process.id for process in found.processes]) == (
+            True,
+            None,
+            [one.board.id],
+        )
         assert server.url.rpartition("@")[2].partition("/")[0] in found.problem
         assert found.totals.hits == 106
-        acme, tenants, series = await one.board.tenant("acme"), await one.board.tenants(), await one.board.series()
-        assert (acme.totals.hits, acme.alone, tenants.alone, series.alone) == (105, True, True, True)
-        assert [(row.tenant, row.totals.hits) for row in tenants.tenants] == [("acme", 105), ("globex", 1)]
+        acme, tenants, series = (
+            await one.board.tenant("acme"),
+            await one.board.tenants(),
+            await one.board.series(),
+        )
+        assert (acme.totals.hits, acme.alone, tenants.alone, series.alone) == (
+            105,
+            True,
+            True,
+            True,
+        )
+        assert [(row.tenant, row.totals.hits) for row in tenants.tenants] == [
+            ("acme", 105),
+            ("globex", 1),
+        ]
         assert sum(point.hits for point in series.points) == 106
         server.start()
         for worker in (one, two):
@@ -211,13 +302,16 @@ async def test_figures_come_back_with_the_server(make_valkey: Callable[..., Embe
         assert (found.alone, found.totals.hits, len(found.processes)) == (False, 112, 2)
         assert (await two.board.tenant("globex")).totals.hits == 2
         assert [row.totals.hits for row in (await two.board.tenants()).tenants] == [110, 2]
-        assert sum(point.hits for point in (await two.board.series()).points) == 100, "what the server had not been told"
+        assert sum(point.hits for point in (await two.board.series()).points) == 100, (
+            "what the server had not been told"
+        )
 
 
 async def test_what_happens_during_an_outage_is_in_the_series_when_it_happened(
     make_valkey: Callable[..., EmbeddedValkey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all processes, once the server is back: no gap, and no peak after it. What was sent is not sent again."""
+    """Of all processes, once the server is back: no gap, and no peak after it. What was sent is not
+    sent again."""
     server, began = make_valkey(), int(time.time())
     async with workers(server.url, server.url, deadline_s=0.1) as (one, two):
         one.count("acme", hits=5)
@@ -232,7 +326,9 @@ async def test_what_happens_during_an_outage_is_in_the_series_when_it_happened(
         for worker in (one, two) * 2:
             assert await worker.board.publish()
         found = {point.at: point.hits for point in (await two.board.series()).points if point.hits}
-        assert {ago_s: found.pop((began - ago_s) // BUCKET_S * BUCKET_S) for ago_s in (60, 120)} == {60: 10, 120: 20}
+        assert {
+            ago_s: found.pop((began - ago_s) // BUCKET_S * BUCKET_S) for ago_s in (60, 120)
+        } == {60: 10, 120: 20}
         assert list(found.values()) == [5]
 
 
@@ -240,7 +336,11 @@ async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
     make_valkey: Callable[..., EmbeddedValkey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also by a busy process, or what happened would seem to have happened much later."""
-    for name, value in {"PERIOD_S": 0.01, "MOST_PERIOD_S": 1000.0, "MOST_SHARE_OF_TIME": 1e-6}.items():
+    for name, value in {
+        "PERIOD_S": 0.01,
+        "MOST_PERIOD_S": 1000.0,
+        "MOST_SHARE_OF_TIME": 1e-6,
+    }.items():
         monkeypatch.setattr(module, name, value)
     server = make_valkey()
     async with workers(server.url, deadline_s=0.05) as (one,):
@@ -253,7 +353,9 @@ async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
                     sum(range(10_000))
 
 
-async def test_a_frozen_server_holds_up_nobody_but_who_asks(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+async def test_a_frozen_server_holds_up_nobody_but_who_asks(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """For a deadline. Afterwards everything is as before."""
     server = make_valkey()
     async with workers(server.url, deadline_s=0.1) as (one,):
@@ -271,13 +373,17 @@ async def test_a_frozen_server_holds_up_nobody_but_who_asks(make_valkey: Callabl
         assert not (await one.board.fleet()).alone
 
 
-async def test_a_cache_publishes_by_itself_and_stops_when_it_is_closed(valkey_url: str, client: Any) -> None:
+async def test_a_cache_publishes_by_itself_and_stops_when_it_is_closed(
+    valkey_url: str, client: Any
+) -> None:
     """Nothing to be called; nothing is left behind."""
     board = Board(valkey_url)
     cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=board)
     cache.figures.at("acme", "things", "/things").hits += 3
     await cache.connect()
-    while not client.exists(keys.figures_key(board.id)) or not client.exists(keys.routes_key(board.id)):
+    while not client.exists(keys.figures_key(board.id)) or not client.exists(
+        keys.routes_key(board.id)
+    ):
         await asyncio.sleep(0.01)
     await cache.close()
     left = {key.decode() for key in client.scan_iter("respcache:*")}
@@ -292,13 +398,17 @@ async def test_a_cache_with_a_board_starts_and_ends_without_the_server() -> None
         cache.figures.at("acme", "things", "/things").hits += 3
         await cache.connect()
         found = await board.fleet()
-        assert (found.alone, found.totals.hits, (await board.tenants()).tenants[0].tenant) == (True, 3, "acme")
+        assert (found.alone, found.totals.hits, (await board.tenants()).tenants[0].tenant) == (
+            True,
+            3,
+            "acme",
+        )
         assert "secret" not in f"{found.problem} {board!r}"
         assert found.problem
         await cache.close()
 
 
-# -- what is sent ------------------------------------------------------------------------------------------------------
+# -- what is sent ----------------------------------------------------------------------------------
 
 
 async def test_only_tenants_that_changed_are_said_anew(valkey_url: str, client: Any) -> None:
@@ -311,7 +421,9 @@ async def test_only_tenants_that_changed_are_said_anew(valkey_url: str, client: 
             "store": lambda figures: figures.store(size_bytes=0, seconds=0.0),
             "bypass": lambda figures: figures.bypass("off"),
             "refusal": lambda figures: figures.refuse("vary"),
-            "invalidation": lambda figures: setattr(figures, "invalidations", figures.invalidations + 1),
+            "invalidation": lambda figures: setattr(
+                figures, "invalidations", figures.invalidations + 1
+            ),
         }
         for tenant in (*changes, "quiet"):
             one.count(tenant, hits=1, misses=1)
@@ -338,7 +450,9 @@ async def test_of_many_changed_tenants_those_that_wait_longest_come_first(
         for turn in range(3):
             for number in range(100):
                 one.count(f"t{number}", hits=1)
-            client.delete(keys.tenants_key(one.board.id)) if turn == 0 else client.hset(keys.tenants_key(one.board.id), "x", "y")
+            client.delete(keys.tenants_key(one.board.id)) if turn == 0 else client.hset(
+                keys.tenants_key(one.board.id), "x", "y"
+            )
             await one.board.publish()
             now = set(client.hkeys(keys.tenants_key(one.board.id)))
             assert len(now - said - {b"x"}) in (40, 20)
@@ -359,7 +473,10 @@ async def test_what_another_release_publishes_is_left_out(valkey_url: str, clien
             one.count("acme", hits=1)
             await one.board.publish()
             found = await one.board.fleet()
-            assert ([process.id for process in found.processes], found.alone) == ([one.board.id], False)
+            assert ([process.id for process in found.processes], found.alone) == (
+                [one.board.id],
+                False,
+            )
             own = one.cache.figures.of("acme", "things").hits
             assert (await one.board.tenant("acme")).totals.hits == own
             assert [row.totals.hits for row in (await one.board.tenants()).tenants] == [own]
@@ -372,7 +489,9 @@ async def test_every_key_has_a_time_to_live(valkey_url: str, client: Any) -> Non
         await one.board.publish()
         found = {key.decode(): client.ttl(key) for key in client.scan_iter("*")}
         assert len(found) == 5
-        assert all(0 < ttl <= (4200 if ":~series:" in key else 60) for key, ttl in found.items()), found
+        assert all(0 < ttl <= (4200 if ":~series:" in key else 60) for key, ttl in found.items()), (
+            found
+        )
 
 
 async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,14 +534,18 @@ async def test_the_process_is_left_its_time(valkey_url: str) -> None:
         assert (await one.board.tenants()).count == 1_000
 
 
-# -- how it is set up --------------------------------------------------------------------------------------------------
+# -- how it is set up ------------------------------------------------------------------------------
 
 
-async def test_a_server_that_refuses_info_still_gives_figures(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+async def test_a_server_that_refuses_info_still_gives_figures(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """What a user may not ask is left out."""
     server = make_valkey()
     with redis.Redis.from_url(server.url) as admin:
-        admin.execute_command("ACL", "SETUSER", "board", "on", ">word", "~respcache:*", "+@all", "-info")
+        admin.execute_command(
+            "ACL", "SETUSER", "board", "on", ">word", "~respcache:*", "+@all", "-info"
+        )
     place = server.url.rpartition("@")[2]
     async with workers(f"redis://board:word@{place}") as (one,):
         one.count("acme", hits=1)
@@ -431,7 +554,9 @@ async def test_a_server_that_refuses_info_still_gives_figures(make_valkey: Calla
         assert (found.server, found.alone, found.totals.hits) == (None, False, 1)
 
 
-async def test_a_server_that_refuses_everything_is_a_problem_and_no_more(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+async def test_a_server_that_refuses_everything_is_a_problem_and_no_more(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """A wrong password, a user without the keys."""
     server = make_valkey()
     with redis.Redis.from_url(server.url) as admin:
@@ -447,7 +572,8 @@ async def test_a_server_that_refuses_everything_is_a_problem_and_no_more(make_va
 
 
 async def test_a_board_is_set_up_with_care(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache each; an address that can be read; redis-py where it is needed; a time that is kept."""
+    """One cache each; an address that can be read; redis-py where it is needed; a time that is
+    kept."""
     worker = Worker(None)
     with pytest.raises(ConfigurationError, match="one Cache"):
         Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=worker.board)
@@ -462,8 +588,11 @@ async def test_a_board_is_set_up_with_care(monkeypatch: pytest.MonkeyPatch) -> N
     Board(None)
 
 
-async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``asyncio.wait_for`` of Python 3.11 does when both happen in one tick: once, then it would go on for ever."""
+async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ``asyncio.wait_for`` of Python 3.11 does when both happen in one tick: once, then it would
+    go on for ever."""
     begun = asyncio.Event()
 
     async def publish(self: Board) -> bool:

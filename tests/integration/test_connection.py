@@ -1,6 +1,8 @@
-"""One connection: replies reach those who asked, whatever is cancelled, late, split, cut or garbled. On both event loops.
+"""One connection: replies reach those who asked, whatever is cancelled, late, split, cut or
+garbled. On both event loops.
 
-Most tests talk to a real Valkey; where one cannot be made to misbehave, the test plays the server on a real socket.
+Most tests talk to a real Valkey; where one cannot be made to misbehave, the test plays the server
+on a real socket.
 """
 
 import asyncio
@@ -43,7 +45,9 @@ SLACK_S = 0.4
 """What a busy machine may add to a deadline."""
 
 hypothetically = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -58,7 +62,8 @@ def bulk(data: bytes) -> bytes:
 
 
 class Peer:
-    """The other end of a socket, played by the test: it shakes hands as told, and then says exactly what the test says."""
+    """The other end of a socket, played by the test: it shakes hands as told, and then says exactly
+    what the test says."""
 
     def __init__(self, *, greeting: bytes | None) -> None:
         self.greeting = greeting
@@ -99,7 +104,8 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 class Seen:
-    """Stands between a connection and its transport or its event loop, and notes calls of one name."""
+    """Stands between a connection and its transport or its event loop, and notes calls of one
+    name."""
 
     def __init__(self, inner: Any, name: str) -> None:
         self._inner = inner
@@ -109,7 +115,9 @@ class Seen:
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._inner, name)
         return (
-            attribute if name != self._name else lambda *args, **options: self.calls.append(args) or attribute(*args, **options)
+            attribute
+            if name != self._name
+            else lambda *args, **options: self.calls.append(args) or attribute(*args, **options)
         )
 
 
@@ -154,7 +162,9 @@ async def meet(listen: Callable[..., Awaitable[tuple[Peer, ServerURL]]]) -> Asyn
     async def connect(lost: list[StoreUnavailable] | None = None) -> tuple[Peer, Connection]:
         peer, url = await listen(greeting())
         ends = [] if lost is None else lost
-        connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, cause: ends.append(cause))
+        connection = await Connection.open(
+            url, deadline_s=LONG_S, lost=lambda _, cause: ends.append(cause)
+        )
         opened.append(connection)
         return peer, connection
 
@@ -167,13 +177,17 @@ async def meet(listen: Callable[..., Awaitable[tuple[Peer, ServerURL]]]) -> Asyn
 @pytest.fixture
 async def real(valkey_url: str) -> AsyncIterator[Connection]:
     """A connection to a real server."""
-    connection = await Connection.open(ServerURL.parse(valkey_url), deadline_s=LONG_S, lost=lambda _, __: None)
+    connection = await Connection.open(
+        ServerURL.parse(valkey_url), deadline_s=LONG_S, lost=lambda _, __: None
+    )
     yield connection
     connection.abort(StoreUnavailable("end of the test"))
     await connection.wait_closed()
 
 
-def asking(connection: Connection, *commands: tuple[Any, ...], deadline_s: float = LONG_S) -> "asyncio.Task[list[Any]]":
+def asking(
+    connection: Connection, *commands: tuple[Any, ...], deadline_s: float = LONG_S
+) -> "asyncio.Task[list[Any]]":
     return asyncio.create_task(connection.execute(commands, deadline_s=deadline_s))
 
 
@@ -187,12 +201,14 @@ async def connected(url: ServerURL) -> AsyncIterator[Connection]:
         await connection.wait_closed()
 
 
-# -- handshake -------------------------------------------------------------------------------------------------------------
+# -- handshake -------------------------------------------------------------------------------------
 
 
 async def test_the_handshake_learns_the_identity_and_names_the_connection(real: Connection) -> None:
     """RESP3, the client's name, and the server's own replication id."""
-    info, client = await real.execute([("INFO", "replication"), ("CLIENT", "INFO")], deadline_s=LONG_S)
+    info, client = await real.execute(
+        [("INFO", "replication"), ("CLIENT", "INFO")], deadline_s=LONG_S
+    )
     assert f"master_replid:{real.identity}\r\n" in connection_module.as_text(info)
     assert "name=respcache " in connection_module.as_text(client)
     assert "resp=3" in connection_module.as_text(client)
@@ -203,7 +219,9 @@ async def test_the_database_of_the_url_is_selected(valkey_url: str) -> None:
     url = ServerURL.parse(valkey_url.removesuffix("/0") + "/3")
     connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
     try:
-        replies = await connection.execute([("SET", "k", "v"), ("SELECT", 0), ("EXISTS", "k")], deadline_s=LONG_S)
+        replies = await connection.execute(
+            [("SET", "k", "v"), ("SELECT", 0), ("EXISTS", "k")], deadline_s=LONG_S
+        )
         assert replies == [b"OK", b"OK", 0]
     finally:
         connection.abort(StoreUnavailable("end of the test"))
@@ -227,7 +245,8 @@ async def test_a_wrong_password_is_a_refusal_that_does_not_repeat_it(valkey_url:
         (greeting(b"nonsense"), "role is None"),
         (greeting(persistence=b"loading:1\r\n"), "loading"),
         (
-            b"-ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `default`, `pw`\r\n" * 4,
+            b"-ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `default`, "
+            b"`pw`\r\n" * 4,
             "unknown command `HELLO`$",
         ),
         (b"-ERR max number of clients reached\r\n", "max number of clients"),
@@ -235,15 +254,20 @@ async def test_a_wrong_password_is_a_refusal_that_does_not_repeat_it(valkey_url:
         (b"-NOAUTH HELLO must be called\r\n" * 4, "NOAUTH"),
     ],
 )
-async def test_servers_that_cannot_serve_us_are_refused(listen: Any, answer: bytes, message: str) -> None:
-    """A replica, a server that loads its data, one without RESP3, one without room: no connection, and a reason."""
+async def test_servers_that_cannot_serve_us_are_refused(
+    listen: Any, answer: bytes, message: str
+) -> None:
+    """A replica, a server that loads its data, one without RESP3, one without room: no connection,
+    and a reason."""
     _, url = await listen(answer)
     with pytest.raises(Refused, match=message) as error:
         await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
     assert "`pw`" not in str(error.value)
 
 
-async def test_a_server_that_accepts_and_says_nothing_costs_one_connect_deadline(listen: Any) -> None:
+async def test_a_server_that_accepts_and_says_nothing_costs_one_connect_deadline(
+    listen: Any,
+) -> None:
     """The handshake has a deadline of its own."""
     _, url = await listen(None)
     with pytest.raises(StoreUnavailable, match=r"no answer within 0\.05 s|silent|no reply"):
@@ -254,7 +278,9 @@ async def test_a_server_that_accepts_and_says_nothing_costs_one_connect_deadline
 async def test_an_address_without_a_server_is_unavailable(host: str, unused_port: int) -> None:
     """Nobody listens, or the name cannot exist: the same error as for a dead server."""
     with pytest.raises(StoreUnavailable):
-        await Connection.open(ServerURL(host, unused_port), deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(
+            ServerURL(host, unused_port), deadline_s=LONG_S, lost=lambda _, __: None
+        )
 
 
 @pytest.fixture
@@ -266,7 +292,7 @@ async def unused_port() -> int:
     return port
 
 
-# -- whose reply it is -----------------------------------------------------------------------------------------------------
+# -- whose reply it is -----------------------------------------------------------------------------
 
 
 async def test_a_cancelled_callers_reply_never_reaches_another_caller(meet: Meet) -> None:
@@ -299,10 +325,14 @@ async def test_a_reply_that_comes_too_late_never_reaches_another_caller(meet: Me
 
 
 async def test_a_storm_of_cancelled_commands_mixes_nothing_up(real: Connection) -> None:
-    """Seeded: 600 batches on a real server, a third of them cancelled at any stage; each survivor has its own replies."""
+    """Seeded: 600 batches on a real server, a third of them cancelled at any stage; each survivor
+    has its own replies."""
     rng = random.Random(7)
     for _ in range(6):
-        batches = [[f"{rng.random()}".encode() * rng.randint(1, 500) for _ in range(rng.randint(1, 4))] for _ in range(100)]
+        batches = [
+            [f"{rng.random()}".encode() * rng.randint(1, 500) for _ in range(rng.randint(1, 4))]
+            for _ in range(100)
+        ]
         tasks = [asking(real, *[("ECHO", text) for text in batch]) for batch in batches]
         for task in rng.sample(tasks, 33):
             asyncio.get_running_loop().call_later(rng.random() * 0.01, task.cancel)
@@ -318,14 +348,20 @@ async def test_a_storm_of_cancelled_commands_mixes_nothing_up(real: Connection) 
 async def test_in_any_storm_of_cancellations_every_survivor_gets_its_own_value(
     real: Connection, seed: int, callers: int, cancelled: float
 ) -> None:
-    """Futures and tasks, cancelled before their commands leave, while they are under way, and from each other's callbacks."""
+    """Futures and tasks, cancelled before their commands leave, while they are under way, and from
+    each other's callbacks."""
     rng = random.Random(seed)
-    batches = [[f"{seed}.{number}.{part}".encode() for part in range(rng.randint(1, 3))] for number in range(callers)]
+    batches = [
+        [f"{seed}.{number}.{part}".encode() for part in range(rng.randint(1, 3))]
+        for number in range(callers)
+    ]
     asked: list[asyncio.Future[list[Any]]] = []
     for batch in batches:
         commands = [("ECHO", text) for text in batch]
         plain = rng.random() < 0.5
-        asked.append(real.request(commands, deadline_s=LONG_S) if plain else asking(real, *commands))
+        asked.append(
+            real.request(commands, deadline_s=LONG_S) if plain else asking(real, *commands)
+        )
         if rng.random() < 0.1:
             await asyncio.sleep(0)
     for victim in rng.sample(asked, int(cancelled * callers)):
@@ -347,7 +383,9 @@ async def test_a_future_needs_no_task(real: Connection) -> None:
     """A plain function sends, and a done-callback takes the replies."""
     taken: list[Any] = []
     before = asyncio.all_tasks()
-    real.request([("ECHO", "a"), ("ECHO", "b")], deadline_s=LONG_S).add_done_callback(lambda done: taken.append(done.result()))
+    real.request([("ECHO", "a"), ("ECHO", "b")], deadline_s=LONG_S).add_done_callback(
+        lambda done: taken.append(done.result())
+    )
     assert asyncio.all_tasks() == before
     await until(lambda: bool(taken))
     assert taken == [[b"a", b"b"]]
@@ -357,7 +395,11 @@ async def test_a_future_needs_no_task(real: Connection) -> None:
 async def test_a_request_that_cannot_be_sent_raises_at_once(real: Connection) -> None:
     """There is no future to be looked at later."""
     real.abort(StoreUnavailable("the end"))
-    for send in (real.send, lambda commands: real.request(commands, deadline_s=LONG_S), lambda _: real.soon(lambda: None)):
+    for send in (
+        real.send,
+        lambda commands: real.request(commands, deadline_s=LONG_S),
+        lambda _: real.soon(lambda: None),
+    ):
         with pytest.raises(StoreUnavailable, match="the end"):
             send([("ECHO", "a")])
 
@@ -392,7 +434,7 @@ async def test_an_error_stands_in_its_place_among_the_replies(real: Connection) 
     assert isinstance(replies[1], hiredis.ReplyError)
 
 
-# -- one write per tick ----------------------------------------------------------------------------------------------------
+# -- one write per tick ----------------------------------------------------------------------------
 
 
 async def test_the_commands_of_one_tick_leave_in_one_write_in_their_order(real: Connection) -> None:
@@ -422,7 +464,8 @@ async def test_a_server_reads_the_commands_of_a_tick_at_once(real: Connection) -
     assert await reads() - before == 2  # and the one that asks
 
 
-@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})])  # uvloop drops what it has not written yet
+# uvloop drops what it has not written yet
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})])
 async def test_what_was_sent_in_the_tick_of_the_end_still_leaves(meet: Meet) -> None:
     """A lease that is given back by a process that stops, for example."""
     peer, connection = await meet()
@@ -431,13 +474,17 @@ async def test_what_was_sent_in_the_tick_of_the_end_still_leaves(meet: Meet) -> 
     await peer.heard_commands(1)
 
 
-async def test_a_callback_runs_before_the_bytes_leave_and_what_it_sends_leaves_with_them(real: Connection) -> None:
+async def test_a_callback_runs_before_the_bytes_leave_and_what_it_sends_leaves_with_them(
+    real: Connection,
+) -> None:
     """It can group the requests of a tick; it runs once."""
     writes, wanted, answers = writes_of(real), [], []
 
     def ask_for_all() -> None:
         assert writes == []
-        real.request([("MGET", *wanted)], deadline_s=LONG_S).add_done_callback(lambda done: answers.append(done.result()))
+        real.request([("MGET", *wanted)], deadline_s=LONG_S).add_done_callback(
+            lambda done: answers.append(done.result())
+        )
 
     first = real.request([("MSET", "a", 1, "b", 2)], deadline_s=LONG_S)
     real.soon(ask_for_all)
@@ -458,7 +505,9 @@ async def test_a_callback_without_commands_is_called_in_this_tick_too(real: Conn
     assert (calls, writes) == ([0], [])
 
 
-async def test_a_callback_that_asks_to_be_called_again_waits_for_the_next_tick(real: Connection) -> None:
+async def test_a_callback_that_asks_to_be_called_again_waits_for_the_next_tick(
+    real: Connection,
+) -> None:
     """It cannot keep the loop in one flush for ever, and what it sends each time leaves."""
     calls: list[int] = []
 
@@ -473,7 +522,9 @@ async def test_a_callback_that_asks_to_be_called_again_waits_for_the_next_tick(r
     assert int(count) >= 5
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), IndexError("mine"), asyncio.CancelledError("mine")])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), IndexError("mine"), asyncio.CancelledError("mine")]
+)
 async def test_a_callback_that_fails_is_logged_and_costs_the_others_nothing(
     real: Connection, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
@@ -491,7 +542,9 @@ async def test_a_callback_that_fails_is_logged_and_costs_the_others_nothing(
     assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error, error]
 
 
-async def test_when_the_connection_ends_first_callbacks_still_run_and_learn_of_it(meet: Meet) -> None:
+async def test_when_the_connection_ends_first_callbacks_still_run_and_learn_of_it(
+    meet: Meet,
+) -> None:
     """What they send raises, theirs to handle."""
     _, connection = await meet()
     raised: list[StoreUnavailable] = []
@@ -509,7 +562,8 @@ async def test_when_the_connection_ends_first_callbacks_still_run_and_learn_of_i
 
 
 async def test_callbacks_and_timers_run_in_nobodys_context(real: Connection) -> None:
-    """They serve many callers; what one of them has set, its tenant for example, must not be seen by what serves another."""
+    """They serve many callers; what one of them has set, its tenant for example, must not be seen
+    by what serves another."""
     tenant, seen = contextvars.ContextVar("tenant", default="nobody"), []
     tenant.set("acme")
     real.soon(lambda: seen.append(tenant.get()))
@@ -517,7 +571,7 @@ async def test_callbacks_and_timers_run_in_nobodys_context(real: Connection) -> 
     assert seen == ["nobody"]
 
 
-# -- bytes -----------------------------------------------------------------------------------------------------------------
+# -- bytes -----------------------------------------------------------------------------------------
 
 STREAM = (
     bulk(b"one\r\ntwo"),
@@ -532,7 +586,9 @@ PUSH = b">2\r\n+invalidate\r\n*1\r\n+key\r\n"
 
 
 async def check_stream(waiting: "list[asyncio.Task[list[Any]]]") -> None:
-    (one,), (two,), (error,), (nothing,), (false,), (mapping,), (verbatim,) = [await task for task in waiting]
+    (one,), (two,), (error,), (nothing,), (false,), (mapping,), (verbatim,) = [
+        await task for task in waiting
+    ]
     assert (one, two, nothing, false) == (b"one\r\ntwo", [b"x", None, 7], None, False)
     assert isinstance(error, hiredis.ReplyError)
     assert mapping == {b"k": b"v"}
@@ -574,7 +630,9 @@ async def test_replies_may_be_cut_at_any_byte(meet: Meet) -> None:
 
 @hypothetically
 @given(copies=st.integers(1, 4), places=st.lists(st.floats(0, 1), max_size=8))
-async def test_replies_may_be_split_and_merged_in_any_way(meet: Meet, copies: int, places: list[float]) -> None:
+async def test_replies_may_be_split_and_merged_in_any_way(
+    meet: Meet, copies: int, places: list[float]
+) -> None:
     """Packets begin and end where they like."""
     peer, connection = await meet()
     waiting = [asking(connection, ("CMD", number)) for number in range(copies * len(STREAM))]
@@ -596,7 +654,9 @@ async def say_in_parts(peer: Peer, connection: Connection, parts: list[bytes]) -
                 await asyncio.sleep(0)
 
 
-async def test_wherever_a_server_hangs_up_whole_replies_are_delivered_and_the_others_fail(listen: Any) -> None:
+async def test_wherever_a_server_hangs_up_whole_replies_are_delivered_and_the_others_fail(
+    listen: Any,
+) -> None:
     """For every byte of the stream: nobody gets half a reply, and nobody that of another."""
     replies = [bulk(b"one"), b"*2\r\n:1\r\n" + bulk(b"two"), b"-ERR three\r\n", b"_\r\n"]
     stream, ends = b"".join(replies), [sum(map(len, replies[:number])) for number in range(1, 5)]
@@ -611,7 +671,10 @@ async def test_wherever_a_server_hangs_up_whole_replies_are_delivered_and_the_ot
             results = await asyncio.gather(*waiting, return_exceptions=True)
         whole = sum(end <= place for end in ends)
         good = [[b"one"], [[1, b"two"]], "ERR three", [None]][:whole]
-        assert [str(result[0]) if number == 2 else result for number, result in enumerate(results[:whole])] == good
+        assert [
+            str(result[0]) if number == 2 else result
+            for number, result in enumerate(results[:whole])
+        ] == good
         assert all(isinstance(result, StoreUnavailable) for result in results[whole:])
 
 
@@ -632,9 +695,12 @@ async def test_a_connection_that_ends_in_mid_reply_fails_everybody_at_once(meet:
         await connection.execute([("GET", "k")], deadline_s=LONG_S)
 
 
-@pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$abc\r\n", b"+OK\r\n+nobody asked\r\n"])
+@pytest.mark.parametrize(
+    "garbage", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$abc\r\n", b"+OK\r\n+nobody asked\r\n"]
+)
 async def test_garbage_ends_the_connection(meet: Meet, garbage: bytes) -> None:
-    """After something that is not understood, or that nobody asked for, no reply can be trusted to be the right one."""
+    """After something that is not understood, or that nobody asked for, no reply can be trusted to
+    be the right one."""
     lost: list[StoreUnavailable] = []
     peer, connection = await meet(lost)
     waiting = asking(connection, ("GET", "k"))
@@ -645,7 +711,7 @@ async def test_garbage_ends_the_connection(meet: Meet, garbage: bytes) -> None:
     await asyncio.gather(waiting, return_exceptions=True)
 
 
-# -- deadlines and bounds --------------------------------------------------------------------------------------------------
+# -- deadlines and bounds --------------------------------------------------------------------------
 
 
 async def test_silence_past_a_deadline_ends_the_connection_for_all(meet: Meet) -> None:
@@ -663,7 +729,8 @@ async def test_silence_past_a_deadline_ends_the_connection_for_all(meet: Meet) -
 
 
 async def test_a_busy_event_loop_does_not_condemn_a_live_server(meet: Meet) -> None:
-    """The deadline passed while our own loop was busy, and the reply lies in the socket: it is read before judging."""
+    """The deadline passed while our own loop was busy, and the reply lies in the socket: it is read
+    before judging."""
     lost: list[StoreUnavailable] = []
     peer, connection = await meet(lost)
     waiting = asking(connection, ("GET", "k"), deadline_s=0.05)
@@ -675,7 +742,8 @@ async def test_a_busy_event_loop_does_not_condemn_a_live_server(meet: Meet) -> N
 
 
 class Blocking(asyncio.Protocol):
-    """A peer in our own loop that answers a command and then blocks the loop past the deadline, in the phase of reading."""
+    """A peer in our own loop that answers a command and then blocks the loop past the deadline, in
+    the phase of reading."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -689,11 +757,14 @@ class Blocking(asyncio.Protocol):
 
 
 async def test_timers_that_run_before_sockets_are_read_condemn_nobody() -> None:
-    """uvloop then runs the deadline before it reads the reply that has arrived; one more tick reads it."""
+    """uvloop then runs the deadline before it reads the reply that has arrived; one more tick reads
+    it."""
     lost: list[StoreUnavailable] = []
     server = await asyncio.get_running_loop().create_server(Blocking, "127.0.0.1", 0)
     url = ServerURL("127.0.0.1", server.sockets[0].getsockname()[1])
-    connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, cause: lost.append(cause))
+    connection = await Connection.open(
+        url, deadline_s=LONG_S, lost=lambda _, cause: lost.append(cause)
+    )
     try:
         assert await connection.execute([("GET", "k")], deadline_s=0.05) == [b"v"]
         assert (lost, connection.timeouts) == ([], 0)
@@ -724,13 +795,21 @@ async def failed_after(waiting: "asyncio.Future[list[Any]]") -> float:
 
 
 @pytest.mark.parametrize("order", [(LONG_S, 0.06), (0.06, LONG_S), (0.06, LONG_S, 0.03, 0.12)])
-async def test_each_deadline_is_kept_whatever_the_others_are(meet: Meet, order: tuple[float, ...]) -> None:
+async def test_each_deadline_is_kept_whatever_the_others_are(
+    meet: Meet, order: tuple[float, ...]
+) -> None:
     """A short one behind a long one, and the other way round; the patient get their replies."""
     peer, connection = await meet()
-    waiting = [connection.request([("GET", deadline_s)], deadline_s=deadline_s) for deadline_s in order]
+    waiting = [
+        connection.request([("GET", deadline_s)], deadline_s=deadline_s) for deadline_s in order
+    ]
     await peer.heard_commands(len(order))
     peer.say(PUSH)  # not silent
-    short = [(deadline_s, future) for deadline_s, future in zip(order, waiting, strict=True) if deadline_s < LONG_S]
+    short = [
+        (deadline_s, future)
+        for deadline_s, future in zip(order, waiting, strict=True)
+        if deadline_s < LONG_S
+    ]
     took = await asyncio.gather(*(failed_after(future) for _, future in short))
     for (deadline_s, _), after_s in zip(short, took, strict=True):
         assert deadline_s * 0.8 < after_s < deadline_s * (1 + connection_module.LATENESS) + SLACK_S
@@ -741,21 +820,37 @@ async def test_each_deadline_is_kept_whatever_the_others_are(meet: Meet, order: 
 
 @hypothetically
 @given(
-    plan=st.lists(st.tuples(st.sampled_from([0.02, 0.05, LONG_S]), st.booleans()), min_size=1, max_size=12), share=st.floats(0, 1)
+    plan=st.lists(
+        st.tuples(st.sampled_from([0.02, 0.05, LONG_S]), st.booleans()), min_size=1, max_size=12
+    ),
+    share=st.floats(0, 1),
 )
-async def test_some_run_out_of_time_while_others_go_on(listen: Any, plan: list[tuple[float, bool]], share: float) -> None:
-    """Any mixture of deadlines, in one tick or several: who is answered in time has the answer, and no one that of another."""
+async def test_some_run_out_of_time_while_others_go_on(
+    listen: Any, plan: list[tuple[float, bool]], share: float
+) -> None:
+    """Any mixture of deadlines, in one tick or several: who is answered in time has the answer, and
+    no one that of another."""
     peer, url = await listen(greeting())
     async with connected(url) as connection:
-        waiting, replies, answered = [], [bulk(b"%d" % number) for number in range(len(plan))], int(share * len(plan))
+        waiting, replies, answered = (
+            [],
+            [bulk(b"%d" % number) for number in range(len(plan))],
+            int(share * len(plan)),
+        )
         for number, (deadline_s, pause) in enumerate(plan):
-            waiting.append(connection.request([("GET", number)], deadline_s=deadline_s if number >= answered else LONG_S))
+            waiting.append(
+                connection.request(
+                    [("GET", number)], deadline_s=deadline_s if number >= answered else LONG_S
+                )
+            )
             if pause:
                 await asyncio.sleep(0)
         await peer.heard_commands(len(plan))
         peer.say(PUSH + b"".join(replies[:answered]))
         short = [
-            future for (deadline_s, _), future in zip(plan[answered:], waiting[answered:], strict=True) if deadline_s < LONG_S
+            future
+            for (deadline_s, _), future in zip(plan[answered:], waiting[answered:], strict=True)
+            if deadline_s < LONG_S
         ]
         if len(short) < connection_module.MAX_LATE_IN_A_ROW:
             for future in short:
@@ -764,14 +859,20 @@ async def test_some_run_out_of_time_while_others_go_on(listen: Any, plan: list[t
         results = await asyncio.gather(*waiting, return_exceptions=True)
     for number, (future, result) in enumerate(zip(waiting, results, strict=True)):
         if len(short) < connection_module.MAX_LATE_IN_A_ROW or number < answered:
-            assert isinstance(result, StoreUnavailable) if future in short else result == [b"%d" % number]
+            assert (
+                isinstance(result, StoreUnavailable)
+                if future in short
+                else result == [b"%d" % number]
+            )
 
 
 async def test_deadlines_cost_one_timer_an_interval_and_none_when_idle(real: Connection) -> None:
     """However many commands there are."""
     timers, started, commands = timers_of(real), time.monotonic(), 0
     while time.monotonic() - started < 0.5:
-        await asyncio.gather(*(asking(real, ("ECHO", number), deadline_s=0.1) for number in range(10)))
+        await asyncio.gather(
+            *(asking(real, ("ECHO", number), deadline_s=0.1) for number in range(10))
+        )
         commands += 10
     intervals = (time.monotonic() - started) / 0.1
     assert commands > 10 * intervals
@@ -782,7 +883,9 @@ async def test_deadlines_cost_one_timer_an_interval_and_none_when_idle(real: Con
     assert len(timers) == set_so_far
 
 
-async def test_deadlines_that_pass_one_after_another_are_looked_at_together(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadlines_that_pass_one_after_another_are_looked_at_together(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A queue of thousands is not looked through once for each of them."""
     monkeypatch.setattr(connection_module, "MAX_LATE_IN_A_ROW", 1000)
     peer, connection = await meet()
@@ -798,7 +901,8 @@ async def test_deadlines_that_pass_one_after_another_are_looked_at_together(meet
 
 
 async def test_a_write_that_fails_leaves_nobody_waiting_for_ever(meet: Meet) -> None:
-    """An event loop's transport may raise, uvloop's does when it has been closed: the deadline still holds."""
+    """An event loop's transport may raise, uvloop's does when it has been closed: the deadline
+    still holds."""
     _, connection = await meet()
     loop, failures = asyncio.get_running_loop(), []
     handler = loop.get_exception_handler()
@@ -824,7 +928,9 @@ async def test_a_connection_that_ended_leaves_no_timer(meet: Meet) -> None:
     await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_a_server_that_answers_always_too_late_is_dropped(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_answers_always_too_late_is_dropped(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is never silent, but each caller would pay the deadline."""
     monkeypatch.setattr(connection_module, "MAX_LATE_IN_A_ROW", 3)
     lost: list[StoreUnavailable] = []
@@ -838,7 +944,9 @@ async def test_a_server_that_answers_always_too_late_is_dropped(meet: Meet, monk
     assert "3 replies in a row" in str(lost[0])
 
 
-async def test_a_timely_reply_ends_the_row_of_late_ones(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_timely_reply_ends_the_row_of_late_ones(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some slow commands among good ones do not cost the connection."""
     monkeypatch.setattr(connection_module, "MAX_LATE_IN_A_ROW", 2)
     lost: list[StoreUnavailable] = []
@@ -872,7 +980,8 @@ async def test_callers_beyond_the_bound_of_waiting_commands_are_refused_at_once(
 
 
 async def test_the_bounds_hold_within_a_tick(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has not been written yet counts, commands and bytes; when it has left there is room again."""
+    """What has not been written yet counts, commands and bytes; when it has left there is room
+    again."""
     monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 1000)
     peer, connection = await meet()
     for _ in range(2):
@@ -888,7 +997,9 @@ async def test_the_bounds_hold_within_a_tick(meet: Meet, monkeypatch: pytest.Mon
         connection.send([("GET", "k")])
 
 
-async def test_a_server_that_does_not_read_cannot_fill_our_memory(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_does_not_read_cannot_fill_our_memory(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond the bound of unsent bytes callers are refused at once."""
     monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 1_000_000)
     peer, connection = await meet()
@@ -901,11 +1012,15 @@ async def test_a_server_that_does_not_read_cannot_fill_our_memory(meet: Meet, mo
     assert 0 < accepted < 100
 
 
-# -- replies that end a connection -----------------------------------------------------------------------------------------
+# -- replies that end a connection -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reply", [b"-LOADING wait\r\n", b"-READONLY no\r\n", b"-MASTERDOWN no\r\n", b"-NOAUTH no\r\n"])
-async def test_a_reply_that_says_the_server_cannot_serve_ends_the_connection(meet: Meet, reply: bytes) -> None:
+@pytest.mark.parametrize(
+    "reply", [b"-LOADING wait\r\n", b"-READONLY no\r\n", b"-MASTERDOWN no\r\n", b"-NOAUTH no\r\n"]
+)
+async def test_a_reply_that_says_the_server_cannot_serve_ends_the_connection(
+    meet: Meet, reply: bytes
+) -> None:
     """Its caller gets the reply; then the connection is over."""
     lost: list[StoreUnavailable] = []
     peer, connection = await meet(lost)
@@ -917,7 +1032,10 @@ async def test_a_reply_that_says_the_server_cannot_serve_ends_the_connection(mee
     assert isinstance(lost[0], Refused)
 
 
-@pytest.mark.parametrize("reply", [b"-OOM command not allowed\r\n", b"-NOPERM no\r\n", b"-ERR what\r\n", b"-BUSY script\r\n"])
+@pytest.mark.parametrize(
+    "reply",
+    [b"-OOM command not allowed\r\n", b"-NOPERM no\r\n", b"-ERR what\r\n", b"-BUSY script\r\n"],
+)
 async def test_other_errors_are_just_replies(meet: Meet, reply: bytes) -> None:
     """A full or strict server still answers the next command."""
     lost: list[StoreUnavailable] = []
@@ -930,17 +1048,23 @@ async def test_other_errors_are_just_replies(meet: Meet, reply: bytes) -> None:
     assert (lost, connection.errors) == ([], 2)
 
 
-async def test_a_full_server_refuses_writes_and_goes_on_answering(make_valkey: Callable[..., EmbeddedValkey]) -> None:
-    """OOM of a real Valkey: the writers get it, in their places, and the readers beside them what they asked for."""
+async def test_a_full_server_refuses_writes_and_goes_on_answering(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
+    """OOM of a real Valkey: the writers get it, in their places, and the readers beside them what
+    they asked for."""
     server = make_valkey(maxmemory="1mb", maxmemory_policy="noeviction")
     async with connected(ServerURL.parse(server.url)) as connection:
         await connection.execute([("SET", "fill", b"x" * 2_000_000)], deadline_s=LONG_S)
-        waiting = [asking(connection, ("ECHO", n), ("SET", "k", b"x" * 10_000), ("ECHO", n)) for n in range(20)]
+        waiting = [
+            asking(connection, ("ECHO", n), ("SET", "k", b"x" * 10_000), ("ECHO", n))
+            for n in range(20)
+        ]
         for number, (before, error, after) in enumerate(await asyncio.gather(*waiting)):
             assert (before, str(error)[:3], after) == (b"%d" % number, "OOM", b"%d" % number)
 
 
-# -- push messages ---------------------------------------------------------------------------------------------------------
+# -- push messages ---------------------------------------------------------------------------------
 
 CONFIRMED = b">3\r\n$9\r\nsubscribe\r\n$4\r\nnews\r\n:1\r\n"
 NOPERM = b"-NOPERM no\r\n"
@@ -957,7 +1081,9 @@ def publish(url: str, *messages: str, channel: str = "news") -> None:
             client.publish(channel, text)
 
 
-async def test_messages_are_heard_between_the_replies_of_others(real: Connection, valkey_url: str) -> None:
+async def test_messages_are_heard_between_the_replies_of_others(
+    real: Connection, valkey_url: str
+) -> None:
     """A real server: those of the channel, in their order, each once, and no reply is shifted."""
     heard: list[bytes] = []
     asked = real.subscribe("news", heard.append, deadline_s=LONG_S)
@@ -965,7 +1091,9 @@ async def test_messages_are_heard_between_the_replies_of_others(real: Connection
     assert await asked == [b"PONG"]
     assert real.listening
     texts = [f"message {number}" for number in range(200)]
-    publishing = asyncio.get_running_loop().run_in_executor(None, lambda: publish(valkey_url, *texts))
+    publishing = asyncio.get_running_loop().run_in_executor(
+        None, lambda: publish(valkey_url, *texts)
+    )
     while not publishing.done():
         results = await asyncio.gather(*(asking(real, ("ECHO", number)) for number in range(20)))
         assert results == [[b"%d" % number] for number in range(20)]
@@ -975,12 +1103,17 @@ async def test_messages_are_heard_between_the_replies_of_others(real: Connection
 
 
 @hypothetically
-@given(refused=st.booleans(), unable=st.booleans(), stream=st.lists(st.booleans(), max_size=20), place=st.floats(0, 1))
+@given(
+    refused=st.booleans(),
+    unable=st.booleans(),
+    stream=st.lists(st.booleans(), max_size=20),
+    place=st.floats(0, 1),
+)
 async def test_a_subscription_never_shifts_replies(
     listen: Any, refused: bool, unable: bool, stream: list[bool], place: float
 ) -> None:
-    """Confirmed or refused, PING allowed or not, messages anywhere: everybody has his own, and messages come before what
-    was said after them."""
+    """Confirmed or refused, PING allowed or not, messages anywhere: everybody has his own, and
+    messages come before what was said after them."""
     peer, url = await listen(greeting())
     async with connected(url) as connection:
         order: list[str] = []
@@ -988,7 +1121,9 @@ async def test_a_subscription_never_shifts_replies(
         waiting = []
         for number in range(replies + 1):
             if number == first:
-                asked = connection.subscribe("news", lambda text: order.append(text.decode()), deadline_s=LONG_S)
+                asked = connection.subscribe(
+                    "news", lambda text: order.append(text.decode()), deadline_s=LONG_S
+                )
             if number < replies:
                 waiting.append(connection.request([("GET", number)], deadline_s=LONG_S))
                 waiting[-1].add_done_callback(lambda done: order.append(done.result()[0].decode()))
@@ -1009,11 +1144,16 @@ async def test_a_subscription_never_shifts_replies(
     number = 0
     for position, is_reply in enumerate(stream):
         if not is_reply:
-            assert all(positions[f"m{position}"] < positions[str(later)] for later in range(number, replies))
+            assert all(
+                positions[f"m{position}"] < positions[str(later)]
+                for later in range(number, replies)
+            )
         number += is_reply
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), IndexError("mine"), asyncio.CancelledError("mine")])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), IndexError("mine"), asyncio.CancelledError("mine")]
+)
 async def test_a_listener_that_fails_is_logged_and_costs_nobody_a_reply(
     meet: Meet, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
@@ -1025,7 +1165,10 @@ async def test_a_listener_that_fails_is_logged_and_costs_nobody_a_reply(
         heard.append(text)
         raise error
 
-    asked, waiting = connection.subscribe("news", hear, deadline_s=LONG_S), asking(connection, ("GET", "k"))
+    asked, waiting = (
+        connection.subscribe("news", hear, deadline_s=LONG_S),
+        asking(connection, ("GET", "k")),
+    )
     await peer.heard_commands(3)
     peer.say(CONFIRMED + message(b"a") + PONG + message(b"b") + bulk(b"v"))
     assert await waiting == [b"v"]
@@ -1051,15 +1194,25 @@ async def test_nothing_is_heard_after_the_end(meet: Meet) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [CONFIRMED, bulk(b"v") + PONG + CONFIRMED, bulk(b"v") + CONFIRMED * 2, bulk(b"v") + NOPERM + CONFIRMED]
+    "said",
+    [
+        CONFIRMED,
+        bulk(b"v") + PONG + CONFIRMED,
+        bulk(b"v") + CONFIRMED * 2,
+        bulk(b"v") + NOPERM + CONFIRMED,
+    ],
 )
 async def test_a_confirmation_out_of_place_ends_the_connection(meet: Meet, said: bytes) -> None:
-    """Early, late, twice, or after a refusal: after it, no reply could be trusted to be the right one."""
+    """Early, late, twice, or after a refusal: after it, no reply could be trusted to be the right
+    one."""
     lost: list[StoreUnavailable] = []
     peer, connection = await meet(lost)
     waiting = [asking(connection, ("GET", "k"))]
     await asyncio.sleep(0)
-    waiting += [connection.subscribe("news", lambda _: None, deadline_s=LONG_S), asking(connection, ("GET", "l"))]
+    waiting += [
+        connection.subscribe("news", lambda _: None, deadline_s=LONG_S),
+        asking(connection, ("GET", "l")),
+    ]
     await peer.heard_commands(4)
     peer.say(said)
     await until(lambda: bool(lost))
@@ -1082,7 +1235,7 @@ async def test_a_late_confirmation_is_still_taken_in_its_place(meet: Meet) -> No
     assert connection.listening
 
 
-# -- ways to a server ------------------------------------------------------------------------------------------------------
+# -- ways to a server ------------------------------------------------------------------------------
 
 
 def allow(server: EmbeddedValkey, *rules: str) -> ServerURL:
@@ -1096,14 +1249,19 @@ def allow(server: EmbeddedValkey, *rules: str) -> ServerURL:
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
     """A Valkey whose users a test may change, with a Unix socket too."""
     # a path of a Unix socket has at most 107 bytes
-    server = EmbeddedValkey(tmp_path_factory.mktemp("v"), settings={"unixsocket": "valkey.sock", "unixsocketperm": "700"})
+    server = EmbeddedValkey(
+        tmp_path_factory.mktemp("v"),
+        settings={"unixsocket": "valkey.sock", "unixsocketperm": "700"},
+    )
     try:
         yield server.start()
     finally:
         server.stop()
 
 
-async def test_a_user_needs_no_more_than_the_handshake_and_what_it_asks(strict_server: EmbeddedValkey) -> None:
+async def test_a_user_needs_no_more_than_the_handshake_and_what_it_asks(
+    strict_server: EmbeddedValkey,
+) -> None:
     """An ACL user logs in with its own password; what it may not do is an error in its place."""
     url = allow(strict_server, "~tenant:*", "+select", "+info", "+get", "+acl|whoami")
     async with connected(url) as connection:
@@ -1114,7 +1272,9 @@ async def test_a_user_needs_no_more_than_the_handshake_and_what_it_asks(strict_s
     assert str(forbidden).startswith("NOPERM")
 
 
-async def test_a_user_who_may_not_do_the_handshake_is_refused_with_the_reason(strict_server: EmbeddedValkey) -> None:
+async def test_a_user_who_may_not_do_the_handshake_is_refused_with_the_reason(
+    strict_server: EmbeddedValkey,
+) -> None:
     """The message names the command."""
     url = allow(strict_server, "~*", "+@all", "-info")
     with pytest.raises(Refused, match=r"NOPERM .*'info") as error:
@@ -1135,7 +1295,8 @@ async def test_a_user_who_may_not_do_the_handshake_is_refused_with_the_reason(st
 async def test_what_a_real_server_answers_to_a_subscription_shifts_nothing(
     strict_server: EmbeddedValkey, rules: tuple[str, ...], listens: bool, count: int
 ) -> None:
-    """A refusal is an ordinary error and takes a place, a confirmation is a push and takes none; PING may be refused too."""
+    """A refusal is an ordinary error and takes a place, a confirmation is a push and takes none;
+    PING may be refused too."""
     async with connected(allow(strict_server, "~*", *rules)) as connection:
         before = asking(connection, ("ECHO", "before"))
         await asyncio.sleep(0)
@@ -1151,23 +1312,36 @@ async def test_a_unix_socket_serves_as_well(strict_server: EmbeddedValkey) -> No
     path = strict_server.directory / "valkey.sock"
     url = ServerURL.parse(f"unix://:{strict_server.password}@{path}?db=3")
     async with connected(url) as connection:
-        replies = await connection.execute([("SET", "k", "v"), ("CLIENT", "INFO")], deadline_s=LONG_S)
+        replies = await connection.execute(
+            [("SET", "k", "v"), ("CLIENT", "INFO")], deadline_s=LONG_S
+        )
     assert replies[0] == b"OK"
     assert " db=3 " in connection_module.as_text(replies[1])
     assert " flags=U " in connection_module.as_text(replies[1])
     for missing in ("no.sock", "x" * 200):
         with pytest.raises(StoreUnavailable):
-            await Connection.open(ServerURL.parse(f"unix://{path.parent}/{missing}"), deadline_s=LONG_S, lost=lambda _, __: None)
+            await Connection.open(
+                ServerURL.parse(f"unix://{path.parent}/{missing}"),
+                deadline_s=LONG_S,
+                lost=lambda _, __: None,
+            )
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two self-signed certificates, of a server on 127.0.0.1 and of a client, and an encrypted key."""
+    """Two self-signed certificates, of a server on 127.0.0.1 and of a client, and an encrypted
+    key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed: no certificates for the test")
     folder = tmp_path_factory.mktemp("certificates")
-    for name, extension in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "subjectAltName=DNS:client")):
-        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=respcache-test"
+    for name, extension in (
+        ("server", "subjectAltName=IP:127.0.0.1"),
+        ("client", "subjectAltName=DNS:client"),
+    ):
+        command = (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj "
+            "/CN=respcache-test"
+        )
         files = ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-addext", extension]
         subprocess.run([*command.split(), *files], cwd=folder, check=True, capture_output=True)
     encrypt = "openssl pkey -in client.key -aes256 -passout pass:secret -out encrypted.key"
@@ -1181,8 +1355,22 @@ class TLSRedis(EmbeddedServer):
     name = "redis"
 
     def start(self, certificates: Path) -> "TLSRedis":
-        options = ["--port", "0", "--tls-port", str(self.port), "--save", "", "--requirepass", "secret"]
-        options += ["--tls-cert-file", str(certificates / "server.pem"), "--tls-key-file", str(certificates / "server.key")]
+        options = [
+            "--port",
+            "0",
+            "--tls-port",
+            str(self.port),
+            "--save",
+            "",
+            "--requirepass",
+            "secret",
+        ]
+        options += [
+            "--tls-cert-file",
+            str(certificates / "server.pem"),
+            "--tls-key-file",
+            str(certificates / "server.key"),
+        ]
         options += ["--tls-ca-cert-file", str(certificates / "client.pem")]
         with self.log_path.open("ab") as log:
             self._spawn(["redis-server", *options], log=log)
@@ -1196,8 +1384,11 @@ class TLSRedis(EmbeddedServer):
 
 @pytest.fixture
 async def tls_proxy(strict_server: EmbeddedValkey, certificates: Path) -> AsyncIterator[str]:
-    """A proxy that ends TLS in front of a real Valkey, as the wheel's is built without; it wants a client's certificate."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates / "client.pem")
+    """A proxy that ends TLS in front of a real Valkey, as the wheel's is built without; it wants a
+    client's certificate."""
+    context = ssl.create_default_context(
+        ssl.Purpose.CLIENT_AUTH, cafile=certificates / "client.pem"
+    )
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
     writers: list[asyncio.StreamWriter] = []
@@ -1250,15 +1441,21 @@ def trusting(url: str, certificates: Path, more: str = "") -> ServerURL:
 
 
 async def test_over_tls_replies_come_as_they_do_without(tls_url: str, certificates: Path) -> None:
-    """Small and large ones, from many callers; the certificate and the name are verified, and the client's shown."""
+    """Small and large ones, from many callers; the certificate and the name are verified, and the
+    client's shown."""
     async with connected(trusting(tls_url, certificates)) as connection:
-        writes, texts = writes_of(connection), [b"%d" % n * random.Random(n).randint(1, 50_000) for n in range(30)]
+        writes, texts = (
+            writes_of(connection),
+            [b"%d" % n * random.Random(n).randint(1, 50_000) for n in range(30)],
+        )
         waiting = [asking(connection, ("ECHO", text)) for text in texts]
         assert await asyncio.gather(*waiting) == [[text] for text in texts]
         assert len(writes) == 1
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_refused(tls_url: str, certificates: Path) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_refused(
+    tls_url: str, certificates: Path
+) -> None:
     """By default: only ``ssl_cert_reqs=none`` takes any."""
     with pytest.raises(Refused, match="self-signed certificate"):
         await Connection.open(ServerURL.parse(tls_url), deadline_s=LONG_S, lost=lambda _, __: None)
@@ -1274,7 +1471,9 @@ async def test_a_certificate_for_another_name_is_refused(tls_url: str, certifica
         await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
 
 
-async def test_a_client_without_its_certificate_is_not_let_in(tls_url: str, certificates: Path) -> None:
+async def test_a_client_without_its_certificate_is_not_let_in(
+    tls_url: str, certificates: Path
+) -> None:
     """The server ends the connection; that is no reply, and no hang."""
     url = ServerURL.parse(f"{tls_url}?ssl_ca_certs={certificates}/server.pem")
     with pytest.raises(StoreUnavailable):
@@ -1285,13 +1484,17 @@ async def test_tls_to_a_server_without_it_and_the_other_way_round_is_unavailable
     tls_url: str, strict_server: EmbeddedValkey
 ) -> None:
     """Neither hangs past its deadline."""
-    plain = ServerURL.parse(strict_server.url.replace("redis://", "rediss://") + "?ssl_cert_reqs=none")
+    plain = ServerURL.parse(
+        strict_server.url.replace("redis://", "rediss://") + "?ssl_cert_reqs=none"
+    )
     for url in (plain, ServerURL.parse(tls_url.replace("rediss://", "redis://"))):
         with pytest.raises(StoreUnavailable):
             await Connection.open(url, deadline_s=0.5, lost=lambda _, __: None)
 
 
-def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(certificates: Path) -> None:
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(
+    certificates: Path,
+) -> None:
     """OpenSSL would ask on the terminal of the server process, and wait."""
     url = f"rediss://h?ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/encrypted.key"
     program = f"import sys; from respcache.resp.url import ServerURL; ServerURL.parse({url!r})"
@@ -1303,7 +1506,8 @@ def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(certif
             stdout=terminal,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # else it has no terminal to ask on
+            # else it has no terminal to ask on
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
             timeout=20,
         )
     finally:

@@ -1,4 +1,5 @@
-"""The link: up and down, how fast it fails when down, how it comes back, what it logs, and that nothing of it stays behind."""
+"""The link: up and down, how fast it fails when down, how it comes back, what it logs, and that
+nothing of it stays behind."""
 
 import asyncio
 import logging
@@ -57,11 +58,16 @@ def tasks_of_links() -> list[str]:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "respcache.resp"]
+    return [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "respcache.resp"
+    ]
 
 
 async def connect(link: Link) -> None:
-    await asyncio.wait_for(link.connect(), 10)  # it returns after the first attempt, whatever came of it
+    # it returns after the first attempt, whatever came of it
+    await asyncio.wait_for(link.connect(), 10)
 
 
 async def ask(link: Link) -> bytes:
@@ -70,15 +76,22 @@ async def ask(link: Link) -> bytes:
     return reply
 
 
-async def test_replies_come_with_the_identity_of_the_server_that_gave_them(link_to: MakeLink, valkey_url: str) -> None:
+async def test_replies_come_with_the_identity_of_the_server_that_gave_them(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """It is the server's replication id."""
     link = link_to(valkey_url)
     await connect(link)
     with redis.Redis.from_url(valkey_url) as client:
-        assert await link.execute(("ECHO", "a"), ("ECHO", "b")) == ([b"a", b"b"], client.info("replication")["master_replid"])
+        assert await link.execute(("ECHO", "a"), ("ECHO", "b")) == (
+            [b"a", b"b"],
+            client.info("replication")["master_replid"],
+        )
 
 
-async def test_without_a_server_connect_returns_and_calls_fail_at_once(link_to: MakeLink, make_valkey: Any) -> None:
+async def test_without_a_server_connect_returns_and_calls_fail_at_once(
+    link_to: MakeLink, make_valkey: Any
+) -> None:
     """An application starts without its cache, and the link comes up when the server does."""
     server: EmbeddedValkey = make_valkey()
     server.stop()
@@ -95,7 +108,8 @@ async def test_without_a_server_connect_returns_and_calls_fail_at_once(link_to: 
 async def test_a_frozen_server_costs_one_deadline_and_then_nothing(
     link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Callers at the moment of freezing fail within the deadline, later ones at once; thawed, it is used again."""
+    """Callers at the moment of freezing fail within the deadline, later ones at once; thawed, it is
+    used again."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, deadline_s=DEADLINE_S)
@@ -121,7 +135,8 @@ async def test_a_frozen_server_costs_one_deadline_and_then_nothing(
 async def test_a_killed_server_is_noticed_at_once_and_used_again_when_it_is_back(
     link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each life of the server has its own identity; one line is logged per change of state, however long it is away."""
+    """Each life of the server has its own identity; one line is logged per change of state, however
+    long it is away."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, jitter=lambda: 0.2)
@@ -138,18 +153,24 @@ async def test_a_killed_server_is_noticed_at_once_and_used_again_when_it_is_back
     assert len(set(identities)) == 3
     assert [level for level, _ in lines(caplog)] == ["INFO", "WARNING", "INFO", "WARNING", "INFO"]
     ups = [line for level, line in lines(caplog) if level == "INFO"]
-    assert all(f"(identity {identity[:8]})" in line for identity, line in zip(identities, ups, strict=True))
+    assert all(
+        f"(identity {identity[:8]})" in line for identity, line in zip(identities, ups, strict=True)
+    )
     assert server.password not in caplog.text
 
 
 async def test_a_wrong_password_is_logged_once_and_retried(
     link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The link comes up by itself when the server's password becomes the right one. Neither password is logged."""
+    """The link comes up by itself when the server's password becomes the right one. Neither
+    password is logged."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
     rounds: list[None] = []
-    link = link_to(server.url.replace(server.password, "wanted-by-us"), jitter=lambda: rounds.append(None) or 0.1)
+    link = link_to(
+        server.url.replace(server.password, "wanted-by-us"),
+        jitter=lambda: rounds.append(None) or 0.1,
+    )
     await connect(link)
     await until(lambda: len(rounds) > 3)
     assert [level for level, _ in lines(caplog)] == ["WARNING"]
@@ -179,8 +200,11 @@ async def test_a_password_that_became_wrong_in_an_outage_is_said_too(
     assert [level for level, _ in lines(caplog)] == ["WARNING", "WARNING"]
 
 
-async def test_the_link_is_not_used_while_the_server_is_a_replica(link_to: MakeLink, make_valkey: Any) -> None:
-    """A replica is refused in the handshake; a master that becomes one is left at its first READONLY."""
+async def test_the_link_is_not_used_while_the_server_is_a_replica(
+    link_to: MakeLink, make_valkey: Any
+) -> None:
+    """A replica is refused in the handshake; a master that becomes one is left at its first
+    READONLY."""
     master, other = make_valkey(), make_valkey()
     link = link_to(master.url, jitter=lambda: 0.1)
     await connect(link)
@@ -198,7 +222,9 @@ async def test_the_link_is_not_used_while_the_server_is_a_replica(link_to: MakeL
     await until(lambda: link.up and second.up)
 
 
-async def test_relearning_reconnects_only_what_still_claims_the_old_identity(link_to: MakeLink, valkey_url: str) -> None:
+async def test_relearning_reconnects_only_what_still_claims_the_old_identity(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """Many callers that notice the same change drop one connection, not the new one too."""
     link = link_to(valkey_url)
     await connect(link)
@@ -227,11 +253,17 @@ class Hanging:
         await reader.read()
 
 
-async def test_a_server_that_shakes_hands_and_hangs_is_not_tried_in_a_tight_loop(link_to: MakeLink) -> None:
+async def test_a_server_that_shakes_hands_and_hangs_is_not_tried_in_a_tight_loop(
+    link_to: MakeLink,
+) -> None:
     """Pauses grow until a connection has lasted: callers do not pay a deadline over and over."""
     hanging = Hanging()
     server = await asyncio.start_server(hanging.serve, "127.0.0.1", 0)
-    link = link_to(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", deadline_s=0.02, jitter=lambda: 1.0)
+    link = link_to(
+        f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}",
+        deadline_s=0.02,
+        jitter=lambda: 1.0,
+    )
     await connect(link)
     try:
         while len(hanging.calls) < 4:
@@ -242,11 +274,15 @@ async def test_a_server_that_shakes_hands_and_hangs_is_not_tried_in_a_tight_loop
         server.close()
         for writer in hanging.writers:
             writer.transport.abort()
-    pauses = [later - earlier for earlier, later in zip(hanging.calls, hanging.calls[1:], strict=False)]
+    pauses = [
+        later - earlier for earlier, later in zip(hanging.calls, hanging.calls[1:], strict=False)
+    ]
     assert all(pause >= least for pause, least in zip(pauses, [0.05, 0.1, 0.2], strict=True))
 
 
-async def test_pauses_are_jittered_and_capped(link_to: MakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pauses_are_jittered_and_capped(
+    link_to: MakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The random number is passed in; no pause exceeds the cap, and trying never ends."""
     from respcache.resp import link as link_module
 
@@ -256,18 +292,26 @@ async def test_pauses_are_jittered_and_capped(link_to: MakeLink, monkeypatch: py
     server = await asyncio.start_server(lambda _, __: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     server.close()
-    link = link_to(f"redis://127.0.0.1:{port}", jitter=lambda: rounds.append(time.monotonic()) or 1.0)
+    link = link_to(
+        f"redis://127.0.0.1:{port}", jitter=lambda: rounds.append(time.monotonic()) or 1.0
+    )
     await connect(link)
     await until(lambda: len(rounds) > 30)  # doubled without a cap, thirty pauses would take days
     assert not link.up
 
 
-async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(link_to: MakeLink, valkey_url: str) -> None:
+async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """Before connecting, while connecting to somebody who says nothing, when up, and twice."""
     silent = await asyncio.start_server(lambda _, __: asyncio.sleep(60), "127.0.0.1", 0)
     mute = f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     started = time.monotonic()
-    fresh, connecting, up = link_to(valkey_url), link_to(mute, connect_deadline_s=60), link_to(valkey_url)
+    fresh, connecting, up = (
+        link_to(valkey_url),
+        link_to(mute, connect_deadline_s=60),
+        link_to(valkey_url),
+    )
     waiting = asyncio.create_task(connecting.connect())
     await asyncio.sleep(0)
     await connect(up)
@@ -287,8 +331,11 @@ async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(link_to: Mak
     assert up.counters()["commands"] > 0
 
 
-async def test_closing_in_the_moment_of_connecting_hangs_nobody(link_to: MakeLink, valkey_url: str) -> None:
-    """The background task is cancelled before it ran at all; whoever waits in ``connect`` returns."""
+async def test_closing_in_the_moment_of_connecting_hangs_nobody(
+    link_to: MakeLink, valkey_url: str
+) -> None:
+    """The background task is cancelled before it ran at all; whoever waits in ``connect``
+    returns."""
     link = link_to(valkey_url)
     waiting = asyncio.create_task(link.connect())
     await asyncio.sleep(0)  # connect() has made the task, which has not started
@@ -297,7 +344,8 @@ async def test_closing_in_the_moment_of_connecting_hangs_nobody(link_to: MakeLin
 
 
 async def test_a_cancelled_caller_stays_cancelled(link_to: MakeLink, make_valkey: Any) -> None:
-    """``CancelledError`` is never turned into a fault of the store, whatever happens in the same moment."""
+    """``CancelledError`` is never turned into a fault of the store, whatever happens in the same
+    moment."""
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, deadline_s=5.0)
     await connect(link)
@@ -311,10 +359,12 @@ async def test_a_cancelled_caller_stays_cancelled(link_to: MakeLink, make_valkey
     await until(lambda: not link.up)
 
 
-# -- futures and callbacks -------------------------------------------------------------------------------------------------
+# -- futures and callbacks -------------------------------------------------------------------------
 
 
-async def test_a_plain_function_asks_and_learns_whose_replies_will_come(link_to: MakeLink, valkey_url: str) -> None:
+async def test_a_plain_function_asks_and_learns_whose_replies_will_come(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """Futures of one tick, some of them from a callback of that tick; no task takes part."""
     link = link_to(valkey_url)
     await connect(link)
@@ -333,7 +383,9 @@ async def test_a_plain_function_asks_and_learns_whose_replies_will_come(link_to:
     assert taken == [[b"a"], [b"b"]]
 
 
-async def test_while_down_requests_and_callbacks_are_refused_at_once(link_to: MakeLink, valkey_url: str) -> None:
+async def test_while_down_requests_and_callbacks_are_refused_at_once(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """They raise, before anybody could wait."""
     link = link_to(valkey_url)
     for ask in (lambda: link.request(("ECHO", "x")), lambda: link.soon(lambda: None)):
@@ -341,7 +393,9 @@ async def test_while_down_requests_and_callbacks_are_refused_at_once(link_to: Ma
             ask()
 
 
-async def test_callbacks_of_a_link_that_went_down_still_run_and_learn_of_it(link_to: MakeLink, valkey_url: str) -> None:
+async def test_callbacks_of_a_link_that_went_down_still_run_and_learn_of_it(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """In the same tick."""
     link = link_to(valkey_url)
     await connect(link)
@@ -360,7 +414,7 @@ async def test_callbacks_of_a_link_that_went_down_still_run_and_learn_of_it(link
     assert "identity" in str(raised[0])
 
 
-# -- push messages ---------------------------------------------------------------------------------------------------------
+# -- push messages ---------------------------------------------------------------------------------
 
 
 class Ear:
@@ -382,7 +436,9 @@ def publish(url: str, *texts: str) -> int:
 
 
 @pytest.mark.parametrize("first", ["listen", "connect"])
-async def test_messages_are_heard_from_the_confirmation_on(link_to: MakeLink, valkey_url: str, first: str) -> None:
+async def test_messages_are_heard_from_the_confirmation_on(
+    link_to: MakeLink, valkey_url: str, first: str
+) -> None:
     """Whether somebody listens before the link connects or after; one listener a link."""
     link = link_to(valkey_url)
     if first == "connect":
@@ -402,8 +458,11 @@ async def test_messages_are_heard_from_the_confirmation_on(link_to: MakeLink, va
     assert not link.listening
 
 
-async def test_a_new_connection_listens_again_and_each_loss_is_told_once(link_to: MakeLink, make_valkey: Any) -> None:
-    """A crash, a new identity, a server that ends the connection: ``lost``, then listening again, all without anybody's help."""
+async def test_a_new_connection_listens_again_and_each_loss_is_told_once(
+    link_to: MakeLink, make_valkey: Any
+) -> None:
+    """A crash, a new identity, a server that ends the connection: ``lost``, then listening again,
+    all without anybody's help."""
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, jitter=lambda: 0.1)
     ear = Ear(link)
@@ -428,7 +487,9 @@ async def test_a_new_connection_listens_again_and_each_loss_is_told_once(link_to
     assert len(ear.notes) == 5
 
 
-async def test_a_loss_is_told_before_those_who_wait_for_replies_hear_of_it(link_to: MakeLink, valkey_url: str) -> None:
+async def test_a_loss_is_told_before_those_who_wait_for_replies_hear_of_it(
+    link_to: MakeLink, valkey_url: str
+) -> None:
     """Whoever goes on after the failure sees already that messages may be missing."""
     link = link_to(valkey_url)
     ear = Ear(link)
@@ -456,13 +517,17 @@ async def test_a_listener_that_fails_on_a_loss_does_not_keep_the_link_down(
     link.relearn((await link.execute(("ECHO", "x")))[1])
     await until(lambda: link.listening)
     await link.close()
-    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["mine", "mine"]
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == [
+        "mine",
+        "mine",
+    ]
 
 
 async def test_a_refused_channel_is_logged_once_and_asked_for_again(
     link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without the permission the link serves commands and does not listen; with it, it does from the next connection on."""
+    """Without the permission the link serves commands and does not listen; with it, it does from
+    the next connection on."""
     server: EmbeddedValkey = make_valkey()
     with redis.Redis.from_url(server.url) as client:
         client.execute_command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "+@all", "resetchannels")
@@ -483,7 +548,8 @@ async def test_a_refused_channel_is_logged_once_and_asked_for_again(
     assert len(warnings) == 1
     assert "refuses the channel 'news': NOPERM" in warnings[0]
     with redis.Redis.from_url(server.url) as client:
-        client.execute_command("ACL", "SETUSER", "ann", "resetchannels")  # the server ends the connection then
+        # the server ends the connection then
+        client.execute_command("ACL", "SETUSER", "ann", "resetchannels")
     await until(lambda: "lost" in ear.notes)
     await until(lambda: len([line for _, line in lines(caplog) if "channel" in line]) == 2)
     assert await ask(link) == b"x"
@@ -510,7 +576,8 @@ async def test_a_link_too_busy_to_subscribe_begins_anew(
 async def test_replies_beyond_the_servers_limit_for_subscribers_cost_a_connection_and_no_more(
     link_to: MakeLink, make_valkey: Any
 ) -> None:
-    """A listening connection falls under ``client-output-buffer-limit pubsub``: whoever has a reply has the right one."""
+    """A listening connection falls under ``client-output-buffer-limit pubsub``: whoever has a reply
+    has the right one."""
     server: EmbeddedValkey = make_valkey(client_output_buffer_limit="pubsub 8mb 0 0")
     link = link_to(server.url, deadline_s=5.0, jitter=lambda: 0.1)
     ear = Ear(link)
@@ -523,6 +590,9 @@ async def test_replies_beyond_the_servers_limit_for_subscribers_cost_a_connectio
     time.sleep(0.5)  # noqa: ASYNC251 - nobody reads: the server has to keep what it answers
     results = await asyncio.gather(*asking, return_exceptions=True)
     assert any(isinstance(result, StoreUnavailable) for result in results)
-    assert all(isinstance(result, StoreUnavailable) or result[0] == [b"x" * 1_000_000] for result in results)
+    assert all(
+        isinstance(result, StoreUnavailable) or result[0] == [b"x" * 1_000_000]
+        for result in results
+    )
     await until(lambda: link.listening)
     assert ear.notes == ["lost"]

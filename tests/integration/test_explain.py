@@ -1,4 +1,5 @@
-"""``Admin.explain`` says what a request then gets, for every outcome there is. On a real PostgreSQL and a real Valkey."""
+"""``Admin.explain`` says what a request then gets, for every outcome there is. On a real PostgreSQL
+and a real Valkey."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -85,7 +86,9 @@ class World:
         self.resolver = People(self.engine)
         self.outbox = PostgresOutbox(self.engine)
         self.day = "monday"
-        self.cache = Cache(self.store, secret=b"k" * 32, resolver=self.resolver, outbox=self.outbox, audit_share=0)
+        self.cache = Cache(
+            self.store, secret=b"k" * 32, resolver=self.resolver, outbox=self.outbox, audit_share=0
+        )
         self.app = FastAPI()
         self._add("/things", tables=["things"])
         self._add("/bounded", tables=["things"], level="bounded", bound_s=60)
@@ -120,12 +123,16 @@ class World:
             await self.store.info()
         return answer.headers.get("cache-status", "")
 
-    async def explain(self, path: str = "/things", method: str = "GET", **headers: str) -> Explanation:
+    async def explain(
+        self, path: str = "/things", method: str = "GET", **headers: str
+    ) -> Explanation:
         """Have a request explained."""
         given = {"host": "test", **COMMON, **headers}
         return await self.admin.explain(ROOT, method=method, path=path, headers=given)
 
-    async def agree(self, outcome: str, reason: str, path: str = "/things", method: str = "GET", **headers: str) -> Explanation:
+    async def agree(
+        self, outcome: str, reason: str, path: str = "/things", method: str = "GET", **headers: str
+    ) -> Explanation:
         """Have a request explained, then make it: it gets what was said."""
         said = await self.explain(path, method, **headers)
         assert (said.outcome, said.reason) == (outcome, reason), said
@@ -136,7 +143,9 @@ class World:
         elif outcome == "miss":
             assert "fwd=uri-miss" in got or "fwd=stale" in got
         else:
-            assert got == ("" if reason == "not-cached" else f"respcache; fwd=bypass; detail={reason}")
+            assert got == (
+                "" if reason == "not-cached" else f"respcache; fwd=bypass; detail={reason}"
+            )
         return said
 
     async def served(self, path: str = "/things", **headers: str) -> None:
@@ -172,7 +181,9 @@ async def psql(empty_database_url: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
     statements: list[str] = []
     triggers.create_outbox(statements.append)
-    triggers.create_triggers(statements.append, [triggers.Watched("people"), triggers.Watched("things")])
+    triggers.create_triggers(
+        statements.append, [triggers.Watched("people"), triggers.Watched("things")]
+    )
     for statement in (SCHEMA, *statements):
         await connection.execute(statement)
     yield connection
@@ -180,12 +191,14 @@ async def psql(empty_database_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 @pytest.fixture
-async def world(psql: asyncpg.Connection, empty_database_url: str, valkey_url: str) -> AsyncIterator[World]:
+async def world(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
+) -> AsyncIterator[World]:
     async with running(empty_database_url, valkey_url) as made:
         yield made
 
 
-# -- hits ------------------------------------------------------------------------------------------------------------------
+# -- hits ------------------------------------------------------------------------------------------
 
 
 async def test_a_hit_from_memory_and_one_from_the_store(world: World) -> None:
@@ -209,17 +222,30 @@ async def test_a_hit_from_memory_and_one_from_the_store(world: World) -> None:
 
 
 async def test_what_is_said_of_a_hit(world: World, valkey_url: str) -> None:
-    """Route, policy, parts, identity without credentials, generation, fence, entry and its verdict."""
+    """Route, policy, parts, identity without credentials, generation, fence, entry and its
+    verdict."""
     path = "/things?q=a&_t=1&limit=50&q=b"
     await world.served(path)
     said = await world.explain(path, cookie="session=secret")
     assert said.route == "/things"
     assert said.policy is not None
-    assert (said.policy.module, said.policy.kind, said.policy.ttl_s, said.policy.tables) == ("things", "list", 180, ("things",))
-    assert [(part.place, part.name, part.value) for part in said.parameters] == [("query", "q", "b")]
+    assert (said.policy.module, said.policy.kind, said.policy.ttl_s, said.policy.tables) == (
+        "things",
+        "list",
+        180,
+        ("things",),
+    )
+    assert [(part.place, part.name, part.value) for part in said.parameters] == [
+        ("query", "q", "b")
+    ]
     assert said.left_out == [
-        "query q: given again", "query _t: not declared", "query limit: the default", "header host: not declared",
-        "header accept-encoding: chooses the form only", "header x-user: says who asks", "header cookie: not declared",
+        "query q: given again", "query _t: not declared", "query limit: the default", "header "
+                                                                                      "host: not "
+                                                                                      "declared",
+        "header accept-encoding: chooses the form only", "header x-user: says who asks", "header "
+                                                                                         "cookie: "
+                                                                                         "not "
+                                                                                         "declared",
     ]  # fmt: skip
     assert said.caller is not None
     assert (said.caller.tenant, said.caller.home, said.caller.tables, said.caller.remembered) == (
@@ -231,7 +257,10 @@ async def test_what_is_said_of_a_hit(world: World, valkey_url: str) -> None:
     assert said.tags == ("*", "M:things", "T:things")
     assert said.generation is not None
     assert said.entry is not None
-    assert (said.generation.server, said.generation.nonce) == (said.generation.connected, said.entry.nonce)
+    assert (said.generation.server, said.generation.nonce) == (
+        said.generation.connected,
+        said.entry.nonce,
+    )
     assert said.fence is not None
     assert said.fence.alive
     assert (said.entry.verdict, said.entry.status, said.entry.coding) == ("valid", 200, "zstd")
@@ -242,7 +271,9 @@ async def test_what_is_said_of_a_hit(world: World, valkey_url: str) -> None:
     assert "secret" not in repr(said)
 
 
-async def test_a_bounded_hit_is_judged_by_what_this_process_last_knew(world: World, valkey_url: str) -> None:
+async def test_a_bounded_hit_is_judged_by_what_this_process_last_knew(
+    world: World, valkey_url: str
+) -> None:
     """A write that it has not heard of does not count yet, but for who brings its token."""
     await world.served("/bounded")
     await world.stop_rounds()
@@ -253,9 +284,14 @@ async def test_a_bounded_hit_is_judged_by_what_this_process_last_knew(world: Wor
     said = await world.agree("hit", "memory", "/bounded")
     assert said.entry is not None
     assert (said.entry.verdict, said.entry.bumped) == ("invalidated", ("T:things",))
-    said = await world.agree("hit", "memory", "/bounded", **{"x-cache-token": f"{nonce}.{sequence - 1}"})
+    said = await world.agree(
+        "hit", "memory", "/bounded", **{"x-cache-token": f"{nonce}.{sequence - 1}"}
+    )
     assert said.memory is not None
-    assert (said.memory.plan, "header x-cache-token: demands the writes that it names" in said.left_out) == (True, True)
+    assert (
+        said.memory.plan,
+        "header x-cache-token: demands the writes that it names" in said.left_out,
+    ) == (True, True)
     await world.agree("miss", "invalidated", "/bounded", **{"x-cache-token": f"{nonce}.{sequence}"})
     await world.agree("miss", "absent", "/things")
 
@@ -266,7 +302,7 @@ async def test_head_is_explained_like_get(world: World) -> None:
     await world.agree("hit", "memory", method="HEAD")
 
 
-# -- misses ----------------------------------------------------------------------------------------------------------------
+# -- misses ----------------------------------------------------------------------------------------
 
 
 async def test_nothing_is_stored_yet(world: World) -> None:
@@ -293,7 +329,13 @@ async def test_nothing_is_stored_yet(world: World) -> None:
     ],
 )
 async def test_an_entry_that_is_not_valid_any_more(
-    world: World, psql: asyncpg.Connection, valkey_url: str, accident: str, reason: str, bumped: tuple[str, ...], held: bool
+    world: World,
+    psql: asyncpg.Connection,
+    valkey_url: str,
+    accident: str,
+    reason: str,
+    bumped: tuple[str, ...],
+    held: bool,
 ) -> None:
     """Each reason by itself, for what is in memory and for what is not."""
     await world.served()
@@ -342,8 +384,12 @@ async def test_an_entry_whose_time_to_live_is_over(world: World, valkey_url: str
     await world.agree("miss", "absent")
 
 
-@pytest.mark.parametrize(("accident", "reason"), [("digest", "digest"), ("foreign", "unreadable"), ("bits", "damaged")])
-async def test_what_is_stored_is_not_what_it_should_be(world: World, valkey_url: str, accident: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("accident", "reason"), [("digest", "digest"), ("foreign", "unreadable"), ("bits", "damaged")]
+)
+async def test_what_is_stored_is_not_what_it_should_be(
+    world: World, valkey_url: str, accident: str, reason: str
+) -> None:
     """Copied from another key, none of ours, or damaged."""
     await world.served()
     key = (await world.explain()).key
@@ -381,13 +427,19 @@ async def test_a_scope_that_changed_is_read_anew(world: World, psql: asyncpg.Con
     said = await world.agree("miss", "absent")
     assert said.caller is not None
     assert before.caller is not None
-    assert (said.caller.remembered, said.caller.fingerprint == before.caller.fingerprint) == (False, False)
+    assert (said.caller.remembered, said.caller.fingerprint == before.caller.fingerprint) == (
+        False,
+        False,
+    )
 
 
-# -- bypasses --------------------------------------------------------------------------------------------------------------
+# -- bypasses --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/open"), ("PUT", "/things"), ("GET", "/nowhere"), ("DELETE", "/things")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/open"), ("PUT", "/things"), ("GET", "/nowhere"), ("DELETE", "/things")],
+)
 async def test_a_request_that_is_not_cached(world: World, method: str, path: str) -> None:
     """By its route or by its method."""
     await world.agree("bypass", "not-cached", path, method)
@@ -404,8 +456,11 @@ async def test_a_request_that_is_not_cached(world: World, method: str, path: str
     ],
 )
 @pytest.mark.parametrize("times", [0, 1], ids=["first", "again"])
-async def test_who_asks_and_for_what(world: World, headers: dict[str, str], path: str, reason: str, times: int) -> None:
-    """Unknown, of too low a role, without a tenant, of a table without triggers, with a tenant that cannot be."""
+async def test_who_asks_and_for_what(
+    world: World, headers: dict[str, str], path: str, reason: str, times: int
+) -> None:
+    """Unknown, of too low a role, without a tenant, of a table without triggers, with a tenant that
+    cannot be."""
     for _ in range(times):
         await world.get(path, **headers)
     await world.agree("bypass", reason, path, **headers)
@@ -419,7 +474,11 @@ async def test_a_request_without_credentials_and_a_resolver_that_fails(world: Wo
     await world.agree("bypass", "identity")
 
 
-@pytest.mark.parametrize("switch", [{}, {"tenant_id": "acme"}, {"module": "things"}], ids=["everything", "tenant", "module"])
+@pytest.mark.parametrize(
+    "switch",
+    [{}, {"tenant_id": "acme"}, {"module": "things"}],
+    ids=["everything", "tenant", "module"],
+)
 @pytest.mark.parametrize("warm", [True, False])
 async def test_what_is_switched_off(world: World, switch: dict[str, str], warm: bool) -> None:
     """Also what is in memory."""
@@ -471,7 +530,9 @@ async def test_a_fence_for_another_server(world: World) -> None:
     await world.agree("bypass", "fence")
 
 
-async def test_no_store(psql: asyncpg.Connection, empty_database_url: str, make_valkey: Callable[[], EmbeddedValkey]) -> None:
+async def test_no_store(
+    psql: asyncpg.Connection, empty_database_url: str, make_valkey: Callable[[], EmbeddedValkey]
+) -> None:
     """It went away; or there never was one."""
     valkey = make_valkey()
     async with running(empty_database_url, valkey.url) as world:
@@ -481,14 +542,17 @@ async def test_no_store(psql: asyncpg.Connection, empty_database_url: str, make_
             while world.store.available:
                 await asyncio.sleep(0.01)
         await world.agree("bypass", "store")
-        await world.agree("bypass", "denied", "/admin")  # the role is remembered: nobody need be asked
+        # the role is remembered: nobody need be asked
+        await world.agree("bypass", "denied", "/admin")
     app = FastAPI()
     app.get("/things")(cache_list("things")(world._handler("things")))
     cache = Cache(None, secret=b"k" * 32, resolver=People(world.engine))
     wrapped = cache.wrap(app)
     said = await Admin(cache).explain(ROOT, path="/things", headers={"x-user": "ann"})
     assert (said.outcome, said.reason) == ("bypass", "no-store")
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://test") as http:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(wrapped), base_url="http://test"
+    ) as http:
         answer = await http.get("/things", headers={"x-user": "ann"})
     assert answer.headers["cache-status"] == "respcache; fwd=bypass; detail=no-store"
 
@@ -503,8 +567,11 @@ async def test_an_invalidation_that_is_not_confirmed(world: World, warm: bool) -
     world.cache._invalidator._pending.clear()
 
 
-async def test_a_generation_that_never_stays_cannot_be_foreseen(world: World, valkey_url: str) -> None:
-    """Whoever looks once sees none, which is a miss; whoever makes one again and again, and never finds it, bypasses."""
+async def test_a_generation_that_never_stays_cannot_be_foreseen(
+    world: World, valkey_url: str
+) -> None:
+    """Whoever looks once sees none, which is a miss; whoever makes one again and again, and never
+    finds it, bypasses."""
     opened = world.store.open
 
     async def open_in_vain(generation: str, **options: Any) -> Any:
@@ -521,7 +588,7 @@ async def test_a_generation_that_never_stays_cannot_be_foreseen(world: World, va
     assert await world.get() == "respcache; fwd=bypass; detail=unstable"
 
 
-# -- what it must not do ---------------------------------------------------------------------------------------------------
+# -- what it must not do ---------------------------------------------------------------------------
 
 
 async def test_explaining_changes_nothing(world: World, valkey_url: str) -> None:
@@ -535,10 +602,23 @@ async def test_explaining_changes_nothing(world: World, valkey_url: str) -> None
 
     def state() -> Any:
         with redis.Redis.from_url(valkey_url) as client:
-            kept = {key: client.dump(key) for key in client.keys("*") if not key.startswith(b"respcache:~")}
-        uses = {key: slot.frequency for fifo in (near, memo._plans) for key, slot in fifo._slots.items()}
+            kept = {
+                key: client.dump(key)
+                for key in client.keys("*")
+                if not key.startswith(b"respcache:~")
+            }
+        uses = {
+            key: slot.frequency for fifo in (near, memo._plans) for key, slot in fifo._slots.items()
+        }
         known = list(world.cache._lookup._identities._known)
-        return kept, uses, known, world.cache._views.reads, world.cache.stats()["modules"], list(world.cache.figures.tenants())
+        return (
+            kept,
+            uses,
+            known,
+            world.cache._views.reads,
+            world.cache.stats()["modules"],
+            list(world.cache.figures.tenants()),
+        )
 
     near._slots[(await world.explain()).key].frequency = 0
     before = state()

@@ -43,7 +43,8 @@ class Seen:
         return found
 
     def points(self) -> dict[str, dict[tuple[Any, ...], Any]]:
-        """Collect; return the points by instrument, and by the values of their attributes in the order of the names."""
+        """Collect; return the points by instrument, and by the values of their attributes in the
+        order of the names."""
         data = self.reader.get_metrics_data()
         assert data is not None
         return {
@@ -105,14 +106,18 @@ async def seen(valkey_url: str) -> AsyncIterator[Seen]:
         yield one
 
 
-# -- spans -------------------------------------------------------------------------------------------------------------
+# -- spans -----------------------------------------------------------------------------------------
 
 
 async def test_a_fill_has_a_span_and_a_hit_has_none(seen: Seen) -> None:
     """It is the current one while the handler runs, so that those of the database are below it."""
     with seen.tracers.get_tracer("server").start_as_current_span("GET") as request:
         answers = [await seen.client.get("/things/1") for _ in range(3)]
-    assert [("; hit" in answer.headers["cache-status"]) for answer in answers] == [False, True, True]
+    assert [("; hit" in answer.headers["cache-status"]) for answer in answers] == [
+        False,
+        True,
+        True,
+    ]
     span = seen.span("fill /things/{number}")
     assert dict(span.attributes or {}) == {
         "http.route": "/things/{number}",
@@ -122,7 +127,9 @@ async def test_a_fill_has_a_span_and_a_hit_has_none(seen: Seen) -> None:
     }
     assert span.parent is not None
     assert span.parent.span_id == request.get_span_context().span_id
-    assert [one.get_span_context().span_id for one in seen.inner] == [span.get_span_context().span_id]
+    assert [one.get_span_context().span_id for one in seen.inner] == [
+        span.get_span_context().span_id
+    ]
     assert len(seen.spans.get_finished_spans()) == 2
 
 
@@ -189,7 +196,11 @@ async def test_an_outage_is_a_span_of_its_own(make_valkey: Callable[..., Embedde
         span = seen.span("cache server away")
         attributes = dict(span.attributes or {})
         assert attributes.pop("error.type") in ("StoreUnavailable", "Refused")
-        assert attributes == {"db.system.name": "redis", "server.address": "127.0.0.1", "server.port": server.port}
+        assert attributes == {
+            "db.system.name": "redis",
+            "server.address": "127.0.0.1",
+            "server.port": server.port,
+        }
         assert span.parent is None
         assert span.status.status_code is StatusCode.ERROR
         assert span.end_time is not None
@@ -226,16 +237,22 @@ class Broken(SpanProcessor):
         raise RuntimeError("no end")
 
 
-async def test_a_tracer_that_raises_fails_no_request(valkey_url: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_tracer_that_raises_fails_no_request(
+    valkey_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Neither reads nor writes; it is in the log."""
     async for seen in run(valkey_url, [Broken()]):
-        answers = [await seen.client.get("/things/1"), await seen.client.get("/things/1"), await seen.client.post("/things")]
+        answers = [
+            await seen.client.get("/things/1"),
+            await seen.client.get("/things/1"),
+            await seen.client.post("/things"),
+        ]
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     assert "; hit" in answers[1].headers["cache-status"]
     assert "a tracer failed" in caplog.text
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 async def test_figures_are_those_of_the_process(seen: Seen) -> None:
@@ -250,7 +267,9 @@ async def test_figures_are_those_of_the_process(seen: Seen) -> None:
     assert points["respcache.refusals"]["/private", "things", "cache-control"].value == 1
     assert points["respcache.invalidations"][("things",)].value == 1
     assert points["respcache.store_up"][()].value == 1
-    assert {key: point.count for key, point in points["respcache.fill.duration"].items()} == {("/things/{number}", "things"): 1}
+    assert {key: point.count for key, point in points["respcache.fill.duration"].items()} == {
+        ("/things/{number}", "things"): 1
+    }
     left_out = {f"respcache.{one.name}" for one in metrics.OF_WORKERS} - points.keys()
     assert left_out == {
         "respcache.hit_duration", "respcache.miss_duration", "respcache.fill", "respcache.worker_info",
@@ -264,8 +283,17 @@ async def test_units_are_those_of_ucum(seen: Seen) -> None:
     await seen.client.get("/things/1")
     data = seen.reader.get_metrics_data()
     assert data is not None
-    units = {metric.name: metric.unit for one in data.resource_metrics for scope in one.scope_metrics for metric in scope.metrics}
-    assert (units["respcache.served"], units["respcache.saved"], units["respcache.hits"]) == ("By", "s", "1")
+    units = {
+        metric.name: metric.unit
+        for one in data.resource_metrics
+        for scope in one.scope_metrics
+        for metric in scope.metrics
+    }
+    assert (units["respcache.served"], units["respcache.saved"], units["respcache.hits"]) == (
+        "By",
+        "s",
+        "1",
+    )
 
 
 async def test_without_an_sdk_nothing_happens(valkey_url: str) -> None:
@@ -276,7 +304,9 @@ async def test_without_an_sdk_nothing_happens(valkey_url: str) -> None:
     otel.instrument(cache)
     await cache.connect()
     wrapped.prepare()
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://app") as client:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(wrapped), base_url="http://app"
+    ) as client:
         statuses = [(await client.get("/things/1")).headers["cache-status"] for _ in range(2)]
     await cache.close()
     assert "; hit" in statuses[1]

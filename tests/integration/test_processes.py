@@ -1,4 +1,5 @@
-"""The CRM in several processes over real HTTP: what a read may return, while the cache server comes and goes."""
+"""The CRM in several processes over real HTTP: what a read may return, while the cache server comes
+and goes."""
 
 import asyncio
 import contextlib
@@ -30,7 +31,8 @@ REGISTERS = 3
 
 @dataclass
 class History:
-    """Registers, one a row: versions acknowledged with a confirmed invalidation, and what reads returned."""
+    """Registers, one a row: versions acknowledged with a confirmed invalidation, and what reads
+    returned."""
 
     acknowledged: dict[str, int] = field(default_factory=dict)
     reads: int = 0
@@ -46,7 +48,10 @@ async def workers(count: int, environment: dict[str, str]) -> AsyncIterator[list
     """Start worker processes; yield their addresses when all answer; stop them whatever happens."""
     ports = [free_port() for _ in range(count)]
     started = [
-        subprocess.Popen([sys.executable, "-m", "crm", "serve"], env={**os.environ, **environment, "PORT": str(port)})
+        subprocess.Popen(
+            [sys.executable, "-m", "crm", "serve"],
+            env={**os.environ, **environment, "PORT": str(port)},
+        )
         for port in ports
     ]
     try:
@@ -54,7 +59,9 @@ async def workers(count: int, environment: dict[str, str]) -> AsyncIterator[list
             for port in ports:
                 while True:
                     with contextlib.suppress(httpx2.HTTPError):
-                        if (await http.get(f"http://127.0.0.1:{port}/api/system/health")).status_code == 200:
+                        if (
+                            await http.get(f"http://127.0.0.1:{port}/api/system/health")
+                        ).status_code == 200:
                             break
                     await asyncio.sleep(0.05)
         yield [f"http://127.0.0.1:{port}" for port in ports]
@@ -72,7 +79,10 @@ async def tenant_with_accounts(database_url: str) -> tuple[str, list[str]]:
     """Make a tenant with registers; return a token of its admin and their ids."""
     engine = create_async_engine(database_url)
     tenant, admin = Tenant(id=uuid4(), slug="t", name="T"), uuid4()
-    rows = [Account(id=uuid4(), name=f"register {number}", employee_count=0) for number in range(REGISTERS)]
+    rows = [
+        Account(id=uuid4(), name=f"register {number}", employee_count=0)
+        for number in range(REGISTERS)
+    ]
     async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
         session.add(tenant)
         await session.flush()
@@ -85,12 +95,16 @@ async def tenant_with_accounts(database_url: str) -> tuple[str, list[str]]:
     return issue_token(SECRET, user, hours=1), [str(row.id) for row in rows]
 
 
-async def write(http: httpx2.AsyncClient, history: History, base: str, register: str, done: asyncio.Event) -> None:
+async def write(
+    http: httpx2.AsyncClient, history: History, base: str, register: str, done: asyncio.Event
+) -> None:
     version = 0
     while not done.is_set():
         version += 1
         try:
-            answer = await http.put(f"{base}/api/accounts/{register}", json={"employee_count": version})
+            answer = await http.put(
+                f"{base}/api/accounts/{register}", json={"employee_count": version}
+            )
         except httpx2.HTTPError as error:
             history.failed.append(f"write: {error!r}")
             continue
@@ -104,7 +118,9 @@ async def write(http: httpx2.AsyncClient, history: History, base: str, register:
         await asyncio.sleep(0.01)
 
 
-async def read(http: httpx2.AsyncClient, history: History, base: str, path: str, done: asyncio.Event) -> None:
+async def read(
+    http: httpx2.AsyncClient, history: History, base: str, path: str, done: asyncio.Event
+) -> None:
     while not done.is_set():
         least = dict(history.acknowledged)
         try:
@@ -120,7 +136,10 @@ async def read(http: httpx2.AsyncClient, history: History, base: str, path: str,
         data: dict[str, Any] = answer.json()["data"]
         for row in data.get("accounts") or [data["account"]]:
             if row["employee_count"] < least.get(row["id"], 0):
-                history.stale.append(f"{path}: {row['employee_count']} < {least[row['id']]} ({answer.headers['cache-status']})")
+                history.stale.append(
+                    f"{path}: {row['employee_count']} < {least[row['id']]} "
+                    f"({answer.headers['cache-status']})"
+                )
 
 
 def flush(valkey: EmbeddedValkey) -> None:
@@ -131,7 +150,8 @@ def flush(valkey: EmbeddedValkey) -> None:
 async def test_no_read_is_stale_while_the_cache_server_is_frozen_killed_and_flushed(
     database_url: str, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """Two processes, three registers. A read returns at least what was acknowledged as confirmed before it began; none fails."""
+    """Two processes, three registers. A read returns at least what was acknowledged as confirmed
+    before it began; none fails."""
     valkey = make_valkey()
     token, registers = await tenant_with_accounts(database_url)
     environment = {
@@ -141,10 +161,20 @@ async def test_no_read_is_stale_while_the_cache_server_is_frozen_killed_and_flus
     history, done = History(), asyncio.Event()
     headers = {"authorization": f"Bearer {token}"}
     limits = httpx2.Limits(max_connections=50)
-    async with workers(2, environment) as bases, httpx2.AsyncClient(headers=headers, timeout=30, limits=limits) as http:
+    async with (
+        workers(2, environment) as bases,
+        httpx2.AsyncClient(headers=headers, timeout=30, limits=limits) as http,
+    ):
         paths = ["/api/accounts", "/api/accounts?sort=name", f"/api/accounts/{registers[0]}"]
-        tasks = [asyncio.create_task(write(http, history, bases[n % 2], one, done)) for n, one in enumerate(registers)]
-        tasks += [asyncio.create_task(read(http, history, base, path, done)) for base in bases for path in paths]
+        tasks = [
+            asyncio.create_task(write(http, history, bases[n % 2], one, done))
+            for n, one in enumerate(registers)
+        ]
+        tasks += [
+            asyncio.create_task(read(http, history, base, path, done))
+            for base in bases
+            for path in paths
+        ]
         await progress(history, 300)
         for accident in ("freeze", "kill", "flush", "freeze", "flush", "kill"):
             if accident == "freeze":
@@ -178,7 +208,8 @@ async def progress(history: History, reads: int) -> None:
 
 
 async def test_a_worker_starts_and_serves_while_the_cache_server_is_away(database_url: str) -> None:
-    """The cache is no start-up dependency; neither is there one at all with REDIS_CACHE_URL=none."""
+    """The cache is no start-up dependency; neither is there one at all with
+    REDIS_CACHE_URL=none."""
     token, _ = await tenant_with_accounts(database_url)
     for cache_url in (f"redis://:x@127.0.0.1:{free_port()}/0", "none"):
         environment = {
@@ -188,15 +219,21 @@ async def test_a_worker_starts_and_serves_while_the_cache_server_is_away(databas
             "RESPCACHE_KEY": SECRET,
             "LOG_LEVEL": "error",
         }
-        async with workers(1, environment) as [base], httpx2.AsyncClient(headers={"authorization": f"Bearer {token}"}) as http:
+        async with (
+            workers(1, environment) as [base],
+            httpx2.AsyncClient(headers={"authorization": f"Bearer {token}"}) as http,
+        ):
             answer = await http.get(f"{base}/api/accounts")
             assert answer.status_code == 200
             assert "fwd=bypass" in answer.headers["cache-status"]
             assert (await http.get(f"{base}/api/system/cache-stats")).status_code == 503
 
 
-async def test_figures_of_workers_add_up_and_go_with_them(database_url: str, make_valkey: Callable[..., EmbeddedValkey]) -> None:
-    """Anybody reads them on the server. Those of a killed worker vanish; those of the others return with a server that died."""
+async def test_figures_of_workers_add_up_and_go_with_them(
+    database_url: str, make_valkey: Callable[..., EmbeddedValkey]
+) -> None:
+    """Anybody reads them on the server. Those of a killed worker vanish; those of the others return
+    with a server that died."""
     valkey = make_valkey()
     token, registers = await tenant_with_accounts(database_url)
     environment = {
@@ -212,28 +249,43 @@ async def test_figures_of_workers_add_up_and_go_with_them(database_url: str, mak
             return found
 
     headers = {"authorization": f"Bearer {token}"}
-    async with workers(2, environment) as bases, httpx2.AsyncClient(headers=headers, timeout=30) as http:
+    async with (
+        workers(2, environment) as bases,
+        httpx2.AsyncClient(headers=headers, timeout=30) as http,
+    ):
         for base, count in zip(bases, (5, 7), strict=True):
             for _ in range(count):
                 assert (await http.get(f"{base}/api/accounts")).status_code == 200
             await http.get(f"{base}/api/accounts/{registers[0]}")
         await http.put(f"{bases[0]}/api/accounts/{registers[0]}", json={"employee_count": 7})
-        found = await until(lambda fleet: fleet.totals.requests >= 14 and fleet.totals.invalidations > 0)
+        found = await until(
+            lambda fleet: fleet.totals.requests >= 14 and fleet.totals.invalidations > 0
+        )
         assert (len(found.processes), found.totals.requests, found.alone) == (2, 14, False)
         routes = {route.route: route for route in found.routes}
         assert routes["/api/accounts"].totals.requests == 12
         assert routes["/api/accounts"].times is not None
         assert routes["/api/accounts"].times.misses.count == routes["/api/accounts"].totals.misses
-        assert all(process.available and process.fence is not None and process.fence.alive for process in found.processes)
+        assert all(
+            process.available and process.fence is not None and process.fence.alive
+            for process in found.processes
+        )
         (tenant,) = (await board.tenants()).tenants
         assert tenant.totals.requests == 14
         assert (await board.tenant(tenant.tenant)).totals == tenant.totals
-        assert sum(point.hits + point.misses + point.bypasses for point in (await board.series()).points) == 14
+        assert (
+            sum(
+                point.hits + point.misses + point.bypasses
+                for point in (await board.series()).points
+            )
+            == 14
+        )
 
         killed, alive = found.processes
         os.kill(killed.pid, signal.SIGKILL)
         with redis.Redis.from_url(valkey.url) as client:
-            assert client.pexpire(figures_key(killed.id), 30_000)  # as if it had been dead for half a minute
+            # as if it had been dead for half a minute
+            assert client.pexpire(figures_key(killed.id), 30_000)
         left = await board.fleet()
         assert [process.pid for process in left.processes] == [alive.pid]
         assert left.totals.requests in (6, 8)
@@ -241,7 +293,10 @@ async def test_figures_of_workers_add_up_and_go_with_them(database_url: str, mak
         assert (await board.fleet()).alone
         valkey.start()
         back = await until(lambda fleet: not fleet.alone and bool(fleet.processes))
-        assert ([process.pid for process in back.processes], back.totals.requests) == ([alive.pid], left.totals.requests)
+        assert ([process.pid for process in back.processes], back.totals.requests) == (
+            [alive.pid],
+            left.totals.requests,
+        )
         async with asyncio.timeout(60):
             while not (rows := (await board.tenants()).tenants):
                 await asyncio.sleep(0.05)

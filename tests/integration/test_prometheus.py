@@ -1,4 +1,5 @@
-"""Metrics for Prometheus: what is written, who may scrape, and several processes through a real Valkey."""
+"""Metrics for Prometheus: what is written, who may scrape, and several processes through a real
+Valkey."""
 
 import asyncio
 import re
@@ -28,7 +29,9 @@ def make_cache(board: Board | None = None) -> Cache:
     return Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"), board=board)
 
 
-async def scrape(endpoint: Endpoint, token: str | None = TOKEN, method: str = "GET") -> tuple[int, dict[bytes, bytes], str]:
+async def scrape(
+    endpoint: Endpoint, token: str | None = TOKEN, method: str = "GET"
+) -> tuple[int, dict[bytes, bytes], str]:
     """Ask the endpoint; return status, headers and body."""
     sent: list[dict[str, Any]] = []
 
@@ -36,20 +39,26 @@ async def scrape(endpoint: Endpoint, token: str | None = TOKEN, method: str = "G
         sent.append(message)
 
     headers = [] if token is None else [(b"authorization", f"Bearer {token}".encode())]
-    await endpoint({"type": "http", "method": method, "path": "/metrics", "headers": headers}, None, send)
+    await endpoint(
+        {"type": "http", "method": method, "path": "/metrics", "headers": headers}, None, send
+    )
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"].decode()
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
-    """Read an exposition: by name and the values of its labels besides ``worker``, in the order of the labels' names."""
+    """Read an exposition: by name and the values of its labels besides ``worker``, in the order of
+    the labels' names."""
     return {
-        (sample.name, *(value for label, value in sorted(sample.labels.items()) if label != "worker")): sample.value
+        (
+            sample.name,
+            *(value for label, value in sorted(sample.labels.items()) if label != "worker"),
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- what is written -------------------------------------------------------------------------------
 
 
 def fill(cache: Cache) -> None:
@@ -78,7 +87,11 @@ async def test_a_scrape_reports_what_was_counted() -> None:
     assert found["respcache_served_bytes_total", "leads", route] == 9000
     assert found["respcache_fill_seconds_total", "leads", route] == 0.25
     assert found["respcache_invalidations_total", "leads"] == 2
-    buckets = [value for (name, *_), value in found.items() if name == "respcache_miss_duration_seconds_bucket"]
+    buckets = [
+        value
+        for (name, *_), value in found.items()
+        if name == "respcache_miss_duration_seconds_bucket"
+    ]
     assert buckets == sorted(buckets)
     assert found["respcache_miss_duration_seconds_bucket", "0.0005", "leads", route] == 2
     assert found["respcache_miss_duration_seconds_bucket", "10.0", "leads", route] == 2
@@ -88,7 +101,9 @@ async def test_a_scrape_reports_what_was_counted() -> None:
     assert found[("respcache_errors_total",)] == 5
     assert found[("respcache_workers",)] == 1
     assert found[("respcache_fleet_complete",)] == 0
-    assert not [name for name, *_ in found if name.startswith(("respcache_tenant", "respcache_server"))]
+    assert not [
+        name for name, *_ in found if name.startswith(("respcache_tenant", "respcache_server"))
+    ]
 
 
 async def test_tenants_are_reported_where_they_are_asked_for() -> None:
@@ -100,8 +115,12 @@ async def test_tenants_are_reported_where_they_are_asked_for() -> None:
         cache.figures.at(f"t{number}", "leads", "/leads").misses += 5 - number
     cache.figures.at(None, "leads", "/leads").bypass("denied")
     found = samples((await scrape(Endpoint(board, token=TOKEN, tenants=2)))[2])
-    hits = {key[1]: value for key, value in found.items() if key[0] == "respcache_tenant_hits_total"}
-    misses = {key[1]: value for key, value in found.items() if key[0] == "respcache_tenant_misses_total"}
+    hits = {
+        key[1]: value for key, value in found.items() if key[0] == "respcache_tenant_hits_total"
+    }
+    misses = {
+        key[1]: value for key, value in found.items() if key[0] == "respcache_tenant_misses_total"
+    }
     assert (hits, misses) == ({"t4": 4, "t3": 3, "other": 3}, {"t0": 5, "t1": 4, "other": 6})
     assert found["respcache_tenant_bypasses_total", "other"] == 1
 
@@ -117,11 +136,15 @@ async def test_a_metric_of_many_portions_has_one_head() -> None:
     assert body.count("# TYPE respcache_hits_total counter\n") == 1
     assert body.count("# HELP respcache_hits_total ") == 1
     assert sum(line.startswith("respcache_hits_total{") for line in body.splitlines()) == count
-    assert sum(value for (name, *_), value in samples(body).items() if name == "respcache_hits_total") == count
+    assert (
+        sum(value for (name, *_), value in samples(body).items() if name == "respcache_hits_total")
+        == count
+    )
 
 
 def test_a_registry_collects_this_process() -> None:
-    """Beside the application's own metrics; names that are taken are refused when it is registered."""
+    """Beside the application's own metrics; names that are taken are refused when it is
+    registered."""
     cache = make_cache()
     fill(cache)
     registry = CollectorRegistry()
@@ -132,7 +155,7 @@ def test_a_registry_collects_this_process() -> None:
         registry.register(Collector(cache))
 
 
-# -- who may scrape ----------------------------------------------------------------------------------------------------
+# -- who may scrape --------------------------------------------------------------------------------
 
 
 def gate(**known: Access) -> Callable[[str], Awaitable[Access | None]]:
@@ -183,7 +206,11 @@ async def test_without_a_token_of_its_own_nobody_but_people_are_answered() -> No
     people = gate(root=Access(name="root", role=Role.OPERATOR))
     assert (await scrape(Endpoint(board, gate=people), "root"))[0] == 200
     assert (await scrape(Endpoint(board, gate=people), ""))[0] == 401
-    assert [(await scrape(Endpoint(board), token))[0] for token in (TOKEN, "", None)] == [403, 403, 403]
+    assert [(await scrape(Endpoint(board), token))[0] for token in (TOKEN, "", None)] == [
+        403,
+        403,
+        403,
+    ]
 
 
 async def test_other_methods_are_refused() -> None:
@@ -198,7 +225,8 @@ async def test_other_methods_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"token": "short"}, "16"), ({"token": "é" * 40}, "ASCII"), ({"tenants": -1}, "-1")]
+    ("options", "said"),
+    [({"token": "short"}, "16"), ({"token": "é" * 40}, "ASCII"), ({"tenants": -1}, "-1")],
 )
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     """The message names the fix, and never the token."""
@@ -208,7 +236,7 @@ def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     assert TOKEN not in repr(Endpoint(Board(None), token=TOKEN))
 
 
-# -- several processes ------------------------------------------------------------------------------------------------
+# -- several processes -----------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -232,7 +260,8 @@ async def page_of(board: Board, tenants: int = 0) -> str:
 
 
 async def test_any_process_reports_all_of_them(valkey_url: str) -> None:
-    """Each under a label of its own, with what the server says of itself, and tenants by process."""
+    """Each under a label of its own, with what the server says of itself, and tenants by
+    process."""
     async with process(valkey_url) as (one, board), process(valkey_url) as (two, other):
         fill(one)
         two.figures.at("globex", "tasks", "/tasks").hits += 5
@@ -249,12 +278,16 @@ async def test_any_process_reports_all_of_them(valkey_url: str) -> None:
         assert found["respcache_tenant_misses_total", "acme"] == 3
         assert found[("respcache_server_memory_bytes",)] > 0
         assert body.count("respcache_worker_info{") == 2
-    workers = [set(re.findall(r'respcache_store_up{worker="(.+)"}', body)) for body in (first, second)]
+    workers = [
+        set(re.findall(r'respcache_store_up{worker="(.+)"}', body)) for body in (first, second)
+    ]
     assert len(workers[0]) == 2
     assert workers[0] == workers[1]  # a process is called the same, whoever reports it
 
 
-async def test_while_the_server_is_away_a_process_reports_itself(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+async def test_while_the_server_is_away_a_process_reports_itself(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """And that these are not all; with tenants too."""
     server = make_valkey()
     async with process(server.url) as (one, board), process(server.url) as (_, other):
@@ -270,15 +303,26 @@ async def test_while_the_server_is_away_a_process_reports_itself(make_valkey: Ca
         assert ("respcache_server_memory_bytes",) not in found
 
 
-async def test_a_server_that_says_nothing_of_itself_is_left_out(make_valkey: Callable[..., EmbeddedValkey]) -> None:
+async def test_a_server_that_says_nothing_of_itself_is_left_out(
+    make_valkey: Callable[..., EmbeddedValkey],
+) -> None:
     """An account without the permission for INFO: the processes' figures are there all the same."""
     server = make_valkey()
     with redis.Redis.from_url(server.url) as client:
-        client.acl_setuser("metrics", enabled=True, passwords=["+pass"], commands=["+@all", "-info"], keys=["*"], channels=["*"])
+        client.acl_setuser(
+            "metrics",
+            enabled=True,
+            passwords=["+pass"],
+            commands=["+@all", "-info"],
+            keys=["*"],
+            channels=["*"],
+        )
     async with process(server.url) as (one, publishing):
         fill(one)
         assert await publishing.publish()
-        board = Board(f"redis://metrics:pass@{server.url.rpartition('@')[2].removeprefix('redis://')}")
+        board = Board(
+            f"redis://metrics:pass@{server.url.rpartition('@')[2].removeprefix('redis://')}"
+        )
         try:
             found = samples(await page_of(board))
         finally:
@@ -287,12 +331,17 @@ async def test_a_server_that_says_nothing_of_itself_is_left_out(make_valkey: Cal
     assert ("respcache_server_memory_bytes",) not in found
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt-get install prometheus)")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None,
+    reason="promtool is not installed (Debian: apt-get install prometheus)",
+)
 async def test_promtool_finds_nothing_to_complain_of(valkey_url: str) -> None:
     """Names, units, help and syntax, as Prometheus itself would have them."""
     async with process(valkey_url) as (one, board):
         fill(one)
         body = await page_of(board, 3)
     command = ["promtool", "check", "metrics"]
-    done = await asyncio.to_thread(subprocess.run, command, input=body, capture_output=True, text=True, check=False)
+    done = await asyncio.to_thread(
+        subprocess.run, command, input=body, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,5 @@
-"""Outbox, rounds and fence on a real PostgreSQL and a real Valkey: no invalidation is lost, and no read is old meanwhile."""
+"""Outbox, rounds and fence on a real PostgreSQL and a real Valkey: no invalidation is lost, and no
+read is old meanwhile."""
 
 import asyncio
 import time
@@ -49,11 +50,20 @@ class Thing(Base):
 class Process:
     """One process of an application: its engine, its cache, its rounds."""
 
-    def __init__(self, database_url: str, valkey_url: str, *, lease_s: float = 2.0, retention_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        valkey_url: str,
+        *,
+        lease_s: float = 2.0,
+        retention_s: float = 600.0,
+    ) -> None:
         self.engine = create_async_engine(database_url)
         self.outbox = PostgresOutbox(self.engine, lease_s=lease_s, retention_s=retention_s)
         self.store = RedisStore(valkey_url, deadline_s=0.5)
-        self.cache = Cache(self.store, secret=b"k" * 32, resolver=SingleTenant(TENANT), outbox=self.outbox)
+        self.cache = Cache(
+            self.store, secret=b"k" * 32, resolver=SingleTenant(TENANT), outbox=self.outbox
+        )
         self.watching = watch(self.engine, self.cache, metadata=Base.metadata)
         app = FastAPI()
 
@@ -61,7 +71,9 @@ class Process:
         @cache_list("things", tables=["things"])
         async def list_things() -> list[str]:
             async with AsyncSession(self.engine) as session:
-                return list(await session.scalars(text(READ).execution_options(respcache_reads=("things",))))
+                return list(
+                    await session.scalars(text(READ).execution_options(respcache_reads=("things",)))
+                )
 
         @app.post("/rename")
         async def rename(to: str) -> str:
@@ -71,7 +83,11 @@ class Process:
 
         @app.post("/run")
         async def run(sql: str, autocommit: bool = False) -> str:
-            engine = self.engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else self.engine
+            engine = (
+                self.engine.execution_options(isolation_level="AUTOCOMMIT")
+                if autocommit
+                else self.engine
+            )
             async with engine.connect() as connection:
                 await connection.execute(text(sql))
                 await connection.commit()
@@ -135,8 +151,13 @@ async def running(*processes: Process) -> AsyncIterator[None]:
 async def psql(empty_database_url: str) -> AsyncIterator[asyncpg.Connection]:
     """A connection that no cache knows of, to a database with rows, outbox and triggers."""
     connection = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
-    await connection.execute("CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)")
-    await connection.execute(f"INSERT INTO things VALUES (1, '{TENANT}', 'old'), (2, '{TENANT}', 'old'), (9, 'other', 'old')")
+    await connection.execute(
+        "CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"
+    )
+    await connection.execute(
+        f"INSERT INTO things VALUES (1, '{TENANT}', 'old'), (2, '{TENANT}', 'old'), (9, 'other', "
+        f"'old')"
+    )
     statements: list[str] = []
     triggers.create_outbox(statements.append)
     triggers.create_triggers(statements.append, [triggers.Watched("things")])
@@ -147,7 +168,9 @@ async def psql(empty_database_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 @pytest.fixture
-async def one(psql: asyncpg.Connection, empty_database_url: str, valkey_url: str) -> AsyncIterator[Process]:
+async def one(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
+) -> AsyncIterator[Process]:
     """One process whose cache serves."""
     process = Process(empty_database_url, valkey_url)
     async with running(process):
@@ -155,7 +178,7 @@ async def one(psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
         yield process
 
 
-# -- writes that nobody tells of -----------------------------------------------------------------------------------------
+# -- writes that nobody tells of -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,14 +186,16 @@ async def one(psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
     [
         RENAME,
         "WITH changed AS (UPDATE things SET name = 'new' RETURNING 1) SELECT count(*) FROM changed",
-        "MERGE INTO things USING (VALUES (1)) AS v (id) ON things.id = v.id WHEN MATCHED THEN UPDATE SET name = 'new'",
+        "MERGE INTO things USING (VALUES (1)) AS v (id) ON things.id = v.id WHEN MATCHED THEN "
+        "UPDATE SET name = 'new'",
         "DO $$ BEGIN UPDATE things SET name = 'new'; END $$",
     ],
 )
 async def test_a_write_by_psql_is_never_missed_for_longer_than_a_lease(
     one: Process, psql: asyncpg.Connection, write: str
 ) -> None:
-    """No hook sees it: its row in the outbox does, and a read that begins a lease later shows it."""
+    """No hook sees it: its row in the outbox does, and a read that begins a lease later shows
+    it."""
     await psql.execute(write)
     committed = time.monotonic()
     async with asyncio.timeout(30):
@@ -199,8 +224,11 @@ async def test_truncate_makes_everything_invalid(one: Process, psql: asyncpg.Con
     await one.warm()
 
 
-async def test_a_transaction_that_commits_after_a_younger_one_is_not_missed(one: Process, psql: asyncpg.Connection) -> None:
-    """The older one has the smaller number and is invisible to the snapshot that saw the younger one."""
+async def test_a_transaction_that_commits_after_a_younger_one_is_not_missed(
+    one: Process, psql: asyncpg.Connection
+) -> None:
+    """The older one has the smaller number and is invisible to the snapshot that saw the younger
+    one."""
     url = one.engine.url.render_as_string(hide_password=False).replace("+asyncpg", "")
     other = await asyncpg.connect(url)
     try:
@@ -218,11 +246,12 @@ async def test_a_transaction_that_commits_after_a_younger_one_is_not_missed(one:
         await other.close()
 
 
-# -- writes of the application -------------------------------------------------------------------------------------------
+# -- writes of the application ---------------------------------------------------------------------
 
 
 async def test_a_writer_bumps_the_rows_that_its_transaction_left(one: Process) -> None:
-    """It reads them back before its COMMIT; no round is needed, nobody waits, no tenant has to be declared."""
+    """It reads them back before its COMMIT; no round is needed, nobody waits, no tenant has to be
+    declared."""
     await one.stop_rounds()
     answer = await one.http.post("/rename", params={"to": "new"})
     assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
@@ -232,8 +261,11 @@ async def test_a_writer_bumps_the_rows_that_its_transaction_left(one: Process) -
     assert one.cache.figures.of(TENANT, "things").invalidations == 1
 
 
-async def test_the_answer_of_a_write_names_what_its_bump_has_reached(one: Process, valkey_url: str) -> None:
-    """Of one tenant, by the writer itself; where that is not known, a view must be read first; of no rows, nothing."""
+async def test_the_answer_of_a_write_names_what_its_bump_has_reached(
+    one: Process, valkey_url: str
+) -> None:
+    """Of one tenant, by the writer itself; where that is not known, a view must be read first; of
+    no rows, nothing."""
 
     async def token(sql: str, **options: bool) -> str | None:
         answer = await one.http.post("/run", params={"sql": sql, **options})
@@ -250,8 +282,11 @@ async def test_the_answer_of_a_write_names_what_its_bump_has_reached(one: Proces
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
-async def test_text_that_nobody_understands_needs_no_declaration(one: Process, autocommit: bool) -> None:
-    """The database says what it changed; in AUTOCOMMIT, where there is no moment to ask, a round finds out."""
+async def test_text_that_nobody_understands_needs_no_declaration(
+    one: Process, autocommit: bool
+) -> None:
+    """The database says what it changed; in AUTOCOMMIT, where there is no moment to ask, a round
+    finds out."""
     one.rounds._adopted_at = float("-inf")  # no other process has lived in an epoch before this one
     sql = "DO $$ BEGIN EXECUTE 'UPDATE things SET name = ''new'''; END $$"
     answer = await one.http.post("/run", params={"sql": sql, "autocommit": autocommit})
@@ -261,13 +296,17 @@ async def test_text_that_nobody_understands_needs_no_declaration(one: Process, a
 
 async def test_a_transaction_that_changed_nothing_delays_nobody(one: Process) -> None:
     """An UPDATE without rows leaves none in the outbox either."""
-    answer = await one.http.post("/run", params={"sql": "UPDATE things SET name = 'new' WHERE id = 999"})
+    answer = await one.http.post(
+        "/run", params={"sql": "UPDATE things SET name = 'new' WHERE id = 999"}
+    )
     assert answer.status_code == 200
     assert one.cache.figures.acknowledgements_delayed == 0
     assert "; hit" in await one.said()
 
 
-async def test_a_commit_that_raised_after_it_was_carried_out_is_found_by_a_round(one: Process) -> None:
+async def test_a_commit_that_raised_after_it_was_carried_out_is_found_by_a_round(
+    one: Process,
+) -> None:
     """Its outcome is unknown to the application, which answers 500; the row is there."""
     dialect = one.engine.sync_engine.dialect
     commit = dialect.do_commit
@@ -284,8 +323,11 @@ async def test_a_commit_that_raised_after_it_was_carried_out_is_found_by_a_round
     assert await one.names() == ["new", "new"]
 
 
-async def test_many_processes_bump_a_row_once(psql: asyncpg.Connection, empty_database_url: str, valkey_url: str) -> None:
-    """The generation remembers the rows that it was told of, so that what was read anew meanwhile stays valid."""
+async def test_many_processes_bump_a_row_once(
+    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
+) -> None:
+    """The generation remembers the rows that it was told of, so that what was read anew meanwhile
+    stays valid."""
     processes = [Process(empty_database_url, valkey_url) for _ in range(3)]
     async with running(*processes):
         await processes[0].warm()
@@ -296,27 +338,33 @@ async def test_many_processes_bump_a_row_once(psql: asyncpg.Connection, empty_da
             assert client.hget(generation_key(TENANT), "s") == b"1"
 
 
-async def test_another_tenants_write_invalidates_nothing(one: Process, psql: asyncpg.Connection) -> None:
+async def test_another_tenants_write_invalidates_nothing(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """The row names its tenant."""
     await psql.execute("UPDATE things SET name = 'new' WHERE tenant_id = 'other'")
     await one.rounds.safe(one.rounds.clock())
     assert "; hit" in await one.said()
 
 
-async def test_a_round_in_a_new_epoch_does_not_vouch_for_the_fences_of_the_former_one(one: Process) -> None:
-    """It bumped nothing that is older than the epoch; another process may still serve in the epoch before."""
+async def test_a_round_in_a_new_epoch_does_not_vouch_for_the_fences_of_the_former_one(
+    one: Process,
+) -> None:
+    """It bumped nothing that is older than the epoch; another process may still serve in the epoch
+    before."""
     one.rounds._adopted_at = one.rounds.clock()
     answer = await one.http.post("/run", params={"sql": RENAME, "autocommit": True})
     assert answer.headers["x-cache-invalidation"] == "pending; safe"
 
 
-# -- the store is away ---------------------------------------------------------------------------------------------------
+# -- the store is away -----------------------------------------------------------------------------
 
 
 async def test_a_write_during_an_outage_is_answered_when_no_fence_is_alive(
     psql: asyncpg.Connection, empty_database_url: str, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """At its onset the answer waits and says so; the other process, which still has the server, shows the write."""
+    """At its onset the answer waits and says so; the other process, which still has the server,
+    shows the write."""
     valkey = make_valkey()
     writer, reader = (Process(empty_database_url, valkey.url, lease_s=0.6) for _ in range(2))
     async with running(writer, reader):
@@ -324,7 +372,10 @@ async def test_a_write_during_an_outage_is_answered_when_no_fence_is_alive(
         await reader.warm()
         await writer.store.close()  # a partition: this process alone has lost the server
         answer = await writer.http.post("/rename", params={"to": "new"})
-        assert (answer.status_code, answer.headers["x-cache-invalidation"]) == (200, "pending; safe")
+        assert (answer.status_code, answer.headers["x-cache-invalidation"]) == (
+            200,
+            "pending; safe",
+        )
         assert await reader.names() == ["new", "new"]
         await reader.warm()
         assert await reader.names() == ["new", "new"]
@@ -334,7 +385,8 @@ async def test_a_write_during_an_outage_is_answered_when_no_fence_is_alive(
 async def test_in_a_long_outage_writes_do_not_wait(
     psql: asyncpg.Connection, empty_database_url: str, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:
-    """Nobody renews ``until``; when it has passed there is nothing to wait for, however long a lease is."""
+    """Nobody renews ``until``; when it has passed there is nothing to wait for, however long a
+    lease is."""
     valkey = make_valkey()
     process = Process(empty_database_url, valkey.url, lease_s=3600)
     async with running(process):
@@ -347,7 +399,10 @@ async def test_in_a_long_outage_writes_do_not_wait(
         waiting.cancel()
         await psql.execute(f"UPDATE {triggers.FENCE} SET until = clock_timestamp()")
         answer = await process.http.post("/rename", params={"to": "new"})
-        assert (answer.status_code, answer.headers["x-cache-invalidation"]) == (200, "pending; safe")
+        assert (answer.status_code, answer.headers["x-cache-invalidation"]) == (
+            200,
+            "pending; safe",
+        )
 
 
 async def test_what_was_written_in_an_outage_is_bumped_before_anything_is_served(
@@ -386,13 +441,14 @@ async def test_an_invalidation_by_hand_survives_outage_and_process(
         assert "; hit" not in await second.said()
 
 
-# -- the fence ------------------------------------------------------------------------------------------------------------
+# -- the fence -------------------------------------------------------------------------------------
 
 
 async def test_without_rounds_nothing_is_served_after_a_lease(
     psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
 ) -> None:
-    """The database does not answer the rounds: the fence ends by itself, and comes back with them."""
+    """The database does not answer the rounds: the fence ends by itself, and comes back with
+    them."""
     process = Process(empty_database_url, valkey_url, lease_s=0.6)
     async with running(process):
         await process.warm()
@@ -405,7 +461,8 @@ async def test_without_rounds_nothing_is_served_after_a_lease(
 
 
 def interpose(one: Process, where: str, then: Callable[[], Awaitable[None]]) -> None:
-    """Have something happen between the answer of the store and whoever asked it, for an entry there or a view for one here."""
+    """Have something happen between the answer of the store and whoever asked it, for an entry
+    there or a view for one here."""
     read, view, tasks = one.store.read, one.store.view, []
 
     async def slow_read(*given: Any) -> Any:
@@ -428,7 +485,9 @@ def interpose(one: Process, where: str, then: Callable[[], Awaitable[None]]) -> 
 
 
 @pytest.mark.parametrize("where", ["store", "memory"])
-async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(one: Process, where: str) -> None:
+async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(
+    one: Process, where: str
+) -> None:
     """What counts is the fence held before, at the moment of the reply."""
     one.rounds.fence = type(one.rounds.fence)(one.rounds.fence.server, one.rounds.clock() + 3600)
     await one.stop_rounds()
@@ -444,7 +503,9 @@ async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(one: Pr
 
 
 @pytest.mark.parametrize(("lost", "why"), [("fence", "fence"), ("tables", "no-trigger")])
-async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(one: Process, lost: str, why: str) -> None:
+async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(
+    one: Process, lost: str, why: str
+) -> None:
     """The view is still the one of the proof, and the fence of the proof would have lasted."""
     await one.stop_rounds()
     rounds, granted = one.rounds, one.rounds.fence
@@ -460,7 +521,9 @@ async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(one: 
 
 
 @pytest.mark.parametrize("where", ["store", "memory"])
-async def test_a_fence_granted_while_the_store_is_asked_does_not_count(one: Process, where: str) -> None:
+async def test_a_fence_granted_while_the_store_is_asked_does_not_count(
+    one: Process, where: str
+) -> None:
     """It knows of writes that the reply does not."""
     await one.stop_rounds()
     granted = one.rounds.fence
@@ -480,9 +543,13 @@ async def test_a_fence_granted_while_the_store_is_asked_does_not_count(one: Proc
 
 
 async def test_only_the_authority_is_served(
-    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str, make_valkey: Callable[..., EmbeddedValkey]
+    psql: asyncpg.Connection,
+    empty_database_url: str,
+    valkey_url: str,
+    make_valkey: Callable[..., EmbeddedValkey],
 ) -> None:
-    """Two servers answer, as in a split brain: the second is served when no fence of the first is alive, the first no more."""
+    """Two servers answer, as in a split brain: the second is served when no fence of the first is
+    alive, the first no more."""
     first = Process(empty_database_url, valkey_url, lease_s=0.6)
     second = Process(empty_database_url, make_valkey().url, lease_s=0.6)
     async with running(first):
@@ -520,10 +587,12 @@ async def test_a_claim_is_effective_when_the_fences_of_the_former_authority_have
     await outbox.close()
 
 
-# -- epochs ---------------------------------------------------------------------------------------------------------------
+# -- epochs ----------------------------------------------------------------------------------------
 
 
-async def test_a_second_process_joins_the_epoch(one: Process, empty_database_url: str, valkey_url: str) -> None:
+async def test_a_second_process_joins_the_epoch(
+    one: Process, empty_database_url: str, valkey_url: str
+) -> None:
     """It begins where the record's cursor stands, and what is cached stays valid."""
     second = Process(empty_database_url, valkey_url)
     async with running(second):
@@ -543,11 +612,14 @@ async def test_a_lost_epoch_is_made_anew(one: Process, valkey_url: str) -> None:
     await one.warm()
 
 
-async def test_more_rows_than_can_be_replayed_are_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+async def test_more_rows_than_can_be_replayed_are_a_new_epoch(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """A full outbox costs one write to the store, whatever is in it."""
     before = one.rounds.epochs
     await psql.execute(
-        f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM generate_series(1, $1::int) number",
+        f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM "
+        f"generate_series(1, $1::int) number",
         MAX_ROWS + 1,
     )
     await one.rounds.safe(one.rounds.clock())
@@ -555,10 +627,14 @@ async def test_more_rows_than_can_be_replayed_are_a_new_epoch(one: Process, psql
     await one.warm()
 
 
-async def test_a_cursor_from_before_the_horizon_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+async def test_a_cursor_from_before_the_horizon_is_a_new_epoch(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """Rows that it has not seen may have been deleted."""
     before = one.rounds.epochs
-    await psql.execute(f"UPDATE {triggers.FENCE} SET pruned = (pg_current_xact_id()::text::bigint + 1)::text::xid8")
+    await psql.execute(
+        f"UPDATE {triggers.FENCE} SET pruned = (pg_current_xact_id()::text::bigint + 1)::text::xid8"
+    )
     await one.rounds.safe(one.rounds.clock())
     assert one.rounds.epochs > before
 
@@ -586,7 +662,9 @@ async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connec
     """Its outbox is another one, whatever is in it, and its rows are from another time."""
     before = one.rounds.epochs
     statements: list[str] = [f"DROP TABLE {triggers.OUTBOX}, {triggers.FENCE}, things"]
-    statements += ["CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"]
+    statements += [
+        "CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"
+    ]
     statements += [f"INSERT INTO things VALUES (1, '{TENANT}', 'restored')"]
     triggers.create_outbox(statements.append)
     triggers.create_triggers(statements.append, [triggers.Watched("things")])
@@ -598,11 +676,14 @@ async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connec
     assert await one.names() == ["restored"]
 
 
-# -- triggers --------------------------------------------------------------------------------------------------------------
+# -- triggers --------------------------------------------------------------------------------------
 
 
 async def test_a_read_of_a_table_without_trigger_is_not_cached_and_start_up_says_so(
-    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str, caplog: pytest.LogCaptureFixture
+    psql: asyncpg.Connection,
+    empty_database_url: str,
+    valkey_url: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its invalidations could be lost."""
     await psql.execute("DROP TRIGGER respcache_delete ON things")
@@ -613,8 +694,11 @@ async def test_a_read_of_a_table_without_trigger_is_not_cached_and_start_up_says
     assert "not cached: reads of things" in caplog.text
 
 
-async def test_a_trigger_that_was_away_for_a_while_is_noticed(one: Process, psql: asyncpg.Connection) -> None:
-    """Disabled: not cached. Enabled again: nothing from before is served, since writes left no rows meanwhile."""
+async def test_a_trigger_that_was_away_for_a_while_is_noticed(
+    one: Process, psql: asyncpg.Connection
+) -> None:
+    """Disabled: not cached. Enabled again: nothing from before is served, since writes left no rows
+    meanwhile."""
     await psql.execute("ALTER TABLE things DISABLE TRIGGER respcache_update")
     await one.cold("no-trigger")
     await psql.execute(RENAME)
@@ -623,7 +707,9 @@ async def test_a_trigger_that_was_away_for_a_while_is_noticed(one: Process, psql
     assert await one.names() == ["new", "new"]
 
 
-async def test_a_trigger_disabled_within_one_transaction_is_noticed(one: Process, psql: asyncpg.Connection) -> None:
+async def test_a_trigger_disabled_within_one_transaction_is_noticed(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """No round sees it disabled; the trigger's life tells."""
     before = one.rounds.epochs
     async with psql.transaction():
@@ -635,7 +721,7 @@ async def test_a_trigger_disabled_within_one_transaction_is_noticed(one: Process
     assert await one.names() == ["new", "new"]
 
 
-# -- bad surroundings --------------------------------------------------------------------------------------------------------
+# -- bad surroundings ------------------------------------------------------------------------------
 
 
 async def test_a_database_without_outbox_is_served_without_the_cache(
@@ -659,8 +745,11 @@ async def test_a_database_without_outbox_is_served_without_the_cache(
         await process.warm()
 
 
-async def test_a_fence_without_its_row_is_named(psql: asyncpg.Connection, empty_database_url: str) -> None:
-    """A restore that left data out, an overzealous clean-up: the message has the statement that mends it."""
+async def test_a_fence_without_its_row_is_named(
+    psql: asyncpg.Connection, empty_database_url: str
+) -> None:
+    """A restore that left data out, an overzealous clean-up: the message has the statement that
+    mends it."""
     outbox = PostgresOutbox(create_async_engine(empty_database_url))
     await psql.execute(f"DELETE FROM {triggers.FENCE}")
     with pytest.raises(OutboxError, match=f"INSERT INTO {triggers.FENCE}"):
@@ -668,7 +757,7 @@ async def test_a_fence_without_its_row_is_named(psql: asyncpg.Connection, empty_
     await outbox.close()
 
 
-# -- what administrators do --------------------------------------------------------------------------------------------------
+# -- what administrators do ------------------------------------------------------------------------
 
 
 async def present_xid(psql: asyncpg.Connection) -> int:
@@ -681,16 +770,22 @@ async def come_to(psql: asyncpg.Connection, xid: int) -> None:
         await psql.execute("SELECT pg_current_xact_id()")
 
 
-async def test_rows_that_came_with_a_dump_swallow_no_write(one: Process, psql: asyncpg.Connection) -> None:
-    """A transaction gets the number of such a row, whose id the generation knows already: the write counts all the same."""
+async def test_rows_that_came_with_a_dump_swallow_no_write(
+    one: Process, psql: asyncpg.Connection
+) -> None:
+    """A transaction gets the number of such a row, whose id the generation knows already: the write
+    counts all the same."""
     await one.stop_rounds()
     xid = await present_xid(psql) + 20
     numbers = f"generate_series({xid}, {xid + 3}) AS number"
     await psql.execute(
-        f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) SELECT number::text::xid8, '{TENANT}', 'T:things' FROM {numbers}"
+        f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) SELECT number::text::xid8, '{TENANT}', "
+        f"'T:things' FROM {numbers}"
     )
     rows = await psql.fetch(f"SELECT id FROM {triggers.OUTBOX} WHERE xid >= '{xid}'")
-    await one.store.bump(generation_key(TENANT), tags=["T:x"], ttl_ms=60_000, rows=[row["id"] for row in rows])
+    await one.store.bump(
+        generation_key(TENANT), tags=["T:x"], ttl_ms=60_000, rows=[row["id"] for row in rows]
+    )
     await one.names()
     assert "; hit" in await one.said()
     await come_to(psql, xid)
@@ -698,16 +793,23 @@ async def test_rows_that_came_with_a_dump_swallow_no_write(one: Process, psql: a
     assert "x-cache-invalidation" not in answer.headers
     assert await one.names() == ["new", "new"]
     assert not {row["id"] for row in rows} & {
-        row["id"] for row in await psql.fetch(f"SELECT id FROM {triggers.OUTBOX} WHERE xid = '{xid}'")
+        row["id"]
+        for row in await psql.fetch(f"SELECT id FROM {triggers.OUTBOX} WHERE xid = '{xid}'")
     }
 
 
-async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(one: Process, psql: asyncpg.Connection) -> None:
+async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """They are nobody's writes; the cache stays warm."""
     xid, before = await present_xid(psql) + 10_000, one.rounds.epochs
-    rows = f"SELECT number::text::xid8, '{TENANT}', 'T:things' FROM generate_series({xid}, {xid + 9}) AS number"
+    rows = (
+        f"SELECT number::text::xid8, '{TENANT}', 'T:things' FROM generate_series({xid}, "
+        f"{xid + 9}) AS number"
+    )
     await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) {rows}")
-    one.rounds._pruned_at = one.rounds.clock() + 3600  # the round that meets them does not leave them to the housekeeping
+    # the round that meets them does not leave them to the housekeeping
+    one.rounds._pruned_at = one.rounds.clock() + 3600
     for _ in range(2):
         await one.rounds.caught_up()
     assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid >= '{xid}'") == 0
@@ -718,18 +820,26 @@ async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(one: Process, 
 async def test_a_row_that_a_transaction_has_made_its_own_is_not_deleted_as_foreign(
     psql: asyncpg.Connection, empty_database_url: str
 ) -> None:
-    """It got the number of a row from a dump after that was found, and commits while it is being deleted."""
+    """It got the number of a row from a dump after that was found, and commits while it is being
+    deleted."""
     outbox = PostgresOutbox(create_async_engine(empty_database_url))
     other = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
     xid = await present_xid(psql) + 1
-    await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) VALUES ('{xid}', '{TENANT}', 'T:things')")
+    await psql.execute(
+        f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) VALUES ('{xid}', '{TENANT}', 'T:things')"
+    )
     transaction = other.transaction()
     await transaction.start()
     await other.execute(RENAME)
     assert int(await other.fetchval("SELECT pg_current_xact_id()::text")) == xid
     await outbox.prune()
     await transaction.commit()
-    assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid = '{xid}' AND tenant = '{TENANT}'") == 1
+    assert (
+        await psql.fetchval(
+            f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid = '{xid}' AND tenant = '{TENANT}'"
+        )
+        == 1
+    )
     await other.close()
     await outbox.close()
 
@@ -739,12 +849,15 @@ async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
     one: Process, psql: asyncpg.Connection, column: str
 ) -> None:
     """It lies in the future: by it every cursor would have missed something, for ever."""
-    one.rounds._pruned_at = one.rounds.clock() + 3600  # the round that meets it does not leave it to the housekeeping
+    # the round that meets it does not leave it to the housekeeping
+    one.rounds._pruned_at = one.rounds.clock() + 3600
     before = one.rounds.epochs
     ahead = await present_xid(psql) + 1_000_000
     await psql.execute(f"UPDATE {triggers.FENCE} SET {column} = '{ahead}'")
     if column == "horizon":  # it becomes the other when it is moved
-        await psql.execute(f"UPDATE {triggers.FENCE} SET horizon_at = clock_timestamp() - interval '1 day'")
+        await psql.execute(
+            f"UPDATE {triggers.FENCE} SET horizon_at = clock_timestamp() - interval '1 day'"
+        )
         await one.outbox.prune()
     await until(lambda: _is_past(psql))
     await one.warm()
@@ -754,11 +867,16 @@ async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
 
 
 async def _is_past(psql: asyncpg.Connection) -> bool:
-    found = f"SELECT greatest(pruned, horizon) <= pg_snapshot_xmax(pg_current_snapshot()) FROM {triggers.FENCE}"
+    found = (
+        f"SELECT greatest(pruned, horizon) <= pg_snapshot_xmax(pg_current_snapshot()) FROM "
+        f"{triggers.FENCE}"
+    )
     return bool(await psql.fetchval(found))
 
 
-async def test_a_horizon_from_the_future_deletes_nothing(psql: asyncpg.Connection, empty_database_url: str) -> None:
+async def test_a_horizon_from_the_future_deletes_nothing(
+    psql: asyncpg.Connection, empty_database_url: str
+) -> None:
     """And is replaced by one that every cursor from before is told of."""
     outbox = PostgresOutbox(create_async_engine(empty_database_url))
     await psql.execute(RENAME)
@@ -768,7 +886,8 @@ async def test_a_horizon_from_the_future_deletes_nothing(psql: asyncpg.Connectio
     page = await outbox.page(None)
     assert (page.foreign, page.pruned_ahead) == (True, True)
     await psql.execute(f"INSERT INTO {triggers.OUTBOX} (tenant, tag) VALUES ('late', 'T:things')")
-    async with outbox._connections.connected() as connection:  # what a process does that has just moved the horizon
+    # what a process does that has just moved the horizon
+    async with outbox._connections.connected() as connection:
         await connection.execute(outbox._delete, {"limit": 10})
     assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE tenant = 'late'") == 1
     await outbox.prune()
@@ -779,25 +898,36 @@ async def test_a_horizon_from_the_future_deletes_nothing(psql: asyncpg.Connectio
 
 
 @pytest.mark.parametrize("table", [triggers.OUTBOX, triggers.FENCE])
-async def test_row_level_security_on_our_tables_is_named(psql: asyncpg.Connection, empty_database_url: str, table: str) -> None:
-    """A platform that switches it on everywhere would hide every row from an application that does not own them."""
+async def test_row_level_security_on_our_tables_is_named(
+    psql: asyncpg.Connection, empty_database_url: str, table: str
+) -> None:
+    """A platform that switches it on everywhere would hide every row from an application that does
+    not own them."""
     await psql.execute("DROP ROLE IF EXISTS respcache_app")
-    await psql.execute("CREATE ROLE respcache_app LOGIN PASSWORD 'only-for-tests'; GRANT USAGE ON SCHEMA public TO respcache_app")
+    await psql.execute(
+        "CREATE ROLE respcache_app LOGIN PASSWORD 'only-for-tests'; GRANT USAGE ON SCHEMA public "
+        "TO respcache_app"
+    )
     url = make_url(empty_database_url).set(username="respcache_app", password="only-for-tests")
     outbox = PostgresOutbox(create_async_engine(url))
     try:
         await psql.execute(f"GRANT SELECT ON {triggers.OUTBOX}, {triggers.FENCE} TO respcache_app")
         assert (await outbox.page(None)).tables == {"things"}
         await psql.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
-        with pytest.raises(OutboxError, match=rf"ALTER TABLE \S*{table} DISABLE ROW LEVEL SECURITY"):
+        with pytest.raises(
+            OutboxError, match=rf"ALTER TABLE \S*{table} DISABLE ROW LEVEL SECURITY"
+        ):
             await outbox.page(None)
     finally:
         await outbox.close()
         await psql.execute("DROP OWNED BY respcache_app; DROP ROLE respcache_app")
 
 
-async def test_tables_that_exchange_their_names_are_noticed(one: Process, psql: asyncpg.Connection) -> None:
-    """The new one's triggers write the tag of its former name: what reads it is not cached until it is watched by its own."""
+async def test_tables_that_exchange_their_names_are_noticed(
+    one: Process, psql: asyncpg.Connection
+) -> None:
+    """The new one's triggers write the tag of its former name: what reads it is not cached until it
+    is watched by its own."""
     statements: list[str] = []
     triggers.create_triggers(statements.append, [triggers.Watched("things_new")])
     async with psql.transaction():
@@ -805,7 +935,9 @@ async def test_tables_that_exchange_their_names_are_noticed(one: Process, psql: 
         await psql.execute("INSERT INTO things_new SELECT id, tenant_id, 'swapped' FROM things")
         for statement in statements:
             await psql.execute(statement)
-        await psql.execute("ALTER TABLE things RENAME TO things_old; ALTER TABLE things_new RENAME TO things")
+        await psql.execute(
+            "ALTER TABLE things RENAME TO things_old; ALTER TABLE things_new RENAME TO things"
+        )
     await one.cold("no-trigger")
     assert (await one.names())[0] == "swapped"
     statements = []
@@ -819,7 +951,9 @@ async def test_tables_that_exchange_their_names_are_noticed(one: Process, psql: 
     assert (await one.names())[0] == "later"
 
 
-async def test_a_table_that_was_renamed_to_and_fro_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+async def test_a_table_that_was_renamed_to_and_fro_is_a_new_epoch(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """Meanwhile another one may have had its name, and been read."""
     before = one.rounds.epochs
     async with psql.transaction():
@@ -828,9 +962,14 @@ async def test_a_table_that_was_renamed_to_and_fro_is_a_new_epoch(one: Process, 
     assert one.rounds.epochs == before + 1
 
 
-async def test_ordinary_triggers_are_not_enough(one: Process, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture) -> None:
-    """``ENABLE TRIGGER ALL`` and restores leave such: they are silent under a replication role. The log says how to mend it."""
-    await psql.execute("ALTER TABLE things DISABLE TRIGGER ALL; ALTER TABLE things ENABLE TRIGGER ALL")
+async def test_ordinary_triggers_are_not_enough(
+    one: Process, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``ENABLE TRIGGER ALL`` and restores leave such: they are silent under a replication role. The
+    log says how to mend it."""
+    await psql.execute(
+        "ALTER TABLE things DISABLE TRIGGER ALL; ALTER TABLE things ENABLE TRIGGER ALL"
+    )
     await one.cold("no-trigger")
     assert "reads of things" in caplog.text
     assert "watch_table" in caplog.text
@@ -841,7 +980,10 @@ async def test_ordinary_triggers_are_not_enough(one: Process, psql: asyncpg.Conn
     [
         ("DROP TABLE things_b", ["a"]),
         ("ALTER TABLE things DETACH PARTITION things_b", ["a"]),
-        ("ALTER TABLE things ATTACH PARTITION things_c FOR VALUES FROM (20) TO (30)", ["a", "b", "c"]),
+        (
+            "ALTER TABLE things ATTACH PARTITION things_c FOR VALUES FROM (20) TO (30)",
+            ["a", "b", "c"],
+        ),
         ("TRUNCATE things_b", ["a"]),
         ("ALTER TABLE things ALTER COLUMN name TYPE text USING upper(name)", ["A", "B"]),
     ],
@@ -871,12 +1013,16 @@ async def test_ddl_that_changes_what_is_read_is_a_new_epoch(
         await process.warm()
 
 
-async def test_what_changes_nothing_that_is_read_keeps_the_epoch(one: Process, psql: asyncpg.Connection) -> None:
+async def test_what_changes_nothing_that_is_read_keeps_the_epoch(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """Maintenance, and tables that nobody watches."""
     before = one.rounds.epochs
     await psql.execute("VACUUM things")
     await psql.execute("ANALYZE things")
-    await psql.execute("CREATE TABLE others (id int); ALTER TABLE others ADD COLUMN name text; DROP TABLE others")
+    await psql.execute(
+        "CREATE TABLE others (id int); ALTER TABLE others ADD COLUMN name text; DROP TABLE others"
+    )
     await one.rounds.safe(one.rounds.clock())
     assert one.rounds.epochs == before
 
@@ -886,7 +1032,8 @@ async def test_what_changes_nothing_that_is_read_keeps_the_epoch(one: Process, p
     [
         "CREATE TABLE kin () INHERITS (things)",
         "CREATE TABLE kin (LIKE things); ALTER TABLE things INHERIT kin",
-        "CREATE TABLE kin (LIKE things) PARTITION BY RANGE (id); ALTER TABLE kin ATTACH PARTITION things DEFAULT",
+        "CREATE TABLE kin (LIKE things) PARTITION BY RANGE (id); ALTER TABLE kin ATTACH PARTITION "
+        "things DEFAULT",
     ],
 )
 async def test_a_table_that_is_written_to_by_another_name_is_not_cached(
@@ -897,10 +1044,15 @@ async def test_a_table_that_is_written_to_by_another_name_is_not_cached(
     await one.cold("no-trigger")
 
 
-async def test_a_transaction_asks_what_it_has_left_in_any_role(one: Process, psql: asyncpg.Connection) -> None:
+async def test_a_transaction_asks_what_it_has_left_in_any_role(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """A role per tenant has no right on the outbox and needs none."""
     await psql.execute("DROP ROLE IF EXISTS respcache_tenant; CREATE ROLE respcache_tenant")
-    await psql.execute("GRANT USAGE ON SCHEMA public TO respcache_tenant; GRANT SELECT, UPDATE ON things TO respcache_tenant")
+    await psql.execute(
+        "GRANT USAGE ON SCHEMA public TO respcache_tenant; GRANT SELECT, UPDATE ON things TO "
+        "respcache_tenant"
+    )
     await one.warm()
     await one.stop_rounds()
     try:
@@ -926,7 +1078,8 @@ async def remove(psql: asyncpg.Connection) -> None:
 async def test_an_outbox_that_is_removed_fails_no_write(
     psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
 ) -> None:
-    """Under a running application: before it notices and after; writes wait until no fence can be alive, then not at all."""
+    """Under a running application: before it notices and after; writes wait until no fence can be
+    alive, then not at all."""
     process = Process(empty_database_url, valkey_url, lease_s=0.6)
     async with running(process):
         await process.warm()
@@ -941,10 +1094,15 @@ async def test_an_outbox_that_is_removed_fails_no_write(
         assert process.cache.figures.acknowledgements_delayed == before
 
 
-async def test_without_an_outbox_nobody_waits_for_long(empty_database_url: str, valkey_url: str) -> None:
-    """Deployed before the migration: nobody can hold a fence, which is certain a lease after the first look."""
+async def test_without_an_outbox_nobody_waits_for_long(
+    empty_database_url: str, valkey_url: str
+) -> None:
+    """Deployed before the migration: nobody can hold a fence, which is certain a lease after the
+    first look."""
     connection = await asyncpg.connect(empty_database_url.replace("+asyncpg", ""))
-    await connection.execute("CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)")
+    await connection.execute(
+        "CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"
+    )
     process = Process(empty_database_url, valkey_url, lease_s=0.6)
     async with running(process):
         await until(lambda: asyncio.sleep(0, not process.rounds.believed_any()))
@@ -952,7 +1110,9 @@ async def test_without_an_outbox_nobody_waits_for_long(empty_database_url: str, 
         process.rounds._missing_since = process.rounds.clock() - 4000
         for autocommit in (False, True):
             async with asyncio.timeout(10):
-                answer = await process.http.post("/run", params={"sql": RENAME, "autocommit": autocommit})
+                answer = await process.http.post(
+                    "/run", params={"sql": RENAME, "autocommit": autocommit}
+                )
             assert answer.status_code == 200
     await connection.close()
 
@@ -960,7 +1120,8 @@ async def test_without_an_outbox_nobody_waits_for_long(empty_database_url: str, 
 async def test_a_write_to_a_table_that_was_just_unwatched_waits_for_the_others(
     psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
 ) -> None:
-    """It left nothing, but the other process may still serve what it has read. A table that nobody watched delays nobody."""
+    """It left nothing, but the other process may still serve what it has read. A table that nobody
+    watched delays nobody."""
     await psql.execute("CREATE TABLE unwatched (id int); INSERT INTO unwatched VALUES (1)")
     writer, reader = (Process(empty_database_url, valkey_url, lease_s=1.0) for _ in range(2))
     async with running(writer, reader):
@@ -982,7 +1143,9 @@ async def test_a_write_to_a_table_that_was_just_unwatched_waits_for_the_others(
         assert writer.cache.figures.acknowledgements_delayed == 2
 
 
-async def test_a_table_of_any_name_counts_as_watched(psql: asyncpg.Connection, empty_database_url: str) -> None:
+async def test_a_table_of_any_name_counts_as_watched(
+    psql: asyncpg.Connection, empty_database_url: str
+) -> None:
     """Quotes in it, or too long for the name of its function."""
     names = ["things", 'it\'s a "table"', "ü" * 25, "x" * 63]
     statements: list[str] = []
@@ -997,7 +1160,7 @@ async def test_a_table_of_any_name_counts_as_watched(psql: asyncpg.Connection, e
     await outbox.close()
 
 
-# -- writes that no statement shows --------------------------------------------------------------------------------------------
+# -- writes that no statement shows ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1009,8 +1172,11 @@ async def test_a_table_of_any_name_counts_as_watched(psql: asyncpg.Connection, e
         "SELECT id FROM public.\"rename\" ('new') AS id",
     ],
 )
-async def test_the_answer_of_a_hidden_write_waits_too(one: Process, psql: asyncpg.Connection, sql: str) -> None:
-    """A verb that stands in what we take for a literal, or a function that writes: the transaction is asked."""
+async def test_the_answer_of_a_hidden_write_waits_too(
+    one: Process, psql: asyncpg.Connection, sql: str
+) -> None:
+    """A verb that stands in what we take for a literal, or a function that writes: the transaction
+    is asked."""
     await psql.execute("""
         CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
     await until(lambda: asyncio.sleep(0, "rename" in one.rounds.functions))
@@ -1031,7 +1197,9 @@ async def test_a_read_that_only_looks_like_a_write_stays_a_read(one: Process) ->
         nonlocal made
         made += 1
         async with AsyncSession(one.engine) as session, session.begin():
-            statement = text("SELECT name || 'UPDATE things SET x' FROM things").execution_options(respcache_reads=("things",))
+            statement = text("SELECT name || 'UPDATE things SET x' FROM things").execution_options(
+                respcache_reads=("things",)
+            )
             return list(await session.scalars(statement))
 
     for _ in range(2):
@@ -1048,14 +1216,20 @@ async def test_a_statement_may_say_that_it_writes(one: Process, psql: asyncpg.Co
     await one.warm()
     await one.stop_rounds()
     async with AsyncSession(one.engine) as session, session.begin():
-        await session.execute(text("SELECT * FROM renamed").execution_options(respcache_writes=("things",)))
+        await session.execute(
+            text("SELECT * FROM renamed").execution_options(respcache_writes=("things",))
+        )
     await one.cache.settled()
     assert await one.names() == ["new", "new"]
     assert one.cache.figures.acknowledgements_delayed == 0
 
 
-@pytest.mark.parametrize("failing", ["UPDATE things SET id = 1", "INSERT INTO things VALUES (1, 'public', 'twice')"])
-async def test_a_statement_that_failed_in_a_savepoint_delays_nobody(one: Process, failing: str) -> None:
+@pytest.mark.parametrize(
+    "failing", ["UPDATE things SET id = 1", "INSERT INTO things VALUES (1, 'public', 'twice')"]
+)
+async def test_a_statement_that_failed_in_a_savepoint_delays_nobody(
+    one: Process, failing: str
+) -> None:
     """It is known to have left nothing."""
     async with AsyncSession(one.engine) as session, session.begin():
         with pytest.raises(IntegrityError):
@@ -1066,7 +1240,9 @@ async def test_a_statement_that_failed_in_a_savepoint_delays_nobody(one: Process
     assert "; hit" in await one.said()
 
 
-async def test_what_deferred_triggers_write_is_waited_for(one: Process, psql: asyncpg.Connection) -> None:
+async def test_what_deferred_triggers_write_is_waited_for(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """They write in COMMIT, after the transaction was asked: a round has to find it."""
     await psql.execute("""
         CREATE TABLE orders (id int PRIMARY KEY);
@@ -1077,7 +1253,9 @@ async def test_what_deferred_triggers_write_is_waited_for(one: Process, psql: as
     await until(lambda: asyncio.sleep(0, one.rounds.deferred))
     for number in range(5):
         await one.warm()
-        assert (await one.http.post("/run", params={"sql": f"INSERT INTO orders VALUES ({number})"})).status_code == 200
+        assert (
+            await one.http.post("/run", params={"sql": f"INSERT INTO orders VALUES ({number})"})
+        ).status_code == 200
         assert await one.names() == [f"deferred {number}"] * 2
 
 
@@ -1093,24 +1271,33 @@ async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
     await one.warm()
     async with one.engine.begin() as connection:
         await connection.execute(text(sql))
-        assert (await connection.execute(text(one.outbox.own_rows))).scalar_one() == triggers.TOO_MANY
+        assert (
+            await connection.execute(text(one.outbox.own_rows))
+        ).scalar_one() == triggers.TOO_MANY
     await one.cache.settled()
     assert await one.names() == ["new", "new"]
     assert one.cache.figures.acknowledgements_delayed == 1
 
 
 @pytest.mark.parametrize("forged", ["", "nonsense", '["a"]', "[1, 2, 3]"])
-async def test_a_setting_that_somebody_else_has_changed_is_not_believed(one: Process, forged: str) -> None:
+async def test_a_setting_that_somebody_else_has_changed_is_not_believed(
+    one: Process, forged: str
+) -> None:
     """Then a round has to find out."""
     async with one.engine.begin() as connection:
         await connection.execute(text(RENAME))
-        await connection.execute(text(f"SELECT set_config('{triggers.setting()}', :forged, true)"), {"forged": forged})
+        await connection.execute(
+            text(f"SELECT set_config('{triggers.setting()}', :forged, true)"), {"forged": forged}
+        )
     await one.cache.settled()
     assert await one.names() == ["new", "new"]
 
 
 async def test_a_tenant_that_is_spelt_otherwise_than_in_the_rows_is_not_cached(
-    psql: asyncpg.Connection, empty_database_url: str, valkey_url: str, caplog: pytest.LogCaptureFixture
+    psql: asyncpg.Connection,
+    empty_database_url: str,
+    valkey_url: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """No write would ever invalidate it: a trigger says column::text."""
 
@@ -1148,7 +1335,7 @@ async def test_a_tenant_that_is_spelt_otherwise_than_in_the_rows_is_not_cached(
     await engine.dispose()
 
 
-# -- what it costs -------------------------------------------------------------------------------------------------------------
+# -- what it costs ---------------------------------------------------------------------------------
 
 
 async def test_the_backlog_of_an_outage_is_counted_now_and_then(
@@ -1174,7 +1361,8 @@ async def test_the_backlog_of_an_outage_is_counted_now_and_then(
         await until(lambda: asyncio.sleep(0, not process.store.available))
         process.outbox.backlog, process.outbox.page = counted, no_rows  # type: ignore[method-assign]
         await psql.execute(
-            f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || n, 'T:things' FROM generate_series(1, 100) n"
+            f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || n, 'T:things' FROM "
+            f"generate_series(1, 100) n"
         )
         failed = process.rounds.failed
         await until(lambda: asyncio.sleep(0, process.rounds.pending_rows == 100))
@@ -1187,17 +1375,22 @@ async def test_ids_of_rows_that_a_round_was_faster_with_do_not_pile_up(one: Proc
     server = one.rounds.fence.server
     await one.stop_rounds()
     for number in range(3):
-        one.rounds.applied([(TENANT, "T:x", f"{number}-{row}") for row in range(MAX_ROWS // 2)], server)
+        one.rounds.applied(
+            [(TENANT, "T:x", f"{number}-{row}") for row in range(MAX_ROWS // 2)], server
+        )
     assert len(one.rounds._applied) == MAX_ROWS
     assert "2-0" in one.rounds._applied
     assert "0-0" not in one.rounds._applied
 
 
-async def test_a_write_for_thousands_of_tenants_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
+async def test_a_write_for_thousands_of_tenants_is_a_new_epoch(
+    one: Process, psql: asyncpg.Connection
+) -> None:
     """One command to the store instead of one a tenant, for the writer and for every round."""
     before = one.rounds.epochs
     await psql.execute(
-        f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM generate_series(1, $1::int) number",
+        f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM "
+        f"generate_series(1, $1::int) number",
         MAX_TENANTS + 1,
     )
     await one.rounds.safe(one.rounds.clock())
@@ -1208,12 +1401,14 @@ async def test_a_writer_does_not_bump_thousands_of_tenants_one_by_one(one: Proce
     """A round makes an epoch of it."""
     await one.stop_rounds()
     one.store.bump = None  # type: ignore[method-assign,assignment]
-    one.cache.committed([(f"t{number}", "T:things", str(number)) for number in range(MAX_TENANTS + 1)])
+    one.cache.committed(
+        [(f"t{number}", "T:things", str(number)) for number in range(MAX_TENANTS + 1)]
+    )
     await one.cache.settled()
     assert one.cache.figures.acknowledgements_delayed == 1
 
 
-# -- by hand -------------------------------------------------------------------------------------------------------------------
+# -- by hand ---------------------------------------------------------------------------------------
 
 
 async def test_an_invalidation_by_hand_under_the_number_of_a_row_from_a_dump_leaves_its_own(
@@ -1222,7 +1417,10 @@ async def test_an_invalidation_by_hand_under_the_number_of_a_row_from_a_dump_lea
     """With an id of its own too."""
     outbox = PostgresOutbox(create_async_engine(empty_database_url))
     xid = await present_xid(psql) + 1
-    await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag, id) VALUES ('{xid}', 'a', '*', 'foreign')")
+    await psql.execute(
+        f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag, id) VALUES ('{xid}', 'a', '*', "
+        f"'foreign')"
+    )
     ((tenant, tag, row),) = await outbox.note([("a", "*")])
     assert (tenant, tag) == ("a", "*")
     assert row != "foreign"
@@ -1233,7 +1431,8 @@ async def test_an_invalidation_by_hand_under_the_number_of_a_row_from_a_dump_lea
 async def test_an_invalidation_by_hand_that_reaches_nobody_is_not_confirmed_and_not_forgotten(
     psql: asyncpg.Connection, empty_database_url: str, valkey_url: str
 ) -> None:
-    """Neither database nor store: this process bypasses the tenant, and leaves the row as soon as it can."""
+    """Neither database nor store: this process bypasses the tenant, and leaves the row as soon as
+    it can."""
     first, second = (Process(empty_database_url, valkey_url, lease_s=0.6) for _ in range(2))
     async with running(first, second):
         await first.warm()

@@ -1,4 +1,5 @@
-"""Writes are seen at the engine: what each way of writing tells the cache, and when. On a real PostgreSQL."""
+"""Writes are seen at the engine: what each way of writing tells the cache, and when. On a real
+PostgreSQL."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -26,7 +27,15 @@ from sqlalchemy import table as raw_table
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, joinedload, mapped_column, relationship
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    aliased,
+    joinedload,
+    mapped_column,
+    relationship,
+)
 
 from respcache import Cache, ConfigurationError, MemoryStore, SingleTenant, UndeclaredWrite
 from respcache.core.keys import SHARED
@@ -96,10 +105,13 @@ async def engine(empty_database_url: str, cache: Told) -> AsyncIterator[AsyncEng
     made = create_async_engine(empty_database_url)
     async with made.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-        await connection.execute(insert(Account), [{"id": 1, "tenant_id": A}, {"id": 2, "tenant_id": B}])
+        await connection.execute(
+            insert(Account), [{"id": 1, "tenant_id": A}, {"id": 2, "tenant_id": B}]
+        )
         await connection.execute(insert(Contact), [{"id": 1, "tenant_id": A, "account_id": 1}])
     await made.dispose()
-    made = create_async_engine(empty_database_url)  # watched from its very first connection, as in an application
+    # watched from its very first connection, as in an application
+    made = create_async_engine(empty_database_url)
     watching = begin_watching(made, cache)
     yield made
     watching.close()
@@ -107,10 +119,12 @@ async def engine(empty_database_url: str, cache: Told) -> AsyncIterator[AsyncEng
 
 
 def begin_watching(engine: Any, cache: Cache) -> Watch:
-    return watch(engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",))
+    return watch(
+        engine, cache, metadata=Base.metadata, tenant_is={"tenants": "id"}, shared=("tenants",)
+    )
 
 
-# -- what is seen ------------------------------------------------------------------------------------------------------
+# -- what is seen ----------------------------------------------------------------------------------
 
 
 async def orm_insert(session: AsyncSession) -> None:
@@ -136,7 +150,9 @@ async def core_insert(session: AsyncSession) -> None:
 
 
 async def core_insert_of_many(session: AsyncSession) -> None:
-    await session.execute(insert(Account.__table__).values([{"id": 3, "tenant_id": A}, {"id": 4, "tenant_id": A}]))
+    await session.execute(
+        insert(Account.__table__).values([{"id": 3, "tenant_id": A}, {"id": 4, "tenant_id": A}])
+    )
 
 
 async def bulk_insert(session: AsyncSession) -> None:
@@ -144,7 +160,9 @@ async def bulk_insert(session: AsyncSession) -> None:
 
 
 async def insert_returning(session: AsyncSession) -> None:
-    await session.scalars(insert(Account).returning(Account.id), [{"id": 10 + i, "tenant_id": A} for i in range(5)])
+    await session.scalars(
+        insert(Account).returning(Account.id), [{"id": 10 + i, "tenant_id": A} for i in range(5)]
+    )
 
 
 UNIQUE = ["tenant_id", "name", "id"]
@@ -162,16 +180,24 @@ async def upsert_of_everything(session: AsyncSession) -> None:
 
 
 async def insert_unless_there(session: AsyncSession) -> None:
-    await session.execute(pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_nothing(index_elements=["id"]))
+    await session.execute(
+        pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_nothing(index_elements=["id"])
+    )
 
 
 async def declared_upsert_by_key(session: AsyncSession) -> None:
-    values = pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_update(index_elements=["id"], set_={"name": "z"})
+    values = (
+        pg_insert(Account)
+        .values(id=1, tenant_id=A)
+        .on_conflict_do_update(index_elements=["id"], set_={"name": "z"})
+    )
     await session.execute(values, execution_options={"respcache_tenant": A})
 
 
 async def bulk_update(session: AsyncSession) -> None:
-    await session.execute(update(Account).where(Account.tenant_id == A, Account.id < 9).values(name="z"))
+    await session.execute(
+        update(Account).where(Account.tenant_id == A, Account.id < 9).values(name="z")
+    )
 
 
 async def bulk_update_of_in(session: AsyncSession) -> None:
@@ -184,7 +210,9 @@ async def bulk_save(session: AsyncSession) -> None:
 
 async def declared_text(session: AsyncSession) -> None:
     options = {"respcache_writes": ("accounts",), "respcache_tenant": A}
-    await session.execute(text("UPDATE accounts SET name = 'q' WHERE id = 1"), execution_options=options)
+    await session.execute(
+        text("UPDATE accounts SET name = 'q' WHERE id = 1"), execution_options=options
+    )
 
 
 async def declared_bulk_by_key(session: AsyncSession) -> None:
@@ -200,7 +228,9 @@ ACCOUNT_WRITES = [
 
 
 @pytest.mark.parametrize("write", ACCOUNT_WRITES, ids=lambda write: write.__name__)
-async def test_every_way_of_writing_tells_table_and_tenant(engine: AsyncEngine, cache: Told, write: Any) -> None:
+async def test_every_way_of_writing_tells_table_and_tenant(
+    engine: AsyncEngine, cache: Told, write: Any
+) -> None:
     """Once, after the commit, for exactly the tenant whose rows changed."""
     async with AsyncSession(engine) as session:
         await write(session)
@@ -210,11 +240,15 @@ async def test_every_way_of_writing_tells_table_and_tenant(engine: AsyncEngine, 
 
 
 @pytest.mark.parametrize("repeat", range(2))
-async def test_parameters_of_a_cached_statement_are_read_each_time(engine: AsyncEngine, cache: Told, repeat: int) -> None:
+async def test_parameters_of_a_cached_statement_are_read_each_time(
+    engine: AsyncEngine, cache: Told, repeat: int
+) -> None:
     """The compiled statement is the same object; the tenant is not."""
     for tenant in (A, B, A):
         async with AsyncSession(engine) as session, session.begin():
-            await session.execute(update(Account).where(Account.tenant_id == tenant).values(name="z"))
+            await session.execute(
+                update(Account).where(Account.tenant_id == tenant).values(name="z")
+            )
     assert cache.told == [{str(t): {"accounts"}} for t in (A, B, A)]
 
 
@@ -223,11 +257,15 @@ async def test_a_row_that_moves_invalidates_both_tenants(engine: AsyncEngine, ca
     async with AsyncSession(engine) as session, session.begin():
         (await session.get_one(Account, 1)).tenant_id = B
     async with AsyncSession(engine) as session, session.begin():
-        await session.execute(update(Account).where(Account.tenant_id == B, Account.id == 1).values(tenant_id=A))
+        await session.execute(
+            update(Account).where(Account.tenant_id == B, Account.id == 1).values(tenant_id=A)
+        )
     assert [set(told) for told in cache.told] == [{str(A), str(B)}] * 2
 
 
-async def test_deleting_names_the_tables_that_the_database_changes_by_itself(engine: AsyncEngine, cache: Told) -> None:
+async def test_deleting_names_the_tables_that_the_database_changes_by_itself(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """ON DELETE SET NULL changes contacts without a statement of ours."""
     async with AsyncSession(engine) as session, session.begin():
         await session.delete(await session.get_one(Account, 1))
@@ -236,7 +274,9 @@ async def test_deleting_names_the_tables_that_the_database_changes_by_itself(eng
     assert cache.told == [{str(A): {"accounts", "contacts"}}, {str(B): {"accounts", "contacts"}}]
 
 
-async def test_rows_without_a_tenant_and_shared_tables_change_shared_data(engine: AsyncEngine, cache: Told) -> None:
+async def test_rows_without_a_tenant_and_shared_tables_change_shared_data(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """The home of callers without a tenant."""
     tenant = Tenant(id=uuid4(), name="new")
     key = str(tenant.id)
@@ -252,12 +292,16 @@ async def test_rows_without_a_tenant_and_shared_tables_change_shared_data(engine
 async def test_core_connections_are_seen(engine: AsyncEngine, cache: Told) -> None:
     """No session is needed."""
     async with engine.begin() as connection:
-        await connection.execute(update(Account.__table__).where(Account.__table__.c.tenant_id == A).values(name="c"))
+        await connection.execute(
+            update(Account.__table__).where(Account.__table__.c.tenant_id == A).values(name="c")
+        )
         assert cache.told == []
     assert cache.told == [{str(A): {"accounts"}}]
 
 
-async def test_autocommit_is_told_at_once_and_survives_a_rollback(engine: AsyncEngine, cache: Told) -> None:
+async def test_autocommit_is_told_at_once_and_survives_a_rollback(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """Each statement is its own transaction there."""
     async with engine.connect() as plain:
         connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
@@ -266,7 +310,9 @@ async def test_autocommit_is_told_at_once_and_survives_a_rollback(engine: AsyncE
         await connection.rollback()
 
 
-async def test_an_autocommit_statement_that_raises_is_told(engine: AsyncEngine, cache: Told) -> None:
+async def test_an_autocommit_statement_that_raises_is_told(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """It may have been carried out before the connection broke."""
     async with engine.connect() as plain:
         connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
@@ -278,7 +324,9 @@ async def test_an_autocommit_statement_that_raises_is_told(engine: AsyncEngine, 
     assert cache.told == [{str(A): {"accounts"}}]
 
 
-async def test_a_tenant_that_the_database_computes_is_refused_in_a_flush(engine: AsyncEngine, cache: Told) -> None:
+async def test_a_tenant_that_the_database_computes_is_refused_in_a_flush(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """Nobody here can know whose the row becomes."""
     async with AsyncSession(engine) as session:
         account = await session.get_one(Account, 1)
@@ -303,7 +351,7 @@ def test_a_plain_engine_is_watched_too(empty_database_url: str) -> None:
     assert cache.pending_tenants == (str(A),)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -320,15 +368,30 @@ def test_a_plain_engine_is_watched_too(empty_database_url: str) -> None:
         delete(Account).where(Account.id == 1),
         delete(Account).where((Account.tenant_id == A) | (Account.id == 2)),
         insert(Account).from_select(["id"], select(Account.id + 100)),
-        pg_insert(Account).values(id=2, tenant_id=A).on_conflict_do_update(index_elements=["id"], set_={"name": "q"}),
-        pg_insert(Account).values(id=2, tenant_id=A).on_conflict_do_update(constraint="one_of_each", set_={"name": "q"}),
-        pg_insert(Account).values(id=1, tenant_id=A).on_conflict_do_update(index_elements=UNIQUE, set_={"tenant_id": B}),
+        pg_insert(Account)
+        .values(id=2, tenant_id=A)
+        .on_conflict_do_update(index_elements=["id"], set_={"name": "q"}),
+        pg_insert(Account)
+        .values(id=2, tenant_id=A)
+        .on_conflict_do_update(constraint="one_of_each", set_={"name": "q"}),
+        pg_insert(Account)
+        .values(id=1, tenant_id=A)
+        .on_conflict_do_update(index_elements=UNIQUE, set_={"tenant_id": B}),
         update(Account).where(Account.tenant_id == A).values(tenant_id=func.gen_random_uuid()),
-        select(update(Account).where(Account.tenant_id == A).values(name="x").returning(Account.id).cte().c.id),
+        select(
+            update(Account)
+            .where(Account.tenant_id == A)
+            .values(name="x")
+            .returning(Account.id)
+            .cte()
+            .c.id
+        ),
     ],
     ids=str,
 )
-async def test_a_change_that_cannot_be_told_is_refused_before_it_runs(engine: AsyncEngine, cache: Told, statement: Any) -> None:
+async def test_a_change_that_cannot_be_told_is_refused_before_it_runs(
+    engine: AsyncEngine, cache: Told, statement: Any
+) -> None:
     """The error comes before the statement, and the connection stays usable."""
     async with AsyncSession(engine) as session:
         with pytest.raises(UndeclaredWrite):
@@ -341,7 +404,13 @@ async def test_a_change_that_cannot_be_told_is_refused_before_it_runs(engine: As
 
 
 @pytest.mark.parametrize(
-    "sql", ["SELECT 1", "  select 'delete from accounts'", "SELECT * FROM accounts FOR UPDATE", "SHOW search_path"]
+    "sql",
+    [
+        "SELECT 1",
+        "  select 'delete from accounts'",
+        "SELECT * FROM accounts FOR UPDATE",
+        "SHOW search_path",
+    ],
 )
 async def test_reading_text_is_not_refused(engine: AsyncEngine, cache: Told, sql: str) -> None:
     """Words in literals and row locks are no changes."""
@@ -351,7 +420,9 @@ async def test_reading_text_is_not_refused(engine: AsyncEngine, cache: Told, sql
     assert cache.told == []
 
 
-async def test_tables_that_can_never_be_invalidated_are_refused_at_start_up(engine: AsyncEngine, cache: Told) -> None:
+async def test_tables_that_can_never_be_invalidated_are_refused_at_start_up(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """A misspelt table and one without tenants."""
     for table in ("acounts", "rates"):
         cache.tables = {table}
@@ -359,11 +430,14 @@ async def test_tables_that_can_never_be_invalidated_are_refused_at_start_up(engi
             cache.register([])
 
 
-# -- when it is told ---------------------------------------------------------------------------------------------------
+# -- when it is told -------------------------------------------------------------------------------
 
 
-async def test_a_bump_follows_the_commit_and_never_a_savepoint(engine: AsyncEngine, cache: Told) -> None:
-    """Released savepoints are not commits; savepoints rolled back may be told, they only cost a miss."""
+async def test_a_bump_follows_the_commit_and_never_a_savepoint(
+    engine: AsyncEngine, cache: Told
+) -> None:
+    """Released savepoints are not commits; savepoints rolled back may be told, they only cost a
+    miss."""
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
             session.add(Account(id=3, tenant_id=A))
@@ -398,7 +472,8 @@ async def test_a_rollback_tells_nothing(engine: AsyncEngine, cache: Told) -> Non
 
 
 def accounts_seen_elsewhere(url: str) -> int:
-    """Count the accounts that another connection sees now; blocks the caller, as the moment counts."""
+    """Count the accounts that another connection sees now; blocks the caller, as the moment
+    counts."""
 
     async def count() -> int:
         connection = await asyncpg.connect(url.replace("+asyncpg", ""))
@@ -412,17 +487,26 @@ def accounts_seen_elsewhere(url: str) -> int:
         return thread.submit(asyncio.run, count()).result()
 
 
-async def test_told_only_after_commit_has_returned(engine: AsyncEngine, cache: Told, empty_database_url: str) -> None:
-    """When the cache hears of a change, another connection sees it already. SQLAlchemy's own commit event comes before that."""
+async def test_told_only_after_commit_has_returned(
+    engine: AsyncEngine, cache: Told, empty_database_url: str
+) -> None:
+    """When the cache hears of a change, another connection sees it already. SQLAlchemy's own commit
+    event comes before that."""
     seen: list[int] = []
-    event.listen(engine.sync_engine, "commit", lambda connection: seen.append(accounts_seen_elsewhere(empty_database_url)))
+    event.listen(
+        engine.sync_engine,
+        "commit",
+        lambda connection: seen.append(accounts_seen_elsewhere(empty_database_url)),
+    )
     cache.when_told = lambda: seen.append(accounts_seen_elsewhere(empty_database_url))
     async with AsyncSession(engine) as session, session.begin():
         session.add(Account(id=3, tenant_id=A))
     assert seen == [2, 3]
 
 
-async def test_a_commit_that_raises_after_it_was_sent_is_told(engine: AsyncEngine, cache: Told) -> None:
+async def test_a_commit_that_raises_after_it_was_sent_is_told(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """Its outcome is unknown: the connection dies between COMMIT and its answer."""
     async with AsyncSession(engine) as session:
         session.add(Account(id=3, tenant_id=A))
@@ -436,7 +520,9 @@ async def test_a_commit_that_raises_after_it_was_sent_is_told(engine: AsyncEngin
     assert cache.told == [{str(A): {"accounts"}}]
 
 
-async def test_a_cancelled_request_cannot_take_its_bump_along(engine: AsyncEngine, cache: Told) -> None:
+async def test_a_cancelled_request_cannot_take_its_bump_along(
+    engine: AsyncEngine, cache: Told
+) -> None:
     """Once COMMIT returned the bump runs by itself."""
     committed = asyncio.Event()
 
@@ -454,10 +540,12 @@ async def test_a_cancelled_request_cannot_take_its_bump_along(engine: AsyncEngin
     assert cache.told == [{str(A): {"accounts"}}]
 
 
-# -- what a fill reads -------------------------------------------------------------------------------------------------
+# -- what a fill reads -----------------------------------------------------------------------------
 
 
-async def reads_of(engine: AsyncEngine, statement: Any, *, began_before: bool = False, level: str | None = None) -> Reads:
+async def reads_of(
+    engine: AsyncEngine, statement: Any, *, began_before: bool = False, level: str | None = None
+) -> Reads:
     record = Record()
     token = current.set(record)
     try:
@@ -478,12 +566,21 @@ READS: list[tuple[Any, set[str]]] = [
     (select(func.count()).select_from(Contact), {"contacts"}),
     (select(Contact).options(joinedload(Contact.account)), {"accounts", "contacts"}),
     (select(Contact.id).join(other, other.id == Contact.account_id), {"accounts", "contacts"}),
-    (select(Account.id).where(Account.id.in_(select(Contact.account_id))), {"accounts", "contacts"}),
+    (
+        select(Account.id).where(Account.id.in_(select(Contact.account_id))),
+        {"accounts", "contacts"},
+    ),
     (select(Account.id).union(select(Contact.id)), {"accounts", "contacts"}),
     (select(select(Contact.id).cte("recent").c.id), {"contacts"}),
     (text("SELECT a.id FROM accounts a, contacts c"), {"accounts", "contacts"}),
-    (text("SELECT a.id, a.name FROM accounts a, unnest(ARRAY[1, 2]) AS u ORDER BY a.id, u"), {"accounts"}),
-    (text("SELECT 1 FROM accounts a JOIN contacts c USING (id, tenant_id) GROUP BY a.id, c.id"), {"accounts", "contacts"}),
+    (
+        text("SELECT a.id, a.name FROM accounts a, unnest(ARRAY[1, 2]) AS u ORDER BY a.id, u"),
+        {"accounts"},
+    ),
+    (
+        text("SELECT 1 FROM accounts a JOIN contacts c USING (id, tenant_id) GROUP BY a.id, c.id"),
+        {"accounts", "contacts"},
+    ),
     (select(func.extract("year", func.now())), set()),
 ]
 
@@ -494,7 +591,9 @@ def named(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("statement", "tables"), READS, ids=named)
-async def test_the_tables_that_a_fill_selects_from_are_seen(engine: AsyncEngine, statement: Any, tables: set[str]) -> None:
+async def test_the_tables_that_a_fill_selects_from_are_seen(
+    engine: AsyncEngine, statement: Any, tables: set[str]
+) -> None:
     """In joins, eager loads, subqueries, unions, common table expressions and text."""
     reads = await reads_of(engine, statement)
     assert reads.tables == tables
@@ -503,13 +602,16 @@ async def test_the_tables_that_a_fill_selects_from_are_seen(engine: AsyncEngine,
 
 
 async def test_a_name_that_is_no_known_table_makes_a_read_undeclared(engine: AsyncEngine) -> None:
-    """A view or a raw table cannot be invalidated, unless the statement says what stands behind it."""
+    """A view or a raw table cannot be invalidated, unless the statement says what stands behind
+    it."""
     for unknown in (
         text("SELECT count(*) FROM pg_class"),
         text("SELECT 1 FROM accounts a, (SELECT 1 AS x) AS b, pg_class c"),
         text("SELECT 1 FROM accounts a JOIN contacts c ON a.id IN (c.id, 3), ONLY pg_class"),
         select(Account.id).join(raw_table("pg_class", column("oid")), column("oid") == Account.id),
-        select(Account.id).where(Account.id.in_(select(raw_table("pg_class", column("oid")).c.oid))),
+        select(Account.id).where(
+            Account.id.in_(select(raw_table("pg_class", column("oid")).c.oid))
+        ),
     ):
         assert (await reads_of(engine, unknown)).undeclared_sql, unknown
     statement = text("SELECT count(*) FROM pg_class")
@@ -518,8 +620,11 @@ async def test_a_name_that_is_no_known_table_makes_a_read_undeclared(engine: Asy
 
 
 async def test_a_snapshot_older_than_the_capture_is_not_stored(engine: AsyncEngine) -> None:
-    """A session begun before the capture reads the past under REPEATABLE READ; under READ COMMITTED it does not."""
-    assert (await reads_of(engine, select(Account.id), began_before=True, level="REPEATABLE READ")).old_snapshot
+    """A session begun before the capture reads the past under REPEATABLE READ; under READ COMMITTED
+    it does not."""
+    assert (
+        await reads_of(engine, select(Account.id), began_before=True, level="REPEATABLE READ")
+    ).old_snapshot
     assert not (await reads_of(engine, select(Account.id), level="REPEATABLE READ")).old_snapshot
     assert not (await reads_of(engine, select(Account.id), began_before=True)).old_snapshot
 

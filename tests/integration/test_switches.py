@@ -1,4 +1,5 @@
-"""Switches on a real server: what is decided while it refuses, and while an earlier look is on its way."""
+"""Switches on a real server: what is decided while it refuses, and while an earlier look is on its
+way."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +24,9 @@ async def store(valkey_url: str) -> AsyncIterator[RedisStore]:
     await made.close()
 
 
-async def test_a_decision_that_the_server_refuses_is_told_as_soon_as_it_does_not(store: RedisStore, valkey_url: str) -> None:
+async def test_a_decision_that_the_server_refuses_is_told_as_soon_as_it_does_not(
+    store: RedisStore, valkey_url: str
+) -> None:
     """Until then it holds here, and it is said that others do not know."""
     here, there = Switches(store), Switches(store)
     with redis.Redis.from_url(valkey_url) as admin:

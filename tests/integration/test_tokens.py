@@ -1,4 +1,5 @@
-"""Read your writes at level ``bounded``: two processes on one Valkey, of which the reader hears nothing of the writer."""
+"""Read your writes at level ``bounded``: two processes on one Valkey, of which the reader hears
+nothing of the writer."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -74,7 +75,9 @@ class Process:
 
     async def write(self, tenant: str = TENANT) -> str:
         """Write; return the token of the answer."""
-        answer = await self.http.post("/number", params={"tenant": tenant}, headers={"x-tenant": tenant})
+        answer = await self.http.post(
+            "/number", params={"tenant": tenant}, headers={"x-tenant": tenant}
+        )
         assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
         token: str = answer.headers["x-cache-token"]
         return token
@@ -106,9 +109,14 @@ async def two(make_valkey: Callable[..., EmbeddedValkey]) -> AsyncIterator[tuple
     """A writer, and a reader that may not listen on any channel: the server refuses it."""
     valkey = make_valkey()
     with redis.Redis.from_url(valkey.url) as client:
-        client.execute_command("ACL", "SETUSER", "deaf", "on", ">pw", "~*", "+@all", "resetchannels")
+        client.execute_command(
+            "ACL", "SETUSER", "deaf", "on", ">pw", "~*", "+@all", "resetchannels"
+        )
     numbers = {TENANT: 0, OTHER: 0}
-    writer, reader = Process(valkey.url, numbers), Process(f"redis://deaf:pw@127.0.0.1:{valkey.port}/0", numbers)
+    writer, reader = (
+        Process(valkey.url, numbers),
+        Process(f"redis://deaf:pw@127.0.0.1:{valkey.port}/0", numbers),
+    )
     async with AsyncExitStack() as stack:
         for process in (writer, reader):
             await process.cache.connect()
@@ -117,7 +125,9 @@ async def two(make_valkey: Callable[..., EmbeddedValkey]) -> AsyncIterator[tuple
         yield writer, reader
 
 
-async def test_a_client_sees_its_own_write_in_a_process_that_heard_nothing_of_it(two: tuple[Process, Process]) -> None:
+async def test_a_client_sees_its_own_write_in_a_process_that_heard_nothing_of_it(
+    two: tuple[Process, Process],
+) -> None:
     """Without its token it is shown what was before, as the level allows; with it, never."""
     writer, reader = two
     await reader.hold()
@@ -128,7 +138,9 @@ async def test_a_client_sees_its_own_write_in_a_process_that_heard_nothing_of_it
         await reader.hold()
 
 
-async def test_a_token_costs_a_round_trip_until_a_view_has_reached_it(two: tuple[Process, Process]) -> None:
+async def test_a_token_costs_a_round_trip_until_a_view_has_reached_it(
+    two: tuple[Process, Process],
+) -> None:
     """From then on it may be sent for ever, whatever others write meanwhile."""
     writer, reader = two
     await reader.hold()
@@ -142,8 +154,12 @@ async def test_a_token_costs_a_round_trip_until_a_view_has_reached_it(two: tuple
     assert sent == []
 
 
-@pytest.mark.parametrize("token", ["validate", "garbage", "0123456789abcdef.0", f"{'9' * 18}.1", "x" * 60_000, ""])
-async def test_whatever_a_client_sends_costs_one_view_at_most(two: tuple[Process, Process], token: str) -> None:
+@pytest.mark.parametrize(
+    "token", ["validate", "garbage", "0123456789abcdef.0", f"{'9' * 18}.1", "x" * 60_000, ""]
+)
+async def test_whatever_a_client_sends_costs_one_view_at_most(
+    two: tuple[Process, Process], token: str
+) -> None:
     """It is no error, and never shows more than a request without it may be shown."""
     writer, reader = two
     for version in range(2):
@@ -156,7 +172,8 @@ async def test_whatever_a_client_sends_costs_one_view_at_most(two: tuple[Process
 
 
 async def test_the_token_of_another_tenant_proves_nothing(two: tuple[Process, Process]) -> None:
-    """Its sequence is another generation's; whoever writes to both sends both, or the last, and sees both writes."""
+    """Its sequence is another generation's; whoever writes to both sends both, or the last, and
+    sees both writes."""
     writer, reader = two
     for tenant in (TENANT, OTHER):
         await reader.hold(tenant)

@@ -1,4 +1,5 @@
-"""The trail in a real database: rows are added and never changed, by nobody; and what cannot be written down is not done."""
+"""The trail in a real database: rows are added and never changed, by nobody; and what cannot be
+written down is not done."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,15 @@ from respcache.core.errors import NotTrailed
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
 from respcache.ops.postgres import PostgresTrail
-from respcache.ops.trail import MAX_REMEMBERED, TRAIL, Act, LogTrail, Trail, create_trail, drop_trail
+from respcache.ops.trail import (
+    MAX_REMEMBERED,
+    TRAIL,
+    Act,
+    LogTrail,
+    Trail,
+    create_trail,
+    drop_trail,
+)
 
 pytestmark = pytest.mark.anyio
 ROOT = Access(name="root", role=Role.OPERATOR)
@@ -52,7 +61,11 @@ async def kept(psql: asyncpg.Connection, engine: AsyncEngine) -> AsyncIterator[P
 
 def act(number: int, tenant: str | None = None) -> Act:
     return Act(
-        act="purge", name=f"somebody {number}", role="operator", tenant=tenant, details={"number": number, "ü": ["'", None]}
+        act="purge",
+        name=f"somebody {number}",
+        role="operator",
+        tenant=tenant,
+        details={"number": number, "ü": ["'", None]},
     )
 
 
@@ -64,7 +77,12 @@ async def test_acts_come_back_as_they_were_with_number_and_time(kept: PostgresTr
     assert [one.details for one in found] == [act(number).details for number in (2, 1, 0)]
     assert [one.id for one in found] == sorted((one.id for one in found), reverse=True)
     assert all(one.at is not None and one.at.tzinfo is not None for one in found)
-    assert (found[0].act, found[0].name, found[0].role, found[0].tenant) == ("purge", "somebody 2", "operator", None)
+    assert (found[0].act, found[0].name, found[0].role, found[0].tenant) == (
+        "purge",
+        "somebody 2",
+        "operator",
+        None,
+    )
 
 
 @pytest.mark.parametrize("where", ["database", "log"])
@@ -75,9 +93,17 @@ async def test_a_part_of_the_trail(where: str, kept: PostgresTrail) -> None:
         await trail.append(act(number, tenant=("acme", "globex", None)[number % 3]))
     everything = await trail.latest(tenant=None, limit=10, before=None)
     assert [one.details["number"] for one in everything] == [5, 4, 3, 2, 1, 0]
-    assert [one.details["number"] for one in await trail.latest(tenant="acme", limit=10, before=None)] == [3, 0]
-    assert [one.details["number"] for one in await trail.latest(tenant=None, limit=2, before=everything[1].id)] == [3, 2]
-    assert [one.details["number"] for one in await trail.latest(tenant="globex", limit=1, before=everything[1].id)] == [1]
+    assert [
+        one.details["number"] for one in await trail.latest(tenant="acme", limit=10, before=None)
+    ] == [3, 0]
+    assert [
+        one.details["number"]
+        for one in await trail.latest(tenant=None, limit=2, before=everything[1].id)
+    ] == [3, 2]
+    assert [
+        one.details["number"]
+        for one in await trail.latest(tenant="globex", limit=1, before=everything[1].id)
+    ] == [1]
 
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
@@ -90,21 +116,29 @@ async def test_a_part_of_the_trail(where: str, kept: PostgresTrail) -> None:
         f"TRUNCATE {TRAIL}",
         f"TRUNCATE {TRAIL} RESTART IDENTITY CASCADE",
         f"INSERT INTO {TRAIL} (id, act, name, role, details) VALUES (1, 'x', 'x', 'x', '{{}}')",  # noqa: S608
-        f"WITH gone AS (DELETE FROM {TRAIL} RETURNING *) INSERT INTO {TRAIL} (act, name, role, details) "  # noqa: S608
+        f"WITH gone AS (DELETE FROM {TRAIL} RETURNING *) "  # noqa: S608
+        f"INSERT INTO {TRAIL} (act, name, role, details) "
         "SELECT act, 'nobody', role, details FROM gone",
     ],
 )
-async def test_what_is_written_stays_as_it_is(kept: PostgresTrail, psql: asyncpg.Connection, statement: str, role: str) -> None:
+async def test_what_is_written_stays_as_it_is(
+    kept: PostgresTrail, psql: asyncpg.Connection, statement: str, role: str
+) -> None:
     """Also for its owner, a superuser, and for a session in which ordinary triggers do not fire."""
     await kept.append(act(1))
     before = await psql.fetchval(ROWS)
     await psql.execute(f"SET session_replication_role = {role}")
-    with pytest.raises(asyncpg.PostgresError, match=r"append only: (UPDATE|DELETE|TRUNCATE) is refused|non-DEFAULT value"):
+    with pytest.raises(
+        asyncpg.PostgresError,
+        match=r"append only: (UPDATE|DELETE|TRUNCATE) is refused|non-DEFAULT value",
+    ):
         await psql.execute(statement)
     assert await psql.fetchval(ROWS) == before
 
 
-async def test_it_is_made_in_any_schema_and_goes_away_as_a_whole(psql: asyncpg.Connection, engine: AsyncEngine) -> None:
+async def test_it_is_made_in_any_schema_and_goes_away_as_a_whole(
+    psql: asyncpg.Connection, engine: AsyncEngine
+) -> None:
     """Nothing of it is left."""
     await psql.execute("CREATE SCHEMA other")
     for statement in statements(schema="other"):
@@ -118,9 +152,17 @@ async def test_it_is_made_in_any_schema_and_goes_away_as_a_whole(psql: asyncpg.C
     drop_trail(found.append, schema="other")
     for statement in found:
         await psql.execute(statement)
-    left = "SELECT count(*) FROM pg_class WHERE relname LIKE 'respcache%' AND relnamespace = 'other'::regnamespace"
+    left = (
+        "SELECT count(*) FROM pg_class WHERE relname LIKE 'respcache%' AND relnamespace = "
+        "'other'::regnamespace"
+    )
     assert await psql.fetchval(left) == 0
-    assert await psql.fetchval("SELECT count(*) FROM pg_proc WHERE pronamespace = 'other'::regnamespace") == 0
+    assert (
+        await psql.fetchval(
+            "SELECT count(*) FROM pg_proc WHERE pronamespace = 'other'::regnamespace"
+        )
+        == 0
+    )
     with pytest.raises(ConfigurationError, match=r"a\.b"):
         PostgresTrail(engine, schema="a.b")
 
@@ -142,13 +184,17 @@ async def test_the_rights_in_the_reference_are_enough_and_change_nothing(
     await psql.execute("DROP OWNED BY trailer; DROP ROLE trailer")
 
 
-async def test_a_table_that_is_locked_is_not_waited_for(psql: asyncpg.Connection, engine: AsyncEngine) -> None:
+async def test_a_table_that_is_locked_is_not_waited_for(
+    psql: asyncpg.Connection, engine: AsyncEngine
+) -> None:
     """Longer than the deadline, which is named."""
     kept = PostgresTrail(engine, deadline_s=0.2)
     await kept.latest(tenant=None, limit=1, before=None)
     async with psql.transaction():
         await psql.execute(f"LOCK TABLE {TRAIL}")
-        with pytest.raises(NotTrailed, match=r"the trail: the database did not answer within 0\.2 s"):
+        with pytest.raises(
+            NotTrailed, match=r"the trail: the database did not answer within 0\.2 s"
+        ):
             await kept.append(act(1))
     await kept.close()
 
@@ -165,7 +211,7 @@ async def test_the_log_keeps_a_bounded_number_in_memory(caplog: pytest.LogCaptur
     assert '"name":"somebody 7"' in lines[7]
 
 
-# -- what cannot be written down -------------------------------------------------------------------------------------------
+# -- what cannot be written down -------------------------------------------------------------------
 
 
 async def acts_of(admin: Admin, key: str) -> list[Any]:
@@ -190,7 +236,9 @@ async def acts_of(admin: Admin, key: str) -> list[Any]:
 @pytest.mark.parametrize("accident", ["stopped", "no table", "no right"])
 async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, accident: str) -> None:
     """The database is away, or not migrated, or refuses."""
-    server = EmbeddedPostgres(tmp_path / "postgres", password="only-for-tests", durable=False).start()
+    server = EmbeddedPostgres(
+        tmp_path / "postgres", password="only-for-tests", durable=False
+    ).start()
     engine = create_async_engine(server.url("postgres"))
     cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0)
     made = 0
@@ -206,9 +254,14 @@ async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, acciden
             for statement in statements():
                 await connection.execute(statement)
         if accident == "no right":
-            refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'no right'; END$$"
+            refuse = (
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE "
+                "EXCEPTION 'no right'; END$$"
+            )
             await connection.execute(refuse)
-            await connection.execute(f"CREATE TRIGGER refuse BEFORE INSERT ON {TRAIL} EXECUTE FUNCTION refuse()")
+            await connection.execute(
+                f"CREATE TRIGGER refuse BEFORE INSERT ON {TRAIL} EXECUTE FUNCTION refuse()"
+            )
         await connection.close()
         trail = PostgresTrail(engine)
         admin = Admin(cache, trail=trail)

@@ -1,4 +1,5 @@
-"""The outbox and its triggers on a real PostgreSQL: what each kind of write leaves behind, and that both can be removed."""
+"""The outbox and its triggers on a real PostgreSQL: what each kind of write leaves behind, and that
+both can be removed."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -104,10 +105,15 @@ async def test_copy_leaves_rows_too(database: asyncpg.Connection) -> None:
     assert await left(database) == [("a", "T:accounts"), ("b", "T:accounts")]
 
 
-async def test_a_transaction_leaves_one_row_a_tenant_and_table(database: asyncpg.Connection) -> None:
-    """However many rows and statements it has, in savepoints too; another transaction leaves its own."""
+async def test_a_transaction_leaves_one_row_a_tenant_and_table(
+    database: asyncpg.Connection,
+) -> None:
+    """However many rows and statements it has, in savepoints too; another transaction leaves its
+    own."""
     async with database.transaction():
-        await database.execute("INSERT INTO accounts SELECT n, 'a', 'x' FROM generate_series(1000, 6000) n")
+        await database.execute(
+            "INSERT INTO accounts SELECT n, 'a', 'x' FROM generate_series(1000, 6000) n"
+        )
         async with database.transaction():
             await database.execute("UPDATE accounts SET name = 'y' WHERE tenant_id = 'a'")
     await database.execute("UPDATE accounts SET name = 'z' WHERE id = 2")
@@ -129,22 +135,28 @@ async def test_what_is_rolled_back_leaves_nothing(database: asyncpg.Connection) 
     assert await left(database) == [("a", "T:notes")]
 
 
-async def test_who_may_only_write_to_a_table_needs_no_right_on_the_outbox(database: asyncpg.Connection) -> None:
+async def test_who_may_only_write_to_a_table_needs_no_right_on_the_outbox(
+    database: asyncpg.Connection,
+) -> None:
     """The functions run with the rights of their owner, whatever the writer's search path is."""
     await database.execute("DROP ROLE IF EXISTS respcache_clerk; CREATE ROLE respcache_clerk")
     try:
         await database.execute(
-            "GRANT USAGE ON SCHEMA public TO respcache_clerk; GRANT SELECT, UPDATE ON accounts TO respcache_clerk"
+            "GRANT USAGE ON SCHEMA public TO respcache_clerk; GRANT SELECT, UPDATE ON accounts TO "
+            "respcache_clerk"
         )
         await database.execute("SET ROLE respcache_clerk; SET search_path = pg_temp, pg_catalog")
-        await database.execute("CREATE DOMAIN pg_temp.text AS integer")  # what the function says is not what he can redefine
+        # what the function says is not what he can redefine
+        await database.execute("CREATE DOMAIN pg_temp.text AS integer")
         await database.execute("UPDATE public.accounts SET name = 'y' WHERE id = 2")
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await database.execute(f"DELETE FROM public.{OUTBOX}")
         await database.execute("RESET ROLE; RESET search_path")
         assert await left(database) == [("a", "T:accounts")]
     finally:
-        await database.execute("RESET ROLE; DROP OWNED BY respcache_clerk; DROP ROLE respcache_clerk")
+        await database.execute(
+            "RESET ROLE; DROP OWNED BY respcache_clerk; DROP ROLE respcache_clerk"
+        )
 
 
 async def test_the_triggers_fire_also_for_a_replication_role(database: asyncpg.Connection) -> None:
@@ -155,7 +167,9 @@ async def test_the_triggers_fire_also_for_a_replication_role(database: asyncpg.C
     assert await left(database) == [("a", "T:accounts")]
 
 
-async def test_outbox_and_triggers_are_added_and_removed_without_a_trace(bare: asyncpg.Connection) -> None:
+async def test_outbox_and_triggers_are_added_and_removed_without_a_trace(
+    bare: asyncpg.Connection,
+) -> None:
     """To and fro, twice, with the rows of the tables untouched."""
 
     async def named() -> list[str]:
@@ -177,11 +191,21 @@ async def test_outbox_and_triggers_are_added_and_removed_without_a_trace(bare: a
     assert await bare.fetch("SELECT * FROM accounts ORDER BY id") == accounts
 
 
-async def test_creating_triggers_again_takes_the_new_tenant_column(database: asyncpg.Connection) -> None:
+async def test_creating_triggers_again_takes_the_new_tenant_column(
+    database: asyncpg.Connection,
+) -> None:
     """A later migration may change its mind, and names are quoted."""
-    await database.execute('ALTER TABLE accounts ADD COLUMN "the ""owner""" text; UPDATE accounts SET "the ""owner""" = \'own\'')
+    await database.execute(
+        'ALTER TABLE accounts ADD COLUMN "the ""owner""" text; UPDATE accounts SET "the '
+        '""owner""" = \'own\''
+    )
     await left(database)
-    await run(database, lambda execute: triggers.create_triggers(execute, [Watched("accounts", tenant_column='the "owner"')]))
+    await run(
+        database,
+        lambda execute: triggers.create_triggers(
+            execute, [Watched("accounts", tenant_column='the "owner"')]
+        ),
+    )
     await database.execute("UPDATE accounts SET name = 'y' WHERE id = 2")
     assert await left(database) == [("own", "T:accounts")]
 
@@ -191,8 +215,11 @@ async def test_creating_triggers_again_takes_the_new_tenant_column(database: asy
     [('it\'s a "table"', "plain"), ("x" * 60 + "_1", "x" * 60 + "_2")],
     ids=["quoted", "long"],
 )
-async def test_any_name_of_a_table_leaves_its_own_tag(database: asyncpg.Connection, one: str, other: str) -> None:
-    """Quotes in it, or so long that the name of its function would be cut off to that of another table."""
+async def test_any_name_of_a_table_leaves_its_own_tag(
+    database: asyncpg.Connection, one: str, other: str
+) -> None:
+    """Quotes in it, or so long that the name of its function would be cut off to that of another
+    table."""
     names = [one, other]
     for name in names:
         await database.execute(f"CREATE TABLE {triggers.quoted(name)} (tenant_id text)")
@@ -205,22 +232,31 @@ async def test_any_name_of_a_table_leaves_its_own_tag(database: asyncpg.Connecti
     assert await left(database) == []
 
 
-async def test_a_row_from_a_dump_under_the_number_of_a_transaction_gets_an_id_of_its_own(database: asyncpg.Connection) -> None:
-    """Once: the second statement meets its own row. So does one after a savepoint at most once more."""
+async def test_a_row_from_a_dump_under_the_number_of_a_transaction_gets_an_id_of_its_own(
+    database: asyncpg.Connection,
+) -> None:
+    """Once: the second statement meets its own row. So does one after a savepoint at most once
+    more."""
     xid = int(await database.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")) + 1
-    await database.execute(f"INSERT INTO {OUTBOX} (xid, tenant, tag, id) VALUES ('{xid}', 'a', 'T:accounts', 'foreign')")
+    await database.execute(
+        f"INSERT INTO {OUTBOX} (xid, tenant, tag, id) VALUES ('{xid}', 'a', 'T:accounts', "
+        f"'foreign')"
+    )
     async with database.transaction():
         ids = []
         for _ in range(3):
             await database.execute("UPDATE accounts SET name = 'y' WHERE id = 2")
-            ids.append(await database.fetchval(f"SELECT id FROM {OUTBOX} WHERE xid = pg_current_xact_id()"))
+            ids.append(
+                await database.fetchval(f"SELECT id FROM {OUTBOX} WHERE xid = pg_current_xact_id()")
+            )
     assert await database.fetchval(f"SELECT xid::text FROM {OUTBOX}") == str(xid)
     assert ids[0] != "foreign"
     assert ids == [ids[0]] * 3
 
 
 async def test_the_setting_says_what_the_transaction_has_left(database: asyncpg.Connection) -> None:
-    """As it is in the table at COMMIT: with savepoints rolled back, and nothing of the transaction before."""
+    """As it is in the table at COMMIT: with savepoints rolled back, and nothing of the transaction
+    before."""
     ask = f"SELECT current_setting('{triggers.setting()}', true)"
     for _ in range(2):
         async with database.transaction():
@@ -233,32 +269,55 @@ async def test_the_setting_says_what_the_transaction_has_left(database: asyncpg.
             async with database.transaction():
                 await database.execute("INSERT INTO flags VALUES ('dark') ON CONFLICT DO NOTHING")
             told = [tuple(row) for row in json.loads(f"[{await database.fetchval(ask)}]")]
-            rows = await database.fetch(f"SELECT tenant, tag, id FROM {OUTBOX} WHERE xid = pg_current_xact_id()")
+            rows = await database.fetch(
+                f"SELECT tenant, tag, id FROM {OUTBOX} WHERE xid = pg_current_xact_id()"
+            )
             assert sorted(told) == sorted(tuple(row) for row in rows)
-            assert {(tenant, tag) for tenant, tag, _ in told} >= {("a", "T:accounts"), ("b", "T:accounts")}
+            assert {(tenant, tag) for tenant, tag, _ in told} >= {
+                ("a", "T:accounts"),
+                ("b", "T:accounts"),
+            }
         assert not await database.fetchval(ask)
         await database.execute("DELETE FROM flags")
 
 
-async def test_columns_may_be_called_like_the_variables_of_the_function(database: asyncpg.Connection) -> None:
+async def test_columns_may_be_called_like_the_variables_of_the_function(
+    database: asyncpg.Connection,
+) -> None:
     """In the function, a name is a column first."""
-    await database.execute("CREATE TABLE odd (respcache_new text, respcache_all text, tenant text, tag text)")
-    await run(database, lambda execute: triggers.create_triggers(execute, [Watched("odd", tenant_column="respcache_new")]))
+    await database.execute(
+        "CREATE TABLE odd (respcache_new text, respcache_all text, tenant text, tag text)"
+    )
+    await run(
+        database,
+        lambda execute: triggers.create_triggers(
+            execute, [Watched("odd", tenant_column="respcache_new")]
+        ),
+    )
     await database.execute("INSERT INTO odd VALUES ('a', 'b', 'c', 'd')")
     assert await left(database) == [("a", "T:odd")]
 
 
-async def test_a_renamed_table_is_unwatched_by_its_present_name(database: asyncpg.Connection) -> None:
-    """Its triggers run the function of the former name; that of another table of this name stays."""
-    await database.execute("ALTER TABLE accounts RENAME TO accounts_old; CREATE TABLE accounts (tenant_id text)")
+async def test_a_renamed_table_is_unwatched_by_its_present_name(
+    database: asyncpg.Connection,
+) -> None:
+    """Its triggers run the function of the former name; that of another table of this name
+    stays."""
+    await database.execute(
+        "ALTER TABLE accounts RENAME TO accounts_old; CREATE TABLE accounts (tenant_id text)"
+    )
     await run(database, lambda execute: triggers.create_triggers(execute, [Watched("accounts")]))
     await run(database, lambda execute: triggers.drop_triggers(execute, ["accounts_old"]))
     await database.execute("UPDATE accounts_old SET name = 'y'; INSERT INTO accounts VALUES ('a')")
     assert await left(database) == [("a", "T:accounts")]
 
 
-async def test_an_older_server_is_refused_by_name(bare: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_older_server_is_refused_by_name(
+    bare: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``CREATE OR REPLACE TRIGGER`` would be a syntax error there."""
     monkeypatch.setattr(triggers, "MIN_SERVER_VERSION", 990_000)
-    with pytest.raises(asyncpg.RaiseError, match=r"respcache needs PostgreSQL 99 or newer, this is \d+"):
+    with pytest.raises(
+        asyncpg.RaiseError, match=r"respcache needs PostgreSQL 99 or newer, this is \d+"
+    ):
         await run(bare, install)

@@ -1,4 +1,5 @@
-"""Hits below ASGI: the same answers as above it, in their order, and everything else untouched. Real uvicorn, real Valkey."""
+"""Hits below ASGI: the same answers as above it, in their order, and everything else untouched.
+Real uvicorn, real Valkey."""
 
 import asyncio
 import json
@@ -18,7 +19,17 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Mount, Route
 
 from crm.embedded import EmbeddedValkey, free_port
-from respcache import Cache, Claim, ConfigurationError, Denied, Head, RedisStore, Scope, cache_list, turbo
+from respcache import (
+    Cache,
+    Claim,
+    ConfigurationError,
+    Denied,
+    Head,
+    RedisStore,
+    Scope,
+    cache_list,
+    turbo,
+)
 from respcache.asgi import Wrapper
 from respcache.plans import MAX_AGE_S
 
@@ -78,7 +89,8 @@ class Server:
 
         @app.get("/slow")
         async def slow() -> Response:
-            await asyncio.sleep(1.3)  # longer than the connection may idle: that is the server's clock
+            # longer than the connection may idle: that is the server's clock
+            await asyncio.sleep(1.3)
             return Response(b"slow")
 
         @app.get("/gated")
@@ -97,14 +109,23 @@ class Server:
         class Counting(Wrapper):
             async def __call__(wrapper, scope: Any, receive: Any, send: Any) -> None:
                 if scope["type"] == "http":
-                    self.calls.append(f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}")
+                    self.calls.append(
+                        f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}"
+                    )
                 await super().__call__(scope, receive, send)
 
         counted.__class__ = Counting
         self.port = free_port()
         http = turbo.protocol(self.wrapped) if options.pop("turbo", True) else "httptools"
         config = uvicorn.Config(
-            self.wrapped, port=self.port, http=http, loop="none", lifespan="on", access_log=False, log_config=None, **options
+            self.wrapped,
+            port=self.port,
+            http=http,
+            loop="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            **options,
         )
         self.uvicorn = uvicorn.Server(config)
 
@@ -133,7 +154,9 @@ class Wire:
         self.port = port
 
     async def __aenter__(self) -> "Wire":
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
+        self.reader, self.writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, limit=2**20
+        )
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -158,7 +181,12 @@ class Wire:
 
 
 def get(path: str = "/rows", user: str = "ann", method: str = "GET", **headers: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: test", f"X-User: {user}", *(f"{n}: {v}" for n, v in headers.items())]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: test",
+        f"X-User: {user}",
+        *(f"{n}: {v}" for n, v in headers.items()),
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -186,7 +214,11 @@ async def test_a_hit_is_what_asgi_would_have_sent_without_reaching_it(valkey_url
                 status, headers, body = await one.ask(request)
                 assert fast.calls == []
                 expected = await other.ask(request)
-            assert (status, stable(headers), body) == (expected[0], stable(expected[1]), expected[2])
+            assert (status, stable(headers), body) == (
+                expected[0],
+                stable(expected[1]),
+                expected[2],
+            )
             assert headers["cache-status"].startswith("respcache; hit; ttl=")
             assert {"date", "server", "vary", "x-total-count", "cache-control"} <= set(headers)
         assert fast.cache.stats()["hits"] >= 3
@@ -203,7 +235,10 @@ async def test_one_hit_in_64_is_timed_also_below_asgi(valkey_url: str) -> None:
             for path in ("/rows", "/kept"):
                 assert "hit" in (await wire.ask(get(path)))[1]["cache-status"]
         assert server.calls == []
-        after = [(one.hits - hits, one.times.hits.count - timed) for one, (hits, timed) in zip(figures, before, strict=True)]
+        after = [
+            (one.hits - hits, one.times.hits.count - timed)
+            for one, (hits, timed) in zip(figures, before, strict=True)
+        ]
         assert after == [(128, 2), (128, 2)]
         assert all(0 < one.times.hits.seconds < 10 for one in figures)
 
@@ -234,9 +269,9 @@ async def test_pipelined_answers_keep_their_order(valkey_url: str) -> None:
         pages = [1, 2, 3, 1, None, 2, 4, None, 1]
         wire.send(*(echo if page is None else get(f"/rows?page={page}") for page in pages))
         answers = [await wire.answer() for _ in pages]
-        assert [body.split(b" ")[1].decode() if body != b"hello" else None for _, _, body in answers] == [
-            None if page is None else str(page) for page in pages
-        ]
+        assert [
+            body.split(b" ")[1].decode() if body != b"hello" else None for _, _, body in answers
+        ] == [None if page is None else str(page) for page in pages]
         assert (await wire.ask(get("/rows?page=1")))[2].startswith(b"0 1 ")
 
 
@@ -276,7 +311,9 @@ async def test_an_address_that_is_none_is_no_fault_of_ours(
     assert not [record for record in caplog.records if record.name == "respcache"]
 
 
-async def test_a_store_that_stops_answering_fails_no_request(make_valkey: Callable[[], EmbeddedValkey]) -> None:
+async def test_a_store_that_stops_answering_fails_no_request(
+    make_valkey: Callable[[], EmbeddedValkey],
+) -> None:
     """Those who wait for a view go to the application, with the connection in order afterwards."""
     valkey = make_valkey()
     async with serving(valkey.url) as server, Wire(server.port) as wire:
@@ -309,9 +346,9 @@ async def test_while_the_store_is_away_requests_write_nothing_into_the_log(
             while server.cache.store is not None and server.cache.store.available:
                 await asyncio.sleep(0.005)
         answers = [await wire.ask(get()) for _ in range(3)]
-        assert {(status, headers["cache-status"].split("; ", 1)[1]) for status, headers, _ in answers} == {
-            (200, "fwd=bypass; detail=store")
-        }
+        assert {
+            (status, headers["cache-status"].split("; ", 1)[1]) for status, headers, _ in answers
+        } == {(200, "fwd=bypass; detail=store")}
     assert not [record for record in caplog.records if record.name == "respcache"]
 
 
@@ -384,7 +421,9 @@ def test_a_middleware_of_a_mount_or_route_is_asked_about_where_it_stands_before_
     if where == "mounted application":
         inner.add_middleware(Passes)
     inner.router.routes.append(route)
-    app = Starlette(routes=[Mount("/inner", inner, middleware=around if where == "mount" else None)])
+    app = Starlette(
+        routes=[Mount("/inner", inner, middleware=around if where == "mount" else None)]
+    )
     wrapped = Cache(None, secret=SECRET, resolver=Callers()).wrap(app)
     if cached:
         with pytest.raises(ConfigurationError, match="Passes"):
@@ -393,10 +432,13 @@ def test_a_middleware_of_a_mount_or_route_is_asked_about_where_it_stands_before_
 
 
 async def test_two_servers_under_two_paths_need_a_protocol_each(valkey_url: str) -> None:
-    """What is recognised by its bytes on one of them must not be taken for the same on the other."""
+    """What is recognised by its bytes on one of them must not be taken for the same on the
+    other."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         await warm(wire, get())
-        one = uvicorn.Config(server.wrapped, http=server.uvicorn.config.http, root_path="/api", log_config=None)
+        one = uvicorn.Config(
+            server.wrapped, http=server.uvicorn.config.http, root_path="/api", log_config=None
+        )
         with pytest.raises(ConfigurationError, match="root_path '/api'"):
             Closing.connect(one)
         one.root_path = ""
@@ -412,7 +454,9 @@ class Closing(asyncio.Transport):
         if not config.loaded:
             config.load()
         made: Any = config.http_protocol_class
-        made(config=config, server_state=uvicorn.server.ServerState(), app_state={}).connection_made(cls())
+        made(
+            config=config, server_state=uvicorn.server.ServerState(), app_state={}
+        ).connection_made(cls())
 
     def close(self) -> None:
         """Do nothing."""
@@ -429,7 +473,8 @@ def test_it_does_not_start_where_nothing_could_be_recognised() -> None:
 
 
 async def test_what_is_forgotten_is_not_recognised_here_either(valkey_url: str) -> None:
-    """Credentials that are revoked by other means than a table: another spelling may hold the answer in memory again."""
+    """Credentials that are revoked by other means than a table: another spelling may hold the
+    answer in memory again."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         await warm(wire, get("/rows?page=1"))
         server.cache.forget()
@@ -448,9 +493,14 @@ async def test_a_hit_before_it_ends_no_request_of_the_same_packet(valkey_url: st
         assert (await wire.answer())[2] == b"slow"
 
 
-@pytest.mark.parametrize("switch", [{}, {"tenant_id": "t"}, {"module": "rows"}], ids=["everything", "tenant", "module"])
-async def test_what_is_switched_off_takes_the_usual_way_and_bypasses(valkey_url: str, switch: dict[str, str]) -> None:
-    """Also what is kept until its time to live, for which nobody is asked; and it is answered here again when it is on."""
+@pytest.mark.parametrize(
+    "switch", [{}, {"tenant_id": "t"}, {"module": "rows"}], ids=["everything", "tenant", "module"]
+)
+async def test_what_is_switched_off_takes_the_usual_way_and_bypasses(
+    valkey_url: str, switch: dict[str, str]
+) -> None:
+    """Also what is kept until its time to live, for which nobody is asked; and it is answered here
+    again when it is on."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         requests = get(), get("/kept")
         await warm(wire, *requests)
@@ -479,7 +529,7 @@ async def test_a_switch_counts_for_who_waits_for_a_view(valkey_url: str, name: s
         assert "detail=off" in (await wire.ask(get()))[1]["cache-status"]
 
 
-# -- requests that are known by their bytes ------------------------------------------------------------------------------
+# -- requests that are known by their bytes --------------------------------------------------------
 
 
 async def packets(wire: Wire, *parts: bytes) -> None:
@@ -497,7 +547,8 @@ def only(server: Server) -> Any:
 
 
 async def test_a_request_cut_anywhere_is_one_request(valkey_url: str) -> None:
-    """Whatever comes first of it, the rest is not taken for a request, even when it was seen before."""
+    """Whatever comes first of it, the rest is not taken for a request, even when it was seen
+    before."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         request = get("/kept")
         await warm(wire, request)
@@ -508,7 +559,12 @@ async def test_a_request_cut_anywhere_is_one_request(valkey_url: str) -> None:
             async with Wire(server.port) as other:
                 await packets(other, rest)
                 status, _, body = await other.answer()
-                assert (status, body == ROWS) in ((404, False), (405, False), (400, False), (200, True))
+                assert (status, body == ROWS) in (
+                    (404, False),
+                    (405, False),
+                    (400, False),
+                    (200, True),
+                )
                 assert (status == 200) == rest.endswith(request)
         for rest in (request[1:], request[10:], b"xy" + request):
             assert rest not in only_class(server).known
@@ -520,7 +576,8 @@ def only_class(server: Server) -> Any:
 
 
 async def test_requests_in_one_packet_are_as_many_every_time(valkey_url: str) -> None:
-    """The packet was seen before, and the plan of its last request was found: it is still not that one request."""
+    """The packet was seen before, and the plan of its last request was found: it is still not that
+    one request."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         one, other = get("/kept"), get("/kept", user="bob")
         await warm(wire, one, other)
@@ -535,7 +592,8 @@ async def test_requests_in_one_packet_are_as_many_every_time(valkey_url: str) ->
 
 
 async def test_a_body_that_reads_like_a_request_is_none(valkey_url: str) -> None:
-    """Neither one that the application reads, nor the rest of one that it answered without reading it."""
+    """Neither one that the application reads, nor the rest of one that it answered without reading
+    it."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         request = get("/kept")
         await warm(wire, request)
@@ -562,14 +620,18 @@ async def test_a_known_request_waits_for_its_turn(valkey_url: str) -> None:
         assert [(await wire.answer())[2][:4] for _ in range(2)] == [b"0 1 ", ROWS[:4]]
 
 
-async def test_a_plan_that_ends_is_made_anew_also_where_the_bytes_are_known(valkey_url: str) -> None:
+async def test_a_plan_that_ends_is_made_anew_also_where_the_bytes_are_known(
+    valkey_url: str,
+) -> None:
     """A token's end, or a minute: whatever a proof says."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         requests = get(), get("/kept")
         await warm(wire, *requests)
         resolver: Any = server.cache.resolver
         resolver.claim = lambda head: (_ for _ in ()).throw(Denied("ended"))
-        assert all(["; hit" in (await wire.ask(request))[1]["cache-status"] for request in requests])
+        assert all(
+            ["; hit" in (await wire.ask(request))[1]["cache-status"] for request in requests]
+        )
         clock = server.cache.clock
         server.cache.clock = lambda: clock() + MAX_AGE_S
         for request in requests:
@@ -577,10 +639,18 @@ async def test_a_plan_that_ends_is_made_anew_also_where_the_bytes_are_known(valk
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_any_requests_in_any_packets_are_answered_as_by_uvicorn(valkey_url: str, seed: int) -> None:
-    """In their order, each by its own answer: hits, misses, bodies that read like requests, empty lines, cut anywhere."""
+async def test_any_requests_in_any_packets_are_answered_as_by_uvicorn(
+    valkey_url: str, seed: int
+) -> None:
+    """In their order, each by its own answer: hits, misses, bodies that read like requests, empty
+    lines, cut anywhere."""
     rng = random.Random(seed)
-    hits = [get("/kept"), get("/kept", user="bob"), get("/rows?page=1"), get("/rows?page=2", user="bob")]
+    hits = [
+        get("/kept"),
+        get("/kept", user="bob"),
+        get("/rows?page=1"),
+        get("/rows?page=2", user="bob"),
+    ]
     inner = rng.choice(hits)
     chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner)
     others = [
@@ -599,28 +669,46 @@ async def test_any_requests_in_any_packets_are_answered_as_by_uvicorn(valkey_url
             async with Wire(server.port) as wire:
                 await warm(wire, *hits)
         for _ in range(25):
-            requests = [rng.choice(hits if rng.random() < 0.7 else others) for _ in range(rng.randrange(1, 7))]
+            requests = [
+                rng.choice(hits if rng.random() < 0.7 else others)
+                for _ in range(rng.randrange(1, 7))
+            ]
             stream = b"".join(requests)
             borders = [sum(map(len, requests[:number])) for number in range(1, len(requests))]
             cuts = sorted(
-                {*rng.sample(borders, rng.randint(0, len(borders))), *rng.sample(range(1, len(stream)), rng.randint(0, 3))}
+                {
+                    *rng.sample(borders, rng.randint(0, len(borders))),
+                    *rng.sample(range(1, len(stream)), rng.randint(0, 3)),
+                }
             )
-            parts = [stream[first:last] for first, last in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+            parts = [
+                stream[first:last]
+                for first, last in zip([0, *cuts], [*cuts, len(stream)], strict=True)
+            ]
             answers = []
             for server in (fast, plain):
                 async with Wire(server.port) as wire:
                     await packets(wire, *parts)
-                    got = [await wire.answer(head_only=request.startswith(b"HEAD")) for request in requests]
-                    answers.append([(status, unmarked(headers), body) for status, headers, body in got])
+                    got = [
+                        await wire.answer(head_only=request.startswith(b"HEAD"))
+                        for request in requests
+                    ]
+                    answers.append(
+                        [(status, unmarked(headers), body) for status, headers, body in got]
+                    )
             assert answers[0] == answers[1], parts
 
 
 def unmarked(headers: dict[str, str]) -> dict[str, str]:
     """Return headers without what differs from one moment to the next."""
-    return {name: value for name, value in headers.items() if name not in ("date", "cache-status", "age")}
+    return {
+        name: value
+        for name, value in headers.items()
+        if name not in ("date", "cache-status", "age")
+    }
 
 
-# -- connections that idle -----------------------------------------------------------------------------------------------
+# -- connections that idle -------------------------------------------------------------------------
 
 
 async def test_hits_keep_a_connection_open_and_nothing_else_does(valkey_url: str) -> None:
@@ -633,7 +721,10 @@ async def test_hits_keep_a_connection_open_and_nothing_else_does(valkey_url: str
         assert protocol.timeout_keep_alive_task is timer
         protocol.timeout_keep_alive_handler()
         assert protocol.timeout_keep_alive_task is not timer
-        assert protocol.timeout_keep_alive_task.when() <= protocol._idle_since + protocol.timeout_keep_alive + 0.001
+        assert (
+            protocol.timeout_keep_alive_task.when()
+            <= protocol._idle_since + protocol.timeout_keep_alive + 0.001
+        )
         assert "; hit" in (await wire.ask(get("/kept")))[1]["cache-status"]
         protocol._idle_since -= protocol.timeout_keep_alive
         protocol.timeout_keep_alive_handler()
@@ -652,7 +743,9 @@ async def test_an_idle_connection_is_closed_after_its_last_hit(valkey_url: str) 
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-async def test_a_connection_that_waits_for_a_view_is_not_idle(valkey_url: str, *, leaves: bool) -> None:
+async def test_a_connection_that_waits_for_a_view_is_not_idle(
+    valkey_url: str, *, leaves: bool
+) -> None:
     """However long it waits; one whose client is gone sets no timer any more."""
     async with serving(valkey_url) as server:
         wire = await Wire(server.port).__aenter__()
@@ -665,7 +758,9 @@ async def test_a_connection_that_waits_for_a_view_is_not_idle(valkey_url: str, *
         protocol._idle_since -= protocol.timeout_keep_alive
         if leaves:
             linger = struct.pack("ii", 1, 0)  # a reset, not an orderly end
-            wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            wire.writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, linger
+            )
             wire.writer.transport.abort()
             while server.uvicorn.server_state.connections:
                 await asyncio.sleep(0)

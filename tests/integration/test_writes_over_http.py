@@ -1,4 +1,5 @@
-"""The answer of a write is its acknowledgement: what is committed, and when, decides about the cache. On real servers."""
+"""The answer of a write is its acknowledgement: what is committed, and when, decides about the
+cache. On real servers."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -38,14 +39,16 @@ class Secret(Base):
 
 
 class World:
-    """An application over one database and one Valkey, with a client and the moments that tests look at."""
+    """An application over one database and one Valkey, with a client and the moments that tests
+    look at."""
 
     def __init__(self, engine: AsyncEngine, cache: Cache) -> None:
         self.engine, self.cache = engine, cache
         self.app = FastAPI()
         self.wrapped = cache.wrap(self.app)
         self.http = httpx2.AsyncClient(
-            transport=httpx2.ASGITransport(self.wrapped, raise_app_exceptions=False), base_url="http://test"
+            transport=httpx2.ASGITransport(self.wrapped, raise_app_exceptions=False),
+            base_url="http://test",
         )
         self.calls = 0
 
@@ -71,7 +74,9 @@ async def world(empty_database_url: str, valkey_url: str) -> AsyncIterator[World
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
         await connection.execute(insert(Thing), [{"id": 1, "tenant_id": TENANT}])
-    cache = Cache(RedisStore(valkey_url, deadline_s=1), secret=b"k" * 32, resolver=SingleTenant(TENANT))
+    cache = Cache(
+        RedisStore(valkey_url, deadline_s=1), secret=b"k" * 32, resolver=SingleTenant(TENANT)
+    )
     watching = watch(engine, cache, metadata=Base.metadata)
     await cache.connect()
     made = World(engine, cache)
@@ -87,7 +92,9 @@ async def rename(session: AsyncSession, name: str) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 204, 302, 404, 422, 500])
-async def test_a_committed_change_invalidates_whatever_the_answer(world: World, status: int) -> None:
+async def test_a_committed_change_invalidates_whatever_the_answer(
+    world: World, status: int
+) -> None:
     """The status says nothing about what was committed."""
 
     @world.app.post("/change")
@@ -130,7 +137,8 @@ async def test_a_rollback_does_not_invalidate(world: World) -> None:
 
 
 async def test_the_answer_waits_for_a_commit_in_a_yield_dependency(world: World) -> None:
-    """FastAPI closes such dependencies after it has sent the answer; the wrapper holds the answer until then."""
+    """FastAPI closes such dependencies after it has sent the answer; the wrapper holds the answer
+    until then."""
     order: list[str] = []
 
     async def session() -> AsyncIterator[AsyncSession]:
@@ -151,7 +159,14 @@ async def test_the_answer_waits_for_a_commit_in_a_yield_dependency(world: World)
         return {"type": "http.request", "body": b"", "more_body": False}
 
     await world.warm()
-    scope = {"type": "http", "method": "POST", "path": "/change", "query_string": b"", "headers": [], "http_version": "1.1"}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/change",
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
     await world.wrapped(scope, receive, send)
     assert order == ["committed", "http.response.start", "http.response.body"]
     assert await world.names() == ["new"]
@@ -211,7 +226,9 @@ async def test_a_get_that_writes_in_a_yield_dependency_is_held_and_not_stored(wo
         return "x"
 
     await world.warm()
-    assert (await world.http.get("/visits")).headers["cache-status"] == "respcache; fwd=uri-miss; detail=wrote"
+    assert (await world.http.get("/visits")).headers[
+        "cache-status"
+    ] == "respcache; fwd=uri-miss; detail=wrote"
     assert await world.names() == ["visited"]
 
 
@@ -226,10 +243,15 @@ async def test_an_undeclared_table_is_not_stored_and_counted(world: World) -> No
 
     for _ in range(2):
         answer = await world.http.get("/secrets")
-        assert (answer.json(), answer.headers["cache-status"]) == (0, "respcache; fwd=uri-miss; detail=undeclared-table")
+        assert (answer.json(), answer.headers["cache-status"]) == (
+            0,
+            "respcache; fwd=uri-miss; detail=undeclared-table",
+        )
     assert world.cache.figures.of(TENANT, "secrets").refusals["undeclared-table"] == 2
     world.cache.strict_reads = True
-    strict = httpx2.AsyncClient(transport=httpx2.ASGITransport(world.wrapped), base_url="http://test")
+    strict = httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(world.wrapped), base_url="http://test"
+    )
     with pytest.raises(UndeclaredRead, match=r"/secrets reads secrets"):
         await strict.get("/secrets")
     await strict.aclose()
@@ -245,7 +267,9 @@ async def test_undeclared_text_is_not_stored(world: World) -> None:
             return await session.scalar(text("SELECT count(*) FROM pg_views")) or 0
 
     await world.http.get("/raw")
-    assert (await world.http.get("/raw")).headers["cache-status"] == "respcache; fwd=uri-miss; detail=undeclared-sql"
+    assert (await world.http.get("/raw")).headers[
+        "cache-status"
+    ] == "respcache; fwd=uri-miss; detail=undeclared-sql"
 
 
 async def test_a_background_task_invalidates_after_the_answer(world: World) -> None:
@@ -300,13 +324,17 @@ async def test_a_value_made_in_an_old_snapshot_is_not_cached(world: World) -> No
             async def read() -> list[str]:
                 return list(await session.scalars(select(Thing.name)))
 
-            assert await world.cache.get_or_set(TENANT, "things", {}, read, tables=["things"]) == ["x"]
+            assert await world.cache.get_or_set(TENANT, "things", {}, read, tables=["things"]) == [
+                "x"
+            ]
     finally:
         current.reset(token)
     assert world.cache.figures.of(TENANT, "things").stores == 0
 
 
-async def test_a_slow_read_in_one_process_overtaken_by_a_write_in_another_is_never_served(world: World, valkey_url: str) -> None:
+async def test_a_slow_read_in_one_process_overtaken_by_a_write_in_another_is_never_served(
+    world: World, valkey_url: str
+) -> None:
     """Two caches on one Valkey: one fills slowly, the other writes."""
     entered, go = asyncio.Event(), asyncio.Event()
 
@@ -319,7 +347,9 @@ async def test_a_slow_read_in_one_process_overtaken_by_a_write_in_another_is_nev
         await go.wait()
         return names
 
-    other = Cache(RedisStore(valkey_url, deadline_s=1), secret=b"k" * 32, resolver=SingleTenant(TENANT))
+    other = Cache(
+        RedisStore(valkey_url, deadline_s=1), secret=b"k" * 32, resolver=SingleTenant(TENANT)
+    )
     elsewhere = create_async_engine(world.engine.url)
     watching = watch(elsewhere, other, metadata=Base.metadata)
     await other.connect()
@@ -339,7 +369,9 @@ async def test_a_slow_read_in_one_process_overtaken_by_a_write_in_another_is_nev
         await elsewhere.dispose()
 
 
-async def test_a_request_that_is_cancelled_while_its_answer_waits_takes_no_bump_along(world: World) -> None:
+async def test_a_request_that_is_cancelled_while_its_answer_waits_takes_no_bump_along(
+    world: World,
+) -> None:
     """Not even in the moment of the COMMIT, when nothing of the bump has been sent yet."""
 
     @world.app.post("/change")
@@ -417,7 +449,9 @@ async def test_a_value_made_of_uncommitted_rows_is_not_cached(world: World) -> N
         assert await value(session) == ["x"]
 
 
-@pytest.mark.parametrize(("module", "reason"), [("settings", "detail=other-module"), ("things", "stored")])
+@pytest.mark.parametrize(
+    ("module", "reason"), [("settings", "detail=other-module"), ("things", "stored")]
+)
 async def test_an_answer_made_of_a_value_that_only_its_module_invalidates_is_of_that_module(
     world: World, module: str, reason: str
 ) -> None:
@@ -489,5 +523,7 @@ async def test_values_made_of_each_other_outside_of_requests_are_cached(world: W
         made.append("outer")
         return await world.cache.get_or_set(TENANT, "things", {}, read)
 
-    values = [await world.cache.get_or_set(TENANT, "things", {"of": "things"}, between) for _ in range(2)]
+    values = [
+        await world.cache.get_or_set(TENANT, "things", {"of": "things"}, between) for _ in range(2)
+    ]
     assert (values, made) == (["x", "x"], ["outer", "inner"])

@@ -1,9 +1,11 @@
 """A database with transactions, snapshots and an outbox, and the outbox as a process sees it.
 
-The semantics are those of the statements in ``writes/postgres.py`` and of the triggers in ``writes/triggers.py``: numbers of
-transactions are given at the first write, commits come in any order, a snapshot names which have ended, each statement sees
-one snapshot, and what it computes by the clock may be computed later than the snapshot was taken. Registers stand for rows
-of the application's tables: one per tenant and table. Their values are *stamps*, numbers that are never used twice.
+The semantics are those of the statements in ``writes/postgres.py`` and of the triggers in
+``writes/triggers.py``: numbers of transactions are given at the first write, commits come in any
+order, a snapshot names which have ended, each statement sees one snapshot, and what it computes by
+the clock may be computed later than the snapshot was taken. Registers stand for rows of the
+application's tables: one per tenant and table. Their values are *stamps*, numbers that are never
+used twice.
 """
 
 import asyncio
@@ -71,7 +73,8 @@ class Logged:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Which transactions have ended: all before ``xmin``, none from ``xmax`` on, and in between all but the running."""
+    """Which transactions have ended: all before ``xmin``, none from ``xmax`` on, and in between all
+    but the running."""
 
     xmin: int
     xmax: int
@@ -92,15 +95,20 @@ class Snapshot:
 
 
 class Database:
-    """The server. Transactions are begun by ``Transaction``; everything here happens at one moment."""
+    """The server. Transactions are begun by ``Transaction``; everything here happens at one
+    moment."""
 
-    def __init__(self, world: World, oracle: Oracle, registers: Iterable[Register], *, ids: random.Random) -> None:
+    def __init__(
+        self, world: World, oracle: Oracle, registers: Iterable[Register], *, ids: random.Random
+    ) -> None:
         self.world = world
         self.oracle = oracle
         self.tables = frozenset(table for _, table in registers)
         self.deferred = False
         """Whether triggers may write in COMMIT."""
-        self.values: dict[Register, int] = {register: oracle.begin(register) for register in registers}
+        self.values: dict[Register, int] = {
+            register: oracle.begin(register) for register in registers
+        }
         self.outbox: list[Row] = []
         self.fence = FenceRow(effective_at=YEARS_S, until=YEARS_S, horizon_at=YEARS_S)
         self.log: list[Logged] = []
@@ -150,7 +158,8 @@ class Database:
         self.end_xid(xid)
 
     def durable(self, logged: Logged) -> bool:
-        """Whether a crash cannot lose this: a change of the fence row, which takes with it everything before."""
+        """Whether a crash cannot lose this: a change of the fence row, which takes with it
+        everything before."""
         return logged.fence_before is not None
 
     def new_id(self, xid: int) -> str:
@@ -163,11 +172,17 @@ class Database:
         return [row for row in self.outbox if not seen.sees(row.xid)]
 
     def restart(self, *, pause_s: float, lose: int, newest_s: float) -> None:
-        """Crash, come back after a pause as another life, without some of the last commits that nobody has made durable."""
+        """Crash, come back after a pause as another life, without some of the last commits that
+        nobody has made durable."""
         self.up = False
         self.life += 1
         lost: list[Logged] = []
-        while self.log and len(lost) < lose and self.log[-1].at > self.now - newest_s and not self.durable(self.log[-1]):
+        while (
+            self.log
+            and len(lost) < lose
+            and self.log[-1].at > self.now - newest_s
+            and not self.durable(self.log[-1])
+        ):
             lost.append(self.log.pop())
             self.fence = lost[-1].fence_before or self.fence
         xids = {one.xid for one in lost}
@@ -197,7 +212,8 @@ class Database:
         life: int | None = None,
         finish: Callable[[T], T] | None = None,
     ) -> T:
-        """Run a statement for a host, bounded in time. ``finish`` is what it computes a while after its snapshot was taken.
+        """Run a statement for a host, bounded in time. ``finish`` is what it computes a while after
+        its snapshot was taken.
 
         With ``life``, the statement belongs to a transaction of that life of the database.
         """
@@ -242,7 +258,8 @@ class Database:
 
 
 class Transaction:
-    """A transaction of the application. Its statements run for a host; each of them may fail with ``DatabaseGone``."""
+    """A transaction of the application. Its statements run for a host; each of them may fail with
+    ``DatabaseGone``."""
 
     def __init__(self, database: Database, host: Host) -> None:
         self.database = database
@@ -271,10 +288,13 @@ class Transaction:
 
     async def own_rows(self) -> Rows:
         """Read the rows that this transaction has left in the outbox so far."""
-        return await self._run(lambda: [(tenant, tag, id_) for (tenant, tag), id_ in self.rows.items()])
+        return await self._run(
+            lambda: [(tenant, tag, id_) for (tenant, tag), id_ in self.rows.items()]
+        )
 
     async def commit(self, *, deferred: Register | None = None, lands_after_s: float = 0.0) -> None:
-        """Commit. ``deferred`` is what a trigger changes in COMMIT. With a time, COMMIT comes later than anybody waits."""
+        """Commit. ``deferred`` is what a trigger changes in COMMIT. With a time, COMMIT comes later
+        than anybody waits."""
         if lands_after_s:
             self.database.world.after(lands_after_s, self._land)
             raise DatabaseGone("the connection broke in COMMIT")
@@ -290,7 +310,9 @@ class Transaction:
                 raise DatabaseGone("the transaction has ended")
             return statement()
 
-        return await self.database.ask(self.host, checked, deadline_s=DEADLINE_S, error=DatabaseGone, life=self._life)
+        return await self.database.ask(
+            self.host, checked, deadline_s=DEADLINE_S, error=DatabaseGone, life=self._life
+        )
 
     def _write(self, register: Register) -> bool:
         database = self.database
@@ -318,7 +340,9 @@ class Transaction:
         for register, stamp in self.writes.items():
             database.values[register] = stamp
             database.oracle.commit(register, stamp)
-        database.outbox += [Row(xid, tenant, tag, id_, now) for (tenant, tag), id_ in self.rows.items()]
+        database.outbox += [
+            Row(xid, tenant, tag, id_, now) for (tenant, tag), id_ in self.rows.items()
+        ]
         database.log.append(Logged(now, xid, tuple(self.writes.items())))
         database.world.note(self.host.name, "COMMIT", xid, dict(self.writes))
         self._end()
@@ -337,7 +361,9 @@ class Transaction:
 
 async def read_register(database: Database, host: Host, register: Register) -> int:
     """Read a row in a statement of its own: what was committed last. Raises ``DatabaseGone``."""
-    return await database.ask(host, lambda: database.values[register], deadline_s=DEADLINE_S, error=DatabaseGone)
+    return await database.ask(
+        host, lambda: database.values[register], deadline_s=DEADLINE_S, error=DatabaseGone
+    )
 
 
 class SimulatedOutbox:
@@ -415,8 +441,12 @@ class SimulatedOutbox:
         def claim() -> None:
             if database.fence.authority == instead_of:
                 effective_at = self.effective_at(database.fence)
-                database.change_fence(replace(database.fence, authority=identity, effective_at=effective_at))
-                database.world.note(self.host.name, "claims authority for", identity[:4], "effective", effective_at)
+                database.change_fence(
+                    replace(database.fence, authority=identity, effective_at=effective_at)
+                )
+                database.world.note(
+                    self.host.name, "claims authority for", identity[:4], "effective", effective_at
+                )
 
         await self._ask(claim)
 
@@ -466,7 +496,9 @@ class SimulatedOutbox:
             fence, now = database.fence, database.now
             if fence.horizon_at < now - self._retention_s:
                 horizon = database.snapshot().xmin
-                database.change_fence(replace(fence, pruned=fence.horizon, horizon=horizon, horizon_at=now))
+                database.change_fence(
+                    replace(fence, pruned=fence.horizon, horizon=horizon, horizon_at=now)
+                )
             return 0
 
         def delete() -> int:
@@ -481,5 +513,9 @@ class SimulatedOutbox:
     async def close(self) -> None:
         """See ``Outbox.close``."""
 
-    async def _ask(self, statement: Callable[[], Any], finish: Callable[[Any], Any] | None = None) -> Any:
-        return await self.database.ask(self.host, statement, deadline_s=self._deadline_s, error=OutboxError, finish=finish)
+    async def _ask(
+        self, statement: Callable[[], Any], finish: Callable[[Any], Any] | None = None
+    ) -> Any:
+        return await self.database.ask(
+            self.host, statement, deadline_s=self._deadline_s, error=OutboxError, finish=finish
+        )

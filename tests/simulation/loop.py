@@ -1,9 +1,11 @@
 """An event loop without a clock and without sockets: time is a number that jumps to the next timer.
 
-Callbacks run in the order in which they became ready. What runs on behalf of a simulated machine (``Host``) is marked by a
-context variable: a host's timers go by its own clock, and while it is frozen nothing of it runs.
+Callbacks run in the order in which they became ready. What runs on behalf of a simulated machine
+(``Host``) is marked by a context variable: a host's timers go by its own clock, and while it is
+frozen nothing of it runs.
 
-Timers stand in a heap of plain tuples, and what happens in the world (``VirtualLoop.happen``) needs no handle and no context:
+Timers stand in a heap of plain tuples, and what happens in the world (``VirtualLoop.happen``) needs
+no handle and no context:
 that is twice as fast as asyncio's own, and speed is schedules.
 """
 
@@ -16,7 +18,8 @@ from typing import Any
 
 
 class Host:
-    """A machine that runs one process. ``rate`` is how fast its clock goes, ``offset`` what it showed in the beginning."""
+    """A machine that runs one process. ``rate`` is how fast its clock goes, ``offset`` what it
+    showed in the beginning."""
 
     def __init__(self, name: str, *, rate: float = 1.0, offset: float = 0.0) -> None:
         self.name = name
@@ -46,7 +49,9 @@ class Happening:
 
     _cancelled = False
 
-    def __init__(self, host: Host | None, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, host: Host | None, callback: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
         self.host = host
         self._callback = callback
         self._args = args
@@ -70,7 +75,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Set a timer; a host's goes by the host's clock."""
         host = HOST.get() if context is None else context.get(HOST)
@@ -80,9 +89,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
         heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return timer
 
-    def happen(self, delay_s: float, callback: Callable[..., object], *args: Any, host: Host | None = None) -> None:
-        """Have something happen later; with a host, not while that is frozen, but whatever else becomes of it."""
-        heapq.heappush(self._timers, (self._now + delay_s, next(self._numbers), Happening(host, callback, args)))
+    def happen(
+        self, delay_s: float, callback: Callable[..., object], *args: Any, host: Host | None = None
+    ) -> None:
+        """Have something happen later; with a host, not while that is frozen, but whatever else
+        becomes of it."""
+        heapq.heappush(
+            self._timers,
+            (self._now + delay_s, next(self._numbers), Happening(host, callback, args)),
+        )
 
     def freeze(self, host: Host) -> None:
         """Stop a host: what becomes ready waits."""

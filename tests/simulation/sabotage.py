@@ -1,7 +1,9 @@
-"""The rules of the protocol, each broken once: the simulator must notice, or it is not worth its time.
+"""The rules of the protocol, each broken once: the simulator must notice, or it is not worth its
+time.
 
-A sabotage puts something else in the place of a function of the library, or of the simulated world where the rule is one for
-the database, for a connection or for the hooks. A ``Mix`` says what happens, where the case is rare.
+A sabotage puts something else in the place of a function of the library, or of the simulated world
+where the rule is one for the database, for a connection or for the hooks. A ``Mix`` says what
+happens, where the case is rare.
 """
 
 from collections import Counter
@@ -34,7 +36,14 @@ from respcache.stores.memory import MemoryServer
 from respcache.values import Values
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.rounds import Rounds, Rows
-from tests.simulation.database import Database, DatabaseGone, FenceRow, Row, SimulatedOutbox, Snapshot
+from tests.simulation.database import (
+    Database,
+    DatabaseGone,
+    FenceRow,
+    Row,
+    SimulatedOutbox,
+    Snapshot,
+)
 from tests.simulation.schedule import Commit, Mix, Process, Schedule, replaced
 from tests.simulation.world import Client, Connection, Server
 
@@ -64,7 +73,7 @@ def _mix(*faults: str, writers: Mapping[str, int] | None = None, **others: Any) 
     return replace(mix, faults=Counter(faults)) if faults else mix
 
 
-# -- what is captured, and when ----------------------------------------------------------------------------------------
+# -- what is captured, and when --------------------------------------------------------------------
 
 
 async def _make_then_capture(
@@ -73,7 +82,9 @@ async def _make_then_capture(
     async def made() -> Any:
         value = await make()
         try:
-            reading = await values._lookup._store.read(None, [(look.target.generation_key, look.target.tags)])
+            reading = await values._lookup._store.read(
+                None, [(look.target.generation_key, look.target.tags)]
+            )
         except StoreError:
             return value
         lead.certificate = reading.generations[0].certificate() or lead.certificate
@@ -83,20 +94,33 @@ async def _make_then_capture(
 
 
 async def _open_with_the_same_nonce(lookup: Lookup, tenant: str) -> None:
-    await lookup._store.open(f"tenant:{tenant}:~gen", nonce=b"0" * 16, ttl_ms=lookup._generation_ttl_ms)
+    await lookup._store.open(
+        f"tenant:{tenant}:~gen", nonce=b"0" * 16, ttl_ms=lookup._generation_ttl_ms
+    )
 
 
 def _compact_without_floor(
-    memory: MemoryServer, generation: str, *, tags: Any, ttl_ms: int, rows: Any, prefix: str, original: Any = MemoryServer.bump
+    memory: MemoryServer,
+    generation: str,
+    *,
+    tags: Any,
+    ttl_ms: int,
+    rows: Any,
+    prefix: str,
+    original: Any = MemoryServer.bump,
 ) -> Bumped:
-    bumped: Bumped = original(memory, generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix)
+    bumped: Bumped = original(
+        memory, generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix
+    )
     value, expires = memory.values.get(generation, (None, 0.0))
     if value is not None and set(value) == {"n", "r", "s", FLOOR}:
         memory.values[generation] = ({name: value[name] for name in ("n", "r", "s")}, expires)
     return bumped
 
 
-def _judge_without_digest(lookup: Lookup, aim: Aim, reading: Reading, original: Any = Lookup._judge) -> Look:
+def _judge_without_digest(
+    lookup: Lookup, aim: Aim, reading: Reading, original: Any = Lookup._judge
+) -> Look:
     entry = None if reading.entry is None else entries.decode(reading.entry)
     if entry is not None:
         reading = replace(reading, entry=entries.encode(replace(entry, digest=aim.target.digest)))
@@ -104,7 +128,7 @@ def _judge_without_digest(lookup: Lookup, aim: Aim, reading: Reading, original: 
     return found
 
 
-# -- who is asked ------------------------------------------------------------------------------------------------------
+# -- who is asked ----------------------------------------------------------------------------------
 
 
 def _restart_as_the_same(memory: MemoryServer, *, keep_data: bool) -> None:
@@ -112,7 +136,9 @@ def _restart_as_the_same(memory: MemoryServer, *, keep_data: bool) -> None:
         memory.values.clear()
 
 
-def _know_from_rounds_only(client: Client, server: Server, original: Any = Client.shake_hands) -> Connection:
+def _know_from_rounds_only(
+    client: Client, server: Server, original: Any = Client.shake_hands
+) -> Connection:
     """Keep the identity that a round has learnt from this server."""
     connection: Connection = original(client, server)
     known = client.__dict__.setdefault("known", {})
@@ -130,19 +156,30 @@ async def _learn_in_rounds(
     return found
 
 
-# -- joining -----------------------------------------------------------------------------------------------------------
+# -- joining ---------------------------------------------------------------------------------------
 
 
-def _join_any(flights: Flights[Any], key: Any, *, view: Generation, tags: Sequence[str]) -> Flight[Any] | None:
+def _join_any(
+    flights: Flights[Any], key: Any, *, view: Generation, tags: Sequence[str]
+) -> Flight[Any] | None:
     return flights._flying.get(key)
 
 
 async def _enter_any(
-    filler: Filler, target: Target, *, view: Generation, certificate: Any, original: Any = Filler.enter
+    filler: Filler,
+    target: Target,
+    *,
+    view: Generation,
+    certificate: Any,
+    original: Any = Filler.enter,
 ) -> Entry | Lead | None:
     flight = filler._flights._flying.get(target.entry_key)
     found: Entry | Lead | None
-    found = await flight.wait() if flight is not None else await original(filler, target, view=view, certificate=certificate)
+    found = (
+        await flight.wait()
+        if flight is not None
+        else await original(filler, target, view=view, certificate=certificate)
+    )
     return found
 
 
@@ -169,10 +206,12 @@ class _Content:
         return Verdict.VALID
 
 
-# -- committing and acknowledging --------------------------------------------------------------------------------------
+# -- committing and acknowledging ------------------------------------------------------------------
 
 
-async def _tell_before_commit(schedule: Schedule, process: Process, commit: Commit, rows: Rows) -> Record | None:
+async def _tell_before_commit(
+    schedule: Schedule, process: Process, commit: Commit, rows: Rows
+) -> Record | None:
     record = Record()
     current.set(record)
     schedule.tell(process, rows)
@@ -185,7 +224,11 @@ async def _tell_before_commit(schedule: Schedule, process: Process, commit: Comm
 
 
 async def _bump_and_do_not_look_at_the_fence(
-    invalidator: Invalidator, rounds: Rounds, rows: Rows | None, since: float, original: Any = Invalidator._apply
+    invalidator: Invalidator,
+    rounds: Rounds,
+    rows: Rows | None,
+    since: float,
+    original: Any = Invalidator._apply,
 ) -> Ack:
     known = rows is not None and not any(tenant == EVERYBODY for tenant, _, _ in rows)
     if known and None not in (await invalidator._bump_all(by_tenant(rows or ()))).values():
@@ -211,7 +254,7 @@ def _id_of_transaction(database: Database, xid: int) -> str:
     return f"{xid:016x}"
 
 
-# -- what lies in memory -----------------------------------------------------------------------------------------------
+# -- what lies in memory ---------------------------------------------------------------------------
 
 
 def _leave_with_the_door_open(group: Group) -> None:
@@ -237,7 +280,9 @@ def _drop_the_view_only(group: Group) -> None:
     group.view, group.asked_at = None, float("-inf")
 
 
-def _look_at_no_bound(views: Views, generation: str, tags: Any, *, since: float, original: Any = Views.recent) -> Any:
+def _look_at_no_bound(
+    views: Views, generation: str, tags: Any, *, since: float, original: Any = Views.recent
+) -> Any:
     return original(views, generation, tags, since=0.0)
 
 
@@ -245,7 +290,9 @@ def _heed_no_token(lookup: Lookup, aim: Aim, sent: Token, now: float) -> Aim:
     return aim
 
 
-def _prove_by_the_fence_alone(lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float) -> bool:
+def _prove_by_the_fence_alone(
+    lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float
+) -> bool:
     return fence is None or fence.allows(view.server, now)
 
 
@@ -262,13 +309,18 @@ def _take_a_grant_for_ever(lookup: Lookup, aim: Aim, now: float) -> Grant | None
 
 
 async def _grant_without_its_view(
-    wrapper: Wrapper, plan: Plan, aim: Aim, grant: Grant | None, now: float, original: Any = Wrapper._prove
+    wrapper: Wrapper,
+    plan: Plan,
+    aim: Aim,
+    grant: Grant | None,
+    now: float,
+    original: Any = Wrapper._prove,
 ) -> Grant | None:
     """Read no view where there is a proof."""
     return grant or await original(wrapper, plan, aim, grant, now)
 
 
-# -- the fence ---------------------------------------------------------------------------------------------------------
+# -- the fence -------------------------------------------------------------------------------------
 
 
 def _grant_from_the_end(rounds: Rounds, m0: float, original: Any = Rounds._grant) -> None:
@@ -285,13 +337,21 @@ async def _read_then_look_at_the_fence(lookup: Lookup, entry: str | None, wanted
 
 
 def _prove_by_the_present_fence(
-    lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float, original: Any = Lookup.proves
+    lookup: Lookup,
+    aim: Aim,
+    held: Held,
+    fence: Fence | None,
+    view: Generation,
+    now: float,
+    original: Any = Lookup.proves,
 ) -> bool:
     assert lookup._rounds is not None
     return bool(original(lookup, aim, held, lookup._rounds.fence, view, now))
 
 
-def _candidate_without_fence(lookup: Lookup, aim: Aim, now: float, original: Any = Lookup.candidate) -> Candidate | None:
+def _candidate_without_fence(
+    lookup: Lookup, aim: Aim, now: float, original: Any = Lookup.candidate
+) -> Candidate | None:
     found: Candidate | None
     rounds, lookup._rounds = lookup._rounds, None
     try:
@@ -330,7 +390,7 @@ def _effective_at_once(outbox: SimulatedOutbox, fence: FenceRow) -> float:
     return outbox.database.now
 
 
-# -- rounds ------------------------------------------------------------------------------------------------------------
+# -- rounds ----------------------------------------------------------------------------------------
 
 
 def _after_the_last_id(database: Database, after: Cursor) -> list[Row]:
@@ -339,7 +399,12 @@ def _after_the_last_id(database: Database, after: Cursor) -> list[Row]:
 
 
 async def _store_the_epoch_first(
-    rounds: Rounds, old: Epoch | None, identity: str, page: Page, reason: str, original: Any = Rounds._renew
+    rounds: Rounds,
+    old: Epoch | None,
+    identity: str,
+    page: Page,
+    reason: str,
+    original: Any = Rounds._renew,
 ) -> bool:
     renewed: bool = await original(rounds, old, identity, page, reason)
     if renewed:
@@ -359,7 +424,9 @@ def _keep_what_was_applied(rounds: Rounds, epoch: Epoch, original: Any = Rounds.
     rounds._applied.update(applied)
 
 
-async def _go_on_when_a_bump_fails(rounds: Rounds, due: Mapping[str, Due], original: Any = Rounds._bump) -> None:
+async def _go_on_when_a_bump_fails(
+    rounds: Rounds, due: Mapping[str, Due], original: Any = Rounds._bump
+) -> None:
     for tenant, one in due.items():
         try:
             await original(rounds, {tenant: one})
@@ -370,16 +437,24 @@ async def _go_on_when_a_bump_fails(rounds: Rounds, due: Mapping[str, Due], origi
 def _ignore(**ignored: Any) -> Any:
     """Judge epochs as if something on the page were not there."""
 
-    def outdated(epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated) -> str | None:
-        changes = {name: value(epoch) if callable(value) else value for name, value in ignored.items()}
+    def outdated(
+        epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated
+    ) -> str | None:
+        changes = {
+            name: value(epoch) if callable(value) else value for name, value in ignored.items()
+        }
         found: str | None = original(epoch, cursor, replace(page, **changes))
         return found
 
     return outdated
 
 
-def _ignore_everybody(epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated) -> str | None:
-    found: str | None = original(epoch, cursor, replace(page, rows=[row for row in page.rows if row[0] != EVERYBODY]))
+def _ignore_everybody(
+    epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated
+) -> str | None:
+    found: str | None = original(
+        epoch, cursor, replace(page, rows=[row for row in page.rows if row[0] != EVERYBODY])
+    )
     return found
 
 
@@ -406,10 +481,18 @@ BACK_AND_FORTH = _mix(
 
 SABOTAGES: Mapping[str, Sabotage] = {
     "capture after the read": Sabotage([(Values, "_make", _make_then_capture)]),
-    "the same nonce for every generation": Sabotage([(Lookup, "_open", _open_with_the_same_nonce)], _mix("evict", "flush")),
-    "compaction without raising the floor": Sabotage([(MemoryServer, "bump", _compact_without_floor)], _mix(small_limits=1.0)),
-    "the digest is not compared": Sabotage([(Lookup, "_judge", _judge_without_digest)], _mix("copy an entry")),
-    "no identity of the server": Sabotage([(MemoryServer, "restart", _restart_as_the_same)], _mix("restart with old data")),
+    "the same nonce for every generation": Sabotage(
+        [(Lookup, "_open", _open_with_the_same_nonce)], _mix("evict", "flush")
+    ),
+    "compaction without raising the floor": Sabotage(
+        [(MemoryServer, "bump", _compact_without_floor)], _mix(small_limits=1.0)
+    ),
+    "the digest is not compared": Sabotage(
+        [(Lookup, "_judge", _judge_without_digest)], _mix("copy an entry")
+    ),
+    "no identity of the server": Sabotage(
+        [(MemoryServer, "restart", _restart_as_the_same)], _mix("restart with old data")
+    ),
     "identity learnt in rounds, not per connection": Sabotage(
         [
             (Client, "shake_hands", _know_from_rounds_only),
@@ -418,7 +501,9 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ],
         _mix("restart with old data"),
     ),
-    "join any flight in the process": Sabotage([(Flights, "join", _join_any), (Filler, "enter", _enter_any)]),
+    "join any flight in the process": Sabotage(
+        [(Flights, "join", _join_any), (Filler, "enter", _enter_any)]
+    ),
     "wait for any lease of another process": Sabotage(
         [(Leases, "_acquire", _wait_for_any_lease), (Leases, "_filled", _find_any)]
     ),
@@ -429,18 +514,32 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "acknowledge without waiting": Sabotage([(Rounds, "safe", _wait_for_nothing)]),
     "acknowledge by a round in a new epoch": Sabotage([(Rounds, "_grant", _catch_up_in_any_epoch)]),
     "ids of rows are given away when COMMIT raised": Sabotage(
-        [(Schedule, "rows_of_unknown_outcome", _rows_before_commit)], _mix(writers={"unknown": 2, "acknowledged": 1})
+        [(Schedule, "rows_of_unknown_outcome", _rows_before_commit)],
+        _mix(writers={"unknown": 2, "acknowledged": 1}),
     ),
-    "what deferred triggers write is not waited for": Sabotage([(Schedule, "whole", lambda schedule, process, rows: rows)]),
+    "what deferred triggers write is not waited for": Sabotage(
+        [(Schedule, "whole", lambda schedule, process, rows: rows)]
+    ),
     "rows are told apart by their transaction": Sabotage(
         [(Database, "new_id", _id_of_transaction)],
-        _mix("freeze", processes=(2,), trouble=(0.02,), writers={"acknowledged": 1}, least_faults=4, deferred=0.0),
+        _mix(
+            "freeze",
+            processes=(2,),
+            trouble=(0.02,),
+            writers={"acknowledged": 1},
+            least_faults=4,
+            deferred=0.0,
+        ),
     ),
     "the fence counts from the end of the round": Sabotage(
-        [(Rounds, "_grant", _grant_from_the_end)], _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10)
+        [(Rounds, "_grant", _grant_from_the_end)],
+        _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10),
     ),
     "the fence is looked at after the answer": Sabotage(
-        [(Lookup, "_read", _read_then_look_at_the_fence), (Lookup, "proves", _prove_by_the_present_fence)],
+        [
+            (Lookup, "_read", _read_then_look_at_the_fence),
+            (Lookup, "proves", _prove_by_the_present_fence),
+        ],
         _mix(
             "database out of reach",
             processes=(1,),
@@ -456,13 +555,27 @@ SABOTAGES: Mapping[str, Sabotage] = {
             bounded=0.0,
         ),
     ),
-    "a request joins a reading that has left": Sabotage([(Group, "_leave", _leave_with_the_door_open)], IN_MEMORY),
-    "what lies in memory is not judged": Sabotage([(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY),
+    "a request joins a reading that has left": Sabotage(
+        [(Group, "_leave", _leave_with_the_door_open)], IN_MEMORY
+    ),
+    "what lies in memory is not judged": Sabotage(
+        [(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY
+    ),
     "the bound of a view is not looked at": Sabotage(
         [(Views, "recent", _look_at_no_bound)],
-        replace(BOUNDED, processes=(2,), writers={"acknowledged": 1}, trouble=(0.1,), most_faults=0, leases=(8, 14), calm=(1.0,)),
+        replace(
+            BOUNDED,
+            processes=(2,),
+            writers={"acknowledged": 1},
+            trouble=(0.1,),
+            most_faults=0,
+            leases=(8, 14),
+            calm=(1.0,),
+        ),
     ),
-    "a view outlives the bumps of its own process": Sabotage([(Views, "expire", _hear_nothing)], BOUNDED),
+    "a view outlives the bumps of its own process": Sabotage(
+        [(Views, "expire", _hear_nothing)], BOUNDED
+    ),
     "a reading under way outlives them": Sabotage(
         [(Group, "expire", _drop_the_view_only)],
         replace(
@@ -477,23 +590,35 @@ SABOTAGES: Mapping[str, Sabotage] = {
     ),
     "a proof outlives its view": Sabotage([(Lookup, "granted", _take_any_grant)], BOUNDED),
     "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
-    "a proof needs no view of the request's own": Sabotage([(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY),
+    "a proof needs no view of the request's own": Sabotage(
+        [(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY
+    ),
     "a token is not looked at": Sabotage([(Lookup, "heed", _heed_no_token)], TOKENS),
-    "no fence": Sabotage([(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]),
-    "the fence names no server": Sabotage([(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)),
+    "no fence": Sabotage(
+        [(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]
+    ),
+    "the fence names no server": Sabotage(
+        [(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)
+    ),
     "until is never recorded": Sabotage(
         [(ROUNDS, "next_step", _never_record), (SimulatedOutbox, "record", _record_nothing)],
         _mix("cut from the store", "slow pages", "cut from the database"),
     ),
-    "a new authority is effective at once": Sabotage([(SimulatedOutbox, "effective_at", _effective_at_once)], _mix(*SPLIT)),
-    "a new authority does not wait": Sabotage([(ROUNDS, "next_step", _do_not_wait_for_the_former)], _mix(*SPLIT)),
+    "a new authority is effective at once": Sabotage(
+        [(SimulatedOutbox, "effective_at", _effective_at_once)], _mix(*SPLIT)
+    ),
+    "a new authority does not wait": Sabotage(
+        [(ROUNDS, "next_step", _do_not_wait_for_the_former)], _mix(*SPLIT)
+    ),
     "no authority": Sabotage([(ROUNDS, "next_step", _heed_no_authority)], _mix(*SPLIT)),
     "cursor of ids": Sabotage([(Database, "unseen", _after_the_last_id)], _mix(writers=OUTSIDERS)),
     "the epoch is stored before its snapshot": Sabotage(
         [(Rounds, "_renew", _store_the_epoch_first)],
         _mix("freeze who makes an epoch", processes=(2,), writers=OUTSIDERS),
     ),
-    "the cursor outlives the epoch": Sabotage([(Rounds, "_adopt", _keep_the_cursor)], BACK_AND_FORTH),
+    "the cursor outlives the epoch": Sabotage(
+        [(Rounds, "_adopt", _keep_the_cursor)], BACK_AND_FORTH
+    ),
     "what was applied outlives the epoch": Sabotage(
         [(Rounds, "_adopt", _keep_what_was_applied)],
         replace(
@@ -507,11 +632,15 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ),
     ),
     "a round goes on when a bump failed": Sabotage(
-        [(Rounds, "_bump", _go_on_when_a_bump_fails)], _mix("cut from the store", "slow store", trouble=(0.02, 0.05))
+        [(Rounds, "_bump", _go_on_when_a_bump_fails)],
+        _mix("cut from the store", "slow store", trouble=(0.02, 0.05)),
     ),
     "another life of the database is not noticed": Sabotage(
-        [(ROUNDS, "outdated", _ignore(incarnation=lambda epoch: epoch.incarnation))], _mix("database restart")
+        [(ROUNDS, "outdated", _ignore(incarnation=lambda epoch: epoch.incarnation))],
+        _mix("database restart"),
     ),
-    "pruned rows are not missed": Sabotage([(ROUNDS, "outdated", _ignore(pruned=0))], BACK_AND_FORTH),
+    "pruned rows are not missed": Sabotage(
+        [(ROUNDS, "outdated", _ignore(pruned=0))], BACK_AND_FORTH
+    ),
     "TRUNCATE is bumped like a write": Sabotage([(ROUNDS, "outdated", _ignore_everybody)]),
 }

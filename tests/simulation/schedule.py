@@ -1,8 +1,10 @@
-"""One schedule: a small random world that lives for some leases, made from a seed. The same seed, the same trace.
+"""One schedule: a small random world that lives for some leases, made from a seed. The same seed,
+the same trace.
 
-Processes are ``Cache`` objects with everything that belongs to them; only the store's server, the database, the network and
-time are simulated. Readers call ``get_or_set`` or send requests, writers do what the database hooks do, fate does the rest.
-What is drawn is drawn from one generator, in the order of events.
+Processes are ``Cache`` objects with everything that belongs to them; only the store's server, the
+database, the network and time are simulated. Readers call ``get_or_set`` or send requests, writers
+do what the database hooks do, fate does the rest. What is drawn is drawn from one generator, in the
+order of events.
 """
 
 import asyncio
@@ -34,18 +36,29 @@ from respcache.record import Record, current
 from respcache.routing import Route
 from respcache.writes.rounds import Rounds, Rows
 from tests.simulation.database import NAME as DATABASE
-from tests.simulation.database import Database, DatabaseGone, SimulatedOutbox, Transaction, read_register
+from tests.simulation.database import (
+    Database,
+    DatabaseGone,
+    SimulatedOutbox,
+    Transaction,
+    read_register,
+)
 from tests.simulation.loop import Host, VirtualLoop
 from tests.simulation.oracle import Oracle, Register, Violation
 from tests.simulation.world import Client, Server, World
 
 SECRET = b"only-for-the-simulator"
 MODULE = "items"
-QUERIES: Mapping[str, Sequence[str]] = {"first": ("alpha",), "second": ("beta",), "both": ("alpha", "beta")}
+QUERIES: Mapping[str, Sequence[str]] = {
+    "first": ("alpha",),
+    "second": ("beta",),
+    "both": ("alpha", "beta"),
+}
 """What readers ask for, and the tables that the answer is made from."""
 
 CLOCK_SPREAD = 0.0045
-"""How much faster or slower than true time a host's clock may go: two of them differ by less than ``fence.DRIFT``."""
+"""How much faster or slower than true time a host's clock may go: two of them differ by less than
+``fence.DRIFT``."""
 
 
 Commit = Callable[[], Awaitable[None]]
@@ -98,7 +111,8 @@ class Mix:
     calm: Sequence[float] = (3.0,)
     """How much longer writers pause than readers."""
     small_limits: float = 0.5
-    """The share of schedules in which the bounds of the library are so small that they are reached."""
+    """The share of schedules in which the bounds of the library are so small that they are
+    reached."""
     deferred: float = 0.3
     """The share of databases with triggers that write in COMMIT."""
     trouble: Sequence[float] = (0.0, 0.0, 0.003, 0.02)
@@ -124,7 +138,10 @@ class Result:
     def text(self, lines: int = 60) -> str:
         """Show the end of the trace: one event a line."""
         shown = self.trace[-lines:]
-        return "\n".join(f"{at:9.4f} {who:10} {what} {' '.join(map(str, details))}" for at, who, what, details in shown)
+        return "\n".join(
+            f"{at:9.4f} {who:10} {what} {' '.join(map(str, details))}"
+            for at, who, what, details in shown
+        )
 
 
 class _Tenants(SingleTenant):
@@ -147,7 +164,10 @@ class _Tenants(SingleTenant):
 
 def _routes(bound_s: float) -> list[Route]:
     return [
-        Route.of(f"/{query}/{level}", Policy(MODULE, "list", 180.0, tuple(tables), level=level, bound_s=bound_s))
+        Route.of(
+            f"/{query}/{level}",
+            Policy(MODULE, "list", 180.0, tuple(tables), level=level, bound_s=bound_s),
+        )
         for query, tables in QUERIES.items()
         for level in (Level.STRICT, Level.BOUNDED)
     ]
@@ -156,13 +176,20 @@ def _routes(bound_s: float) -> list[Route]:
 async def _answer(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
     """Be the application: answer with what the request's own ``make`` returns."""
     body = msgspec.msgpack.encode(await scope["make"]())
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-length", b"%d" % len(body))],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A client that writes one thing after the other, in whatever process: its last token, and what it has been told is done."""
+    """A client that writes one thing after the other, in whatever process: its last token, and what
+    it has been told is done."""
 
     token: bytes | None = None
     writes: dict[Register, int] = field(default_factory=dict)
@@ -174,7 +201,9 @@ class Process:
 
     def __init__(self, schedule: "Schedule", name: str, home: Server) -> None:
         world, rng = schedule.world, schedule.rng
-        self.host = Host(name, rate=1 + rng.uniform(-CLOCK_SPREAD, CLOCK_SPREAD), offset=rng.uniform(0, 1000))
+        self.host = Host(
+            name, rate=1 + rng.uniform(-CLOCK_SPREAD, CLOCK_SPREAD), offset=rng.uniform(0, 1000)
+        )
         self.client = Client(world, self.host, home, proposes=lambda: schedule.proposes(self))
         self.outbox = SimulatedOutbox(
             schedule.database,
@@ -193,14 +222,25 @@ class Process:
         self.ready = False
         with replaced(respcache.cache, "Rounds", rounds):
             self.cache = Cache(
-                self.client, secret=SECRET, resolver=_Tenants(), outbox=self.outbox, audit_share=0, clock=self.host.clock
+                self.client,
+                secret=SECRET,
+                resolver=_Tenants(),
+                outbox=self.outbox,
+                audit_share=0,
+                clock=self.host.clock,
             )
         self._wrapped = self.cache.wrap(_answer, _routes(schedule.bound_s))
 
     async def request(
-        self, tenant: str, query: str, make: Callable[[], Awaitable[Any]], level: Level, token: bytes | None
+        self,
+        tenant: str,
+        query: str,
+        make: Callable[[], Awaitable[Any]],
+        level: Level,
+        token: bytes | None,
     ) -> Any:
-        """Send a request as a server would, whose handler calls ``make``; return what was answered."""
+        """Send a request as a server would, whose handler calls ``make``; return what was
+        answered."""
         self._wrapped.prepare()
         body = b""
 
@@ -211,9 +251,17 @@ class Process:
         async def receive() -> Mapping[str, Any]:
             return {"type": "http.request"}
 
-        scope = {"type": "http", "method": "GET", "path": f"/{query}/{level}", "query_string": b"", "make": make}
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": f"/{query}/{level}",
+            "query_string": b"",
+            "make": make,
+        }
         brought = [] if token is None else [(tokens.HEADER, token)]
-        await self._wrapped({**scope, "headers": [(b"x-tenant", tenant.encode()), *brought]}, receive, send)
+        await self._wrapped(
+            {**scope, "headers": [(b"x-tenant", tenant.encode()), *brought]}, receive, send
+        )
         return msgspec.msgpack.decode(body)
 
     @property
@@ -238,7 +286,9 @@ class Schedule:
         self.world.trouble = rng.choice(mix.trouble)
         self.oracle = Oracle(lease_s=self.lease_s)
         self.tenants = ["t1", "t2"][: rng.choice([1, 2])]
-        self.registers: list[Register] = [(tenant, table) for tenant in self.tenants for table in QUERIES["both"]]
+        self.registers: list[Register] = [
+            (tenant, table) for tenant in self.tenants for table in QUERIES["both"]
+        ]
         self.database = Database(self.world, self.oracle, self.registers, ids=random.Random(seed))
         self.database.deferred = random.Random(f"deferred {seed}").random() < mix.deferred
         self.outsider = Host("outsider")
@@ -252,7 +302,7 @@ class Schedule:
         self.calm = rng.choice(mix.calm)
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    # -- the course of things ------------------------------------------------------------------------------------------
+    # -- the course of things ----------------------------------------------------------------------
 
     async def run(self) -> None:
         """Let it all happen."""
@@ -269,10 +319,13 @@ class Schedule:
             self.world.loop.thaw(process.host)
 
     def failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Count what nobody caught as a violation: it is a defect of the library or of the simulator."""
+        """Count what nobody caught as a violation: it is a defect of the library or of the
+        simulator."""
         error = context.get("exception")
         if not self.world.over:
-            self.oracle.violations.append(Violation("exception", f"{context['message']}: {error!r}"))
+            self.oracle.violations.append(
+                Violation("exception", f"{context['message']}: {error!r}")
+            )
             self.over.set()
 
     def _spawn(self, host: Host, work: Coroutine[Any, Any, Any]) -> None:
@@ -288,14 +341,18 @@ class Schedule:
     async def _live(self, process: Process) -> None:
         await process.cache.connect()
         process.ready = True
-        await asyncio.gather(*(self._keep_reading(process) for _ in range(self.rng.choice([1, 2, 2]))))
+        await asyncio.gather(
+            *(self._keep_reading(process) for _ in range(self.rng.choice([1, 2, 2])))
+        )
 
     def _pause(self) -> float:
         """Return for how long somebody does nothing: mostly short, sometimes long."""
         kind = self.rng.random()
-        return self.rng.random() * (0.004 if kind < 0.3 else 0.04 if kind < 0.5 else 0.5 * self.lease_s)
+        return self.rng.random() * (
+            0.004 if kind < 0.3 else 0.04 if kind < 0.5 else 0.5 * self.lease_s
+        )
 
-    # -- reading -------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     async def _keep_reading(self, process: Process) -> None:
         while True:
@@ -310,7 +367,9 @@ class Schedule:
             level, slack_s = Level.BOUNDED, self.bound_s * DRIFT
             if self.choices.random() < self.mix.tokens:
                 session = self.choices.choice(self.sessions)
-        demand = self.oracle.demand(registers, by=process.host.name, own=session.writes, slack_s=slack_s)
+        demand = self.oracle.demand(
+            registers, by=process.host.name, own=session.writes, slack_s=slack_s
+        )
         how = "is served"
 
         async def make() -> dict[str, Any]:
@@ -324,13 +383,21 @@ class Schedule:
             return {"tenant": tenant, "query": query, "values": values}
 
         self.world.counts["reads"] += 1
-        request = current.set(None if session.token is None else Record(sent=tokens.decode(session.token)))
+        request = current.set(
+            None if session.token is None else Record(sent=tokens.decode(session.token))
+        )
         try:
             if self.rng.random() < 0.5:
                 value = await process.request(tenant, query, make, level, session.token)
             else:
                 value = await process.cache.get_or_set(
-                    tenant, MODULE, {"query": query}, make, tables=tables, level=level, bound_s=self.bound_s
+                    tenant,
+                    MODULE,
+                    {"query": query},
+                    make,
+                    tables=tables,
+                    level=level,
+                    bound_s=self.bound_s,
                 )
         except DatabaseGone:
             self.world.counts["reads failed"] += 1
@@ -339,7 +406,16 @@ class Schedule:
             current.reset(request)
         brought = "" if session.token is None else session.token.decode()
         self.world.counts[f"{level} {how}{' by token' if brought else ''}"] += 1
-        self.world.note(process.host.name, how, tenant, query, value["values"], f"began {demand.began:.4f}", level, brought)
+        self.world.note(
+            process.host.name,
+            how,
+            tenant,
+            query,
+            value["values"],
+            f"began {demand.began:.4f}",
+            level,
+            brought,
+        )
         if (value["tenant"], value["query"]) != (tenant, query):
             self._violated(self.oracle.accuse_isolation((tenant, query), value))
             return
@@ -350,13 +426,15 @@ class Schedule:
 
     def _making(self) -> float:
         kind = self.rng.random()
-        return self.rng.random() * (0.002 if kind < 0.6 else 0.02 if kind < 0.95 else 1.5 * self.lease_s)
+        return self.rng.random() * (
+            0.002 if kind < 0.6 else 0.02 if kind < 0.95 else 1.5 * self.lease_s
+        )
 
     def _violated(self, violation: Violation) -> None:
         self.world.note("ORACLE", str(violation))
         self.over.set()
 
-    # -- writing -------------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     async def _keep_writing(self) -> None:
         while True:
@@ -400,7 +478,8 @@ class Schedule:
             return
         known = dict(transaction.writes)
         others = [register for register in self.registers if register not in known]
-        often = 0.3 if self.database.deferred else 0.05  # what writes in COMMIT, unknown to anybody: for that, no answer waits
+        # what writes in COMMIT, unknown to anybody: for that, no answer waits
+        often = 0.3 if self.database.deferred else 0.05
         deferred = self.rng.choice(others) if others and self.rng.random() < often else None
         lands_after_s = self.rng.random() * self.lease_s if style == "unknown" else 0.0
         commit = partial(transaction.commit, deferred=deferred, lands_after_s=lands_after_s)
@@ -429,14 +508,16 @@ class Schedule:
         self._probe_later(transaction)
 
     def _begin_session(self) -> Session:
-        """Choose the client who writes now: one that waits for no answer, or one that is never heard of again."""
+        """Choose the client who writes now: one that waits for no answer, or one that is never
+        heard of again."""
         free = [session for session in self.sessions if not session.busy]
         session = self.choices.choice(free) if free else Session()
         session.busy = True
         return session
 
     async def commit_and_tell(self, process: Process, commit: Commit, rows: Rows) -> Record | None:
-        """Do what the database hooks do. Returns what the answer says, or None when COMMIT raised: nothing is acknowledged."""
+        """Do what the database hooks do. Returns what the answer says, or None when COMMIT raised:
+        nothing is acknowledged."""
         record = Record()
         token = current.set(record)
         try:
@@ -453,7 +534,8 @@ class Schedule:
             current.reset(token)
 
     def whole(self, process: Process, rows: Rows) -> Rows | None:
-        """Tell whether these are all rows that the transaction will have left: not where triggers may write in COMMIT."""
+        """Tell whether these are all rows that the transaction will have left: not where triggers
+        may write in COMMIT."""
         rounds = process.cache.rounds
         return None if rounds is not None and rounds.deferred else rows
 
@@ -491,13 +573,15 @@ class Schedule:
         for tenant, table in transaction.writes:
             for process in self.processes:
                 if self.rng.random() < 0.5:
-                    query = self.rng.choice([name for name, tables in QUERIES.items() if table in tables])
+                    query = self.rng.choice(
+                        [name for name, tables in QUERIES.items() if table in tables]
+                    )
                     self._read_now(process, tenant, query)
 
     def _probe_later(self, transaction: Transaction) -> None:
         self.world.after(self.oracle.bound_s + 0.001 * self.rng.random(), self._probe, transaction)
 
-    # -- faults --------------------------------------------------------------------------------------------------------
+    # -- faults ------------------------------------------------------------------------------------
 
     def _strike(self) -> None:
         if self.world.over:
@@ -539,7 +623,13 @@ class Schedule:
         """Have many read at a process that comes back from an accident."""
         for _ in range(self.mix.looks):
             delay_s = self.rng.random() * within_s
-            self.world.after(delay_s, self._read_now, process, self.rng.choice(self.tenants), self.rng.choice(list(QUERIES)))
+            self.world.after(
+                delay_s,
+                self._read_now,
+                process,
+                self.rng.choice(self.tenants),
+                self.rng.choice(list(QUERIES)),
+            )
 
     def _read_now(self, process: Process, tenant: str, query: str) -> None:
         if not self.world.over:
@@ -580,7 +670,8 @@ class Schedule:
         return True
 
     def freeze_who_makes_epoch(self) -> bool:
-        """The record of the epoch is lost; who makes a new one is frozen meanwhile, and then somebody else for long."""
+        """The record of the epoch is lost; who makes a new one is frozen meanwhile, and then
+        somebody else for long."""
         self._evict("~inc")
         self.freezes_next = True
         return True
@@ -594,7 +685,12 @@ class Schedule:
             others = [other for other in self.processes if other is not process]
             if others:
                 at_s = self.rng.uniform(0.3, 1.0) * duration_s
-                self.world.after(at_s, self._freeze, self.rng.choice(others), self.rng.uniform(1.0, 2.5) * self.lease_s)
+                self.world.after(
+                    at_s,
+                    self._freeze,
+                    self.rng.choice(others),
+                    self.rng.uniform(1.0, 2.5) * self.lease_s,
+                )
 
     def _evict(self, part: str) -> None:
         memory = self.rng.choice(self.servers).memory
@@ -612,7 +708,10 @@ class Schedule:
         """A server dies and comes back with a dump of a while ago."""
         server = self.rng.choice(self._alive())
         dump = server.dump()
-        self.world.after(self._long(), lambda: server.restart(dump, pause_s=self.rng.random() * 0.2 * self.lease_s))
+        self.world.after(
+            self._long(),
+            lambda: server.restart(dump, pause_s=self.rng.random() * 0.2 * self.lease_s),
+        )
         return True
 
     def change_identity(self) -> bool:
@@ -621,7 +720,8 @@ class Schedule:
         return True
 
     def promote(self) -> bool:
-        """A replica that lags becomes a master; the old one lives on, and processes move one by one, or never."""
+        """A replica that lags becomes a master; the old one lives on, and processes move one by
+        one, or never."""
         old = self.rng.choice(self._alive())
         dump = old.dump()
         self.world.after(self.rng.random() * self.lease_s, self._promote, old, dump)
@@ -724,7 +824,11 @@ def run(seed: int, mix: Mix | None = None) -> Result:
     chosen = Mix() if mix is None else mix
     tokens = random.Random(f"tokens {seed}")
     with ExitStack() as stack:
-        stack.enter_context(replaced(secrets, "token_hex", lambda size: f"{tokens.getrandbits(8 * size):0{2 * size}x}"))
+        stack.enter_context(
+            replaced(
+                secrets, "token_hex", lambda size: f"{tokens.getrandbits(8 * size):0{2 * size}x}"
+            )
+        )
         stack.enter_context(replaced(logging.getLogger("respcache"), "disabled", True))
         stack.enter_context(_limits(random.Random(f"limits {seed}"), chosen))
         runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualLoop))

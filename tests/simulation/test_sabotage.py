@@ -1,4 +1,5 @@
-"""Each rule of the protocol, broken once, is noticed by the simulator: what it does not notice, it does not test.
+"""Each rule of the protocol, broken once, is noticed by the simulator: what it does not notice, it
+does not test.
 
 ``pytest -s`` prints which invariant noticed what, and after how many schedules.
 """
@@ -19,7 +20,9 @@ def table() -> Iterator[list[str]]:
     """Lines of the table that is printed in the end."""
     lines: list[str] = []
     yield lines
-    print("\n| rule that is broken | noticed by | after schedules |\n|---|---|---|", *lines, sep="\n")
+    print(
+        "\n| rule that is broken | noticed by | after schedules |\n|---|---|---|", *lines, sep="\n"
+    )
 
 
 @pytest.mark.parametrize("name", SABOTAGES)

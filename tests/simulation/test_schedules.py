@@ -1,6 +1,8 @@
-"""Whatever happens, in whatever order: no read is stale. Random schedules of the real code in a simulated world.
+"""Whatever happens, in whatever order: no read is stale. Random schedules of the real code in a
+simulated world.
 
-``SIMULATION_SECONDS`` says for how long schedules run (60), ``SIMULATION_FIRST`` which seed is the first (0).
+``SIMULATION_SECONDS`` says for how long schedules run (60), ``SIMULATION_FIRST`` which seed is the
+first (0).
 """
 
 import hashlib
@@ -32,9 +34,29 @@ HAPPENED = (
         "bypass: store",
         "bypass: no-trigger",
     ),
-    *("writes", "writes of others", "writers died", "commits unknown", "commits lost", "invalidations by hand"),
-    *("acknowledged: confirmed", "acknowledged: pending; safe", "acknowledgements delayed", "rounds", "rounds failed", "epochs"),
-    *("rows pruned", "message lost", "message late", "store timeout", *(f"fault: {kind}" for kind in FAULTS)),
+    *(
+        "writes",
+        "writes of others",
+        "writers died",
+        "commits unknown",
+        "commits lost",
+        "invalidations by hand",
+    ),
+    *(
+        "acknowledged: confirmed",
+        "acknowledged: pending; safe",
+        "acknowledgements delayed",
+        "rounds",
+        "rounds failed",
+        "epochs",
+    ),
+    *(
+        "rows pruned",
+        "message lost",
+        "message late",
+        "store timeout",
+        *(f"fault: {kind}" for kind in FAULTS),
+    ),
 )
 
 
@@ -49,12 +71,17 @@ def test_no_read_is_stale_in_any_schedule(capsys: pytest.CaptureFixture[str]) ->
         counts += result.counts
         schedules += 1
     with capsys.disabled():
-        print(f"\n{schedules} schedules: " + ", ".join(f"{counts[name]} {name}" for name in sorted(counts)))
+        print(
+            f"\n{schedules} schedules: "
+            + ", ".join(f"{counts[name]} {name}" for name in sorted(counts))
+        )
     assert not [name for name in HAPPENED if not counts[name]]
     assert counts["hits"] > counts["reads"] / 4
 
 
-@pytest.mark.skipif("SIMULATION_SEED" not in os.environ, reason="SIMULATION_SEED names the schedule to look at")
+@pytest.mark.skipif(
+    "SIMULATION_SEED" not in os.environ, reason="SIMULATION_SEED names the schedule to look at"
+)
 def test_one_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     """Show what happens in the schedule of one seed."""
     result = run(int(os.environ["SIMULATION_SEED"]))
@@ -69,7 +96,11 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     for hash_seed in ("1", "2"):
         found = subprocess.run(
             [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": hash_seed,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
             capture_output=True,
             text=True,
             check=True,
@@ -78,15 +109,24 @@ def test_the_same_seed_gives_the_same_trace() -> None:
 
 
 def test_calm_weather_is_served_from_the_cache() -> None:
-    """Without faults nothing is bypassed once the first round is over, and no acknowledgement waits."""
-    calm = Mix(writers={"acknowledged": 3, "outsider": 1}, most_faults=0, small_limits=0.0, deferred=0.0, trouble=(0.0,))
+    """Without faults nothing is bypassed once the first round is over, and no acknowledgement
+    waits."""
+    calm = Mix(
+        writers={"acknowledged": 3, "outsider": 1},
+        most_faults=0,
+        small_limits=0.0,
+        deferred=0.0,
+        trouble=(0.0,),
+    )
     counts: Counter[str] = Counter()
     for seed in range(20):
         result = run(seed, calm)
         assert not result.violations, report(result)
         counts += result.counts
     assert counts["hits"] > counts["reads"] / 3  # requests and values are different entries
-    assert counts["bypasses"] == counts["rounds failed"] == counts["acknowledged: pending; safe"] == 0
+    assert (
+        counts["bypasses"] == counts["rounds failed"] == counts["acknowledged: pending; safe"] == 0
+    )
 
 
 def digests() -> str:

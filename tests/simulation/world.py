@@ -1,8 +1,10 @@
-"""The world of one schedule: its randomness and its trace, the network, and the servers of the store.
+"""The world of one schedule: its randomness and its trace, the network, and the servers of the
+store.
 
-A server of the store is the library's ``MemoryServer``: data and identity, each command atomic. A process reaches it as a
-``Client``, over a connection that knows the identity it was told when it was made, with delays before and after each
-command; the request or the answer may be lost or come late, and a network that is cut swallows or keeps what is sent.
+A server of the store is the library's ``MemoryServer``: data and identity, each command atomic. A
+process reaches it as a ``Client``, over a connection that knows the identity it was told when it
+was made, with delays before and after each command; the request or the answer may be lost or come
+late, and a network that is cut swallows or keeps what is sent.
 """
 
 import asyncio
@@ -57,7 +59,10 @@ class World:
     def _mend(self, pair: tuple[str, str]) -> None:
         self.cuts[pair] -= 1
         if not self.cuts[pair]:
-            now, self.kept = [one for one in self.kept if one[0] == pair], [one for one in self.kept if one[0] != pair]
+            now, self.kept = (
+                [one for one in self.kept if one[0] == pair],
+                [one for one in self.kept if one[0] != pair],
+            )
             for _, arrive in now:
                 self.after(self.delay(), arrive)
 
@@ -147,7 +152,9 @@ class Connection:
 class Client:
     """The store as one process sees it (``respcache.stores.base.Store``)."""
 
-    def __init__(self, world: World, host: Host, home: Server, *, proposes: Callable[[], None]) -> None:
+    def __init__(
+        self, world: World, host: Host, home: Server, *, proposes: Callable[[], None]
+    ) -> None:
         self.world = world
         self._proposes = proposes
         self.host = host
@@ -218,14 +225,18 @@ class Client:
         """See ``Store.read``."""
         connection = self._connected()
         known = self._prefix + connection.identity
-        return await self._ask(connection, "", lambda memory: memory.read(entry, wanted, server=known))
+        return await self._ask(
+            connection, "", lambda memory: memory.read(entry, wanted, server=known)
+        )
 
     def soon(self, callback: Callable[[], None]) -> None:
         """See ``Store.soon``."""
         self._connected()
         self.world.loop.call_soon(callback)
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         """See ``Store.view``."""
 
         async def ask() -> None:
@@ -254,19 +265,26 @@ class Client:
         """See ``Store.open``."""
         prefix, connection = self._prefix, self._connected()
         found = await self._ask(
-            connection, "open", lambda memory: memory.open(generation, nonce=nonce, ttl_ms=ttl_ms, prefix=prefix), generation
+            connection,
+            "open",
+            lambda memory: memory.open(generation, nonce=nonce, ttl_ms=ttl_ms, prefix=prefix),
+            generation,
         )
         self._compare(found.server.removeprefix(prefix), connection)
         return found
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
+    async def bump(
+        self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()
+    ) -> Bumped:
         """See ``Store.bump``."""
         prefix, connection = self._prefix, self._connected()
         self._heard(generation)
         bumped = await self._ask(
             connection,
             "bump",
-            lambda memory: memory.bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix),
+            lambda memory: memory.bump(
+                generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=prefix
+            ),
             generation,
             tags,
             rows,
@@ -275,7 +293,9 @@ class Client:
         self._heard(generation)
         return bumped
 
-    async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+    async def epoch(
+        self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0
+    ) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""
         connection = self._connected()
         if proposed is not None:
@@ -293,17 +313,31 @@ class Client:
         """See ``Store.adopt``."""
         self._prefix = f"{token}:" if token else ""
 
-    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+    def put(
+        self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int
+    ) -> None:
         """See ``Store.put``."""
         self._tell(
             "put",
-            lambda memory: memory.put(entry, envelope, ttl_ms=ttl_ms, generation=generation, generation_ttl_ms=generation_ttl_ms),
+            lambda memory: memory.put(
+                entry,
+                envelope,
+                ttl_ms=ttl_ms,
+                generation=generation,
+                generation_ttl_ms=generation_ttl_ms,
+            ),
             entry[-40:],
         )
 
-    async def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None) -> Lease:
+    async def lease(
+        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
+    ) -> Lease:
         """See ``Store.lease``."""
-        return await self._ask(self._connected(), "", lambda memory: memory.lease(key, lease, ttl_ms=ttl_ms, replacing=replacing))
+        return await self._ask(
+            self._connected(),
+            "",
+            lambda memory: memory.lease(key, lease, ttl_ms=ttl_ms, replacing=replacing),
+        )
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
@@ -329,7 +363,9 @@ class Client:
         if identity != connection.identity:
             self._drop(connection)
 
-    async def _ask(self, connection: Connection, what: str, command: Callable[[MemoryServer], T], *details: Any) -> T:
+    async def _ask(
+        self, connection: Connection, what: str, command: Callable[[MemoryServer], T], *details: Any
+    ) -> T:
         """Send a command and wait for its answer, as long as the deadline allows."""
         loop = self.world.loop
         future: asyncio.Future[T] = loop.create_future()
@@ -349,7 +385,11 @@ class Client:
         future: "asyncio.Future[Any] | None",
         details: tuple[Any, ...],
     ) -> None:
-        world, server, pair = self.world, connection.server, (self.host.name, connection.server.name)
+        world, server, pair = (
+            self.world,
+            connection.server,
+            (self.host.name, connection.server.name),
+        )
 
         def arrive() -> None:
             if not connection.alive:

@@ -36,12 +36,21 @@ def test_core_is_pure(path: Path) -> None:
         assert not module.startswith("respcache") or module.startswith("respcache.core"), module
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE))
+)
 def test_the_library_knows_nothing_of_the_application(path: Path) -> None:
     """Nothing of the CRM; web frameworks and the ORM only in the files named after them."""
     names = {module.split(".")[0] for module in imports(path)}
     assert "crm" not in names
-    if path.name not in ("fastapi.py", "sqlalchemy.py", "statements.py", "postgres.py", "alembic.py", "database.py"):
+    if path.name not in (
+        "fastapi.py",
+        "sqlalchemy.py",
+        "statements.py",
+        "postgres.py",
+        "alembic.py",
+        "database.py",
+    ):
         assert not names & {"alembic", "fastapi", "sqlalchemy", "pydantic"}
         assert "starlette" not in names or "dashboard" in path.parts
     if path.name != "board.py" and "doctor" not in path.parts:
@@ -53,13 +62,25 @@ def test_the_library_knows_nothing_of_the_application(path: Path) -> None:
 def test_importing_the_library_imports_no_framework() -> None:
     """They are paid for only by who uses them."""
     names = ("alembic", "fastapi", "starlette", "sqlalchemy", "redis", "pydantic")
-    code = f"import sys; from respcache import *; print([name for name in {names} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        f"import sys; from respcache import *; print([name for name in {names} if name in "
+        f"sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
-@pytest.mark.parametrize("module", [*respcache._HOMES, "asgi", "turbo", "writes.postgres", "writes.sqlalchemy", "ops.admin"])
+@pytest.mark.parametrize(
+    "module",
+    [*respcache._HOMES, "asgi", "turbo", "writes.postgres", "writes.sqlalchemy", "ops.admin"],
+)
 def test_modules_can_be_imported_first(module: str) -> None:
-    """The package itself imports nothing until it is asked for a name, so no module can count on another one being there."""
+    """The package itself imports nothing until it is asked for a name, so no module can count on
+    another one being there."""
     subprocess.run([sys.executable, "-c", f"import respcache.{module}"], check=True)
 
 
@@ -75,10 +96,19 @@ def test_the_store_scans_no_keyspace() -> None:
     for path in SOURCE.rglob("*.py"):
         if {"dashboard", "cli"} & set(path.parts) or path.name == "acl.py":
             continue  # speak to no server; their pages, commands and rights are named so
-        constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        constants = (
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant)
+        )
         found = walking & {value.upper() for value in constants if isinstance(value, str)}
-        assert found <= ({"KEYS"} if path.name == "fleet.py" else set()), path  # there it is a word in the reply of INFO
-        named = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        # there it is a word in the reply of INFO
+        assert found <= ({"KEYS"} if path.name == "fleet.py" else set()), path
+        named = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+        }
         if path.name != "keyspace.py":  # for operators, with a bound
             assert not named & {"scan", "scan_iter", "flushdb", "flushall"}, path
     for path in SOURCE.rglob("*.lua"):

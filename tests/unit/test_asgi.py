@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import httpx2
 import pytest
-from fastapi import APIRouter, BackgroundTasks, Body, Cookie, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import (
+    APIRouter,
+    BackgroundTasks,
+    Body,
+    Cookie,
+    Depends,
+    FastAPI,
+    Header,
+    Query,
+    Request,
+    Response,
+)
 from fastapi.responses import StreamingResponse
 from fastapi.security import APIKeyHeader
 from starlette.applications import Starlette
@@ -128,7 +139,9 @@ async def test_hits_and_misses_are_logged_at_debug_level(caplog: pytest.LogCaptu
         await http.get("/things")
         await http.get("/things")
     said = [record.getMessage() for record in caplog.records if "ache" in record.getMessage()]
-    assert re.fullmatch(r"\[CacheManager\] Cache miss: tenant:public:things:list:[0-9a-f]{32}", said[0])
+    assert re.fullmatch(
+        r"\[CacheManager\] Cache miss: tenant:public:things:list:[0-9a-f]{32}", said[0]
+    )
     assert said[1:] == ["[Cache] Hit: things list for tenant public"]
 
 
@@ -140,14 +153,24 @@ async def test_head_is_answered_from_get() -> None:
 
     cache, wrapped = make_cache(things(read))
     async with client(wrapped, cache) as http:
-        missed, got, hit = await http.head("/things"), await http.get("/things"), await http.head("/things")
+        missed, got, hit = (
+            await http.head("/things"),
+            await http.get("/things"),
+            await http.head("/things"),
+        )
         sent: list[bytes] = []
 
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
 
         for path in (b"", b"q=cold"):
-            head = {"type": "http", "method": "HEAD", "path": "/things", "query_string": path, "headers": []}
+            head = {
+                "type": "http",
+                "method": "HEAD",
+                "path": "/things",
+                "query_string": path,
+                "headers": [],
+            }
             await wrapped(head, None, send)
     assert "stored" in status(missed)
     assert "hit" in status(got)
@@ -182,7 +205,9 @@ async def test_declared_headers_and_cookies_split_the_key() -> None:
 
     @app.get("/things")
     @cache_list("things")
-    async def list_things(x_view: Annotated[str, Header()] = "", lang: Annotated[str, Cookie()] = "") -> str:
+    async def list_things(
+        x_view: Annotated[str, Header()] = "", lang: Annotated[str, Cookie()] = ""
+    ) -> str:
         return x_view + lang
 
     cache, wrapped = make_cache(app)
@@ -211,7 +236,8 @@ async def test_list_parameters_keep_their_order() -> None:
 
 
 async def test_a_slow_read_overtaken_by_a_write_is_never_served() -> None:
-    """The fill read version 0, then version 1 was acknowledged: the stored answer is refused by its certificate."""
+    """The fill read version 0, then version 1 was acknowledged: the stored answer is refused by its
+    certificate."""
     gate = Gate()
     cache, wrapped = make_cache(things(gate.read))
     async with client(wrapped, cache) as http:
@@ -377,7 +403,14 @@ async def test_a_stream_is_passed_on_as_it_comes() -> None:
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    scope = {"type": "http", "method": "GET", "path": "/things", "query_string": b"", "headers": [], "http_version": "1.1"}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/things",
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
     await asyncio.wait_for(wrapped(scope, receive, send), 5)
     assert [message.get("body") for message in sent[1:3]] == [b"first", b"last"]
     await cache.close()
@@ -404,12 +437,19 @@ async def test_background_tasks_do_not_delay_the_answer_of_a_fill() -> None:
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    scope = {"type": "http", "method": "GET", "path": "/things", "query_string": b"", "headers": [], "http_version": "1.1"}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/things",
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+    }
     await asyncio.wait_for(wrapped(scope, receive, send), 5)
     await cache.close()
 
 
-# -- identity ----------------------------------------------------------------------------------------------------------
+# -- identity --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,12 +458,17 @@ class Member(Scope):
 
 
 class People:
-    """A resolver over a dictionary that stands for the employees table: user -> (tenant, group, role)."""
+    """A resolver over a dictionary that stands for the employees table: user -> (tenant, group,
+    role)."""
 
     tables = ("employees",)
 
     def __init__(self) -> None:
-        self.rows = {"ann": ("acme", "g1", "employee"), "bob": ("acme", "g1", "admin"), "eve": ("globex", "g1", "employee")}
+        self.rows = {
+            "ann": ("acme", "g1", "employee"),
+            "bob": ("acme", "g1", "admin"),
+            "eve": ("globex", "g1", "employee"),
+        }
         self.looked = 0
         self.stands_for = frozenset({who})
 
@@ -448,7 +493,9 @@ async def who(request: Request) -> Scope:
     scope = current_scope()
     if scope is not None:
         return scope
-    return await request.app.state.cache.resolver.scope(request.app.state.cache.resolver.claim(Head(request.scope)))
+    return await request.app.state.cache.resolver.scope(
+        request.app.state.cache.resolver.claim(Head(request.scope))
+    )
 
 
 async def admin(scope: Annotated[Scope, Depends(who)]) -> Scope:
@@ -563,7 +610,7 @@ async def test_a_scope_is_read_once_for_all_who_wait_for_it() -> None:
     assert people.looked == 1
 
 
-# -- faults and switches -----------------------------------------------------------------------------------------------
+# -- faults and switches ---------------------------------------------------------------------------
 
 
 async def number() -> int:
@@ -593,7 +640,8 @@ async def test_without_a_store_the_application_serves() -> None:
 
 
 async def test_an_unconfirmed_invalidation_is_said_and_bypassed_until_it_is_confirmed() -> None:
-    """The write succeeds, its answer says 'pending', this process serves nothing of that tenant until the retry lands."""
+    """The write succeeds, its answer says 'pending', this process serves nothing of that tenant
+    until the retry lands."""
     store = MemoryStore()
     gate = Gate()
     gate.go.set()
@@ -626,13 +674,18 @@ async def test_an_application_that_raises_without_an_answer_settles_first() -> N
     cache, wrapped = make_cache(app, routes=[])
     await cache.connect()
     with pytest.raises(RuntimeError):
-        await wrapped({"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []}, None, None)
+        await wrapped(
+            {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []},
+            None,
+            None,
+        )
     await cache.settled(timeout_s=0)
     await cache.close()
 
 
 async def test_the_kill_switch_is_told_when_the_store_comes_back() -> None:
-    """A decision that was made while the store was away is not lost, nor undone by what the store remembers."""
+    """A decision that was made while the store was away is not lost, nor undone by what the store
+    remembers."""
     store = MemoryStore()
     cache, other = (make_cache(things(number), store=store)[0] for _ in range(2))
     await cache.connect()
@@ -675,7 +728,9 @@ async def test_a_tenant_whose_invalidation_is_refused_holds_up_no_other() -> Non
     """Each is retried by itself."""
 
     class Refusing(MemoryStore):
-        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
+        async def bump(
+            self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()
+        ) -> Bumped:
             if generation == generation_key("refused"):
                 raise StoreReplyError("WRONGTYPE")
             return await super().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows)
@@ -728,7 +783,9 @@ async def test_disabled_from_the_start_still_invalidates_for_the_others() -> Non
         assert (await serving.get("/things")).json()["value"] == 1
 
 
-@pytest.mark.parametrize("life", ["flushed", "restarted with old data", "restarted empty", "generation evicted"])
+@pytest.mark.parametrize(
+    "life", ["flushed", "restarted with old data", "restarted empty", "generation evicted"]
+)
 async def test_no_store_accident_brings_old_data_back(life: str) -> None:
     """Whatever the server lost or brought back, the next read is fresh and caching resumes."""
     store = MemoryStore()
@@ -748,11 +805,12 @@ async def test_no_store_accident_brings_old_data_back(life: str) -> None:
         assert "hit" in status(await http.get("/things"))
 
 
-# -- routes ------------------------------------------------------------------------------------------------------------
+# -- routes ----------------------------------------------------------------------------------------
 
 
 async def test_the_first_route_that_matches_decides_as_in_the_router() -> None:
-    """A literal path before or after a parameter, a prefix, a mount: the table agrees with the application."""
+    """A literal path before or after a parameter, a prefix, a mount: the table agrees with the
+    application."""
     app, router, inner = FastAPI(), APIRouter(prefix="/api"), FastAPI()
 
     @router.get("/things/search")
@@ -777,7 +835,11 @@ async def test_the_first_route_that_matches_decides_as_in_the_router() -> None:
     app.mount("/sub", inner)
     cache, wrapped = make_cache(app)
     async with client(wrapped, cache) as http:
-        for path, cached in (("/api/things/search", False), ("/api/things/7", True), ("/api/things/7/late", False)):
+        for path, cached in (
+            ("/api/things/search", False),
+            ("/api/things/7", True),
+            ("/api/things/7/late", False),
+        ):
             assert ("cache-status" in (await http.get(path)).headers) == cached
         assert "stored" in status(await http.get("/sub/inside/5"))
         assert "hit" in status(await http.get("/sub/inside/5"))
@@ -796,7 +858,11 @@ async def test_two_versions_of_a_route_do_not_share() -> None:
 
     cache, wrapped = make_cache(app)
     async with client(wrapped, cache) as http:
-        assert [(await http.get(f"/{v}/things")).json() for v in ("v1", "v2", "v1")] == ["v1", "v2", "v1"]
+        assert [(await http.get(f"/{v}/things")).json() for v in ("v1", "v2", "v1")] == [
+            "v1",
+            "v2",
+            "v1",
+        ]
 
 
 async def test_a_security_dependency_that_nobody_names_fails_at_start_up() -> None:
@@ -892,7 +958,9 @@ async def test_cached_routes_behind_a_host_are_refused() -> None:
     async def endpoint(request: Any) -> PlainTextResponse:
         return PlainTextResponse("x")
 
-    app = Starlette(routes=[Host("api.example.org", FastAPI()), StarletteRoute("/things", endpoint)])
+    app = Starlette(
+        routes=[Host("api.example.org", FastAPI()), StarletteRoute("/things", endpoint)]
+    )
     _, wrapped = make_cache(app)
     with pytest.raises(ConfigurationError, match=r"api\.example\.org"):
         wrapped.prepare()
@@ -903,7 +971,13 @@ async def test_any_asgi_application_can_be_wrapped() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         body = scope["path"].encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-length", b"%d" % len(body))],
+            }
+        )
         await send({"type": "http.response.body", "body": body})
 
     cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"))
@@ -943,16 +1017,24 @@ async def test_a_path_with_a_line_break_at_its_end_is_another_path() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         body = b"the route" if scope["path"] == "/plans" else b"another"
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-length", b"%d" % len(body))],
+            }
+        )
         await send({"type": "http.response.body", "body": body})
 
     cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"))
-    async with client(cache.wrap(app, [Route.of("/plans", Policy("plans", "list", 60))]), cache) as http:
+    async with client(
+        cache.wrap(app, [Route.of("/plans", Policy("plans", "list", 60))]), cache
+    ) as http:
         assert (await http.get("/plans%0A")).text == "another"
         assert (await http.get("/plans")).text == "the route"
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 async def test_get_or_set_makes_a_value_once_and_again_after_a_write() -> None:

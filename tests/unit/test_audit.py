@@ -1,4 +1,5 @@
-"""The continuous audit on the memory store: what is a finding and what is not. Time and timers are the test's own."""
+"""The continuous audit on the memory store: what is a finding and what is not. Time and timers are
+the test's own."""
 
 import asyncio
 import gzip
@@ -28,7 +29,14 @@ from respcache import (
 )
 from respcache.core.fence import DRIFT, LEASE_S
 from respcache.core.generations import module_tag
-from respcache.ops.audit import EVERY_S, LEAST_PAUSE_S, LOG_EVERY_S, MAX_FINDINGS, MOST_SHARE_OF_TIME, Audit
+from respcache.ops.audit import (
+    EVERY_S,
+    LEAST_PAUSE_S,
+    LOG_EVERY_S,
+    MAX_FINDINGS,
+    MOST_SHARE_OF_TIME,
+    Audit,
+)
 from respcache.record import current, current_scope
 from respcache.writes.rounds import Rounds
 
@@ -106,7 +114,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def running(app: Any, *, routes: Any = None, **options: Any) -> AsyncIterator[World]:
-    cache = Cache(MemoryStore(), **{"secret": SECRET, "resolver": SingleTenant("public"), **options})
+    cache = Cache(
+        MemoryStore(), **{"secret": SECRET, "resolver": SingleTenant("public"), **options}
+    )
     wrapped = cache.wrap(app, routes)
 
     async def server(scope: Any, receive: Any, send: Any) -> None:
@@ -180,7 +190,7 @@ async def world(data: Data) -> AsyncIterator[World]:
         yield made
 
 
-# -- verdicts --------------------------------------------------------------------------------------------------------------
+# -- verdicts --------------------------------------------------------------------------------------
 
 
 async def test_an_equal_answer_is_counted_and_nothing_else(world: World, data: Data) -> None:
@@ -192,15 +202,23 @@ async def test_an_equal_answer_is_counted_and_nothing_else(world: World, data: D
     figures = world.cache.stats()["modules"]["things"]
     assert (figures["hits"], figures["misses"], figures["stores"], data.calls) == (1, 1, 1, 2)
     audit = world.cache.stats()["audit"]
-    assert (audit["audits"], audit["equal"], audit["inconclusive"], audit["findings"]) == (1, 1, {}, [])
+    assert (audit["audits"], audit["equal"], audit["inconclusive"], audit["findings"]) == (
+        1,
+        1,
+        {},
+        [],
+    )
 
 
 def fail(*_: Any, **__: Any) -> Any:
     raise AssertionError("the audit used the store")
 
 
-async def test_a_hit_does_not_wait_for_its_audit_and_one_is_under_way_at_most(world: World, data: Data) -> None:
-    """The handler of the audit hangs; hits go on, sampled ones too, and are not audited meanwhile."""
+async def test_a_hit_does_not_wait_for_its_audit_and_one_is_under_way_at_most(
+    world: World, data: Data
+) -> None:
+    """The handler of the audit hangs; hits go on, sampled ones too, and are not audited
+    meanwhile."""
     data.stop()
     await world.audited_hit()
     await data.entered.wait()
@@ -213,7 +231,8 @@ async def test_a_hit_does_not_wait_for_its_audit_and_one_is_under_way_at_most(wo
 
 
 async def test_a_write_that_overtakes_the_audit_is_no_finding(world: World, data: Data) -> None:
-    """The handler saw the new state; the entry that was served is not valid any more. Nobody waits for a lease."""
+    """The handler saw the new state; the entry that was served is not valid any more. Nobody waits
+    for a lease."""
     data.stop()
     data.before = lambda data: setattr(data, "version", 1)
     await world.audited_hit()
@@ -225,7 +244,8 @@ async def test_a_write_that_overtakes_the_audit_is_no_finding(world: World, data
 
 
 async def test_a_commit_whose_bump_is_under_way_is_no_finding(world: World, data: Data) -> None:
-    """It may be visible before it is acknowledged: the suspicion waits for as long as that may take."""
+    """It may be visible before it is acknowledged: the suspicion waits for as long as that may
+    take."""
     data.version = 1
     await world.audited_hit()
     await until(lambda: world.timers[-1].seconds == WAIT_S)
@@ -234,9 +254,13 @@ async def test_a_commit_whose_bump_is_under_way_is_no_finding(world: World, data
     assert (world.audit.inconclusive, world.audit.stale, data.calls) == ({"overtaken": 1}, 0, 2)
 
 
-async def test_a_lost_invalidation_is_found(world: World, data: Data, caplog: pytest.LogCaptureFixture) -> None:
-    """Both certificates are kept and said, users are helped at once, it is counted; no body is anywhere."""
-    await world.cache.invalidate_tenant_cache("public", "other")  # so that the certificates have something to say
+async def test_a_lost_invalidation_is_found(
+    world: World, data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both certificates are kept and said, users are helped at once, it is counted; no body is
+    anywhere."""
+    # so that the certificates have something to say
+    await world.cache.invalidate_tenant_cache("public", "other")
     await world.cache.invalidate_tenant_cache("public", "things")
     data.version = 7_654_321
     await world.get()
@@ -246,10 +270,24 @@ async def test_a_lost_invalidation_is_found(world: World, data: Data, caplog: py
     stats = world.cache.stats()
     (finding,) = stats["audit"]["findings"]
     assert (stats["audit"]["stale"], stats["audit"]["leaks"], stats["stale_served"]) == (1, 0, 1)
-    assert [finding[name] for name in ("kind", "tenant", "module", "route")] == ["stale", "public", "things", "/things"]
+    assert [finding[name] for name in ("kind", "tenant", "module", "route")] == [
+        "stale",
+        "public",
+        "things",
+        "/things",
+    ]
     assert finding["key"].startswith("tenant:public:things:list:")
-    assert finding["certificate"]["sequence"] == finding["served"]["sequence"] == finding["confirmed"]["sequence"] == 2
-    assert finding["certificate"]["nonce"] == finding["served"]["nonce"] == finding["confirmed"]["nonce"]
+    assert (
+        finding["certificate"]["sequence"]
+        == finding["served"]["sequence"]
+        == finding["confirmed"]["sequence"]
+        == 2
+    )
+    assert (
+        finding["certificate"]["nonce"]
+        == finding["served"]["nonce"]
+        == finding["confirmed"]["nonce"]
+    )
     assert finding["served"]["bumps"] == finding["confirmed"]["bumps"] == {module_tag("things"): 2}
     assert finding["held"] != finding["found"]
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -257,10 +295,15 @@ async def test_a_lost_invalidation_is_found(world: World, data: Data, caplog: py
     assert "7654321" not in said
     assert "1234567" not in said
     again = await world.get()
-    assert (again.json(), again.headers["cache-status"]) == (1_234_567, "respcache; fwd=stale; stored")
+    assert (again.json(), again.headers["cache-status"]) == (
+        1_234_567,
+        "respcache; fwd=stale; stored",
+    )
 
 
-async def test_an_answer_that_differs_by_itself_is_said_once_and_no_finding(data: Data, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_that_differs_by_itself_is_said_once_and_no_finding(
+    data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
     """It counts its calls."""
     data.before = lambda data: setattr(data, "version", data.calls)
     async with running(things(data)) as world:
@@ -270,13 +313,21 @@ async def test_an_answer_that_differs_by_itself_is_said_once_and_no_finding(data
             await until(lambda: world.timers[-1].seconds == WAIT_S)
             world.fire()
             await world.confirmed()
-        assert (world.audit.nondeterministic, world.audit.stale, world.cache.stats()["stale_served"]) == (2, 0, 0)
+        assert (
+            world.audit.nondeterministic,
+            world.audit.stale,
+            world.cache.stats()["stale_served"],
+        ) == (2, 0, 0)
         assert world.cache.stats()["audit"]["nondeterministic_routes"] == ["/things"]
         assert "; hit" in (await world.get()).headers["cache-status"]
-    assert [record.levelname for record in caplog.records if "differently" in record.getMessage()] == ["WARNING"]
+    assert [
+        record.levelname for record in caplog.records if "differently" in record.getMessage()
+    ] == ["WARNING"]
 
 
-async def test_an_answer_that_returns_to_what_was_served_is_no_finding(world: World, data: Data) -> None:
+async def test_an_answer_that_returns_to_what_was_served_is_no_finding(
+    world: World, data: Data
+) -> None:
     """One of two that alternate."""
     data.before = lambda data: setattr(data, "version", int(data.calls == 2))
     await world.audited_hit()
@@ -286,7 +337,9 @@ async def test_an_answer_that_returns_to_what_was_served_is_no_finding(world: Wo
     assert (world.audit.nondeterministic, world.audit.stale) == (1, 0)
 
 
-async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondeterminism(world: World, data: Data) -> None:
+async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondeterminism(
+    world: World, data: Data
+) -> None:
     """Everything was overtaken, so nothing is said."""
     data.version = 1
 
@@ -312,9 +365,14 @@ class NoOutbox:
     own_rows = ""
 
 
-@pytest.mark.parametrize("accident", ["switched off", "store away", "other server", "vetoed", "no fence", "no trigger"])
-async def test_nothing_is_found_where_nothing_would_be_served(world: World, data: Data, accident: str) -> None:
-    """The kill switch, an outage, a server life that ended, an invalidation known to be pending, no fence, no triggers."""
+@pytest.mark.parametrize(
+    "accident", ["switched off", "store away", "other server", "vetoed", "no fence", "no trigger"]
+)
+async def test_nothing_is_found_where_nothing_would_be_served(
+    world: World, data: Data, accident: str
+) -> None:
+    """The kill switch, an outage, a server life that ended, an invalidation known to be pending, no
+    fence, no triggers."""
     store = world.cache.store
     assert isinstance(store, MemoryStore)
     data.version = 1
@@ -339,7 +397,9 @@ async def test_nothing_is_found_where_nothing_would_be_served(world: World, data
 
 
 @pytest.mark.parametrize("problem", ["raises", 500, 503, 429])
-async def test_a_failing_handler_proves_nothing_and_reaches_nobody(problem: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_handler_proves_nothing_and_reaches_nobody(
+    problem: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Neither a user nor, with what its message holds, the log of the cache."""
     fails = False
     app = FastAPI()
@@ -358,7 +418,9 @@ async def test_a_failing_handler_proves_nothing_and_reaches_nobody(problem: Any,
         assert (await world.audited_hit()).status_code == 200
         await world.done()
         assert world.audit.inconclusive == {"failed": 1}
-        assert "a row of somebody" not in "".join(r.getMessage() for r in caplog.records if r.name == "respcache")
+        assert "a row of somebody" not in "".join(
+            r.getMessage() for r in caplog.records if r.name == "respcache"
+        )
         assert "; hit" in (await world.get()).headers["cache-status"]
 
 
@@ -412,7 +474,9 @@ async def test_the_time_of_compression_makes_no_difference() -> None:
     async def list_things() -> Response:
         nonlocal calls
         calls += 1
-        return Response(gzip.compress(b"x" * 100, mtime=calls), headers={"content-encoding": "gzip"})
+        return Response(
+            gzip.compress(b"x" * 100, mtime=calls), headers={"content-encoding": "gzip"}
+        )
 
     async with running(app) as world:
         await world.get()
@@ -450,7 +514,9 @@ async def test_values_are_made_anew(data: Data) -> None:
     @app.get("/things")
     @cache_list("things", tables=["things"])
     async def list_things(request: Request) -> int:
-        return await request.app.state.cache.get_or_set("public", "values", {}, data.read, tables=["things"])
+        return await request.app.state.cache.get_or_set(
+            "public", "values", {}, data.read, tables=["things"]
+        )
 
     async with running(app) as world:
         await world.get()
@@ -461,11 +527,12 @@ async def test_values_are_made_anew(data: Data) -> None:
         assert world.cache.figures.of("public", "values").hits == 0
 
 
-# -- who may see it --------------------------------------------------------------------------------------------------------
+# -- who may see it --------------------------------------------------------------------------------
 
 
 class People:
-    """Callers whose tenant, rows and role are in a 'database'; ``ends`` are those whose token has expired."""
+    """Callers whose tenant, rows and role are in a 'database'; ``ends`` are those whose token has
+    expired."""
 
     tables: tuple[str, ...] = ()
     stands_for: frozenset[Any] = frozenset()
@@ -517,21 +584,32 @@ def rows_of_callers() -> FastAPI:
         (None, "denied"),
     ],
 )
-async def test_a_scope_that_ended_unnoticed_is_a_leak(now: Any, word: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_scope_that_ended_unnoticed_is_a_leak(
+    now: Any, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The caller sees other rows by now, and nobody told the cache."""
     people = People()
     async with running(rows_of_callers(), resolver=people) as world:
         await world.get(**{"x-user": "ann"})
-        await world.audited_hit(**{"x-user": "ann"})  # the role is decided without I/O, by each look
+        # the role is decided without I/O, by each look
+        await world.audited_hit(**{"x-user": "ann"})
         if now is None:
             del people.people["ann"]
         else:
             people.people["ann"] = now
         await world.confirmed()
         stats = world.cache.stats("acme")
-        assert (stats["audit"]["leaks"], stats["audit"]["stale"], stats["stale_served"]) == (1, 0, 1)
+        assert (stats["audit"]["leaks"], stats["audit"]["stale"], stats["stale_served"]) == (
+            1,
+            0,
+            1,
+        )
         (finding,) = stats["audit"]["findings"]
-        assert (finding["kind"], finding["found"], finding["certificate"]["sequence"]) == ("leak", word, 0)
+        assert (finding["kind"], finding["found"], finding["certificate"]["sequence"]) == (
+            "leak",
+            word,
+            0,
+        )
         assert world.cache.stats("other")["audit"]["findings"] == []
         assert "found a leak answer" in caplog.text
         people.people["ann"] = ("acme", b"south", "admin")
@@ -539,7 +617,8 @@ async def test_a_scope_that_ended_unnoticed_is_a_leak(now: Any, word: str, caplo
 
 
 async def test_the_audit_sees_no_more_of_a_request_than_the_look_did() -> None:
-    """A header that the resolver does not name is not there for it: what it would say of that is no leak."""
+    """A header that the resolver does not name is not there for it: what it would say of that is no
+    leak."""
 
     class Named(People):
         headers = ("x-user",)
@@ -605,14 +684,26 @@ async def test_credentials_that_end_meanwhile_are_no_leak() -> None:
 
 
 async def test_the_request_is_made_anew_as_it_came_and_can_be_told_apart() -> None:
-    """Headers, canonical query, no body, no ways of sending that would be missed, a state of its own."""
+    """Headers, canonical query, no body, no ways of sending that would be missed, a state of its
+    own."""
     seen: list[Any] = []
     app = FastAPI()
 
     @app.get("/things")
     @cache_list("things")
-    async def list_things(request: Request, q: str = "", x_view: Annotated[str, Header()] = "") -> str:
-        seen.append((request.method, q, x_view, request.headers["x-other"], request.url.query, await request.body()))
+    async def list_things(
+        request: Request, q: str = "", x_view: Annotated[str, Header()] = ""
+    ) -> str:
+        seen.append(
+            (
+                request.method,
+                q,
+                x_view,
+                request.headers["x-other"],
+                request.url.query,
+                await request.body(),
+            )
+        )
         seen.append("respcache.audit" in request.scope.get("extensions", {}))
         return q
 
@@ -625,7 +716,8 @@ async def test_the_request_is_made_anew_as_it_came_and_can_be_told_apart() -> No
 
 
 async def test_the_client_of_an_audit_stays_and_each_run_has_a_state_of_its_own(data: Data) -> None:
-    """Who listens for a disconnection hears none; what a run leaves in its state, the next does not find."""
+    """Who listens for a disconnection hears none; what a run leaves in its state, the next does not
+    find."""
     heard: list[bool] = []
     states: list[Any] = []
 
@@ -640,7 +732,9 @@ async def test_the_client_of_an_audit_stays_and_each_run_has_a_state_of_its_own(
         states.append(dict(scope["state"]))
         scope["state"]["mine"] = 1
         body = str(await data.read()).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]}
+        )
         await send({"type": "http.response.body", "body": body})
 
     async with running(app, routes=[Route.of("/things", Policy("things", "list", 60))]) as world:
@@ -675,7 +769,7 @@ async def test_an_execution_in_an_older_snapshot_is_not_compared() -> None:
         assert world.audit.inconclusive == {"old snapshot": 1}
 
 
-# -- handlers that write ---------------------------------------------------------------------------------------------------
+# -- handlers that write ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["in the audit", "in a background task", "in the fill"])
@@ -715,7 +809,7 @@ async def test_a_route_that_writes_is_not_audited_again(when: str) -> None:
         assert calls == before
 
 
-# -- how often -------------------------------------------------------------------------------------------------------------
+# -- how often -------------------------------------------------------------------------------------
 
 
 async def test_a_share_of_the_hits_is_audited(data: Data) -> None:
@@ -743,8 +837,11 @@ async def test_where_hits_are_few_one_a_second_is_audited(world: World) -> None:
         assert world.audit.audits == count
 
 
-async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(world: World, data: Data) -> None:
-    """A handler that takes a second is not run again for nine; a sampled hit in between starts nothing."""
+async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(
+    world: World, data: Data
+) -> None:
+    """A handler that takes a second is not run again for nine; a sampled hit in between starts
+    nothing."""
     data.before = lambda _: setattr(world, "now", world.now + 1)
     world.audit.countdown = 1
     await world.get()
@@ -794,7 +891,7 @@ async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
     assert f"{MAX_FINDINGS + 1} more" in said()[1]
 
 
-# -- the switch, and the end ---------------------------------------------------------------------------------------------------
+# -- the switch, and the end -----------------------------------------------------------------------
 
 
 async def test_switched_off_nothing_is_audited(data: Data) -> None:

@@ -1,4 +1,5 @@
-"""The checker: each property violated and just not violated, proofs in words, and all of it against the definitions."""
+"""The checker: each property violated and just not violated, proofs in words, and all of it against
+the definitions."""
 
 import subprocess
 import sys
@@ -39,29 +40,50 @@ ONE, TWO = write(1, 1.0, 1.1, 1.2), write(2, 3.0, 3.1, 3.2)
 
 @pytest.mark.parametrize(
     ("returned", "start", "violated"),
-    [(2, 3.3, False), (1, 3.3, True), (1, 3.2, False), (0, 3.3, True), (0, 1.2, False), (0, 1.3, True)],
+    [
+        (2, 3.3, False),
+        (1, 3.3, True),
+        (1, 3.2, False),
+        (0, 3.3, True),
+        (0, 1.2, False),
+        (0, 1.3, True),
+    ],
 )
-def test_a_read_returns_what_was_acknowledged_before_it_began(returned: int, start: float, violated: bool) -> None:
+def test_a_read_returns_what_was_acknowledged_before_it_began(
+    returned: int, start: float, violated: bool
+) -> None:
     """I1. An acknowledgement at the very moment of the start binds nobody."""
     assert (Kind.FRESHNESS in violations(ONE, TWO, read(returned, start, 9.0))) is violated
 
 
 @pytest.mark.parametrize("acked", [None, 99.0])
 @pytest.mark.parametrize(("start", "violated"), [(5.0, False), (5.125, True), (5.25, True)])
-def test_a_read_returns_what_was_committed_a_bound_before_it_began(acked: float | None, start: float, violated: bool) -> None:
+def test_a_read_returns_what_was_committed_a_bound_before_it_began(
+    acked: float | None, start: float, violated: bool
+) -> None:
     """I3. Acknowledged or not; a commit exactly the bound before the start must show."""
-    assert violations(write(1, 3.0, 3.125, acked), read(0, start, 6.0)) == ({Kind.BOUND: 1} if violated else {})
+    assert violations(write(1, 3.0, 3.125, acked), read(0, start, 6.0)) == (
+        {Kind.BOUND: 1} if violated else {}
+    )
 
 
 def test_an_acknowledged_write_is_a_committed_one() -> None:
     """Whoever acknowledged knew the commit, even when nobody recorded it."""
-    assert violations(write(1, 1.0, None, 1.5), read(0, 3.5, 4.0)) == {Kind.FRESHNESS: 1, Kind.BOUND: 1}
+    assert violations(write(1, 1.0, None, 1.5), read(0, 3.5, 4.0)) == {
+        Kind.FRESHNESS: 1,
+        Kind.BOUND: 1,
+    }
     assert violations(write(1, 1.0, None, None), read(0, 3.5, 4.0)) == {}
 
 
-@pytest.mark.parametrize(("acked", "violated"), [(2.9, True), (2.999, True), (3.0, False), (3.5, False), (4.1, False)])
-def test_a_read_with_a_slack_returns_what_was_acknowledged_a_slack_before_it_began(acked: float, violated: bool) -> None:
-    """I1 at level bounded: what was acknowledged exactly the slack before the start binds nobody. A fresh read is not spared."""
+@pytest.mark.parametrize(
+    ("acked", "violated"), [(2.9, True), (2.999, True), (3.0, False), (3.5, False), (4.1, False)]
+)
+def test_a_read_with_a_slack_returns_what_was_acknowledged_a_slack_before_it_began(
+    acked: float, violated: bool
+) -> None:
+    """I1 at level bounded: what was acknowledged exactly the slack before the start binds nobody. A
+    fresh read is not spared."""
     events = write(1, 2.0, 2.1, acked), read(0, 4.0, 4.1, slack_s=1.0)
     assert violations(*events) == ({Kind.FRESHNESS: 1} if violated else {})
     assert (Kind.FRESHNESS in violations(*events, read(0, 4.0, 4.1))) is (acked < 4.0)
@@ -71,11 +93,15 @@ def test_a_read_with_a_slack_returns_what_was_acknowledged_a_slack_before_it_beg
 def test_a_slack_spares_only_the_writes_that_are_within_it(returned: int, violated: bool) -> None:
     """The second of three was acknowledged 1.3 s before, the third 0.3 s."""
     three = write(3, 4.0, 4.1, 4.2)
-    assert (Kind.FRESHNESS in violations(ONE, TWO, three, read(returned, 4.5, 4.6, slack_s=1.0))) is violated
+    assert (
+        Kind.FRESHNESS in violations(ONE, TWO, three, read(returned, 4.5, 4.6, slack_s=1.0))
+    ) is violated
 
 
 @pytest.mark.parametrize(("start", "violated"), [(6.0, False), (6.125, True), (6.25, True)])
-def test_a_read_with_a_slack_returns_what_was_committed_a_bound_and_the_slack_before(start: float, violated: bool) -> None:
+def test_a_read_with_a_slack_returns_what_was_committed_a_bound_and_the_slack_before(
+    start: float, violated: bool
+) -> None:
     """I3."""
     events = write(1, 3.0, 3.125), read(0, start, 7.0, slack_s=1.0)
     assert violations(*events) == ({Kind.BOUND: 1} if violated else {})
@@ -90,14 +116,18 @@ def test_a_slack_excuses_no_invention_and_nobody_elses_rows() -> None:
 
 
 def test_a_read_with_a_slack_returns_what_its_session_wrote_and_may_go_back_otherwise() -> None:
-    """I4. It may be answered from an older view than the read before it, never from one before its own write."""
+    """I4. It may be answered from an older view than the read before it, never from one before its
+    own write."""
     own, others = write(1, 1.0, 1.1, 1.2, session="s"), write(2, 3.0, 3.1, 3.2)
     saw = read(2, 3.3, 3.4, session="s")
     assert violations(own, others, saw, read(1, 3.5, 3.6, session="s", slack_s=1.0)) == {}
     assert violations(own, others, saw, read(1, 3.5, 3.6, session="s"))[Kind.SESSION] == 1
     assert violations(own, read(0, 1.3, 1.4, session="s", slack_s=1.0)) == {Kind.SESSION: 1}
     assert violations(own, read(0, 1.2, 1.4, session="s", slack_s=1.0)) == {}
-    assert violations(own, read(0, 1.3, 1.4, session="t", slack_s=1.0), read(0, 1.3, 1.4, slack_s=1.0)) == {}
+    assert (
+        violations(own, read(0, 1.3, 1.4, session="t", slack_s=1.0), read(0, 1.3, 1.4, slack_s=1.0))
+        == {}
+    )
     later = write(2, 3.0, 3.1, 3.2, session="s")
     for events in ((own, later), (later, own)):
         assert violations(*events, read(1, 3.3, 3.4, session="s", slack_s=1.0)) == {Kind.SESSION: 1}
@@ -114,9 +144,19 @@ def test_reads_with_a_slack_are_counted_and_their_age_is_what_exceeds_it() -> No
     two = write(1, 1.0, 1.1, 1.2, register="y")
     within = Read(2.0, 2.1, {"x": 0, "y": 0}, "r", "q", "q", slack_s=5.0)
     unacknowledged = read(0, 1.2, 1.3, slack_s=1.0)
-    lenient = [read(0, 2.0, 2.1, slack_s=0.75), within, unacknowledged, read(1, 9.0, 9.1, slack_s=1.0)]
+    lenient = [
+        read(0, 2.0, 2.1, slack_s=0.75),
+        within,
+        unacknowledged,
+        read(1, 9.0, 9.1, slack_s=1.0),
+    ]
     report = check([ONE, two, read(0, 1.3, 1.4), *lenient], bound_s=BOUND_S)
-    assert (report.reads, report.lenient_reads, report.late_reads, report.violating_reads) == (5, 4, 2, 2)
+    assert (report.reads, report.lenient_reads, report.late_reads, report.violating_reads) == (
+        5,
+        4,
+        2,
+        2,
+    )
     assert check([ONE, two, *lenient], bound_s=BOUND_S).worst_staleness_s == pytest.approx(0.15)
     assert str(report).startswith("5 reads (- 5), 4 of them with a slack, which 2 used\n2 writes, ")
     said = check([ONE, lenient[0]], bound_s=BOUND_S).excerpt()
@@ -154,7 +194,8 @@ def test_a_version_of_no_known_write_needs_a_later_one_that_had_begun() -> None:
 
 
 def test_an_attempt_of_unknown_outcome_may_have_made_one_version() -> None:
-    """The writer was killed; a read proves that it had committed, or does not. Two versions need two attempts."""
+    """The writer was killed; a read proves that it had committed, or does not. Two versions need
+    two attempts."""
     attempt, other = write(None, 2.0), write(None, 2.5)
     assert violations(ONE, attempt, read(2, 1.5, 2.0), read(1, 1.5, 99.0)) == {}
     assert violations(ONE, attempt, read(2, 1.5, 1.9)) == {Kind.INVENTION: 1}
@@ -174,46 +215,71 @@ def test_an_attempt_whose_version_became_known_is_unknown_no_longer() -> None:
 
 
 def test_a_write_known_by_its_version_alone_may_be_seen_or_not() -> None:
-    """A writer that was killed after its UPDATE told it the version: reads on both sides are right."""
+    """A writer that was killed after its UPDATE told it the version: reads on both sides are
+    right."""
     assert violations(ONE, write(2, 3.0), read(1, 99.0, 99.1), read(2, 99.0, 99.1)) == {}
 
 
 def test_two_events_of_a_version_are_one_write() -> None:
     """The process that commits and the client that is answered each record what they know."""
-    worker, client = write(1, 1.5, 1.6, process="worker"), write(1, 1.0, None, 1.9, process="client")
+    worker, client = (
+        write(1, 1.5, 1.6, process="worker"),
+        write(1, 1.0, None, 1.9, process="client"),
+    )
     for events in ([worker, client], [client, worker]):
-        report = check([*events, read(0, 2.0, 2.1), read(0, 3.7, 3.8), read(1, 1.0, 1.0)], bound_s=BOUND_S)
+        report = check(
+            [*events, read(0, 2.0, 2.1), read(0, 3.7, 3.8), read(1, 1.0, 1.0)], bound_s=BOUND_S
+        )
         assert (report.writes, report.violations) == (1, {Kind.FRESHNESS: 2, Kind.BOUND: 1})
         names = ", ".join(event.process for event in events)
-        assert f"{names}: write x = 1, committed by 600.0, acknowledged at 900.0" in report.excerpt()
+        assert (
+            f"{names}: write x = 1, committed by 600.0, acknowledged at 900.0" in report.excerpt()
+        )
 
 
 @pytest.mark.parametrize(("start", "violated"), [(2.5, False), (2.6, True)])
 def test_a_session_does_not_go_back(start: float, violated: bool) -> None:
     """I4. What it saw in a read that ended before; another session's sight binds nobody."""
     unacknowledged, saw = write(1, 1.0, 1.1), read(1, 2.0, 2.5, session="s")
-    assert violations(unacknowledged, saw, read(0, start, 3.0, session="s")) == ({Kind.SESSION: 1} if violated else {})
-    assert violations(unacknowledged, saw, read(0, start, 3.0, session="t"), read(0, start, 3.0)) == {}
+    assert violations(unacknowledged, saw, read(0, start, 3.0, session="s")) == (
+        {Kind.SESSION: 1} if violated else {}
+    )
+    assert (
+        violations(unacknowledged, saw, read(0, start, 3.0, session="t"), read(0, start, 3.0)) == {}
+    )
 
 
 def test_a_session_reads_its_own_writes() -> None:
     """I4. Those that were acknowledged to it before; not those that were not."""
     for committed in (1.1, None):
-        assert violations(write(1, 1.0, committed, 1.2, session="s"), read(0, 1.25, 1.3, session="s"))[Kind.SESSION] == 1
+        assert (
+            violations(write(1, 1.0, committed, 1.2, session="s"), read(0, 1.25, 1.3, session="s"))[
+                Kind.SESSION
+            ]
+            == 1
+        )
     assert violations(write(1, 1.0, 1.1, 1.2, session="s"), read(0, 1.2, 1.3, session="s")) == {}
     assert violations(write(1, 1.0, 1.1, None, session="s"), read(0, 1.25, 1.3, session="s")) == {}
 
 
 def test_what_a_session_saw_is_right_in_any_order_of_events() -> None:
-    """Its reads may stand in files of several processes; hundreds of them are folded together on the way."""
+    """Its reads may stand in files of several processes; hundreds of them are folded together on
+    the way."""
     writes = [write(version, version, version + 0.1) for version in range(1, 301)]
     reads = [read(version, version + 0.2, version + 0.3, session="s") for version in range(1, 301)]
     assert violations(*writes, *reads) == {}
     assert violations(*reversed(reads), *writes) == {}
     for order in (reads, reads[::-1], reads[::2] + reads[1::2]):
-        late = [read(version - 1, version + 0.4, version + 0.5, session="s") for version in range(2, 301)]
+        late = [
+            read(version - 1, version + 0.4, version + 0.5, session="s")
+            for version in range(2, 301)
+        ]
         assert violations(*writes, *order, *late) == {Kind.SESSION: len(late)}
-    sank = [read(1, 400.0, 401.0, session="s"), read(300, 350.0, 351.0, session="s"), read(299, 500.0, 501.0, session="s")]
+    sank = [
+        read(1, 400.0, 401.0, session="s"),
+        read(300, 350.0, 351.0, session="s"),
+        read(299, 500.0, 501.0, session="s"),
+    ]
     assert check([*writes, *sank], bound_s=1000.0).violations == {Kind.SESSION: 2}
 
 
@@ -225,31 +291,55 @@ def test_a_read_is_told_what_it_asked_for() -> None:
 
 def test_registers_are_judged_apart_and_a_read_counts_once() -> None:
     """A read of three registers of which two are too old is one violation."""
-    writes = [write(version, version, version + 0.1, version + 0.2, register=name) for name in "abc" for version in (1, 2)]
-    assert violations(*writes, Read(2.9, 3.0, {"a": 1, "b": 2, "c": 1}, "r", "q", "q")) == {Kind.FRESHNESS: 1}
+    writes = [
+        write(version, version, version + 0.1, version + 0.2, register=name)
+        for name in "abc"
+        for version in (1, 2)
+    ]
+    assert violations(*writes, Read(2.9, 3.0, {"a": 1, "b": 2, "c": 1}, "r", "q", "q")) == {
+        Kind.FRESHNESS: 1
+    }
     assert violations(*writes, Read(2.9, 3.0, {"a": 2, "b": 2, "c": 2}, "r", "q", "q")) == {}
 
 
 def test_lost_invalidations_are_the_writes_that_reads_missed_beyond_the_bound() -> None:
-    """Each version once, however many reads missed it; not those within the bound; not those before what was returned."""
+    """Each version once, however many reads missed it; not those within the bound; not those before
+    what was returned."""
     writes = [write(version, version, version) for version in (1, 2, 3, 4, 5)]
     stale = [read(2, 6.0, 6.1), read(2, 6.0, 6.1), read(3, 6.5, 6.6)]
-    assert check([*writes, *stale], bound_s=BOUND_S).lost_invalidations == 2  # 3 and 4; 5 was committed 1.5 s before
+    # 3 and 4; 5 was committed 1.5 s before
+    assert check([*writes, *stale], bound_s=BOUND_S).lost_invalidations == 2
     assert check([*writes, *stale], bound_s=1.0).lost_invalidations == 3
-    assert check([*writes, *reversed(stale), read(3, 5.5, 5.6)], bound_s=BOUND_S).lost_invalidations == 2
-    assert check([*writes, read(2, 6.0, 6.1), read(2, 5.0, 5.1)], bound_s=BOUND_S).lost_invalidations == 2
+    assert (
+        check([*writes, *reversed(stale), read(3, 5.5, 5.6)], bound_s=BOUND_S).lost_invalidations
+        == 2
+    )
+    assert (
+        check([*writes, read(2, 6.0, 6.1), read(2, 5.0, 5.1)], bound_s=BOUND_S).lost_invalidations
+        == 2
+    )
     assert check([*writes, *stale], bound_s=10.0).lost_invalidations == 0
 
 
 def test_worst_staleness_is_since_the_returned_version_was_superseded() -> None:
     """By the first later commit that is known, also where nothing is violated."""
-    report = check([write(1, 0.0, 1.0), write(2, 0.0, 1.5), write(3, 0.0), read(0, 2.5, 2.6), read(2, 50.0, 50.1)], bound_s=9)
+    report = check(
+        [
+            write(1, 0.0, 1.0),
+            write(2, 0.0, 1.5),
+            write(3, 0.0),
+            read(0, 2.5, 2.6),
+            read(2, 50.0, 50.1),
+        ],
+        bound_s=9,
+    )
     assert (report.ok, report.worst_staleness_s) == (True, 1.5)
     assert check([ONE, read(1, 9.0, 9.1)], bound_s=9).worst_staleness_s == 0
 
 
 def test_the_excerpt_tells_how_a_fill_that_a_write_overtook_became_a_stale_hit() -> None:
-    """The write of what was returned, the read that was overtaken, the missed write, the offender; in order, from 0 ms."""
+    """The write of what was returned, the read that was overtaken, the missed write, the offender;
+    in order, from 0 ms."""
     events = [
         write(1, 10.0, 10.002, 10.003, process="worker-1"),
         read(1, 9.970, 10.0115, process="ended before the commit"),
@@ -276,7 +366,10 @@ def test_the_excerpt_is_the_violation_with_the_fewest_operations_then_the_shorte
     (proof,) = report.proofs.values()
     assert proof.operations == (ONE, TWO, stale[1])
     early = read(0, 1.5, 99.0)
-    assert check([ONE, TWO, *stale, early], bound_s=99).proofs[Kind.FRESHNESS].operations == (ONE, early)
+    assert check([ONE, TWO, *stale, early], bound_s=99).proofs[Kind.FRESHNESS].operations == (
+        ONE,
+        early,
+    )
     report = check([ONE, TWO, *stale, read(2, 8.0, 8.5, told="p")], bound_s=99)
     assert report.excerpt().startswith("I5: a read that asked for q was told p\n")
     assert report.excerpt(Kind.FRESHNESS).startswith("I1: ")
@@ -297,12 +390,21 @@ def test_every_kind_has_a_proof_in_words() -> None:
         "    8000.0 ..   8100.0 ms  r: read q: x = 1   <-- I3",
     ]
     others = read(2, 3.1, 3.3, session="t"), read(2, 3.2, 3.4, session="s")
-    assert words(Kind.SESSION, ONE, outsider, read(2, 3.2, 3.3, session="s"), *others, read(1, 3.5, 3.6, session="s")) == [
+    assert words(
+        Kind.SESSION,
+        ONE,
+        outsider,
+        read(2, 3.2, 3.3, session="s"),
+        *others,
+        read(1, 3.5, 3.6, session="s"),
+    ) == [
         "I4: x: a read returned 1, but 2 was known to session s 200.0 ms before it began",
         "       0.0 ..    100.0 ms  r: read q: x = 2",
         "     300.0 ..    400.0 ms  r: read q: x = 1   <-- I4",
     ]
-    assert words(Kind.SESSION, write(1, 3.0, 3.1, 3.2, session="s"), read(0, 3.5, 3.6, session="s")) == [
+    assert words(
+        Kind.SESSION, write(1, 3.0, 3.1, 3.2, session="s"), read(0, 3.5, 3.6, session="s")
+    ) == [
         "I4: x: a read returned 0, but 1 was known to session s 300.0 ms before it began",
         "       0.0 ..    200.0 ms  w: write x = 1, committed by 100.0, acknowledged at 200.0",
         "     500.0 ..    600.0 ms  r: read q: x = 0   <-- I4",
@@ -313,13 +415,15 @@ def test_every_kind_has_a_proof_in_words() -> None:
         "    2000.0 ..   2000.0 ms  w: write x = 1, commit unknown, never acknowledged",
     ]
     assert words(Kind.INVENTION, read(7, 1.0, 2.0)) == [
-        "invention: x: a read returned 7, but no write that can have made it was begun when it ended",
+        "invention: x: a read returned 7, but no write that can have made it was begun when it "
+        "ended",
         "       0.0 ..   1000.0 ms  r: read q: x = 7   <-- invention",
     ]
 
 
 def test_words_of_how_are_counted_up_to_a_number() -> None:
-    """Some 100 apart, all others together: a word that is different each time does not grow a map."""
+    """Some 100 apart, all others together: a word that is different each time does not grow a
+    map."""
     reads = [read(0, 1.0, 2.0, how=str(number % (MAX_WORDS + 50))) for number in range(1000)]
     report = check(reads, bound_s=1)
     assert len(report.how) == MAX_WORDS + 1
@@ -347,7 +451,9 @@ def test_torn_lines_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("returned", "status"), [(1, 0), (0, 1)])
-def test_the_command_prints_the_report_and_fails_on_violations(tmp_path: Path, returned: int, status: int) -> None:
+def test_the_command_prints_the_report_and_fails_on_violations(
+    tmp_path: Path, returned: int, status: int
+) -> None:
     """python -m respcache.testing.checker FILE... --bound S; nothing else is said."""
     paths = [tmp_path / "1", tmp_path / "2"]
     for path, event in zip(paths, [ONE, read(returned, 1.5, 1.6, how="hit")], strict=True):
@@ -355,7 +461,9 @@ def test_the_command_prints_the_report_and_fails_on_violations(tmp_path: Path, r
             recorder.append(event)
     done = run_checker(*map(str, paths), "--bound", "2.5")
     assert (done.returncode, done.stderr) == (status, "")
-    assert done.stdout.startswith("1 reads (hit 1)\n1 writes, 0 of unknown outcome, 0 torn lines\nviolations: ")
+    assert done.stdout.startswith(
+        "1 reads (hit 1)\n1 writes, 0 of unknown outcome, 0 torn lines\nviolations: "
+    )
     assert ("I1: x: a read returned 0" in done.stdout) is bool(status)
 
 
@@ -366,7 +474,8 @@ def run_checker(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("events", [[], [ONE, TWO]], ids=["empty", "only writes"])
 def test_a_history_without_reads_is_no_proof(tmp_path: Path, events: list[Event]) -> None:
-    """Nothing violated anything because nothing was read: the report is not ok, the command's status is neither 0 nor 1."""
+    """Nothing violated anything because nothing was read: the report is not ok, the command's
+    status is neither 0 nor 1."""
     path = tmp_path / "events"
     with Recorder(path) as recorder:
         for event in events:
@@ -389,7 +498,10 @@ def test_what_is_no_history_is_not_taken_for_a_violation(tmp_path: Path) -> None
 def test_a_read_that_violates_several_properties_is_one_read() -> None:
     """It counts for each of its kinds, and once altogether; registers do not matter either."""
     both = Read(9.0, 9.1, {"x": 0, "y": 0}, "r", "q", "another")
-    report = check([ONE, write(1, 1.0, 1.1, 1.2, register="y"), both, read(0, 9.2, 9.3), read(1, 9.4, 9.5)], bound_s=BOUND_S)
+    report = check(
+        [ONE, write(1, 1.0, 1.1, 1.2, register="y"), both, read(0, 9.2, 9.3), read(1, 9.4, 9.5)],
+        bound_s=BOUND_S,
+    )
     assert report.violations == {Kind.FRESHNESS: 2, Kind.BOUND: 2, Kind.ISOLATION: 1}
     assert report.violating_reads == 2
     assert "violations: I1: 2 reads, I3: 2 reads, I5: 1 reads (2 distinct reads)\n" in str(report)
@@ -412,13 +524,20 @@ SOME_READS = st.builds(
 
 
 def resolved(events: Sequence[Event]) -> list[Write]:
-    """Return the events of versions, and the attempts that no later event of the same start gave a version."""
+    """Return the events of versions, and the attempts that no later event of the same start gave a
+    version."""
     kept: list[Write] = []
     for at, event in enumerate(events):
         if isinstance(event, Write):
             same = (event.register, event.process, event.started)
-            later = (other for other in events[at:] if isinstance(other, Write) and other.version is not None)
-            if event.version is not None or all(same != (other.register, other.process, other.started) for other in later):
+            later = (
+                other
+                for other in events[at:]
+                if isinstance(other, Write) and other.version is not None
+            )
+            if event.version is not None or all(
+                same != (other.register, other.process, other.started) for other in later
+            ):
                 kept.append(event)
     return kept
 
@@ -438,7 +557,9 @@ def possible(read: Read, register: str, version: int, writes: list[Write]) -> bo
         for write in writes
         if write.register == register and write.version is None and write.started <= read.end
     }
-    return version - max((known for known in started if known < version), default=0) <= len(attempts)
+    return version - max((known for known in started if known < version), default=0) <= len(
+        attempts
+    )
 
 
 def due(read: Read, register: str, events: Sequence[Event], *, bound_s: float) -> dict[Kind, int]:
@@ -454,14 +575,22 @@ def due(read: Read, register: str, events: Sequence[Event], *, bound_s: float) -
                 least[Kind.FRESHNESS] = max(least[Kind.FRESHNESS], event.version)
             if event.acked is not None and event.acked < read.start and own:
                 least[Kind.SESSION] = max(least[Kind.SESSION], event.version)
-            if any(time is not None and time <= read.start - read.slack_s - bound_s for time in (event.committed, event.acked)):
+            if any(
+                time is not None and time <= read.start - read.slack_s - bound_s
+                for time in (event.committed, event.acked)
+            ):
                 least[Kind.BOUND] = max(least[Kind.BOUND], event.version)
     return least
 
 
 def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int], int, int, float]:
     """Judge by the definitions alone, every read against every event: what ``facts`` are."""
-    writes, counts, lost, worst = resolved(events), dict.fromkeys(Kind, 0), set[tuple[str, int]](), 0.0
+    writes, counts, lost, worst = (
+        resolved(events),
+        dict.fromkeys(Kind, 0),
+        set[tuple[str, int]](),
+        0.0,
+    )
     violating = 0
     for read in events:
         if not isinstance(read, Read):
@@ -473,7 +602,12 @@ def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int]
             found |= set() if possible(read, register, version, writes) else {Kind.INVENTION}
             for write in writes:
                 moments = [time for time in (write.committed, write.acked) if time is not None]
-                if write.register == register and write.version is not None and write.version > version and moments:
+                if (
+                    write.register == register
+                    and write.version is not None
+                    and write.version > version
+                    and moments
+                ):
                     worst = max(worst, read.start - read.slack_s - min(moments))
                     if min(moments) <= read.start - read.slack_s - bound_s:
                         lost.add((register, write.version))
@@ -485,7 +619,12 @@ def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int]
 
 def facts(report: Report) -> tuple[dict[Kind, int], int, int, float]:
     """Violations, violating reads, lost invalidations, worst staleness."""
-    return report.violations, report.violating_reads, report.lost_invalidations, report.worst_staleness_s
+    return (
+        report.violations,
+        report.violating_reads,
+        report.lost_invalidations,
+        report.worst_staleness_s,
+    )
 
 
 @settings(max_examples=400)
@@ -493,33 +632,49 @@ def facts(report: Report) -> tuple[dict[Kind, int], int, int, float]:
 @example([write(1, 3.0, 3.0), read(0, 3.0, 3.0)], 0.0)
 @example([write(1, 1.0, 1.0, 2.0), read(0, 3.0, 3.0, slack_s=1.0)], 1.0)
 def test_the_checker_agrees_with_the_definitions(events: list[Event], bound_s: float) -> None:
-    """Random histories, most of them of no cache that there could be, judged by comparing everything with everything."""
+    """Random histories, most of them of no cache that there could be, judged by comparing
+    everything with everything."""
     report = check(events, bound_s=bound_s)
     assert facts(report) == plainly(events, bound_s=bound_s)
 
 
 @settings(max_examples=400)
 @given(st.lists(SOME_WRITES | SOME_READS, max_size=14), st.sampled_from([0.0, 1.0, 3.0]))
-@example([write(1, 0.0, None, 0.0, session="s"), read(0, 1.0, 1.0, session="s"), write(1, 0.0)], 0.0)
-@example([write(1, 0.0), write(1, 0.0, None, 0.0, session="s"), read(0, 1.0, 1.0, session="s")], 0.0)
 @example(
-    [write(1, 0.0, None, 1.0, session="s"), read(1, 0.0, 1.0, session="s"), read(0, 2.0, 2.0, session="s", slack_s=1.0)], 0.0
+    [write(1, 0.0, None, 0.0, session="s"), read(0, 1.0, 1.0, session="s"), write(1, 0.0)], 0.0
+)
+@example(
+    [write(1, 0.0), write(1, 0.0, None, 0.0, session="s"), read(0, 1.0, 1.0, session="s")], 0.0
+)
+@example(
+    [
+        write(1, 0.0, None, 1.0, session="s"),
+        read(1, 0.0, 1.0, session="s"),
+        read(0, 2.0, 2.0, session="s", slack_s=1.0),
+    ],
+    0.0,
 )
 def test_a_proof_alone_proves(events: list[Event], bound_s: float) -> None:
-    """The operations of each proof, without the rest of the history, are a violation of the same kind."""
+    """The operations of each proof, without the rest of the history, are a violation of the same
+    kind."""
     report = check(events, bound_s=bound_s)
     assert report.proofs.keys() == report.violations.keys()
     for kind, proof in report.proofs.items():
         assert len(proof.operations) == proof.violation.operations
         assert proof.violation.read in proof.operations
         if kind in (Kind.FRESHNESS, Kind.BOUND):
-            first = min(event.started if isinstance(event, Write) else event.start for event in proof.operations)
+            first = min(
+                event.started if isinstance(event, Write) else event.start
+                for event in proof.operations
+            )
             assert proof.violation.span == proof.violation.read.end - first
         assert kind in check(proof.operations, bound_s=bound_s).violations
         assert str(proof).startswith(str(kind))
 
 
-def test_a_long_history_of_a_right_cache_is_accepted_and_one_stale_read_in_it_found(tmp_path: Path) -> None:
+def test_a_long_history_of_a_right_cache_is_accepted_and_one_stale_read_in_it_found(
+    tmp_path: Path,
+) -> None:
     """From files, with sessions."""
     path = tmp_path / "events"
     with Recorder(path) as recorder:
@@ -527,14 +682,20 @@ def test_a_long_history_of_a_right_cache_is_accepted_and_one_stale_read_in_it_fo
             at = float(version)
             recorder.append(write(version, at, at + 0.2, at + 0.3, session="s"))
             for reader in range(5):
-                recorder.append(read(version, at + 0.4 + reader / 100, at + 0.5, session=f"reader {reader}"))
+                recorder.append(
+                    read(version, at + 0.4 + reader / 100, at + 0.5, session=f"reader {reader}")
+                )
     history: History = load([path])
     assert check(history, bound_s=BOUND_S).ok
     with Recorder(path) as recorder:
         recorder.append(read(499, 500.35, 500.36))
     report = check(load([path]), bound_s=BOUND_S)
     assert report.violations == {Kind.FRESHNESS: 1}
-    assert [operation.version for operation in report.proofs[Kind.FRESHNESS].operations if isinstance(operation, Write)] == [
+    assert [
+        operation.version
+        for operation in report.proofs[Kind.FRESHNESS].operations
+        if isinstance(operation, Write)
+    ] == [
         499,
         500,
     ]

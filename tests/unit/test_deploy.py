@@ -1,4 +1,5 @@
-"""What lies in deploy/ for those who operate: alert rules, their tests and runbooks, and the Grafana dashboard."""
+"""What lies in deploy/ for those who operate: alert rules, their tests and runbooks, and the
+Grafana dashboard."""
 
 import json
 import re
@@ -20,12 +21,19 @@ ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "respcache.json").read_text())
 RUNBOOKS = ROOT / "docs" / "runbooks"
-SECTIONS = ["What it means", "What users notice", "How to see it", "How to mend it", "How to know that it is mended"]
+SECTIONS = [
+    "What it means",
+    "What users notice",
+    "How to see it",
+    "How to mend it",
+    "How to know that it is mended",
+]
 
 NAME = re.compile(r"\b(?:(?:[a-z_]+:)*respcache_[a-z_]+(?::[a-z0-9_]+)?)\b")
 SELECTOR = re.compile(rf"({NAME.pattern})\{{([^}}]*)\}}")
 promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt-get install prometheus)"
+    shutil.which("promtool") is None,
+    reason="promtool is not installed (Debian: apt-get install prometheus)",
 )
 
 
@@ -33,7 +41,9 @@ def exported() -> dict[str, set[str]]:
     """Return the series that a scrape yields, with their labels: of histograms three."""
     found: dict[str, set[str]] = {}
     for metric in metrics.ALL:
-        labels = set(metric.labels) | ({"worker"} if metric in (*metrics.OF_WORKERS, *metrics.OF_TENANTS) else set())
+        labels = set(metric.labels) | (
+            {"worker"} if metric in (*metrics.OF_WORKERS, *metrics.OF_TENANTS) else set()
+        )
         for suffix in ("_bucket", "_count", "_sum") if metric.kind == "histogram" else ("",):
             found[metric.full_name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
     return found
@@ -45,8 +55,16 @@ def panels(of: Any = DASHBOARD) -> Iterator[dict[str, Any]]:
         yield from panels(panel) if "panels" in panel else ()
 
 
-QUERIES = {f"{panel['title']}: {target['refId']}": target["expr"] for panel in panels() for target in panel.get("targets", ())}
-VARIABLES = {f"${one['name']}": one["query"]["query"] for one in DASHBOARD["templating"]["list"] if one["type"] == "query"}
+QUERIES = {
+    f"{panel['title']}: {target['refId']}": target["expr"]
+    for panel in panels()
+    for target in panel.get("targets", ())
+}
+VARIABLES = {
+    f"${one['name']}": one["query"]["query"]
+    for one in DASHBOARD["templating"]["list"]
+    if one["type"] == "query"
+}
 EXPRESSIONS = {
     **RECORDED, **{name: rule["expr"] for name, rule in ALERTS.items()}, **QUERIES, **VARIABLES,
 }  # fmt: skip
@@ -72,7 +90,8 @@ def test_what_is_recorded_is_used() -> None:
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_every_alert_has_a_runbook(name: str) -> None:
-    """With the same sections in the same order; its name is the page's, and the page says how urgent it is."""
+    """With the same sections in the same order; its name is the page's, and the page says how
+    urgent it is."""
     rule = ALERTS[name]
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert {"summary", "description", "runbook_url"} == rule["annotations"].keys()
@@ -89,7 +108,9 @@ def test_every_runbook_belongs_to_an_alert_and_is_listed() -> None:
     pages = {path.stem for path in RUNBOOKS.glob("*.md")}
     assert pages == ALERTS.keys()
     listed = re.findall(
-        r"^\| \[(\w+)\]\(runbooks/(\w+)\.md\) \| (\w+) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
+        r"^\| \[(\w+)\]\(runbooks/(\w+)\.md\) \| (\w+) \|",
+        (ROOT / "docs" / "metrics.md").read_text(),
+        re.MULTILINE,
     )
     assert listed == [(name, name, rule["labels"]["severity"]) for name, rule in ALERTS.items()]
 
@@ -114,7 +135,9 @@ def test_every_alert_has_a_unit_test_that_it_fires() -> None:
 )
 def test_promtool_accepts(command: tuple[str, ...]) -> None:
     """The rules, the unit tests of the alerts, and the scrape configuration."""
-    done = subprocess.run(["promtool", *command], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", *command], cwd=PROMETHEUS, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -127,7 +150,9 @@ def test_promtool_parses_what_the_dashboard_asks(name: str, tmp_path: Path) -> N
     rules = {"groups": [{"name": "dashboard", "rules": [{"record": "panel", "expr": expression}]}]}
     path = tmp_path / "rules.yml"
     path.write_text(yaml.safe_dump(rules))
-    done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -139,7 +164,9 @@ def test_the_dashboard_is_whole() -> None:
     assert len(set(identities)) == len(identities)
     for panel in panels():
         place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        cells = {
+            (place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])
+        }
         assert place["x"] + place["w"] <= 24
         assert panel["title"]
         assert not taken & cells, panel["title"]

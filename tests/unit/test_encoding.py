@@ -1,4 +1,5 @@
-"""Content codings: what a client accepts, what is worth compressing, what a frame may do to us, and which headers say so."""
+"""Content codings: what a client accepts, what is worth compressing, what a frame may do to us, and
+which headers say so."""
 
 import gzip as standard_gzip
 import itertools
@@ -26,7 +27,10 @@ from respcache.core.encoding import (
 )
 from respcache.core.encoding import zstd as library
 
-TEXT = b'[{"name":"Apex Foods 1","city":"Berlin","score":71},{"name":"Cedar Labs 2","city":"Lyon","score":12}]' * 40
+TEXT = (
+    b'[{"name":"Apex Foods 1","city":"Berlin","score":71},{"name":"Cedar Labs '
+    b'2","city":"Lyon","score":12}]' * 40
+)
 JSON = (b"content-type", b"application/json")
 LIMIT = 64 * 1024
 
@@ -110,9 +114,12 @@ def test_no_header_raises_or_invents_a_coding(header: bytes) -> None:
     assert coding is Coding.identity or coding.encode() in header.lower() or b"*" in header
 
 
-@given(st.dictionaries(st.sampled_from(["gzip", "zstd", "identity", "br", "*"]), st.integers(0, 1000)))
+@given(
+    st.dictionaries(st.sampled_from(["gzip", "zstd", "identity", "br", "*"]), st.integers(0, 1000))
+)
 def test_the_heaviest_acceptable_coding_wins(weights: dict[str, int]) -> None:
-    """Against the rule, spelled out plainly: no other acceptable coding is heavier, and a tie goes to the smaller body."""
+    """Against the rule, spelled out plainly: no other acceptable coding is heavier, and a tie goes
+    to the smaller body."""
     header = ", ".join(f"{name};q={weight / 1000:.3f}" for name, weight in weights.items()).encode()
     named = {name: weights.get(name, weights.get("*", -1)) for name in ("zstd", "gzip", "identity")}
     heaviest = max(named.values())
@@ -181,18 +188,23 @@ def test_text_is_compressible(content_type: bytes | None, expected: bool) -> Non
     ],
 )
 def test_the_handler_can_keep_its_bytes(headers: list[tuple[bytes, bytes]], expected: bool) -> None:
-    """By a coding of its own, by no-transform, and by a strong entity tag, which names these very bytes."""
+    """By a coding of its own, by no-transform, and by a strong entity tag, which names these very
+    bytes."""
     assert encodable(headers) is expected
 
 
 def test_short_answers_are_not_negotiated() -> None:
-    """They are plain for everybody, so no Vary is needed; what is not encodable stays so at any length."""
+    """They are plain for everybody, so no Vary is needed; what is not encodable stays so at any
+    length."""
     assert not negotiable([JSON], length=encoding.MIN_BYTES - 1)
     assert negotiable([JSON], length=encoding.MIN_BYTES)
     assert not negotiable([JSON, (b"etag", b'"v1"')], length=encoding.MIN_BYTES)
 
 
-@given(st.binary(max_size=3000) | st.builds(bytes.__mul__, st.binary(min_size=1, max_size=80), st.integers(100, 900)))
+@given(
+    st.binary(max_size=3000)
+    | st.builds(bytes.__mul__, st.binary(min_size=1, max_size=80), st.integers(100, 900))
+)
 def test_what_was_compressed_comes_back(body: bytes) -> None:
     """Through zstd, if it was worth it, and through gzip always."""
     packed = compress(body)
@@ -213,7 +225,8 @@ def test_only_what_pays_is_compressed() -> None:
 
 
 def test_any_client_may_be_sent_the_frame() -> None:
-    """RFC 9659: a client need not grant a window of more than 8 MiB; a longer body does not make ours longer."""
+    """RFC 9659: a client need not grant a window of more than 8 MiB; a longer body does not make
+    ours longer."""
     packed = compress(random.Random(1).randbytes(1000) * 9500)
     assert packed is not None
     single_segment, window = packed[4] & 0x20, packed[5]  # RFC 8878, section 3.1.1.1
@@ -259,7 +272,9 @@ def test_a_cut_or_lengthened_frame_is_damaged() -> None:
     """Also where all of the body is there and only the checksum is not."""
     packed = compress(TEXT)
     assert packed is not None
-    assert all(decompress(packed[:length], max_bytes=LIMIT) is None for length in range(len(packed)))
+    assert all(
+        decompress(packed[:length], max_bytes=LIMIT) is None for length in range(len(packed))
+    )
     assert decompress(packed + b"\0", max_bytes=LIMIT) is None
     assert decompress(packed + packed, max_bytes=LIMIT) is None
 
@@ -282,7 +297,8 @@ def test_a_frame_that_does_not_state_its_size_is_not_ours() -> None:
 @pytest.mark.parametrize("window_log", [10, 14, 27])
 @pytest.mark.parametrize("stated", [1000, LIMIT, 32 * 1024 * 1024])
 def test_a_bomb_in_the_store_does_not_eat_memory(stated: int, window_log: int) -> None:
-    """What unfolds to 32 MiB, with the truth about its size and with lies, and with windows that libzstd treats differently."""
+    """What unfolds to 32 MiB, with the truth about its size and with lies, and with windows that
+    libzstd treats differently."""
     data = bomb(stated=stated, size=32 * 1024 * 1024, window_log=window_log)
     tracemalloc.start()
     try:
@@ -294,7 +310,8 @@ def test_a_bomb_in_the_store_does_not_eat_memory(stated: int, window_log: int) -
 
 @pytest.mark.parametrize("window_log", [10, 14, 27])
 def test_the_bomb_is_one(window_log: int) -> None:
-    """With the truth about its size it is a frame like any other (RFC 8878), so the test above tests something."""
+    """With the truth about its size it is a frame like any other (RFC 8878), so the test above
+    tests something."""
     size = 512 * 1024
     assert library.decompress(bomb(stated=size, size=size, window_log=window_log)) == b"a" * size
 
@@ -306,7 +323,10 @@ def test_the_bomb_is_one(window_log: int) -> None:
         ([b""], b"Accept-Encoding"),
         ([b"X-View"], b"X-View, Accept-Encoding"),
         ([b"accept-encoding"], b"accept-encoding"),
-        ([b"X-View,Accept-Encoding , Accept-Language"], b"X-View, Accept-Encoding, Accept-Language"),
+        (
+            [b"X-View,Accept-Encoding , Accept-Language"],
+            b"X-View, Accept-Encoding, Accept-Language",
+        ),
         ([b"X-View", b"Accept-Language"], b"X-View, Accept-Language, Accept-Encoding"),
         ([b"accept-encoding", b"Accept-Encoding"], b"Accept-Encoding"),
         ([b"X-Accept-Encoding"], b"X-Accept-Encoding, Accept-Encoding"),
@@ -324,14 +344,24 @@ def test_vary_is_merged_and_not_doubled(given_values: list[bytes], expected: byt
 @pytest.mark.parametrize("coding", Coding)
 def test_the_headers_say_what_is_sent(coding: Coding) -> None:
     """Length, coding and Vary, each once; the others as they were, in their order."""
-    stored = (JSON, (b"content-length", b"4000"), (b"vary", b"X-View"), (b"etag", b'W/"v1"'), (b"x-total-count", b"7"))
+    stored = (
+        JSON,
+        (b"content-length", b"4000"),
+        (b"vary", b"X-View"),
+        (b"etag", b'W/"v1"'),
+        (b"x-total-count", b"7"),
+    )
     headers = negotiated(shared(stored), coding=coding, length=900)
     said = {b"content-encoding": coding.encode()} if coding is not Coding.identity else {}
     assert dict(headers) == {
         **dict(stored), **said, b"content-length": b"900", b"vary": b"X-View, Accept-Encoding",
     }  # fmt: skip
     assert len(headers) == len(dict(headers))
-    assert [pair for pair in headers if pair in stored] == [JSON, (b"etag", b'W/"v1"'), (b"x-total-count", b"7")]
+    assert [pair for pair in headers if pair in stored] == [
+        JSON,
+        (b"etag", b'W/"v1"'),
+        (b"x-total-count", b"7"),
+    ]
 
 
 def test_a_length_in_another_case_or_none_gives_one_length() -> None:
@@ -342,12 +372,22 @@ def test_a_length_in_another_case_or_none_gives_one_length() -> None:
 
 
 def test_every_coding_has_the_same_vary() -> None:
-    """Or a cache between us and the client gives zstd to one who asked for plain bytes (RFC 9110, section 12.5.5)."""
-    assert len({dict(negotiated(shared([JSON]), coding=coding, length=1))[b"vary"] for coding in Coding}) == 1
+    """Or a cache between us and the client gives zstd to one who asked for plain bytes (RFC 9110,
+    section 12.5.5)."""
+    assert (
+        len(
+            {
+                dict(negotiated(shared([JSON]), coding=coding, length=1))[b"vary"]
+                for coding in Coding
+            }
+        )
+        == 1
+    )
 
 
 def bomb(*, stated: int, size: int, window_log: int) -> bytes:
-    """Make a frame of run-length blocks that unfolds to ``size`` bytes and says ``stated`` (RFC 8878, section 3.1.1)."""
+    """Make a frame of run-length blocks that unfolds to ``size`` bytes and says ``stated`` (RFC
+    8878, section 3.1.1)."""
     block = min(1 << window_log, 128 * 1024)
     blocks = size // block
     head = b"\x28\xb5\x2f\xfd" + bytes([2 << 6, window_log - 10 << 3]) + struct.pack("<I", stated)

@@ -8,13 +8,17 @@ from respcache.core.generations import Certificate
 
 entries = st.builds(
     Entry,
-    certificate=st.builds(Certificate, nonce=st.binary(min_size=16, max_size=16), sequence=st.integers(0, 2**64 - 1)),
+    certificate=st.builds(
+        Certificate, nonce=st.binary(min_size=16, max_size=16), sequence=st.integers(0, 2**64 - 1)
+    ),
     digest=st.binary(min_size=16, max_size=16),
     stored_at_ms=st.integers(0, 2**60),
     ttl_ms=st.integers(0, 2**32 - 1),
     fill_ms=st.integers(0, 2**32 - 1),
     status=st.integers(100, 599),
-    headers=st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=40)), max_size=5).map(tuple),
+    headers=st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=40)), max_size=5).map(
+        tuple
+    ),
     body=st.binary(max_size=200),
 )
 

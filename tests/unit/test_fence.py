@@ -37,7 +37,9 @@ def test_a_fence_allows_its_own_server_until_its_moment() -> None:
         ({"rows": [("a", "T:x", "1"), (EVERYBODY, "T:x", "2")]}, "emptied"),
     ],
 )
-def test_an_epoch_ends_when_rows_may_have_been_missed(given: dict[str, object], reason: str | None) -> None:
+def test_an_epoch_ends_when_rows_may_have_been_missed(
+    given: dict[str, object], reason: str | None
+) -> None:
     """And only then: a new one makes everything cold."""
     found = outdated(EPOCH, CURSOR, page(**given))
     assert (found is None) if reason is None else (found is not None and reason in found)
@@ -53,13 +55,16 @@ def test_an_epoch_ends_when_rows_may_have_been_missed(given: dict[str, object], 
         ({"authority": EPOCH.identity, "effective": True, "recorded": True}, Step.GRANT),
     ],
 )
-def test_a_fence_is_granted_by_the_effective_authority_with_its_end_recorded(given: dict[str, object], step: Step) -> None:
+def test_a_fence_is_granted_by_the_effective_authority_with_its_end_recorded(
+    given: dict[str, object], step: Step
+) -> None:
     """Everything else has to be mended first, or awaited."""
     assert next_step(page(**given), EPOCH.identity) is step
 
 
 def test_rows_are_sorted_by_tenant_with_ids_as_far_as_the_ring_reaches() -> None:
-    """Tags once each; with more ids than a generation remembers, none: then the bump is unconditional."""
+    """Tags once each; with more ids than a generation remembers, none: then the bump is
+    unconditional."""
     rows = [("a", "T:x", "1"), ("b", "T:x", "2"), ("a", "T:y", "3"), ("a", "T:x", "4")]
     due = by_tenant(rows)
     assert due["a"].tags == ("T:x", "T:y")

@@ -19,7 +19,9 @@ reasons = st.dictionaries(st.sampled_from(["off", "store", "denied"]), st.intege
 @st.composite
 def figures(draw: st.DrawFn) -> Figures:
     """Make the live counters of a route, or of writes."""
-    one = Figures(draw(st.sampled_from(["books", "films"])), draw(st.sampled_from(["", "/a", "/b"])), Times())
+    one = Figures(
+        draw(st.sampled_from(["books", "films"])), draw(st.sampled_from(["", "/a", "/b"])), Times()
+    )
     for name in COUNTS:
         setattr(one, name, draw(numbers))
     for reason, count in draw(reasons).items():
@@ -69,7 +71,8 @@ def test_another_version_is_left_out(version: Any) -> None:
 
 
 def test_the_version_belongs_to_the_bounds() -> None:
-    """Buckets are published by position: others need another version, and this test another line."""
+    """Buckets are published by position: others need another version, and this test another
+    line."""
     assert (fleet.VERSION, len(BOUNDS_S), BOUNDS_S[6]) == (1, 18, 0.0025)
 
 
@@ -78,9 +81,17 @@ def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
     times = Times(hits=Histogram(), misses=Histogram(), saved_s=1.5)
     for seconds in (0.0002, 0.0002, 0.0002, 0.03):
         times.hits.observe(seconds)
-    fields = fleet.counters(Totals(hits=4, misses=2, bypasses={"off": 1, "store": 2}), times, Stats())
+    fields = fleet.counters(
+        Totals(hits=4, misses=2, bypasses={"off": 1, "store": 2}), times, Stats()
+    )
     point = fleet.point(1_000, {**fields, "of another release": 7})
-    assert (point.at, point.hits, point.misses, point.bypasses, point.saved_s) == (1_000, 4, 2, 3, 1.5)
+    assert (point.at, point.hits, point.misses, point.bypasses, point.saved_s) == (
+        1_000,
+        4,
+        2,
+        3,
+        1.5,
+    )
     assert point.hit_p50_s == pytest.approx(0.0002, abs=5e-5)
     assert point.hit_p95_s == pytest.approx(0.05, rel=0.5)
     assert (point.miss_p50_s, fleet.point(1_010, {}).hits) == (None, 0)
@@ -89,9 +100,13 @@ def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
 def test_routes_and_writes_of_processes_are_added_up_by_module() -> None:
     """Times with them; adding up changes nothing of what is added."""
     times = Times(fill_s=1.0)
-    sheets = [Sheet(None, [RouteFigures("/a", "books", Totals(hits=2), times)], [], []) for _ in range(3)]  # type: ignore[arg-type]
+    sheets = [
+        Sheet(None, [RouteFigures("/a", "books", Totals(hits=2), times)], [], []) for _ in range(3)
+    ]  # type: ignore[arg-type]
     routes = fleet.by_route(sheets)
-    modules = fleet.by_module(routes, [ModuleFigures("books", Totals(invalidations=4)), ModuleFigures("atlas", Totals())])
+    modules = fleet.by_module(
+        routes, [ModuleFigures("books", Totals(invalidations=4)), ModuleFigures("atlas", Totals())]
+    )
     assert [(route.route, route.totals.hits) for route in routes] == [("/a", 6)]
     found = [(one.module, one.totals.hits, one.totals.invalidations) for one in modules]
     assert found == [

@@ -3,13 +3,27 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from respcache.core.generations import FLOOR, MAX_TAGS_PER_BUMP, Certificate, Generation, Verdict, collapse, read_generation
+from respcache.core.generations import (
+    FLOOR,
+    MAX_TAGS_PER_BUMP,
+    Certificate,
+    Generation,
+    Verdict,
+    collapse,
+    read_generation,
+)
 
 NONCE, OTHER = b"0123456789abcdef", b"fedcba9876543210"
 
 
 def view(**changes: object) -> Generation:
-    base: dict = {"server": "run1", "nonce": NONCE, "recorded": "run1", "sequence": 9, "bumps": {"T:accounts": 5}}
+    base: dict = {
+        "server": "run1",
+        "nonce": NONCE,
+        "recorded": "run1",
+        "sequence": 9,
+        "bumps": {"T:accounts": 5},
+    }
     return Generation(**{**base, **changes})
 
 
@@ -49,7 +63,9 @@ def test_an_entry_of_an_earlier_generation_life_is_invalid() -> None:
 def test_a_hash_without_its_head_counts_as_missing() -> None:
     """A stray field written by somebody else is not a generation."""
     assert read_generation([None, b"run1", b"3", b"1"], ["*"], server="run1").nonce is None
-    assert read_generation([NONCE, b"run1", b"3", None, b"2"], ["*", "T:a"], server="run1").bumps == {"T:a": 2}
+    assert read_generation(
+        [NONCE, b"run1", b"3", None, b"2"], ["*", "T:a"], server="run1"
+    ).bumps == {"T:a": 2}
 
 
 def test_too_many_tags_become_the_floor() -> None:
@@ -64,7 +80,9 @@ def test_too_many_tags_become_the_floor() -> None:
     captured=st.integers(0, 20),
     tags=st.sets(st.sampled_from(["*", "T:a", "T:b", "M:m"])),
 )
-def test_validity_is_exactly_no_bump_after_the_capture(bumps: dict[str, int], captured: int, tags: set[str]) -> None:
+def test_validity_is_exactly_no_bump_after_the_capture(
+    bumps: dict[str, int], captured: int, tags: set[str]
+) -> None:
     """The verdict is the definition, for every state."""
     verdict = view(bumps=bumps, sequence=20).judge(Certificate(NONCE, captured), tags)
     assert (verdict is Verdict.VALID) == all(bumps.get(tag, 0) <= captured for tag in tags)

@@ -41,7 +41,9 @@ def record(path: Path, *events: Event) -> None:
 
 
 @given(st.lists(READS | WRITES))
-def test_what_is_appended_comes_back(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> None:
+def test_what_is_appended_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, events: list[Event]
+) -> None:
     """Every event, equal and in order, and again when it is iterated again."""
     path = tmp_path_factory.mktemp("history") / "events"
     record(path, *events)
@@ -54,7 +56,9 @@ def test_what_is_appended_comes_back(tmp_path_factory: pytest.TempPathFactory, e
 def test_histories_of_before_there_was_a_slack_are_read(tmp_path: Path) -> None:
     """They had none. One below 0 is no event."""
     path = tmp_path / "events"
-    path.write_text('\n["r",1.5,2.5,{"acme/é":4,"acme/2":1},"worker-1","acme list","acme list","s","hit"]')
+    path.write_text(
+        '\n["r",1.5,2.5,{"acme/é":4,"acme/2":1},"worker-1","acme list","acme list","s","hit"]'
+    )
     assert list(load([path])) == [READ]
     path.write_text('\n["r",1.5,2.5,{},"worker-1","acme list","acme list","s","hit",-1.0]')
     with pytest.raises(ValueError, match="no event"):
@@ -123,7 +127,9 @@ def test_what_is_appended_after_load_is_not_seen(tmp_path: Path) -> None:
     assert list(load([path])) == [WRITE, READ]
 
 
-def test_an_event_that_was_not_written_as_a_whole_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_was_not_written_as_a_whole_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk must not make a shorter history."""
     monkeypatch.setattr(history.os, "write", lambda file, line: len(line) - 1)
     with Recorder(tmp_path / "events") as recorder, pytest.raises(OSError, match="as a whole"):
@@ -134,17 +140,23 @@ def test_an_event_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """So that processes that share a file do not interleave within lines."""
     calls: list[bytes] = []
     write = os.write
-    monkeypatch.setattr(history.os, "write", lambda file, line: calls.append(line) or write(file, line))
+    monkeypatch.setattr(
+        history.os, "write", lambda file, line: calls.append(line) or write(file, line)
+    )
     record(tmp_path / "events", WRITE, READ)
     assert len(calls) == 2
     assert all(call.startswith(b"\n") and call.count(b"\n") == 1 for call in calls)
 
 
 def test_killed_processes_that_share_a_file_lose_at_most_their_last_line(tmp_path: Path) -> None:
-    """Three append long lines as fast as they can until they are killed; of each, the versions come back without a gap."""
+    """Three append long lines as fast as they can until they are killed; of each, the versions come
+    back without a gap."""
     path = tmp_path / "events"
     path.touch()
-    started = [subprocess.Popen([sys.executable, "-c", APPEND_FOR_EVER, str(path), str(number)]) for number in range(3)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", APPEND_FOR_EVER, str(path), str(number)])
+        for number in range(3)
+    ]
     deadline = time.monotonic() + 30
     while len({event.process for event in load([path])}) < 3:
         assert time.monotonic() < deadline
@@ -166,5 +178,9 @@ def test_the_clock_is_common_to_all_processes_of_a_host() -> None:
     """What another process reads between two readings of ours lies between them."""
     before = history.now()
     code = "from respcache.testing.history import now; print(repr(now()))"
-    other = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    other = float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert before < other < history.now()

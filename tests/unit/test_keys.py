@@ -11,17 +11,28 @@ SECRET = b"s" * 32
 
 
 def digest(secret: bytes = SECRET, schema: str = "1", **changes: object) -> bytes:
-    parts: dict = {"tenant": "abc", "route": "/a", "tables": ("a",), "fingerprint": b"f", "parameters": (("query", "q", "x"),)}
+    parts: dict = {
+        "tenant": "abc",
+        "route": "/a",
+        "tables": ("a",),
+        "fingerprint": b"f",
+        "parameters": (("query", "q", "x"),),
+    }
     return keys.Digester(secret, schema_version=schema).digest(**{**parts, **changes})
 
 
 def test_keys_have_the_documented_shape() -> None:
     """SCAN and KEYS tooling written for this pattern keeps working."""
     name = digest()
-    assert keys.entry_key("abc-123", "accounts", "list", name) == f"tenant:abc-123:accounts:list:{name.hex()}"
+    assert (
+        keys.entry_key("abc-123", "accounts", "list", name)
+        == f"tenant:abc-123:accounts:list:{name.hex()}"
+    )
     assert len(name) == 16
     assert keys.generation_key("abc-123") == "tenant:abc-123:~gen"
-    assert keys.lease_key("abc-123", "accounts", "list", name).startswith("tenant:abc-123:~fill:accounts:list:")
+    assert keys.lease_key("abc-123", "accounts", "list", name).startswith(
+        "tenant:abc-123:~fill:accounts:list:"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,23 @@ ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^\| `(respcache_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def test_the_table_of_metrics_is_that_of_the_code() -> None:
     """docs/metrics.md: name, kind, labels and meaning of each, in this order, and none besides."""
-    listed = [tuple(cell.strip() for cell in row) for row in ROW.findall((ROOT / "docs" / "metrics.md").read_text())]
+    listed = [
+        tuple(cell.strip() for cell in row)
+        for row in ROW.findall((ROOT / "docs" / "metrics.md").read_text())
+    ]
     assert listed == [
-        (one.full_name, one.kind, ", ".join(f"`{label}`" for label in one.labels), one.about.rstrip(".")) for one in metrics.ALL
+        (
+            one.full_name,
+            one.kind,
+            ", ".join(f"`{label}`" for label in one.labels),
+            one.about.rstrip("."),
+        )
+        for one in metrics.ALL
     ]
 
 
@@ -31,7 +40,10 @@ def test_reasons_come_in_the_order_of_their_names() -> None:
     route = RouteFigures("/a", "books", Totals(bypasses={"store": 1, "off": 2}), Times())
     sheet = Sheet(None, [route], [], [])  # type: ignore[arg-type]
     (bypasses,) = [one for one in metrics.OF_WORKERS if one.name == "bypasses"]
-    assert list(bypasses.read(sheet)) == [(("books", "/a", "off"), 2), (("books", "/a", "store"), 1)]
+    assert list(bypasses.read(sheet)) == [
+        (("books", "/a", "off"), 2),
+        (("books", "/a", "store"), 1),
+    ]
     assert list(route.totals.to_dict()["bypasses"]) == ["off", "store"]
 
 
@@ -49,12 +61,16 @@ def test_names_keep_the_conventions() -> None:
         }  # fmt: skip
 
 
-# -- the largest tenants -----------------------------------------------------------------------------------------------
+# -- the largest tenants ---------------------------------------------------------------------------
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("abcdefg"), st.integers(0, 5)), max_size=20), st.integers(0, 4))
+@given(
+    st.lists(st.dictionaries(st.sampled_from("abcdefg"), st.integers(0, 5)), max_size=20),
+    st.integers(0, 4),
+)
 def test_the_rest_of_the_tenants_never_goes_down(steps: list[dict[str, int]], k: int) -> None:
-    """However tenants overtake each other: a counter that went down would count as one that began anew."""
+    """However tenants overtake each other: a counter that went down would count as one that began
+    anew."""
     counters: dict[str, float] = dict.fromkeys("abcdefg", 0)
     before = 0.0
     for step in steps:
@@ -71,4 +87,7 @@ def test_the_rest_of_the_tenants_never_goes_down(steps: list[dict[str, int]], k:
 
 def test_tenants_without_a_name_of_their_own_are_of_the_rest() -> None:
     """Those beyond the bound, and one that is called like the rest, are never among the largest."""
-    assert dict(largest({OTHER: 100, "other": 50, "acme": 2, "idle": 0}, 3)) == {("acme",): 2, ("other",): 150}
+    assert dict(largest({OTHER: 100, "other": 50, "acme": 2, "idle": 0}, 3)) == {
+        ("acme",): 2,
+        ("other",): 150,
+    }

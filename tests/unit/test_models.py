@@ -7,7 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
-NAMES = re.findall(r"^\| (\w+\.pml) \| (\w+) \| (src/\S+) \| (\w+) \|$", (MODELS / "README.md").read_text(), re.MULTILINE)
+NAMES = re.findall(
+    r"^\| (\w+\.pml) \| (\w+) \| (src/\S+) \| (\w+) \|$",
+    (MODELS / "README.md").read_text(),
+    re.MULTILINE,
+)
 
 
 def test_there_are_names() -> None:
@@ -16,7 +20,9 @@ def test_there_are_names() -> None:
 
 
 @pytest.mark.parametrize(("model", "there", "file", "here"), NAMES, ids=lambda name: name)
-def test_a_name_exists_in_the_model_and_in_the_code(model: str, there: str, file: str, here: str) -> None:
+def test_a_name_exists_in_the_model_and_in_the_code(
+    model: str, there: str, file: str, here: str
+) -> None:
     """Whoever renames one side is told of the other."""
     for path, name in ((MODELS / model, there), (ROOT / file, here)):
         assert re.search(rf"(?<!\w){name}(?!\w)", path.read_text()), f"{path.name} has no {name}"

@@ -1,4 +1,5 @@
-"""Hits from the memory of a process: what proves them at each level, for whom they are, and in which form they are sent."""
+"""Hits from the memory of a process: what proves them at each level, for whom they are, and in
+which form they are sent."""
 
 import asyncio
 import gzip
@@ -14,7 +15,19 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.gzip import GZipMiddleware
 
-from respcache import Cache, Claim, ConfigurationError, Denied, Head, Level, MemoryStore, Policy, Scope, SingleTenant, cache_list
+from respcache import (
+    Cache,
+    Claim,
+    ConfigurationError,
+    Denied,
+    Head,
+    Level,
+    MemoryStore,
+    Policy,
+    Scope,
+    SingleTenant,
+    cache_list,
+)
 from respcache.core.encoding import zstd
 from respcache.core.errors import StoreError
 from respcache.core.generations import Generation
@@ -52,7 +65,9 @@ class Counting(MemoryStore):
         self.reads.append(entry)
         return await super().read(entry, wanted)
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         """Count."""
         self.views += 1
         super().view(generation, tags, done)
@@ -76,18 +91,26 @@ class World:
         self.varied = "a"
         app = FastAPI()
         for level in Level:
-            app.get(f"/{level}")(cache_list("things", level=level, ttl=100, bound_s=2.0)(self._handler(level)))
+            app.get(f"/{level}")(
+                cache_list("things", level=level, ttl=100, bound_s=2.0)(self._handler(level))
+            )
         varied = cache_list("things", level="ttl", ttl=100, varies_by=lambda scope: self.varied)
         app.get("/varied")(varied(self._handler("varied")))
         resolver = options.pop("resolver", SingleTenant("public"))
-        self.cache = Cache(self.store, secret=SECRET, resolver=resolver, clock=self.clock, audit_share=0, **options)
+        self.cache = Cache(
+            self.store, secret=SECRET, resolver=resolver, clock=self.clock, audit_share=0, **options
+        )
         self.wrapped = self.cache.wrap(app)
         self.http: httpx2.AsyncClient
 
     def _handler(self, level: str) -> Any:
         async def things(request: Request) -> Response:
             self.made += 1
-            return Response(self.body or f"{level} {self.version}", headers=self.headers, media_type="text/plain")
+            return Response(
+                self.body or f"{level} {self.version}",
+                headers=self.headers,
+                media_type="text/plain",
+            )
 
         things.__name__ = f"list_{level}"
         return things
@@ -111,7 +134,9 @@ class World:
 async def running(world: World) -> AsyncIterator[World]:
     await world.cache.connect()
     transport = httpx2.ASGITransport(app=world.wrapped, raise_app_exceptions=False)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://test", headers={"accept-encoding": ""}) as http:
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://test", headers={"accept-encoding": ""}
+    ) as http:
         world.http = http
         yield world
     await world.cache.close()
@@ -123,11 +148,12 @@ async def world() -> AsyncIterator[World]:
         yield made
 
 
-# -- levels ------------------------------------------------------------------------------------------------------------
+# -- levels ----------------------------------------------------------------------------------------
 
 
 async def test_a_strict_hit_from_memory_asks_for_a_view_alone(world: World) -> None:
-    """The entry does not come over the wire again; what another process wrote is seen by the very next request."""
+    """The entry does not come over the wire again; what another process wrote is seen by the very
+    next request."""
     await world.get()
     world.store.reads.clear()
     world.store.views = 0
@@ -153,7 +179,8 @@ async def test_bounded_hits_need_no_view_until_the_bound_is_over(world: World) -
 
 
 async def test_bounded_hits_see_what_is_heard_of_at_once(world: World) -> None:
-    """What others bump when the message comes, what this process bumps always, and nothing is trusted once a link is gone."""
+    """What others bump when the message comes, what this process bumps always, and nothing is
+    trusted once a link is gone."""
     await world.get("/bounded")
     assert await world.get("/bounded") == "bounded 0 hit"
     await world.write(by=MemoryStore(world.store.server))
@@ -198,7 +225,11 @@ async def test_an_entry_in_memory_ends_when_it_ends_in_the_store(world: World) -
         await first.get()
         clock.now += 60
         assert await second.get() == "strict 0 hit"
-        assert 25 < int((await second.http.get("/strict")).headers["cache-status"].partition("ttl=")[2]) < 40
+        assert (
+            25
+            < int((await second.http.get("/strict")).headers["cache-status"].partition("ttl=")[2])
+            < 40
+        )
         clock.now += 41
         assert await second.get() == "strict 0 miss"
 
@@ -229,7 +260,7 @@ def test_a_level_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
         cache_list("things", **options)
 
 
-# -- for whom ----------------------------------------------------------------------------------------------------------
+# -- for whom --------------------------------------------------------------------------------------
 
 
 class People:
@@ -267,7 +298,8 @@ class People:
 
 
 async def test_credentials_are_verified_once_and_again_when_they_end() -> None:
-    """By the claim's own end, after a minute at the latest, and for every other spelling of the request."""
+    """By the claim's own end, after a minute at the latest, and for every other spelling of the
+    request."""
     people = People()
     async with running(World(resolver=people)) as world:
         await world.get(**{"x-user": "ann"})
@@ -299,11 +331,15 @@ async def test_what_is_forgotten_is_verified_and_looked_up_anew() -> None:
         assert await world.get(**{"x-user": "ann"}) == "strict 0 hit"
         world.cache.forget()
         assert len(world.wrapped.memo) == 0
-        assert "detail=denied" in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
+        assert (
+            "detail=denied"
+            in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
+        )
 
 
 async def test_a_look_under_way_while_all_is_forgotten_is_not_remembered() -> None:
-    """Its credentials were verified before: it is answered, and the next request is verified anew."""
+    """Its credentials were verified before: it is answered, and the next request is verified
+    anew."""
     people = People()
     people.pause = asyncio.Event()
     async with running(World(resolver=people)) as world:
@@ -314,7 +350,10 @@ async def test_a_look_under_way_while_all_is_forgotten_is_not_remembered() -> No
         people.pause.set()
         assert await asking == "strict 0 miss"
         del people.sees["ann"]
-        assert "detail=denied" in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
+        assert (
+            "detail=denied"
+            in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
+        )
         assert len(world.wrapped.memo) == 0
 
 
@@ -345,7 +384,8 @@ async def test_a_resolver_that_does_not_say_what_it_looks_at_is_asked_every_time
 
 @pytest.mark.parametrize("level", ["strict", "bounded", "ttl"])
 async def test_a_scope_that_changed_ends_the_plan(level: str) -> None:
-    """At every level as soon as the bump of its table is heard of: the next request is looked up under the new scope."""
+    """At every level as soon as the bump of its table is heard of: the next request is looked up
+    under the new scope."""
     people = People()
     async with running(World(resolver=people)) as world:
         world.body = b"all rows"
@@ -367,21 +407,29 @@ async def test_who_may_see_it_is_bounded_at_level_ttl() -> None:
             await world.get("/ttl", **{"x-user": "ann"})
         people.sees["ann"] = b"own"
         world.body = b"own rows"
-        await MemoryStore(world.store.server).bump("tenant:public:~gen", tags=["T:users"], ttl_ms=100_000)
+        await MemoryStore(world.store.server).bump(
+            "tenant:public:~gen", tags=["T:users"], ttl_ms=100_000
+        )
         assert await world.get("/ttl", **{"x-user": "ann"}) == "all rows hit"
         world.clock.now += 2.001
         assert await world.get("/ttl", **{"x-user": "ann"}) == "own rows miss"
 
 
 async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
-    """While one request waits for its view, another finds that the scope has changed and gives the plan a new aim: the first
-    one, whose answer was made for the old scope, must not be proven by what was found of the new one."""
+    """While one request waits for its view, another finds that the scope has changed and gives the
+    plan a new aim: the first one, whose answer was made for the old scope, must not be proven by
+    what was found of the new one."""
     people = People()
 
     class Slow(Counting):
         held: list[Callable[[], None]] | None = None
 
-        def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+        def view(
+            self,
+            generation: str,
+            tags: Sequence[str],
+            done: Callable[[Generation | StoreError], None],
+        ) -> None:
             if self.held is None:
                 super().view(generation, tags, done)
             else:
@@ -414,7 +462,7 @@ async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
         assert await first == "own rows miss"
 
 
-# -- proofs that are remembered ------------------------------------------------------------------------------------------
+# -- proofs that are remembered --------------------------------------------------------------------
 
 LEVELS = pytest.mark.parametrize("level", ["strict", "bounded", "ttl"])
 
@@ -424,7 +472,9 @@ async def proven(world: World, level: str) -> Aim:
     world.body = b"proven"
     for _ in range(2):
         await world.get(f"/{level}")
-    aim = next(plan.aim for plan in world.wrapped.memo.plans() if plan.route.template == f"/{level}")
+    aim = next(
+        plan.aim for plan in world.wrapped.memo.plans() if plan.route.template == f"/{level}"
+    )
     assert aim is not None
     assert world.cache.granted(aim, world.clock()) is aim.grant is not None
     world.body = b"made anew"
@@ -438,7 +488,9 @@ async def test_a_pending_invalidation_ends_a_proof(level: str) -> None:
     class Refusing(Counting):
         refuses = False
 
-        async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
+        async def bump(
+            self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()
+        ) -> Bumped:
             if self.refuses:
                 raise StoreError("refused")
             return await super().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows)
@@ -450,14 +502,21 @@ async def test_a_pending_invalidation_ends_a_proof(level: str) -> None:
         await world.write()
         assert world.cache.pending_tenants == ("public",)
         for _ in range(2):
-            assert "detail=pending-invalidation" in (await world.http.get(f"/{level}")).headers["cache-status"]
+            assert (
+                "detail=pending-invalidation"
+                in (await world.http.get(f"/{level}")).headers["cache-status"]
+            )
         store.refuses = False
         await world.cache.settled()
         assert await world.get(f"/{level}") == "made anew miss"
 
 
 @LEVELS
-@pytest.mark.parametrize("switch", [{}, {"tenant_id": "public"}, {"module": "things"}], ids=["everything", "tenant", "module"])
+@pytest.mark.parametrize(
+    "switch",
+    [{}, {"tenant_id": "public"}, {"module": "things"}],
+    ids=["everything", "tenant", "module"],
+)
 async def test_a_switch_ends_a_proof(world: World, level: str, switch: dict[str, str]) -> None:
     """Also where nobody is asked; another tenant's ends none."""
     await proven(world, level)
@@ -471,7 +530,8 @@ async def test_a_switch_ends_a_proof(world: World, level: str, switch: dict[str,
 
 @LEVELS
 async def test_a_proof_ends_with_its_entry(world: World, level: str) -> None:
-    """Dropped from memory, all of memory dropped, or another entry in its place: what is there now is served."""
+    """Dropped from memory, all of memory dropped, or another entry in its place: what is there now
+    is served."""
     aim = await proven(world, level)
     near = world.cache.near
     assert near is not None
@@ -485,7 +545,9 @@ async def test_a_proof_ends_with_its_entry(world: World, level: str) -> None:
         assert world.store.reads == [aim.target.entry_key]
     held = near.get(aim.target.entry_key)
     assert held is not None
-    world.cache._lookup.hold(aim.target, replace(held.entry, body=b"another"), remaining_ms=50_000, proven=held.proven)
+    world.cache._lookup.hold(
+        aim.target, replace(held.entry, body=b"another"), remaining_ms=50_000, proven=held.proven
+    )
     assert await world.get(f"/{level}") == "another hit"
 
 
@@ -500,7 +562,8 @@ async def test_a_proof_ends_when_the_entry_does(world: World, level: str) -> Non
 
 
 async def test_a_proof_of_level_bounded_ends_with_the_bound(world: World) -> None:
-    """It counts from the view's question, not from the proof; views that are read for others renew it."""
+    """It counts from the view's question, not from the proof; views that are read for others renew
+    it."""
     world.store.deaf = True
     await proven(world, "bounded")
     began = world.clock.now
@@ -527,9 +590,13 @@ async def test_what_an_answer_varies_by_is_asked_for_every_request(world: World)
     assert await world.get("/varied") == "of a hit"
 
 
-# -- in which form -----------------------------------------------------------------------------------------------------
+# -- in which form ---------------------------------------------------------------------------------
 
-ROWS = b"[" + b", ".join(b'{"id": %d, "name": "a row of the list"}' % number for number in range(200)) + b"]"
+ROWS = (
+    b"["
+    + b", ".join(b'{"id": %d, "name": "a row of the list"}' % number for number in range(200))
+    + b"]"
+)
 
 
 async def coded(world: World, accept: str, path: str = "/strict") -> httpx2.Response:
@@ -543,17 +610,25 @@ async def coded(world: World, accept: str, path: str = "/strict") -> httpx2.Resp
 
 @pytest.mark.parametrize("near_bytes", [0, 1 << 20])
 async def test_hits_are_sent_as_the_client_accepts_them(near_bytes: int) -> None:
-    """Compressed once and served as stored; gzip and plain for others; the same rows in every form, and Vary on each."""
+    """Compressed once and served as stored; gzip and plain for others; the same rows in every form,
+    and Vary on each."""
     async with running(World(near_bytes=near_bytes)) as world:
         world.body = ROWS
         first = await coded(world, "zstd")
         assert (first.raw, first.headers["vary"]) == (ROWS, "Accept-Encoding")
-        found = {accept: await coded(world, accept) for accept in ("zstd", "gzip", "zstd, gzip", "br", "", "gzip;q=0")}
+        found = {
+            accept: await coded(world, accept)
+            for accept in ("zstd", "gzip", "zstd, gzip", "br", "", "gzip;q=0")
+        }
         assert world.made == 1
         assert all("hit" in answer.headers["cache-status"] for answer in found.values())
         assert all(answer.headers["vary"] == "Accept-Encoding" for answer in found.values())
-        assert all(int(answer.headers["content-length"]) == len(answer.raw) for answer in found.values())
-        codings = {accept: answer.headers.get("content-encoding") for accept, answer in found.items()}
+        assert all(
+            int(answer.headers["content-length"]) == len(answer.raw) for answer in found.values()
+        )
+        codings = {
+            accept: answer.headers.get("content-encoding") for accept, answer in found.items()
+        }
         assert codings == {
             "zstd": "zstd", "gzip": "gzip" if near_bytes else None, "zstd, gzip": "zstd", "br": None, "": None, "gzip;q=0": None,
         }  # fmt: skip
@@ -564,7 +639,9 @@ async def test_hits_are_sent_as_the_client_accepts_them(near_bytes: int) -> None
 
 
 @pytest.mark.parametrize("level", list(Level))
-async def test_who_is_served_before_an_answer_is_compressed_gets_it_compressed_from_then_on(world: World, level: Level) -> None:
+async def test_who_is_served_before_an_answer_is_compressed_gets_it_compressed_from_then_on(
+    world: World, level: Level
+) -> None:
     """A proof that was made with the plain form ends when there is a compressed one."""
     world.body = ROWS
     lookup = world.cache._lookup
@@ -578,7 +655,8 @@ async def test_who_is_served_before_an_answer_is_compressed_gets_it_compressed_f
 
 
 async def test_what_a_fill_does_with_its_answer_counts_as_no_use(world: World) -> None:
-    """Compressed, sent and resized, yet asked for once: such entries must go before those that are asked for again."""
+    """Compressed, sent and resized, yet asked for once: such entries must go before those that are
+    asked for again."""
     world.body = ROWS
     await coded(world, "gzip")
     assert world.cache.near is not None
@@ -600,15 +678,25 @@ async def test_what_is_kept_in_the_store_is_the_compressed_form(world: World) ->
 
 @pytest.mark.parametrize(
     ("headers", "body"),
-    [({"content-type": "image/png"}, ROWS), ({"content-type": "text/plain", "etag": '"strong"'}, ROWS), ({}, b"short")],
+    [
+        ({"content-type": "image/png"}, ROWS),
+        ({"content-type": "text/plain", "etag": '"strong"'}, ROWS),
+        ({}, b"short"),
+    ],
 )
-async def test_what_does_not_gain_is_sent_as_the_handler_made_it(headers: dict[str, str], body: bytes) -> None:
+async def test_what_does_not_gain_is_sent_as_the_handler_made_it(
+    headers: dict[str, str], body: bytes
+) -> None:
     """No coding, no Vary."""
     async with running(World()) as world:
         world.headers, world.body = headers, body
         for _ in range(3):
             answer = await coded(world, "zstd, gzip")
-            assert (answer.raw, "vary" in answer.headers, "content-encoding" in answer.headers) == (body, False, False)
+            assert (answer.raw, "vary" in answer.headers, "content-encoding" in answer.headers) == (
+                body,
+                False,
+                False,
+            )
         assert world.made == 1
 
 
@@ -652,7 +740,7 @@ def test_the_level_is_part_of_the_policy() -> None:
     assert Policy("things", "list", 10).level is Level.STRICT
 
 
-# -- what a reader with fresh eyes found ---------------------------------------------------------------------------------
+# -- what a reader with fresh eyes found -----------------------------------------------------------
 
 
 async def test_a_header_that_a_resolver_did_not_name_is_not_there_for_it() -> None:
@@ -667,7 +755,9 @@ async def test_a_header_that_a_resolver_did_not_name_is_not_there_for_it() -> No
             assert "detail=denied" in answer.headers["cache-status"]
 
 
-async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_callers_are_recognised() -> None:
+async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_callers_are_recognised() -> (
+    None
+):
     """Who is told by an address would be taken for the next one who asks the same."""
 
     class ByAddress(People):
@@ -682,7 +772,8 @@ async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_
 
 
 async def test_what_clients_send_takes_no_more_memory_than_the_memo_counts(world: World) -> None:
-    """Parts that keys have in common are kept once; long ones, which nobody else sends, leave with their plan."""
+    """Parts that keys have in common are kept once; long ones, which nobody else sends, leave with
+    their plan."""
     await world.get()
     memo = world.wrapped.memo
     assert memo is not None
@@ -734,19 +825,25 @@ async def test_what_others_add_to_a_hit_stays_with_it(world: World) -> None:
 
 @pytest.mark.parametrize("inner", ["bounded", "ttl"])
 async def test_a_value_inside_a_strict_fill_is_strict(world: World, inner: str) -> None:
-    """Its certificate was captured after the write: what is made of an older value would be stale for all its time."""
+    """Its certificate was captured after the write: what is made of an older value would be stale
+    for all its time."""
 
     async def value() -> int:
         return world.version
 
     async def outer(key: int) -> Any:
         async def make() -> Any:
-            return await world.cache.get_or_set("public", "inner", {}, value, level=inner, bound_s=50)
+            return await world.cache.get_or_set(
+                "public", "inner", {}, value, level=inner, bound_s=50
+            )
 
         return await world.cache.get_or_set("public", "outer", {"key": key}, make)
 
     world.store.deaf = True
-    assert [await outer(1), await world.cache.get_or_set("public", "inner", {}, value, level=inner, bound_s=50)] == [0, 0]
+    assert [
+        await outer(1),
+        await world.cache.get_or_set("public", "inner", {}, value, level=inner, bound_s=50),
+    ] == [0, 0]
     await asyncio.sleep(0)
     world.version = 1
     await MemoryStore(world.store.server).bump("tenant:public:~gen", tags=["*"], ttl_ms=100_000)
@@ -763,7 +860,8 @@ async def test_ttl_does_not_last_against_what_was_heard(world: World) -> None:
 
 
 async def test_an_old_view_is_not_what_new_entries_are_judged_by(world: World) -> None:
-    """A generation that was lost without a word: one look at the store, then memory serves again."""
+    """A generation that was lost without a word: one look at the store, then memory serves
+    again."""
     world.store.deaf = True
     for _ in range(2):
         await world.get("/ttl")
@@ -783,7 +881,9 @@ async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, nam
     await world.get()
     view = world.store.view
 
-    def off(generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def off(
+        generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         world.cache.switches._take(frozenset({name}))
         view(generation, tags, done)
 
@@ -806,17 +906,23 @@ async def test_compression_inside_the_application_hides_nothing(world: World) ->
     cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), audit_share=0)
     wrapped = cache.wrap(app)
     await cache.connect()
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://test") as http:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(wrapped), base_url="http://test"
+    ) as http:
         answers = []
         for accept in ("gzip", "gzip", "", "zstd"):
             answers.append(await http.get("/big", headers={"accept-encoding": accept}))
             await asyncio.sleep(0)
     await cache.close()
-    assert (calls, [answer.headers.get("content-encoding") for answer in answers]) == (1, [None, "gzip", None, "zstd"])
+    assert (calls, [answer.headers.get("content-encoding") for answer in answers]) == (
+        1,
+        [None, "gzip", None, "zstd"],
+    )
 
 
 async def test_an_answer_without_content_that_has_some_is_not_stored() -> None:
-    """Below ASGI its bytes would be taken for the next answer of the connection (RFC 9110, section 15.3.5)."""
+    """Below ASGI its bytes would be taken for the next answer of the connection (RFC 9110, section
+    15.3.5)."""
     app = FastAPI()
 
     @app.get("/none")
@@ -827,13 +933,16 @@ async def test_an_answer_without_content_that_has_some_is_not_stored() -> None:
     cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), audit_share=0)
     wrapped = cache.wrap(app)
     await cache.connect()
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(wrapped), base_url="http://test") as http:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(wrapped), base_url="http://test"
+    ) as http:
         assert "detail=length" in (await http.get("/none")).headers["cache-status"]
     await cache.close()
 
 
 async def test_an_answer_that_nobody_may_change_says_so_every_time(world: World) -> None:
-    """RFC 9111, section 5.2.2.6: on the miss, from memory, and from the store; nothing else of the handler's word is kept."""
+    """RFC 9111, section 5.2.2.6: on the miss, from memory, and from the store; nothing else of the
+    handler's word is kept."""
     world.headers = {"cache-control": "max-age=60, no-transform"}
     for expected in ("stored", "hit", "hit"):
         answer = await world.http.get("/strict")

@@ -10,11 +10,17 @@ from respcache.core.errors import ConfigurationError
 from respcache.core.identity import Head
 from respcache.core.policy import Canonical, Parameter, Policy, canonical, in_order
 
-LIMIT, QUERY, TAGS = Parameter("limit", default="50"), Parameter("q"), Parameter("tag", repeated=True)
+LIMIT, QUERY, TAGS = (
+    Parameter("limit", default="50"),
+    Parameter("q"),
+    Parameter("tag", repeated=True),
+)
 DECLARED = in_order([QUERY, LIMIT, TAGS])
 
 
-def form(query: str, headers: list[tuple[bytes, bytes]] | None = None, declared: tuple = DECLARED) -> Canonical:
+def form(
+    query: str, headers: list[tuple[bytes, bytes]] | None = None, declared: tuple = DECLARED
+) -> Canonical:
     head = Head({"query_string": query.encode("latin-1"), "headers": headers or []})
     return canonical(head, {}, declared=declared, passed=("tenant_id",))
 
@@ -60,10 +66,17 @@ def test_declared_headers_and_cookies_are_part_of_the_key_with_all_their_values(
     declared = (Parameter("lang", "cookie"), Parameter("x-view", "header"))
     one = form("", [(b"x-view", b"a"), (b"cookie", b"lang=de; other=1")], declared)
     assert one.parameters == (("cookie", "lang", "de"), ("header", "x-view", "a"))
-    assert form("", [(b"x-view", b"a"), (b"x-view", b"b"), (b"cookie", b"lang=de")], declared) != one
+    assert (
+        form("", [(b"x-view", b"a"), (b"x-view", b"b"), (b"cookie", b"lang=de")], declared) != one
+    )
 
 
-@given(st.lists(st.tuples(st.sampled_from(["q", "limit", "tag", "_t", "tenant_id"]), st.text(max_size=8)), max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["q", "limit", "tag", "_t", "tenant_id"]), st.text(max_size=8)),
+        max_size=6,
+    )
+)
 def test_the_canonical_form_is_a_fixed_point(pairs: list[tuple[str, str]]) -> None:
     """Handling the canonical request again changes nothing, whatever was sent."""
     once = form(urlencode(pairs, errors="replace"))
@@ -74,10 +87,15 @@ def test_the_canonical_form_is_a_fixed_point(pairs: list[tuple[str, str]]) -> No
 def test_requests_with_one_key_give_the_handler_one_view(pairs: list[tuple[str, str]]) -> None:
     """The key's values and the handler's query string say the same."""
     made = form(urlencode(pairs, errors="replace"))
-    assert parse_qsl(made.query_string.decode(), keep_blank_values=True) == [(n, v) for _, n, v in made.parameters]
+    assert parse_qsl(made.query_string.decode(), keep_blank_values=True) == [
+        (n, v) for _, n, v in made.parameters
+    ]
 
 
-@pytest.mark.parametrize(("kind", "ttl"), [("lists", 180), ("list", 0), ("list", -1), ("list", 1e9), ("list", float("nan"))])
+@pytest.mark.parametrize(
+    ("kind", "ttl"),
+    [("lists", 180), ("list", 0), ("list", -1), ("list", 1e9), ("list", float("nan"))],
+)
 def test_a_policy_that_makes_no_sense_is_refused(kind: str, ttl: float) -> None:
     """At import of the routes, with the value in the message."""
     with pytest.raises(ConfigurationError):

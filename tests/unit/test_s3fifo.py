@@ -16,7 +16,8 @@ from respcache.near.s3fifo import TRIAL_USES, S3Fifo
 
 
 class Model:
-    """S3-FIFO written for reading: three lists, oldest first; everything is summed and searched anew. Keys are integers."""
+    """S3-FIFO written for reading: three lists, oldest first; everything is summed and searched
+    anew. Keys are integers."""
 
     def __init__(self, max_bytes: int, *, max_spared: int) -> None:
         self.max_bytes = max_bytes
@@ -119,9 +120,12 @@ OPERATIONS = st.one_of(
 
 
 def long_run(seed: int, length: int, sizes: tuple[int, ...]) -> list[tuple[str, int, int]]:
-    """Return operations whose popular keys change now and then; most of what hypothesis draws by itself is short."""
+    """Return operations whose popular keys change now and then; most of what hypothesis draws by
+    itself is short."""
     rng, popular, operations = random.Random(seed), 0, []
-    for name in rng.choices(("read", "get", "put", "resize", "discard", "clear"), (80, 20, 3, 3, 2, 0.1), k=length):
+    for name in rng.choices(
+        ("read", "get", "put", "resize", "discard", "clear"), (80, 20, 3, 3, 2, 0.1), k=length
+    ):
         if rng.random() < 0.05:
             popular = rng.randrange(40)
         operations.append((name, (popular + int(rng.paretovariate(1))) % 40, rng.choice(sizes)))
@@ -129,7 +133,10 @@ def long_run(seed: int, length: int, sizes: tuple[int, ...]) -> list[tuple[str, 
 
 
 LONG_RUNS = st.builds(
-    long_run, st.integers(0, 2**32), st.integers(100, 400), st.sampled_from(((1, 1, 1, 2, 3), (1, 1, 2, 3, 5, 10, 11)))
+    long_run,
+    st.integers(0, 2**32),
+    st.integers(100, 400),
+    st.sampled_from(((1, 1, 1, 2, 3), (1, 1, 2, 3, 5, 10, 11))),
 )
 
 
@@ -139,7 +146,9 @@ LONG_RUNS = st.builds(
     max_spared=st.sampled_from((1, 3, 1_000)),
     operations=st.one_of(st.lists(OPERATIONS, max_size=60), LONG_RUNS),
 )
-def test_it_decides_as_the_plain_model_does(max_bytes: int, max_spared: int, operations: list[tuple[str, int, int]]) -> None:
+def test_it_decides_as_the_plain_model_does(
+    max_bytes: int, max_spared: int, operations: list[tuple[str, int, int]]
+) -> None:
     """After every call: the same keys, bytes and counters, and never more bytes than allowed."""
     model, numbers = Model(max_bytes, max_spared=max_spared), count()
     with pytest.MonkeyPatch.context() as patch:
@@ -150,11 +159,17 @@ def test_it_decides_as_the_plain_model_does(max_bytes: int, max_spared: int, ope
             assert cache.size_bytes <= max_bytes
             assert {key for key in range(40) if key in cache} == set(model.values)
             assert (len(cache), cache.size_bytes) == (len(model.values), model.size_bytes)
-            assert (cache.admitted, cache.evicted, cache.rejected) == (model.admitted, model.evicted, model.rejected)
+            assert (cache.admitted, cache.evicted, cache.rejected) == (
+                model.admitted,
+                model.evicted,
+                model.rejected,
+            )
         assert [cache.get(key) for key in range(40)] == [model.get(key) for key in range(40)]
 
 
-def step(model: Model, cache: S3Fifo[int, int], name: str, key: int, size_bytes: int, value: int) -> None:
+def step(
+    model: Model, cache: S3Fifo[int, int], name: str, key: int, size_bytes: int, value: int
+) -> None:
     """Do the same to both. ``read`` is what a cache is for: look, and keep what was not there."""
     for each in (model, cache):
         match name:
@@ -214,12 +229,17 @@ def test_the_bound_holds_after_every_call_whatever_the_sizes() -> None:
             sizes[key] = size_bytes
         else:
             cache.discard(key)
-        assert cache.size_bytes == sum(size for key, size in sizes.items() if key in cache) <= cache.max_bytes
+        assert (
+            cache.size_bytes
+            == sum(size for key, size in sizes.items() if key in cache)
+            <= cache.max_bytes
+        )
     assert cache.evicted > 100
 
 
 def test_a_scan_of_items_used_once_leaves_the_hot_ones() -> None:
-    """What LRU cannot do: ten times the cache passes through, and all that was in use is still there."""
+    """What LRU cannot do: ten times the cache passes through, and all that was in use is still
+    there."""
     hot = range(80)
     cache = cache_with(hot, uses=2)
     scan(cache, range(1_000, 2_000))
@@ -238,7 +258,11 @@ def test_one_use_in_small_is_not_enough_for_main_and_two_are() -> None:
 
 def test_uses_in_small_do_not_count_again_in_main() -> None:
     """An item begins in main without uses, however many brought it there."""
-    assert life_in_main(uses=0, before=2) == life_in_main(uses=0, before=3) < life_in_main(uses=1, before=2)
+    assert (
+        life_in_main(uses=0, before=2)
+        == life_in_main(uses=0, before=3)
+        < life_in_main(uses=1, before=2)
+    )
 
 
 def test_uses_count_up_to_three() -> None:
@@ -248,7 +272,8 @@ def test_uses_count_up_to_three() -> None:
 
 
 def life_in_main(*, uses: int, before: int = TRIAL_USES) -> int:
-    """Return how many others earn a place in main before items with so many uses, there and before, are gone from it."""
+    """Return how many others earn a place in main before items with so many uses, there and before,
+    are gone from it."""
     cache = cache_with(range(90), uses=before)
     scan(cache, range(1_000, 1_100))  # the 90 move to main
     use(cache, range(90), uses)
@@ -271,7 +296,8 @@ def test_what_comes_back_as_a_ghost_goes_to_main() -> None:
 
 
 def test_ghosts_are_as_many_as_main_could_hold() -> None:
-    """90 of one byte each in a cache of 100; the 91st oldest is forgotten and begins in small again."""
+    """90 of one byte each in a cache of 100; the 91st oldest is forgotten and begins in small
+    again."""
     cache = cache_with(range(191))
     scan(cache, range(1, -1, -1))  # 1 was the oldest ghost, 0 was forgotten
     scan(cache, range(1_000, 1_200))
@@ -315,7 +341,8 @@ def test_a_discarded_key_has_no_past() -> None:
     """Neither as an item nor as a ghost: it begins in small."""
     cache = cache_with(range(90), uses=2)
     scan(cache, range(1_000, 1_020))
-    assert [key in cache for key in (0, 1_000, 1_019)] == [True, False, True]  # in main, a ghost, in small
+    # in main, a ghost, in small
+    assert [key in cache for key in (0, 1_000, 1_019)] == [True, False, True]
     for key in (0, 1_000, 1_019):
         cache.discard(key)
         cache.put(key, key, size_bytes=1)
@@ -337,7 +364,13 @@ def test_a_value_that_is_too_large_leaves_no_old_value_behind() -> None:
     cache = cache_with(range(2))
     cache.put(0, 100, size_bytes=11)
     cache.resize(1, 11)
-    assert (cache.get(0), cache.get(1), len(cache), cache.size_bytes, cache.rejected) == (None, None, 0, 0, 2)
+    assert (cache.get(0), cache.get(1), len(cache), cache.size_bytes, cache.rejected) == (
+        None,
+        None,
+        0,
+        0,
+        2,
+    )
 
 
 def test_replacing_keeps_the_place_and_the_uses_and_counts_the_new_size() -> None:
@@ -389,7 +422,8 @@ def test_clear_forgets_everything_but_the_counters() -> None:
 
 
 def test_one_call_spares_a_bounded_number_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When all of main is at its top, somebody goes all the same: the oldest that is met after the bound."""
+    """When all of main is at its top, somebody goes all the same: the oldest that is met after the
+    bound."""
     monkeypatch.setattr(s3fifo, "MAX_SPARED", 7)
     cache = cache_with(range(100), uses=3)
     cache.put(100, 100, size_bytes=1)
@@ -397,7 +431,8 @@ def test_one_call_spares_a_bounded_number_of_items(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_hundred_thousand_operations_leave_no_garbage() -> None:
-    """Put and discard, put and evict, replace and resize: what is held does not grow, neither items nor ghosts nor queues."""
+    """Put and discard, put and evict, replace and resize: what is held does not grow, neither items
+    nor ghosts nor queues."""
     cache: S3Fifo[int, list[int]] = S3Fifo(100_000)
     blocks = []
     for first in range(0, 100_000, 20_000):
@@ -416,7 +451,8 @@ def test_a_hundred_thousand_operations_leave_no_garbage() -> None:
 
 
 def test_a_slot_that_somebody_holds_on_to_says_when_its_item_goes() -> None:
-    """Evicted from either queue, discarded, too large, all forgotten: without a value; replaced: with the new one."""
+    """Evicted from either queue, discarded, too large, all forgotten: without a value; replaced:
+    with the new one."""
     cache = cache_with(range(100), uses=2)
     cache.put(7, -7, size_bytes=1)
     slots = {key: slot for key in range(100) if (slot := cache.slot(key)) is not None}
@@ -431,7 +467,9 @@ def test_a_slot_that_somebody_holds_on_to_says_when_its_item_goes() -> None:
         cache.put(key, key, size_bytes=1)
         use(cache, range(key, key + 1), TRIAL_USES)
     assert kept(cache, range(100)) == 0
-    assert [slot.value for slot in (*slots.values(), *on_trial.values()) if slot.value is not None] == []
+    assert [
+        slot.value for slot in (*slots.values(), *on_trial.values()) if slot.value is not None
+    ] == []
     last = cache.slot(2_999)
     assert last is not None
     assert last.value == 2_999

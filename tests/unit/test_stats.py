@@ -34,7 +34,7 @@ class Clock:
         return self.now
 
 
-# -- histograms --------------------------------------------------------------------------------------------------------
+# -- histograms ------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(0, 12), min_size=1, max_size=200), st.floats(0, 1))
@@ -65,7 +65,7 @@ def test_bounds_belong_to_their_bucket_and_nothing_is_lost_beyond_the_last() -> 
     assert Histogram().mean_s is None
 
 
-# -- which counters there are ------------------------------------------------------------------------------------------
+# -- which counters there are ----------------------------------------------------------------------
 
 
 def test_figures_are_kept_by_tenant_and_route_and_added_up_by_module() -> None:
@@ -77,11 +77,21 @@ def test_figures_are_kept_by_tenant_and_route_and_added_up_by_module() -> None:
     stats.at("globex", "books", "/books").hits += 6
     stats.at(None, "books", "/books").bypass("denied")
     assert stats.at("acme", "books", "/books") is stats.at("acme", "books", "/books")
-    assert {route: found.hits for route, (_, found) in stats.routes("acme").items()} == {"/books": 3, "/books/{id}": 4}
+    assert {route: found.hits for route, (_, found) in stats.routes("acme").items()} == {
+        "/books": 3,
+        "/books/{id}": 4,
+    }
     assert (stats.of("acme", "books").hits, stats.of("acme", "books").invalidations) == (7, 5)
-    assert {route: found.hits for route, (_, found) in stats.routes().items()} == {"/books": 9, "/books/{id}": 4}
+    assert {route: found.hits for route, (_, found) in stats.routes().items()} == {
+        "/books": 9,
+        "/books/{id}": 4,
+    }
     everything = stats.modules()["books"]
-    assert (everything.hits, everything.invalidations, everything.bypasses) == (13, 5, {"denied": 1})
+    assert (everything.hits, everything.invalidations, everything.bypasses) == (
+        13,
+        5,
+        {"denied": 1},
+    )
     assert stats.of(None, "books").bypassed == 1
     assert sorted(stats.tenants()) == ["acme", "globex", OTHER]
 
@@ -114,13 +124,18 @@ def test_what_belongs_to_no_tenant_is_in_no_tenants_figures() -> None:
 def test_one_hit_in_64_is_a_sample_however_few_each_tenant_has() -> None:
     """Of 6,400 tenants with one hit each about a hundred are sampled: not none, and not all."""
     stats = Stats()
-    sampled = sum(stats.at(f"t{number}", "books", "/books").phase == 1 & module.SAMPLE_MASK for number in range(6400))
+    sampled = sum(
+        stats.at(f"t{number}", "books", "/books").phase == 1 & module.SAMPLE_MASK
+        for number in range(6400)
+    )
     assert 40 < sampled < 200
     figures = Figures("books", "/books", Times(), phase=17)
-    assert sum(hits & module.SAMPLE_MASK == figures.phase for hits in range(1, SAMPLED * 10 + 1)) == 10
+    assert (
+        sum(hits & module.SAMPLE_MASK == figures.phase for hits in range(1, SAMPLED * 10 + 1)) == 10
+    )
 
 
-# -- what a request counts ---------------------------------------------------------------------------------------------
+# -- what a request counts -------------------------------------------------------------------------
 
 
 class Slow(MemoryStore):
@@ -136,7 +151,9 @@ class Slow(MemoryStore):
         self.clock.now += self.takes_s
         return await super().read(entry, wanted)
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         """Take a while."""
         self.clock.now += self.takes_s
         super().view(generation, tags, done)
@@ -162,7 +179,14 @@ class World:
             return self.answer()
 
         self.store = Slow(self.clock)
-        self.cache = Cache(self.store, secret=SECRET, resolver=SingleTenant("acme"), clock=self.clock, audit_share=0, **options)
+        self.cache = Cache(
+            self.store,
+            secret=SECRET,
+            resolver=SingleTenant("acme"),
+            clock=self.clock,
+            audit_share=0,
+            **options,
+        )
         self.wrapped = self.cache.wrap(app)
         self.http: httpx2.AsyncClient
 
@@ -226,7 +250,12 @@ async def test_every_miss_is_timed_to_the_head_of_its_answer() -> None:
         assert "detail=status" in await world.get("not stored")
         assert world.times.misses.count == 4
     stored = world.cache.stats()["routes"]["/books/{shelf}"]
-    assert (stored["misses"], stored["stores"], stored["stores_refused"], stored["module"]) == (4, 3, {"status": 1}, "books")
+    assert (stored["misses"], stored["stores"], stored["stores_refused"], stored["module"]) == (
+        4,
+        3,
+        {"status": 1},
+        "books",
+    )
     assert stored["miss_p95_ms"] > 1000
 
 
@@ -268,10 +297,15 @@ async def test_values_have_a_route_of_their_own() -> None:
             world.clock.now += 1
             return 7
 
-        get: Callable[[], Awaitable[int]] = lambda: world.cache.get_or_set("acme", "plans", {"id": 1}, make)  # noqa: E731
+        def get() -> Awaitable[int]:
+            return world.cache.get_or_set("acme", "plans", {"id": 1}, make)
+
         for _ in range(SAMPLED + 1):
             assert await get() == 7
-    times, (name, totals) = world.cache.figures.times("value:plans"), world.cache.figures.routes("acme")["value:plans"]
+    times, (name, totals) = (
+        world.cache.figures.times("value:plans"),
+        world.cache.figures.routes("acme")["value:plans"],
+    )
     assert (name, totals.hits, totals.misses, totals.stores) == ("plans", SAMPLED, 1, 1)
     assert (times.hits.count, times.misses.count, times.misses.seconds) == (1, 1, 1.0)
 
@@ -282,4 +316,6 @@ async def test_a_bypass_counts_for_its_route() -> None:
     async with running(World()) as world:
         await world.cache.disable()
         await world.get()
-    assert {name: found.bypasses for name, (_, found) in world.cache.figures.routes().items()} == {"/books/{shelf}": {"off": 1}}
+    assert {name: found.bypasses for name, (_, found) in world.cache.figures.routes().items()} == {
+        "/books/{shelf}": {"off": 1}
+    }

@@ -1,4 +1,5 @@
-"""Switches of everything, a tenant or a module: on every way of a hit, in every process, and never of invalidations."""
+"""Switches of everything, a tenant or a module: on every way of a hit, in every process, and never
+of invalidations."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -47,7 +48,9 @@ class Process:
         app = FastAPI()
         for module in MODULES:
             for level in ("strict", "ttl"):
-                app.get(f"/{module}/{level}")(cache_list(module, level=level)(self._handler(module, level)))
+                app.get(f"/{module}/{level}")(
+                    cache_list(module, level=level)(self._handler(module, level))
+                )
         self.wrapped = self.cache.wrap(app)
 
     def _handler(self, module: str, level: str) -> Callable[..., Any]:
@@ -111,8 +114,11 @@ async def warm(*made: Process) -> None:
     ],
     ids=["tenant", "module", "everything"],
 )
-async def test_what_is_off_is_bypassed_and_nothing_else(switch: dict[str, str], off: set[tuple[str, str]], level: str) -> None:
-    """From memory, which no round trip would tell, from the store, and of values; and it is back when it is on again."""
+async def test_what_is_off_is_bypassed_and_nothing_else(
+    switch: dict[str, str], off: set[tuple[str, str]], level: str
+) -> None:
+    """From memory, which no round trip would tell, from the store, and of values; and it is back
+    when it is on again."""
     async with processes(2) as (here, there):
         await warm(here, there)
         assert await here.cache.disable(**switch)
@@ -124,12 +130,16 @@ async def test_what_is_off_is_bypassed_and_nothing_else(switch: dict[str, str], 
                         if forgetful:
                             process.cache.forget()
                         closed = (tenant, module) in off
-                        assert await process.get(f"/{module}/{level}", tenant) == ("off" if closed else "hit")
+                        assert await process.get(f"/{module}/{level}", tenant) == (
+                            "off" if closed else "hit"
+                        )
                         assert await process.value(tenant, module) == ("made" if closed else "hit")
         assert await here.cache.enable(**switch)
         await there.cache.switches.poll()
         for process in (here, there):
-            assert [await process.get(f"/{module}/{level}", tenant) for tenant, module in off] == ["hit"] * len(off)
+            assert [await process.get(f"/{module}/{level}", tenant) for tenant, module in off] == [
+                "hit"
+            ] * len(off)
 
 
 async def test_bypasses_of_a_switch_are_counted_for_the_tenant() -> None:
@@ -141,8 +151,12 @@ async def test_bypasses_of_a_switch_are_counted_for_the_tenant() -> None:
         assert here.cache.figures.of("a", "things").bypasses == {"off": 2}
 
 
-@pytest.mark.parametrize("switch", [{"tenant_id": "a"}, {"module": "things"}], ids=["tenant", "module"])
-async def test_what_was_written_while_it_was_off_is_seen_when_it_is_on_again(switch: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "switch", [{"tenant_id": "a"}, {"module": "things"}], ids=["tenant", "module"]
+)
+async def test_what_was_written_while_it_was_off_is_seen_when_it_is_on_again(
+    switch: dict[str, str],
+) -> None:
     """Invalidations are sent all the while."""
     async with processes(2) as (here, there):
         await warm(here, there)
@@ -193,7 +207,9 @@ async def test_decisions_made_while_the_store_is_away_are_told_later_and_each_by
 
 
 @pytest.mark.parametrize(
-    "switch", [{"tenant_id": "a b"}, {"module": "1"}, {"tenant_id": "a", "module": "things"}], ids=["tenant", "module", "both"]
+    "switch",
+    [{"tenant_id": "a b"}, {"module": "1"}, {"tenant_id": "a", "module": "things"}],
+    ids=["tenant", "module", "both"],
 )
 async def test_a_switch_that_cannot_be_is_refused(switch: dict[str, str]) -> None:
     """With a ValueError or a ConfigurationError, before anything is changed."""

@@ -9,7 +9,15 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Header, Request
 
-from respcache import Cache, ConfigurationError, Level, MemoryStore, SingleTenant, cache_list, invalidate_cache
+from respcache import (
+    Cache,
+    ConfigurationError,
+    Level,
+    MemoryStore,
+    SingleTenant,
+    cache_list,
+    invalidate_cache,
+)
 from respcache.core.errors import StoreError
 from respcache.core.generations import Certificate, Generation
 from respcache.core.tokens import MAX_BYTES, UNKNOWN, Token, both, decode, encode, reached, sent
@@ -29,15 +37,22 @@ GARBAGE = [
 ]  # fmt: skip
 
 
-# -- the words -----------------------------------------------------------------------------------------------------------
+# -- the words -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("token", [(), (Certificate(N1, 0),), (Certificate(N1, 7), Certificate(N2, 10**17))])
+@pytest.mark.parametrize(
+    "token", [(), (Certificate(N1, 0),), (Certificate(N1, 7), Certificate(N2, 10**17))]
+)
 def test_what_is_spelt_is_read_again(token: Token) -> None:
     """All of it, also where a client sends several, with blanks or in several headers."""
     assert decode(encode(token)) == token
     assert decode(encode(token).replace(b",", b" ,\t")) == token
-    assert sent([(b"x-other", b"1"), *((b"x-cache-token", part) for part in encode(token).split(b","))]) == token
+    assert (
+        sent(
+            [(b"x-other", b"1"), *((b"x-cache-token", part) for part in encode(token).split(b","))]
+        )
+        == token
+    )
     assert sent([(b"x-other", b"1")]) is None
 
 
@@ -55,7 +70,9 @@ def test_more_than_can_be_meant_is_not_read() -> None:
     assert decode(most + b" " * (MAX_BYTES - len(most) + 1)) == ()
 
 
-@pytest.mark.parametrize("nonce", [b"", b"short", N1 + b"\r\nset-cookie: a=b", N1 + b".1,", b"\xff" * 16])
+@pytest.mark.parametrize(
+    "nonce", [b"", b"short", N1 + b"\r\nset-cookie: a=b", N1 + b".1,", b"\xff" * 16]
+)
 def test_a_nonce_that_a_foreign_hand_has_written_reaches_no_header(nonce: bytes) -> None:
     """The answer then says that a view must be read first."""
     assert encode((Certificate(nonce, 1),)) == UNKNOWN
@@ -66,21 +83,29 @@ def test_a_view_has_reached_a_token_of_its_own_life_up_to_its_sequence() -> None
     view = Generation("s", N1, "s", 7)
     assert reached((Certificate(N1, 7),), view)
     assert reached((Certificate(N1, 7), Certificate(N1, 1)), view)
-    for token in [(Certificate(N1, 8),), (Certificate(N2, 1),), (Certificate(N1, 7), Certificate(N2, 1)), ()]:
+    for token in [
+        (Certificate(N1, 8),),
+        (Certificate(N2, 1),),
+        (Certificate(N1, 7), Certificate(N2, 1)),
+        (),
+    ]:
         assert not reached(token, view)
     assert not reached((Certificate(N1, 1),), Generation("s"))
 
 
 def test_one_token_stands_for_all_writes_of_a_request() -> None:
-    """The highest of one life; of two lives, or where one is not known, none that a view could reach."""
+    """The highest of one life; of two lives, or where one is not known, none that a view could
+    reach."""
     low, high, other = (Certificate(N1, 3),), (Certificate(N1, 9),), (Certificate(N2, 1),)
     assert both(None, None) is None
     assert both(None, low) == both(low, None) == both(low, low) == low
     assert both(low, high) == both(high, low) == high
-    assert both(low, other) == both((), low) == both(low, ()) == both(None, ()) == both((), None) == ()
+    assert (
+        both(low, other) == both((), low) == both(low, ()) == both(None, ()) == both((), None) == ()
+    )
 
 
-# -- two processes, of which the second is deaf ----------------------------------------------------------------------------
+# -- two processes, of which the second is deaf ----------------------------------------------------
 
 
 class Deaf(MemoryStore):
@@ -90,7 +115,9 @@ class Deaf(MemoryStore):
         super().__init__(server)
         self.views = 0
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         """Count."""
         self.views += 1
         super().view(generation, tags, done)
@@ -114,7 +141,9 @@ class Data:
 class Process:
     """A process with a list of each level, a value, and a write."""
 
-    def __init__(self, store: MemoryStore, data: Data, resolver: SingleTenant | None = None) -> None:
+    def __init__(
+        self, store: MemoryStore, data: Data, resolver: SingleTenant | None = None
+    ) -> None:
         self.now = 1000.0
         self.store = store
         self.seen: list[str | None] = []
@@ -145,7 +174,9 @@ class Process:
             async def make() -> int:
                 return data.version
 
-            return await self.cache.get_or_set(TENANT, "things", {}, make, level="bounded", bound_s=5.0)
+            return await self.cache.get_or_set(
+                TENANT, "things", {}, make, level="bounded", bound_s=5.0
+            )
 
         @app.post("/nested")
         async def nested() -> Any:
@@ -158,10 +189,20 @@ class Process:
         async def nothing() -> None:
             return None
 
-        self.cache = Cache(store, secret=SECRET, resolver=resolver or SingleTenant(TENANT), clock=lambda: self.now, audit_share=0)
-        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(self.cache.wrap(app)), base_url="http://test")
+        self.cache = Cache(
+            store,
+            secret=SECRET,
+            resolver=resolver or SingleTenant(TENANT),
+            clock=lambda: self.now,
+            audit_share=0,
+        )
+        self.http = httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(self.cache.wrap(app)), base_url="http://test"
+        )
 
-    async def get(self, path: str = "/bounded", token: str | None = None, **headers: str) -> tuple[int, str]:
+    async def get(
+        self, path: str = "/bounded", token: str | None = None, **headers: str
+    ) -> tuple[int, str]:
         """Read; return the version and whether it was a hit."""
         if token is not None:
             headers["x-cache-token"] = token
@@ -227,7 +268,8 @@ async def test_a_token_that_a_view_has_reached_costs_no_round_trip(path: str) ->
 
 
 async def test_a_client_whose_bytes_are_new_here_sees_its_own_write() -> None:
-    """No plan is remembered for them, so the hit is found on the long way; nothing is recognised where a resolver is silent."""
+    """No plan is remembered for them, so the hit is found on the long way; nothing is recognised
+    where a resolver is silent."""
     for resolver, header in (None, "gzip"), (Silent(TENANT), ""):
         async with two(resolver) as (writer, reader):
             await remembered(reader)
@@ -235,7 +277,10 @@ async def test_a_client_whose_bytes_are_new_here_sees_its_own_write() -> None:
             before = views(reader)
             assert await reader.get(**{"accept-encoding": header}) == (0, "hit")
             assert views(reader) == before
-            assert await reader.get(token=token, **{"accept-encoding": header + ", br"}) == (1, "miss")
+            assert await reader.get(token=token, **{"accept-encoding": header + ", br"}) == (
+                1,
+                "miss",
+            )
 
 
 @pytest.mark.parametrize("text", GARBAGE)
@@ -268,7 +313,8 @@ async def test_the_token_of_another_tenant_is_reached_by_no_view() -> None:
 
 
 async def test_a_write_to_a_generation_that_was_made_anew_is_seen() -> None:
-    """Its sequence begins again: the view of its former life is far ahead, and knows nothing of the write."""
+    """Its sequence begins again: the view of its former life is far ahead, and knows nothing of the
+    write."""
     async with two() as (writer, reader):
         await reader.get()
         for _ in range(4):
@@ -297,7 +343,8 @@ async def test_a_write_to_a_generation_that_was_lost_is_seen() -> None:
 
 
 async def test_the_answer_of_a_write_names_what_it_has_reached() -> None:
-    """Of an invalidation by hand too, alone or within a fill; nothing where nothing was bumped, and nothing on reads."""
+    """Of an invalidation by hand too, alone or within a fill; nothing where nothing was bumped, and
+    nothing on reads."""
     async with two() as (writer, reader):
         await reader.get()
         nonce = writer.store.server.values[GEN][0]["n"].decode()
@@ -324,7 +371,8 @@ async def test_a_value_in_a_request_that_brings_a_token_holds_the_write() -> Non
 
 
 async def test_with_a_token_a_hit_does_not_last_while_the_store_is_away() -> None:
-    """At level ``ttl`` what lies in memory is used without the store: not by who has written since."""
+    """At level ``ttl`` what lies in memory is used without the store: not by who has written
+    since."""
     async with two() as (writer, reader):
         await remembered(reader, "/ttl")
         token = await writer.write()

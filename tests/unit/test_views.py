@@ -1,4 +1,5 @@
-"""Views of generations: one reading at a time for all who need it, never one that left before they came; and how old they are."""
+"""Views of generations: one reading at a time for all who need it, never one that left before they
+came; and how old they are."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ class Link(MemoryStore):
         self.answers: list[Callable[[Generation | StoreError], None]] = []
         self.down = False
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         """Note what is asked."""
         if self.down:
             raise StoreUnavailable("down")
@@ -71,7 +74,8 @@ async def test_requests_of_one_turn_share_a_reading(link: Link, views: Views) ->
 
 
 async def test_a_request_never_joins_a_reading_that_has_left(link: Link, views: Views) -> None:
-    """It might have been answered before the request began; those who came meanwhile share the next one."""
+    """It might have been answered before the request began; those who came meanwhile share the next
+    one."""
     first = views.read(GEN, TAGS)
     await turn()
     late = [views.read(GEN, TAGS) for _ in range(3)]
@@ -94,7 +98,9 @@ async def test_a_cancelled_request_disturbs_no_other(link: Link, views: Views) -
     assert [await waiting[0], await waiting[2]] == [found] * 2
 
 
-async def test_what_goes_wrong_is_told_to_all_and_the_next_reading_goes_on(link: Link, views: Views) -> None:
+async def test_what_goes_wrong_is_told_to_all_and_the_next_reading_goes_on(
+    link: Link, views: Views
+) -> None:
     """An answer that failed, and a link that is down when the question leaves."""
     first, second = views.read(GEN, TAGS), views.read(GEN, TAGS)
     await turn()
@@ -136,7 +142,9 @@ async def test_a_view_asks_for_the_tags_of_all_who_need_it(link: Link, views: Vi
     assert views.recent(GEN, frozenset({"T:never"}), since=0) is None
 
 
-async def test_a_views_age_counts_from_before_it_was_asked_for(link: Link, views: Views, now: list[float]) -> None:
+async def test_a_views_age_counts_from_before_it_was_asked_for(
+    link: Link, views: Views, now: list[float]
+) -> None:
     """However long the answer took."""
     reading = views.read(GEN, TAGS)
     await turn()
@@ -148,8 +156,11 @@ async def test_a_views_age_counts_from_before_it_was_asked_for(link: Link, views
 
 
 @pytest.mark.parametrize("everything", [False, True])
-async def test_a_view_is_dropped_when_something_is_heard(link: Link, views: Views, *, everything: bool) -> None:
-    """Also the one that is under way: it may have been answered before. Who waits for it is served, who comes later is not."""
+async def test_a_view_is_dropped_when_something_is_heard(
+    link: Link, views: Views, *, everything: bool
+) -> None:
+    """Also the one that is under way: it may have been answered before. Who waits for it is served,
+    who comes later is not."""
     expire = views.expire_all if everything else lambda: views.expire(GEN)
     reading = views.read(GEN, TAGS)
     await turn()
@@ -167,7 +178,9 @@ async def test_a_view_is_dropped_when_something_is_heard(link: Link, views: View
     views.expire("tenant:unknown:~gen")
 
 
-async def test_the_number_of_tenants_is_bounded(link: Link, views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_tenants_is_bounded(
+    link: Link, views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that nobody waits for go, the oldest first."""
     monkeypatch.setattr(views_module, "MAX_GROUPS", 16)
     readings = [views.read(f"tenant:{number}:~gen", TAGS) for number in range(16)]
@@ -183,8 +196,11 @@ async def test_the_number_of_tenants_is_bounded(link: Link, views: Views, monkey
     await asyncio.gather(*readings)
 
 
-async def test_who_holds_on_to_a_group_that_goes_learns_of_it(link: Link, views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody tells it any more of a bump: its view is not to be used again, and a new group begins without one."""
+async def test_who_holds_on_to_a_group_that_goes_learns_of_it(
+    link: Link, views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells it any more of a bump: its view is not to be used again, and a new group begins
+    without one."""
     monkeypatch.setattr(views_module, "MAX_GROUPS", 8)
     reading = views.read(GEN, TAGS)
     await turn()

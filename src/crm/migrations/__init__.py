@@ -7,7 +7,8 @@ from alembic.config import Config
 
 
 def configuration(database_url: str) -> Config:
-    """Return alembic's configuration for a database, without a file and without the password in any text."""
+    """Return alembic's configuration for a database, without a file and without the password in any
+    text."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")

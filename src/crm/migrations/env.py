@@ -1,6 +1,8 @@
-"""How alembic reaches the database: over asyncpg, the one driver that we have. With ``--sql`` it prints instead.
+"""How alembic reaches the database: over asyncpg, the one driver that we have. With ``--sql`` it
+prints instead.
 
-The address is that of ``crm.migrations.configuration``, or ``DATABASE_URL`` for alembic's own command line.
+The address is that of ``crm.migrations.configuration``, or ``DATABASE_URL`` for alembic's own
+command line.
 """
 
 import asyncio

@@ -30,9 +30,15 @@ router = accounts.router()
 
 @router.get("/search", summary="Search accounts")
 @caching.accounts.list
-async def search_accounts(rows: ReadRows, q: Search = None, limit: Limit = 25, offset: Offset = 0) -> Response:
+async def search_accounts(
+    rows: ReadRows, q: Search = None, limit: Limit = 25, offset: Offset = 0
+) -> Response:
     """Look in name, mail, website and city."""
-    return respond(await page(rows, Account, plural="accounts", where=accounts.matching(q), limit=limit, offset=offset))
+    return respond(
+        await page(
+            rows, Account, plural="accounts", where=accounts.matching(q), limit=limit, offset=offset
+        )
+    )
 
 
 @router.get("/{id}/related-people", summary="People of an account")
@@ -40,12 +46,21 @@ async def search_accounts(rows: ReadRows, q: Search = None, limit: Limit = 25, o
 async def related_people(rows: ReadRows, id: str) -> Response:
     """Contacts and leads of the account, newest first."""
     key = as_uuid(id)
-    people = [JsonRows(newest(rows, model, limit=MOST_PEOPLE).where(model.account_id == key)) for model in (Contact, Lead)]
+    people = [
+        JsonRows(newest(rows, model, limit=MOST_PEOPLE).where(model.account_id == key))
+        for model in (Contact, Lead)
+    ]
     account = rows.select(Account, Account.id).where(Account.id == key).scalar_subquery()
     found, contacts, leads = (await rows.execute(select(account, *people))).one()
     if found is None:
         raise not_found(Account.title)
-    return respond({"account_id": found, "contacts": orjson.Fragment(contacts), "leads": orjson.Fragment(leads)})
+    return respond(
+        {
+            "account_id": found,
+            "contacts": orjson.Fragment(contacts),
+            "leads": orjson.Fragment(leads),
+        }
+    )
 
 
 accounts.add_records(router)

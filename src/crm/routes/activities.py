@@ -14,7 +14,11 @@ from crm.module import Module
 
 def by_status(rows: Rows, text: str) -> list[ColumnElement[bool]]:
     """Choose by status; ``overdue`` also means what should have been done before today."""
-    return [overdue(rows)] if text == "overdue" else parse_values(text, Activity.__table__.c.status, field="status")
+    return (
+        [overdue(rows)]
+        if text == "overdue"
+        else parse_values(text, Activity.__table__.c.status, field="status")
+    )
 
 
 activities = Module(
@@ -37,10 +41,15 @@ async def mark_overdue(rows: WriteRows) -> Response:
     """Of those that you see: scheduled or under way, and due before today, where the tenant is."""
     late = (Activity.status.in_(OPEN_ACTIVITY), Activity.due_date < rows.scope.today())
     marked = await rows.session.scalars(
-        rows.update(Activity).where(*late).values(status="overdue", updated_at=now()).returning(Activity.id)
+        rows.update(Activity)
+        .where(*late)
+        .values(status="overdue", updated_at=now())
+        .returning(Activity.id)
     )
     ids = sorted(marked)
-    return respond({"marked": len(ids), "ids": ids}, message=f"{len(ids)} activities marked as overdue")
+    return respond(
+        {"marked": len(ids), "ids": ids}, message=f"{len(ids)} activities marked as overdue"
+    )
 
 
 activities.add_records(router)

@@ -22,7 +22,12 @@ bizdevsources = Module(
     required=("source_name",),
     choices={"status": SOURCE_STATUS},
     filters=("status", "source_type", "priority"),
-    searched=(BizDevSource.source_name, BizDevSource.company_name, BizDevSource.contact_person, BizDevSource.city),
+    searched=(
+        BizDevSource.source_name,
+        BizDevSource.company_name,
+        BizDevSource.contact_person,
+        BizDevSource.city,
+    ),
     deleted="Its account, if it was promoted, stays.",
 )
 router = bizdevsources.router()
@@ -38,7 +43,8 @@ class Promotion(BaseModel):
 
 @router.post("/archive", summary="Archive many BizDev sources")
 async def archive_sources(rows: WriteRows, body: Ids) -> Response:
-    """In one transaction. What is not there, or not yours to see, is listed in `not_found`; promoted ones stay as they are."""
+    """In one transaction. What is not there, or not yours to see, is listed in `not_found`;
+    promoted ones stay as they are."""
     wanted = rows.select(BizDevSource).where(BizDevSource.id.in_(body.ids)).with_for_update()
     found = {source.id: source for source in await rows.session.scalars(wanted)}
     moved = [source for source in found.values() if source.status == "active"]
@@ -46,15 +52,21 @@ async def archive_sources(rows: WriteRows, body: Ids) -> Response:
         source.status, source.archived_at = "Archived", now()
     await rows.session.flush()
     data = {"archived": len(moved), "ids": [source.id for source in moved]}
-    return respond({**data, "not_found": [key for key in body.ids if key not in found]}, message="BizDev sources archived")
+    return respond(
+        {**data, "not_found": [key for key in body.ids if key not in found]},
+        message="BizDev sources archived",
+    )
 
 
 bizdevsources.add_records(router)
 
 
 @router.post("/{id}/promote", summary="Promote a BizDev source")
-async def promote_source(rows: WriteRows, id: str, body: Annotated[Promotion, Body(default_factory=Promotion)]) -> Response:
-    """Make it an account, and its contact person a contact, in one transaction. 409 when it was promoted before."""
+async def promote_source(
+    rows: WriteRows, id: str, body: Annotated[Promotion, Body(default_factory=Promotion)]
+) -> Response:
+    """Make it an account, and its contact person a contact, in one transaction. 409 when it was
+    promoted before."""
     source = await rows.get(BizDevSource, id, lock=True)
     if source.status == "Promoted":
         raise ApiError(409, "BizDev source was already promoted", code="already_promoted")
@@ -67,7 +79,9 @@ async def promote_source(rows: WriteRows, id: str, body: Annotated[Promotion, Bo
         rows.add(contact)
     await relink(rows, source, account)
     await relink_opportunities(rows, source.id, account.id)
-    record_transition(rows, "bizdev_sources", source.id, "accounts", account.id, "promote", snapshot)
+    record_transition(
+        rows, "bizdev_sources", source.id, "accounts", account.id, "promote", snapshot
+    )
     if body.delete_source:
         await rows.session.delete(source)
     else:

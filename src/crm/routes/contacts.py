@@ -35,11 +35,24 @@ router = contacts.router()
 @router.get("/search", summary="Search contacts")
 @caching.contacts.list
 async def search_contacts(
-    rows: ReadRows, q: Annotated[Word, Query(min_length=1, max_length=200)], limit: Limit = 25, offset: Offset = 0
+    rows: ReadRows,
+    q: Annotated[Word, Query(min_length=1, max_length=200)],
+    limit: Limit = 25,
+    offset: Offset = 0,
 ) -> Response:
     """Look in names, mail and phone numbers; last changed first."""
     found = contacts.matching(q)
-    return respond(await page(rows, Contact, plural="contacts", where=found, limit=limit, offset=offset, newest_by="updated_at"))
+    return respond(
+        await page(
+            rows,
+            Contact,
+            plural="contacts",
+            where=found,
+            limit=limit,
+            offset=offset,
+            newest_by="updated_at",
+        )
+    )
 
 
 contacts.add_records(router)

@@ -32,7 +32,19 @@ leads = Module(
     deleted="Its opportunities stay, without a lead.",
 )
 router = leads.router()
-COPIED = ("first_name", "last_name", "email", "phone", "job_title", "address", "city", "state", "zip", "country", "assigned_to")
+COPIED = (
+    "first_name",
+    "last_name",
+    "email",
+    "phone",
+    "job_title",
+    "address",
+    "city",
+    "state",
+    "zip",
+    "country",
+    "assigned_to",
+)
 MAX_AMOUNT = 9_999_999_999_999.99
 
 
@@ -42,7 +54,9 @@ class Conversion(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     create_account: bool = Field(False, description="Find the account by name, or create it")
-    account_name: Word | None = Field(None, max_length=200, description="The lead's company if left out")
+    account_name: Word | None = Field(
+        None, max_length=200, description="The lead's company if left out"
+    )
     selected_account_id: UUID | None = Field(None, description="An existing account instead")
     create_opportunity: bool = False
     opportunity_name: Word | None = Field(None, max_length=200)
@@ -59,8 +73,11 @@ leads.add_records(router)
 
 
 @router.post("/{id}/convert", summary="Convert a lead")
-async def convert_lead(rows: WriteRows, id: str, body: Annotated[Conversion, Body(default_factory=Conversion)]) -> Response:
-    """Make it a contact, with an account and an opportunity if asked, in one transaction. 409 when it was converted before."""
+async def convert_lead(
+    rows: WriteRows, id: str, body: Annotated[Conversion, Body(default_factory=Conversion)]
+) -> Response:
+    """Make it a contact, with an account and an opportunity if asked, in one transaction. 409 when
+    it was converted before."""
     identity = as_uuid(id)
     if identity is not None and await already(rows, "leads", identity, "convert"):
         raise ApiError(409, "Lead was already converted", code="already_converted")
@@ -70,14 +87,18 @@ async def convert_lead(rows: WriteRows, id: str, body: Annotated[Conversion, Bod
     contact = _contact_from(lead, account)
     rows.add(contact)
     await rows.session.flush()
-    opportunity = _opportunity_for(lead, contact, account, body) if body.create_opportunity else None
+    opportunity = (
+        _opportunity_for(lead, contact, account, body) if body.create_opportunity else None
+    )
     if opportunity is not None:
         rows.add(opportunity)
     await relink(rows, lead, contact)
     moved: dict[str, Any] = {"lead_id": None, "contact_id": contact.id}
     if account is not None:
         moved["account_id"] = func.coalesce(Opportunity.account_id, account.id)
-    await rows.session.execute(rows.update(Opportunity, unseen=True).where(Opportunity.lead_id == lead.id).values(moved))
+    await rows.session.execute(
+        rows.update(Opportunity, unseen=True).where(Opportunity.lead_id == lead.id).values(moved)
+    )
     record_transition(rows, "leads", lead.id, "contacts", contact.id, "convert", snapshot)
     await rows.session.delete(lead)
     await rows.session.flush()
@@ -94,14 +115,29 @@ async def _account_for(rows: WritableRows, lead: Lead, body: Conversion) -> Acco
     if body.selected_account_id is not None:
         return await rows.get(Account, body.selected_account_id)
     if not body.create_account:
-        return await rows.session.scalar(rows.select(Account).where(Account.id == lead.account_id)) if lead.account_id else None
-    name = (body.account_name or lead.company or f"{lead.first_name or ''} {lead.last_name or ''}").strip()
+        return (
+            await rows.session.scalar(rows.select(Account).where(Account.id == lead.account_id))
+            if lead.account_id
+            else None
+        )
+    name = (
+        body.account_name or lead.company or f"{lead.first_name or ''} {lead.last_name or ''}"
+    ).strip()
     if not name:
-        raise ApiError(422, "account_name: the lead has no company, give a name", field="account_name")
-    found = rows.select(Account).where(func.lower(Account.name) == name.lower()).order_by(Account.created_at).limit(1)
+        raise ApiError(
+            422, "account_name: the lead has no company, give a name", field="account_name"
+        )
+    found = (
+        rows.select(Account)
+        .where(func.lower(Account.name) == name.lower())
+        .order_by(Account.created_at)
+        .limit(1)
+    )
     account = await rows.session.scalar(found)
     if account is None:
-        account = Account(name=name, type="prospect", phone=lead.phone, assigned_to=lead.assigned_to)
+        account = Account(
+            name=name, type="prospect", phone=lead.phone, assigned_to=lead.assigned_to
+        )
         rows.add(account)
         await rows.session.flush()
     return account
@@ -114,17 +150,25 @@ def _contact_from(lead: Lead, account: Account | None) -> Contact:
         lead_source=lead.source,
         tags=list(lead.tags),
         account_id=account.id if account else lead.account_id,
-        metadata_={**lead.metadata_, "converted_from_lead_id": str(lead.id), "converted_at": now().isoformat()},
+        metadata_={
+            **lead.metadata_,
+            "converted_from_lead_id": str(lead.id),
+            "converted_at": now().isoformat(),
+        },
     )
 
 
-def _opportunity_for(lead: Lead, contact: Contact, account: Account | None, body: Conversion) -> Opportunity:
+def _opportunity_for(
+    lead: Lead, contact: Contact, account: Account | None, body: Conversion
+) -> Opportunity:
     name = body.opportunity_name or f"{lead.company or contact.last_name or 'New'} - opportunity"
     return Opportunity(
         name=name[:200],
         stage="prospecting",
         probability=25,
-        amount=body.opportunity_amount if body.opportunity_amount is not None else lead.estimated_value,
+        amount=body.opportunity_amount
+        if body.opportunity_amount is not None
+        else lead.estimated_value,
         close_date=now().date() + timedelta(days=30),
         account_id=account.id if account else None,
         contact_id=contact.id,

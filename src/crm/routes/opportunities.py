@@ -26,13 +26,23 @@ router = opportunities.router()
 @router.get("/stats", summary="Opportunities by stage")
 @caching.opportunities_stats
 async def stats(rows: ReadRows) -> Response:
-    """Number and amount of what you see, by stage; `weighted` takes each amount times its probability."""
+    """Number and amount of what you see, by stage; `weighted` takes each amount times its
+    probability."""
     weighted = func.sum(Opportunity.amount * func.coalesce(Opportunity.probability, 0) / 100)
     columns = (Opportunity.stage, func.count(), func.sum(Opportunity.amount), weighted)
     by_stage = {stage: {"count": 0, "amount": 0.0, "weighted": 0.0} for stage in STAGES}
-    for stage, count, amount, expected in await rows.execute(rows.select(Opportunity, *columns).group_by(columns[0])):
-        by_stage[stage] = {"count": count, "amount": float(amount or 0), "weighted": float(expected or 0)}
-    total = {name: sum(figures[name] for figures in by_stage.values()) for name in ("count", "amount", "weighted")}
+    for stage, count, amount, expected in await rows.execute(
+        rows.select(Opportunity, *columns).group_by(columns[0])
+    ):
+        by_stage[stage] = {
+            "count": count,
+            "amount": float(amount or 0),
+            "weighted": float(expected or 0),
+        }
+    total = {
+        name: sum(figures[name] for figures in by_stage.values())
+        for name in ("count", "amount", "weighted")
+    }
     return respond({"stages": by_stage, "total": total})
 
 
@@ -41,7 +51,9 @@ async def stats(rows: ReadRows) -> Response:
 async def count(rows: ReadRows) -> Response:
     """How many you see, and how many of them are open."""
     is_open = Opportunity.stage.not_in(("closed_won", "closed_lost"))
-    total, still_open = (await rows.execute(rows.select(Opportunity, func.count(), func.count().filter(is_open)))).one()
+    total, still_open = (
+        await rows.execute(rows.select(Opportunity, func.count(), func.count().filter(is_open)))
+    ).one()
     return respond({"count": total, "open": still_open})
 
 

@@ -11,7 +11,17 @@ from crm.db import ReadRows
 from crm.errors import respond
 from crm.json_rows import JsonRows
 from crm.listing import newest, overdue
-from crm.models import Account, Activity, BizDevSource, Contact, Document, Lead, Opportunity, Owned, Task
+from crm.models import (
+    Account,
+    Activity,
+    BizDevSource,
+    Contact,
+    Document,
+    Lead,
+    Opportunity,
+    Owned,
+    Task,
+)
 
 router = APIRouter(prefix="/api/reports", tags=["reports"])
 LATEST = 5
@@ -30,11 +40,14 @@ MODULES: dict[str, type[Owned]] = {
 @router.get("/dashboard-bundle", summary="Everything that a dashboard shows")
 @caching.dashboard
 async def dashboard_bundle(rows: ReadRows) -> Response:
-    """Numbers and the latest records of all modules, of what you see, in one answer and of one moment."""
+    """Numbers and the latest records of all modules, of what you see, in one answer and of one
+    moment."""
     is_open = Opportunity.stage.not_in(("closed_won", "closed_lost"))
     figures = {
         "open_opportunities": rows.select(Opportunity, func.count()).where(is_open),
-        "open_amount": rows.select(Opportunity, func.coalesce(func.sum(Opportunity.amount), 0.0)).where(is_open),
+        "open_amount": rows.select(
+            Opportunity, func.coalesce(func.sum(Opportunity.amount), 0.0)
+        ).where(is_open),
         "overdue_activities": rows.select(Activity, func.count()).where(overdue(rows)),
     }
     columns = [
@@ -43,6 +56,15 @@ async def dashboard_bundle(rows: ReadRows) -> Response:
         *(JsonRows(newest(rows, model, limit=LATEST)) for model in MODULES.values()),
     ]
     found = list((await rows.execute(select(*columns))).one())
-    counts, more, latest = found[: len(MODULES)], found[len(MODULES) : -len(MODULES)], found[-len(MODULES) :]
-    data: dict[str, Any] = {"counts": dict(zip(MODULES, counts, strict=True)), **dict(zip(figures, more, strict=True))}
-    return respond({**data, "latest": dict(zip(MODULES, map(orjson.Fragment, latest), strict=True))})
+    counts, more, latest = (
+        found[: len(MODULES)],
+        found[len(MODULES) : -len(MODULES)],
+        found[-len(MODULES) :],
+    )
+    data: dict[str, Any] = {
+        "counts": dict(zip(MODULES, counts, strict=True)),
+        **dict(zip(figures, more, strict=True)),
+    }
+    return respond(
+        {**data, "latest": dict(zip(MODULES, map(orjson.Fragment, latest), strict=True))}
+    )

@@ -29,11 +29,18 @@ class SettingsChange(BaseModel):
     """What is to change; what is not named stays. Unknown names are kept."""
 
     model_config = ConfigDict(
-        extra="allow", json_schema_extra={"examples": [{"visibility_mode": "hierarchical", "timezone": "Europe/Berlin"}]}
+        extra="allow",
+        json_schema_extra={
+            "examples": [{"visibility_mode": "hierarchical", "timezone": "Europe/Berlin"}]
+        },
     )
 
-    visibility_mode: Literal[VISIBILITY] | None = Field(None, description="`hierarchical`: people see their team's records only")  # type: ignore[valid-type]
-    timezone: Annotated[str, AfterValidator(_known_timezone)] | None = Field(None, description="Decides when a day is over")
+    visibility_mode: Literal[VISIBILITY] | None = Field(
+        None, description="`hierarchical`: people see their team's records only"
+    )  # type: ignore[valid-type]
+    timezone: Annotated[str, AfterValidator(_known_timezone)] | None = Field(
+        None, description="Decides when a day is over"
+    )
 
     @model_validator(mode="after")
     def _check_more(self) -> "SettingsChange":

@@ -27,7 +27,9 @@ Superadmin = Annotated[TenantScope, Depends(require_superadmin)]
 class Invalidate(BaseModel):
     """What to invalidate."""
 
-    modules: list[str] = Field(max_length=100, description='Modules; `[]` or `["*"]` is everything of the tenant')
+    modules: list[str] = Field(
+        max_length=100, description='Modules; `[]` or `["*"]` is everything of the tenant'
+    )
 
 
 class Switch(BaseModel):
@@ -44,11 +46,16 @@ async def status() -> Response:
 
 @router.get("/system/health", summary="Is it healthy")
 async def health(request: Request) -> Response:
-    """503 without the database; without the cache the API is only slower, so that is said and stays 200."""
+    """503 without the database; without the cache the API is only slower, so that is said and stays
+    200."""
     cache: Cache = request.app.state.cache
     database = await _database_answers(request)
     state = "none" if cache.store is None else "up" if cache.store.available else "down"
-    data: dict[str, Any] = {"database": "up" if database else "down", "cache": state, "cache_enabled": cache.enabled}
+    data: dict[str, Any] = {
+        "database": "up" if database else "down",
+        "cache": state,
+        "cache_enabled": cache.enabled,
+    }
     if cache.rounds is not None:
         fence = cache.rounds.to_dict()
         data |= {
@@ -62,16 +69,20 @@ async def health(request: Request) -> Response:
 
 @router.get("/system/containers-status", summary="What the system stands on")
 async def containers_status(request: Request, scope: Admin) -> Response:
-    """Whether database, cache and agent memory answer, and how fast; a server that is not configured is said to be so."""
+    """Whether database, cache and agent memory answer, and how fast; a server that is not
+    configured is said to be so."""
     settings: Settings = request.app.state.settings
     cache = None if settings.without_cache else settings.redis_cache_url
-    found = await asyncio.gather(_database_status(request), _redis_status(cache), _redis_status(settings.redis_url))
+    found = await asyncio.gather(
+        _database_status(request), _redis_status(cache), _redis_status(settings.redis_url)
+    )
     return respond(dict(zip(("database", "redis_cache", "redis_memory"), found, strict=True)))
 
 
 @router.get("/system/cache-stats", summary="Figures of the cache")
 async def cache_stats(request: Request, scope: Admin) -> Response:
-    """Figures of this process: of your tenant, or of all for a superadmin without one. 503 when the cache is away."""
+    """Figures of this process: of your tenant, or of all for a superadmin without one. 503 when the
+    cache is away."""
     cache: Cache = request.app.state.cache
     if cache.store is None:
         return fail(503, "Cache unavailable")
@@ -84,12 +95,15 @@ async def cache_stats(request: Request, scope: Admin) -> Response:
         "info": info.stats,
         "memory": info.memory,
         "figures_of": "this process",
-        "server_figures_of": "all processes and tenants; invalidated entries count until they expire or are evicted",
+        "server_figures_of": "all processes and tenants; invalidated entries count until they "
+        "expire or are evicted",
         "tenant": scope.tenant or "all",
         **cache.stats(scope.tenant),
     }
     if scope.role == "superadmin" and scope.tenant is None:
-        data["tenants"] = {tenant: cache.stats(tenant)["modules"] for tenant in sorted(cache.figures.tenants())}
+        data["tenants"] = {
+            tenant: cache.stats(tenant)["modules"] for tenant in sorted(cache.figures.tenants())
+        }
     return respond(data)
 
 
@@ -101,22 +115,39 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
     access = access_of(scope)
     assert access is not None
     if scope.tenant is None:
-        raise Refused(400, "Superadmin write operations require a tenant_id to be specified", field="tenant_id")
+        raise Refused(
+            400,
+            "Superadmin write operations require a tenant_id to be specified",
+            field="tenant_id",
+        )
     named: list[str] | list[None] = [None] if body.modules in ([], ["*"]) else body.modules
     unknown = sorted({module for module in named if module is not None} - cache.modules)
     if unknown:
         raise ApiError(
-            400, f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.modules))}", field="modules"
+            400,
+            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.modules))}",
+            field="modules",
         )
-    purged = [await admin.purge(access, tenant=scope.tenant, module=module) for module in dict.fromkeys(named)]
+    purged = [
+        await admin.purge(access, tenant=scope.tenant, module=module)
+        for module in dict.fromkeys(named)
+    ]
     confirmed = all(one.confirmed for one in purged)
-    message = "Cache invalidated" if confirmed else "Cache unavailable: the invalidation is retried until it is confirmed"
-    return respond({"tenant_id": scope.tenant, "modules": body.modules or ["*"], "confirmed": confirmed}, message=message)
+    message = (
+        "Cache invalidated"
+        if confirmed
+        else "Cache unavailable: the invalidation is retried until it is confirmed"
+    )
+    return respond(
+        {"tenant_id": scope.tenant, "modules": body.modules or ["*"], "confirmed": confirmed},
+        message=message,
+    )
 
 
 @router.post("/cache/switch", tags=["cache"], summary="Switch the cache off or on")
 async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
-    """For all processes, without a deploy, after a line in the trail. Invalidations are sent all the while."""
+    """For all processes, without a deploy, after a line in the trail. Invalidations are sent all
+    the while."""
     admin: CacheAdmin = request.app.state.cache_admin
     access = access_of(scope)
     assert access is not None
@@ -127,7 +158,11 @@ async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
 async def _database_status(request: Request) -> dict[str, Any]:
     started = time.perf_counter()
     reachable = await _database_answers(request)
-    return {"configured": True, "reachable": reachable, "latency_ms": _since(started) if reachable else None}
+    return {
+        "configured": True,
+        "reachable": reachable,
+        "latency_ms": _since(started) if reachable else None,
+    }
 
 
 async def _redis_status(url: SecretStr | None) -> dict[str, Any]:

@@ -1,16 +1,21 @@
-"""Which bytes of a stored body a client gets: zstd as stored, gzip, or plain; and the headers that say so.
+"""Which bytes of a stored body a client gets: zstd as stored, gzip, or plain; and the headers that
+say so.
 
-A body is compressed once, when it is stored. Everything here is a function of its arguments; the one piece of state is a
-bounded memo. No I/O, no clock; no compressor is kept between calls, so any thread may call (a shared one would save about
-a tenth of the time, and cost a promise about threads).
+A body is compressed once, when it is stored. Everything here is a function of its arguments; the
+one piece of state is a bounded memo. No I/O, no clock; no compressor is kept between calls, so any
+thread may call (a shared one would save about a tenth of the time, and cost a promise about
+threads).
 
-Entity tags. A strong tag names bytes, so one tag must not stand on two codings of a body (RFC 9110, sections 8.8.1 and
-8.8.3.3). Weakening it, as nginx and Django do, lets ``If-None-Match`` work, but makes every ``If-Match`` fail (section
-13.1.1 wants the strong comparison): a handler with optimistic locking would answer 412 to whoever was sent a body of more
-than ``MIN_BYTES``. A suffix per coding needs every conditional request and every 304 rewritten. So ``encodable`` says no to
-a strongly tagged answer: it stays what the handler made. Weak tags are sent unchanged on every coding.
+Entity tags. A strong tag names bytes, so one tag must not stand on two codings of a body (RFC 9110,
+sections 8.8.1 and 8.8.3.3). Weakening it, as nginx and Django do, lets ``If-None-Match`` work, but
+makes every ``If-Match`` fail (section 13.1.1 wants the strong comparison): a handler with
+optimistic locking would answer 412 to whoever was sent a body of more than ``MIN_BYTES``. A suffix
+per coding needs every conditional request and every 304 rewritten. So ``encodable`` says no to a
+strongly tagged answer: it stays what the handler made. Weak tags are sent unchanged on every
+coding.
 
-Sources: RFC 9110 (8.4 codings, 8.8 validators, 12.5.3 Accept-Encoding, 12.5.5 Vary), RFC 8878 and 9659 (zstd), RFC 1952.
+Sources: RFC 9110 (8.4 codings, 8.8 validators, 12.5.3 Accept-Encoding, 12.5.5 Vary), RFC 8878 and
+9659 (zstd), RFC 1952.
 """
 
 import re
@@ -32,10 +37,11 @@ MIN_BYTES = 1024
 MAX_RATIO = 0.9
 """A compressed body must be at most this part of the plain one."""
 ZSTD_LEVEL = 1
-"""36.8 KB of 50 accounts: level 1 takes 57 us (3 % of a fill of 2 ms) for a ratio of 5.56, level -1 50 us for 4.39, level 3
-80 us for 5.65. Below level 1 zstd leaves literals alone, hence the step."""
+"""36.8 KB of 50 accounts: level 1 takes 57 us (3 % of a fill of 2 ms) for a ratio of 5.56, level -1
+50 us for 4.39, level 3 80 us for 5.65. Below level 1 zstd leaves literals alone, hence the step."""
 GZIP_LEVEL = 1
-"""The same list: level 1 takes 139 us for 4.86, level 3 192 us for 5.18, level 6 421 us for 5.63. It blocks the loop."""
+"""The same list: level 1 takes 139 us for 4.86, level 3 192 us for 5.18, level 6 421 us for 5.63.
+It blocks the loop."""
 MAX_ACCEPT_BYTES = 256
 """Longer ``Accept-Encoding`` values are not read: browsers send about 25 bytes."""
 MAX_ACCEPT_VALUES = 256
@@ -43,7 +49,8 @@ MAX_ACCEPT_VALUES = 256
 
 
 class Coding(StrEnum):
-    """A content coding that we can send (RFC 9110, section 8.4.1). The members stand in the order of our preference."""
+    """A content coding that we can send (RFC 9110, section 8.4.1). The members stand in the order
+    of our preference."""
 
     zstd = "zstd"
     gzip = "gzip"
@@ -58,18 +65,21 @@ _COMPRESSIBLE = frozenset({b"application/json", b"application/javascript", b"app
 _COMPRESSIBLE_ENDS = (b"+json", b"+xml")  # image/svg+xml is one of them
 _OPTIONS: dict[int, int] = {
     zstd.CompressionParameter.compression_level: ZSTD_LEVEL,
-    # 2.5 us per 36.8 KB, so that a flipped bit is seen here and by the client instead of being read as data.
+    # 2.5 us per 36.8 KB, so that a flipped bit is seen here and by the client instead of being read
+    # as data.
     zstd.CompressionParameter.checksum_flag: 1,
 }
-_GZIP_WINDOW = 16 + zlib.MAX_WBITS  # with the header and trailer of RFC 1952, whose time zlib leaves 0
+# with the header and trailer of RFC 1952, whose time zlib leaves 0
+_GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
 def accepted(header: bytes | None) -> Coding:
     """Choose what to send for the value of ``Accept-Encoding`` (RFC 9110, section 12.5.3).
 
-    ``header`` is the value, several lines joined by commas, or None where there is none. The highest weight wins, at equal
-    weight the better compression. What is absent, malformed or too long gets plain bytes, and so does a client that accepts
-    nothing we have. Never raises. 0.2 us where the value is known, else about 10 us.
+    ``header`` is the value, several lines joined by commas, or None where there is none. The
+    highest weight wins, at equal weight the better compression. What is absent, malformed or too
+    long gets plain bytes, and so does a client that accepts nothing we have. Never raises. 0.2 us
+    where the value is known, else about 10 us.
     """
     if header is None or len(header) > MAX_ACCEPT_BYTES:
         return Coding.identity
@@ -79,8 +89,9 @@ def accepted(header: bytes | None) -> Coding:
 def encodable(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Tell whether an answer with these headers of its handler may be sent in other codings.
 
-    Not if the handler chose a coding, forbade it (``no-transform``: RFC 9111, section 5.2.2.6) or vouches for the bytes with
-    a strong entity tag. Ask with all headers of the answer, not only with those that are kept.
+    Not if the handler chose a coding, forbade it (``no-transform``: RFC 9111, section 5.2.2.6) or
+    vouches for the bytes with a strong entity tag. Ask with all headers of the answer, not only
+    with those that are kept.
     """
     content_type = None
     for name, value in headers:
@@ -110,7 +121,8 @@ def compressible(content_type: bytes | None) -> bool:
 
 
 def compress(body: bytes) -> bytes | None:
-    """Return the body as one zstd frame that states its size and has a checksum, or None where that is not worth it.
+    """Return the body as one zstd frame that states its size and has a checksum, or None where that
+    is not worth it.
 
     About 1.5 us per KB. The window stays far below the 8 MiB that a client must grant (RFC 9659).
     """
@@ -121,10 +133,12 @@ def compress(body: bytes) -> bytes | None:
 
 
 def decompress(data: bytes, *, max_bytes: int) -> bytes | None:
-    """Return the body of what ``compress`` made, or None for what is not one whole frame of at most ``max_bytes``.
+    """Return the body of what ``compress`` made, or None for what is not one whole frame of at most
+    ``max_bytes``.
 
-    Its checksum tells damage; a frame that does not state its size is not ours. Memory is bounded by ``max_bytes``, whatever
-    the frame says: the stated size is looked at first; it limits libzstd's buffer, and the output of a frame that lies.
+    Its checksum tells damage; a frame that does not state its size is not ours. Memory is bounded
+    by ``max_bytes``, whatever the frame says: the stated size is looked at first; it limits
+    libzstd's buffer, and the output of a frame that lies.
     """
     try:
         size = zstd.get_frame_info(data).decompressed_size
@@ -138,30 +152,38 @@ def decompress(data: bytes, *, max_bytes: int) -> bytes | None:
 
 
 def gzip(body: bytes) -> bytes:
-    """Return the body as gzip: the same bytes every time, for there is no time in its header. About 4 us per KB."""
+    """Return the body as gzip: the same bytes every time, for there is no time in its header. About
+    4 us per KB."""
     return zlib.compress(body, GZIP_LEVEL, _GZIP_WINDOW)
 
 
 def vary(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return the headers with a ``Vary`` that names ``Accept-Encoding``, once, beside what it names already.
+    """Return the headers with a ``Vary`` that names ``Accept-Encoding``, once, beside what it names
+    already.
 
-    It belongs on every answer whose coding was negotiated, on the plain ones too (RFC 9110, section 12.5.5).
+    It belongs on every answer whose coding was negotiated, on the plain ones too (RFC 9110, section
+    12.5.5).
     """
     given = tuple(headers)
     parts = b",".join(value for name, value in given if name.lower() == b"vary").split(b",")
     named = {part.strip().lower(): part.strip() for part in parts if part.strip()}
     if b"*" not in named:
         named.setdefault(b"accept-encoding", b"Accept-Encoding")
-    return (*(pair for pair in given if pair[0].lower() != b"vary"), (b"vary", b", ".join(named.values())))
+    return (
+        *(pair for pair in given if pair[0].lower() != b"vary"),
+        (b"vary", b", ".join(named.values())),
+    )
 
 
 def shared(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return what the headers of an answer have in common in all codings: a ``Vary``, and no length."""
+    """Return what the headers of an answer have in common in all codings: a ``Vary``, and no
+    length."""
     return vary(pair for pair in headers if pair[0].lower() != b"content-length")
 
 
 def negotiated(headers: Headers, *, coding: Coding, length: int) -> Headers:
-    """Return the headers of an answer in one coding, with ``length`` bytes; ``headers`` are the ``shared`` ones."""
+    """Return the headers of an answer in one coding, with ``length`` bytes; ``headers`` are the
+    ``shared`` ones."""
     if coding is Coding.identity:
         return (*headers, (b"content-length", b"%d" % length))
     return (*headers, (b"content-encoding", coding.encode()), (b"content-length", b"%d" % length))
@@ -173,13 +195,15 @@ def _choose(header: bytes) -> Coding:
     if weights is None:
         return Coding.identity
     others = weights.get(b"*", 0)
-    # What is not named has the weight of "*". Without that, identity stays acceptable, but after everything that is named.
+    # What is not named has the weight of "*". Without that, identity stays acceptable, but after
+    # everything that is named.
     best = max(Coding, key=lambda coding: weights.get(coding.encode(), others))
     return best if weights.get(best.encode(), others) > 0 else Coding.identity
 
 
 def _weights(header: bytes) -> dict[bytes, int] | None:
-    """Read the weights of the codings in thousandths, or None from a malformed value. Named twice, the lower one counts."""
+    """Read the weights of the codings in thousandths, or None from a malformed value. Named twice,
+    the lower one counts."""
     weights: dict[bytes, int] = {}
     for part in header.split(b","):
         part = part.strip(b" \t")

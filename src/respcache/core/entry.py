@@ -1,9 +1,10 @@
 """The bytes of a stored response. Built and read here and only here.
 
-Layout, big-endian: ``RCE`` and format version (4 bytes), nonce (16), sequence (u64), digest (16), stored at (u64, milliseconds
-of the Unix epoch, for display only), time to live (u32, ms), cost of the fill (u32, ms), status (u16), flags (u8), length of
-the headers (u32); then the headers (each: u16 length + name, u16 length + value) and, to the end, the body. Flags: 1, the body
-is compressed with zstd; 2, it may be sent in other codings than the handler's.
+Layout, big-endian: ``RCE`` and format version (4 bytes), nonce (16), sequence (u64), digest (16),
+stored at (u64, milliseconds of the Unix epoch, for display only), time to live (u32, ms), cost of
+the fill (u32, ms), status (u16), flags (u8), length of the headers (u32); then the headers (each:
+u16 length + name, u16 length + value) and, to the end, the body. Flags: 1, the body is compressed
+with zstd; 2, it may be sent in other codings than the handler's.
 """
 
 import struct
@@ -22,7 +23,8 @@ _LENGTH = struct.Struct(">H")
 
 @dataclass(slots=True)  # not frozen: that would double what each hit from the store costs here
 class Entry:
-    """A stored response with the certificate that says how long it is true and the digest that says whose it is.
+    """A stored response with the certificate that says how long it is true and the digest that says
+    whose it is.
 
     Never changed.
     """
@@ -34,7 +36,8 @@ class Entry:
     fill_ms: int
     status: int
     headers: Headers
-    """Those of the handler's answer, or where it is ``negotiable`` those that all its forms share (``encoding.shared``)."""
+    """Those of the handler's answer, or where it is ``negotiable`` those that all its forms share
+    (``encoding.shared``)."""
     body: bytes
     coding: Coding = Coding.identity
     """Of the body: ``identity`` or ``zstd``."""
@@ -54,7 +57,8 @@ class Head:
 
 
 def decode_head(data: bytes) -> Head | None:
-    """Read the first bytes of a stored response, or return None for anything that is not one of this format version."""
+    """Read the first bytes of a stored response, or return None for anything that is not one of
+    this format version."""
     if len(data) < HEAD_BYTES:
         return None
     magic, _, _, _, stored_at, ttl, fill, *_ = _HEAD.unpack_from(data)
@@ -80,10 +84,13 @@ def encode(entry: Entry) -> bytes:
 
 
 def decode(data: bytes) -> Entry | None:
-    """Read stored bytes back, or return None for anything that is not an entry of this format version."""
+    """Read stored bytes back, or return None for anything that is not an entry of this format
+    version."""
     if len(data) < _HEAD.size:
         return None
-    magic, nonce, sequence, digest, stored_at, ttl, fill, status, flags, length = _HEAD.unpack_from(data)
+    magic, nonce, sequence, digest, stored_at, ttl, fill, status, flags, length = _HEAD.unpack_from(
+        data
+    )
     if magic != MAGIC or len(data) < _HEAD.size + length:
         return None
     end = _HEAD.size + length
@@ -92,7 +99,18 @@ def decode(data: bytes) -> Entry | None:
         return None
     coding = Coding.zstd if flags & _COMPRESSED else Coding.identity
     body, negotiable = data[end:], bool(flags & _NEGOTIABLE)
-    return Entry(Certificate(nonce, sequence), digest, stored_at, ttl, fill, status, headers, body, coding, negotiable)
+    return Entry(
+        Certificate(nonce, sequence),
+        digest,
+        stored_at,
+        ttl,
+        fill,
+        status,
+        headers,
+        body,
+        coding,
+        negotiable,
+    )
 
 
 def _pair(name: bytes, value: bytes) -> bytes:

@@ -1,20 +1,21 @@
 """The error tree of respcache, and who should catch what.
 
 RespcacheError
-├── ConfigurationError     wrong set-up, raised at start-up: mend the code or the environment, do not catch
-├── Denied                 raised by a resolver: the caller may not see this; the wrapper bypasses, the handler answers
-├── UndeclaredWrite        raised before a statement runs whose tables or tenant cannot be told: mend the call
-├── UndeclaredRead         a cached read selected from a table that it does not declare (only with strict_reads)
-├── AckBarrierOverflow     a response outgrew the buffer while its transaction was still open: commit earlier
-├── InvalidationPending    ``settled()`` gave up waiting: the write is safe, its invalidation is retried
-├── OutboxError            the database did not do what a round asked: caught inside the library, never reaches a request
-│   └── OutboxMissing      it has no outbox (any more)
-├── OperationError         what an operator asked for was not done (``ops/admin.py``): tell them; nothing was changed
-│   ├── AccessRefused      their role, or their tenant, may not
-│   ├── NotFound           there is no such thing, or it is another tenant's: indistinguishable
-│   ├── InvalidOperation   what was asked for cannot be: the message names the value and the fix
-│   └── NotTrailed         it could not be written down who did it, so it was not done
-└── StoreError             anything the store did wrong: caught inside the library, never reaches a request
+├── ConfigurationError     wrong set-up, raised at start-up: mend the code or the environment, do
+not catch ├── Denied                 raised by a resolver: the caller may not see this; the wrapper
+bypasses, the handler answers ├── UndeclaredWrite        raised before a statement runs whose tables
+or tenant cannot be told: mend the call ├── UndeclaredRead         a cached read selected from a
+table that it does not declare (only with strict_reads) ├── AckBarrierOverflow     a response
+outgrew the buffer while its transaction was still open: commit earlier ├── InvalidationPending
+``settled()`` gave up waiting: the write is safe, its invalidation is retried ├── OutboxError
+the database did not do what a round asked: caught inside the library, never reaches a request │
+└── OutboxMissing      it has no outbox (any more) ├── OperationError         what an operator asked
+for was not done (``ops/admin.py``): tell them; nothing was changed │   ├── AccessRefused      their
+role, or their tenant, may not │   ├── NotFound           there is no such thing, or it is another
+tenant's: indistinguishable │   ├── InvalidOperation   what was asked for cannot be: the message
+names the value and the fix │   └── NotTrailed         it could not be written down who did it, so
+it was not done └── StoreError             anything the store did wrong: caught inside the library,
+never reaches a request
     ├── StoreUnavailable   no usable connection, or the deadline passed
     └── StoreReplyError    the server answered with an error
 """
@@ -33,7 +34,8 @@ class Denied(RespcacheError):
 
 
 class UndeclaredWrite(RespcacheError):
-    """A statement that changes data was refused, because its tables or its tenant cannot be told from it."""
+    """A statement that changes data was refused, because its tables or its tenant cannot be told
+    from it."""
 
 
 class UndeclaredRead(RespcacheError):
@@ -53,7 +55,8 @@ class OutboxError(RespcacheError):
 
 
 class OutboxMissing(OutboxError):
-    """There is no outbox in the database: before the migration that creates it, or after the one that drops it."""
+    """There is no outbox in the database: before the migration that creates it, or after the one
+    that drops it."""
 
 
 class OperationError(RespcacheError):
@@ -61,7 +64,8 @@ class OperationError(RespcacheError):
 
 
 class AccessRefused(OperationError):
-    """The access does not allow this: its role is too low, or it is of one tenant and this concerns all."""
+    """The access does not allow this: its role is too low, or it is of one tenant and this concerns
+    all."""
 
 
 class NotFound(OperationError):

@@ -15,7 +15,8 @@ AS_IT_IS = (b"cache-control", BROWSER_CACHE_CONTROL + b", no-transform")
 """The same for an answer that nobody on its way may change (RFC 9111, section 5.2.2.6)."""
 
 _UNFIT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-"""What must not stand in a header (RFC 9110, section 5.5): a server would refuse it, but only when it is too late for us."""
+"""What must not stand in a header (RFC 9110, section 5.5): a server would refuse it, but only when
+it is too late for us."""
 
 STORABLE_STATUS = frozenset({200, 203, 204})
 KEPT_HEADERS = frozenset(
@@ -36,11 +37,17 @@ KEPT_HEADERS = frozenset(
 
 
 def refusal(
-    status: int, headers: Iterable[tuple[bytes, bytes]], *, max_body_bytes: int, key_headers: Collection[bytes]
+    status: int,
+    headers: Iterable[tuple[bytes, bytes]],
+    *,
+    max_body_bytes: int,
+    key_headers: Collection[bytes],
 ) -> str | None:
-    """Say why a response with this head must not be stored, or return None. The words are those of the counters.
+    """Say why a response with this head must not be stored, or return None. The words are those of
+    the counters.
 
-    ``key_headers`` are the request headers (lower case) that the key holds. RFC 9111, sections 3 and 4.1.
+    ``key_headers`` are the request headers (lower case) that the key holds. RFC 9111, sections 3
+    and 4.1.
     """
     if status not in STORABLE_STATUS:
         return "status"
@@ -63,30 +70,41 @@ def refusal(
 
 
 def kept(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Pick the headers that are stored; of ``Cache-Control`` only that nobody may change the answer."""
+    """Pick the headers that are stored; of ``Cache-Control`` only that nobody may change the
+    answer."""
     given = list(headers)
     picked = tuple((name.lower(), value) for name, value in given if name.lower() in KEPT_HEADERS)
     return (*picked, AS_IT_IS) if _says_no_transform(given) else picked
 
 
 def cache_status(*parts: str) -> tuple[bytes, bytes]:
-    """Build the ``Cache-Status`` header (RFC 9211, section 2) from its parameters, such as ``hit`` or ``fwd=uri-miss``."""
+    """Build the ``Cache-Status`` header (RFC 9211, section 2) from its parameters, such as ``hit``
+    or ``fwd=uri-miss``."""
     return b"cache-status", b"; ".join([CACHE_NAME, *(part.encode("ascii") for part in parts)])
 
 
 def of_a_hit(headers: Headers, *, ttl_s: int) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer from the cache; ``headers`` are stored ones, so a ``Cache-Control`` among them is ours."""
-    return [*headers, _hit_with(ttl_s)] if AS_IT_IS in headers else [*headers, _hit_with(ttl_s), BROWSERS]
+    """Return the headers of an answer from the cache; ``headers`` are stored ones, so a
+    ``Cache-Control`` among them is ours."""
+    return (
+        [*headers, _hit_with(ttl_s)]
+        if AS_IT_IS in headers
+        else [*headers, _hit_with(ttl_s), BROWSERS]
+    )
 
 
 @lru_cache(4096)
 def _hit_with(ttl_s: int) -> tuple[bytes, bytes]:
-    """Build the ``Cache-Status`` of a hit: one object for all entries, which a processor then has at hand."""
+    """Build the ``Cache-Status`` of a hit: one object for all entries, which a processor then has
+    at hand."""
     return b"cache-status", b"%s; hit; ttl=%d" % (CACHE_NAME, ttl_s)
 
 
-def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> list[tuple[bytes, bytes]]:
-    """Return the headers with our ``Cache-Control``: always if ``replace``, else only where the handler gave none."""
+def for_browsers(
+    headers: Iterable[tuple[bytes, bytes]], *, replace: bool
+) -> list[tuple[bytes, bytes]]:
+    """Return the headers with our ``Cache-Control``: always if ``replace``, else only where the
+    handler gave none."""
     given = list(headers)
     if not replace and any(name.lower() == b"cache-control" for name, _ in given):
         return given
@@ -95,7 +113,10 @@ def for_browsers(headers: Iterable[tuple[bytes, bytes]], *, replace: bool) -> li
 
 
 def _says_no_transform(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    return any(name.lower() == b"cache-control" and b"no-transform" in _directives(value) for name, value in headers)
+    return any(
+        name.lower() == b"cache-control" and b"no-transform" in _directives(value)
+        for name, value in headers
+    )
 
 
 def _directives(value: bytes) -> set[bytes]:

@@ -1,7 +1,8 @@
 """Who asks, and which rows are theirs: what a resolver decides before anything is looked up.
 
-An application writes one resolver. The wrapper calls it before it looks into the cache, the handlers use the very
-object that it returned, so that "authorised for the cache" and "authorised for the handler" cannot differ.
+An application writes one resolver. The wrapper calls it before it looks into the cache, the
+handlers use the very object that it returned, so that "authorised for the cache" and "authorised
+for the handler" cannot differ.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -18,9 +19,10 @@ Dependency = Callable[..., Any]
 class Claim:
     """What a request says of its caller, verified but not yet looked up.
 
-    ``key`` holds everything that ``Resolver.scope`` depends on besides the database. ``home`` is the tenant (or
-    ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for this claim, spelt like ``Scope.tenant``.
-    ``expires_at`` is when the credentials end by themselves (seconds of the Unix epoch), None: never.
+    ``key`` holds everything that ``Resolver.scope`` depends on besides the database. ``home`` is
+    the tenant (or ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for
+    this claim, spelt like ``Scope.tenant``. ``expires_at`` is when the credentials end by
+    themselves (seconds of the Unix epoch), None: never.
     """
 
     key: Hashable
@@ -32,9 +34,10 @@ class Claim:
 class Scope:
     """What the caller may see. Subclass it with what the handlers filter by.
 
-    ``tenant`` is the one canonical id of the tenant, or None (then nothing is cached): letter for letter what PostgreSQL makes
-    of the tenant column with ``::text``, as that is what writes bump. A uuid is in lower case with hyphens, whatever a token or
-    an address says. ``fingerprint`` is equal for two callers iff they see the same rows of that tenant.
+    ``tenant`` is the one canonical id of the tenant, or None (then nothing is cached): letter for
+    letter what PostgreSQL makes of the tenant column with ``::text``, as that is what writes bump.
+    A uuid is in lower case with hyphens, whatever a token or an address says. ``fingerprint`` is
+    equal for two callers iff they see the same rows of that tenant.
     """
 
     tenant: str | None
@@ -42,11 +45,14 @@ class Scope:
 
 
 class Head:
-    """The head of an HTTP request, read from an ASGI scope: everything a resolver may look at. Bodies are never read."""
+    """The head of an HTTP request, read from an ASGI scope: everything a resolver may look at.
+    Bodies are never read."""
 
     __slots__ = ("_query", "path_params", "scope")
 
-    def __init__(self, scope: Mapping[str, Any], path_params: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, scope: Mapping[str, Any], path_params: Mapping[str, Any] | None = None
+    ) -> None:
         self.scope = scope
         self.path_params = scope.get("path_params", {}) if path_params is None else path_params
         self._query: dict[str, str] | None = None
@@ -62,14 +68,19 @@ class Head:
         return values[0] if values else None
 
     def joined(self, name: str) -> bytes | None:
-        """Return the values of all headers of that name, joined by commas, or None (RFC 9110, section 5.3)."""
+        """Return the values of all headers of that name, joined by commas, or None (RFC 9110,
+        section 5.3)."""
         wanted = name.encode("latin-1")
         values = [value for key, value in self.scope["headers"] if key == wanted]
         return b", ".join(values) if values else None
 
     def cookies(self, name: str) -> list[str]:
         """Return the raw values of all cookies of that name, in order. RFC 6265, section 5.4."""
-        pairs = (part.strip().partition("=") for line in self.headers("cookie") for part in line.split(";"))
+        pairs = (
+            part.strip().partition("=")
+            for line in self.headers("cookie")
+            for part in line.split(";")
+        )
         return [value for key, _, value in pairs if key.strip() == name]
 
     def cookie(self, name: str) -> str | None:
@@ -80,27 +91,33 @@ class Head:
     def query(self, name: str) -> str | None:
         """Return the last value of a query parameter, or None."""
         if self._query is None:
-            self._query = dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+            self._query = dict(
+                parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+            )
         return self._query.get(name)
 
 
 class Resolver(Protocol):
-    """Decides identity, tenant and the role rule of a route; the same code serves the wrapper and the handlers.
+    """Decides identity, tenant and the role rule of a route; the same code serves the wrapper and
+    the handlers.
 
-    A resolver whose ``claim`` looks at nothing but the path, the query string and some headers should name these in an
-    attribute ``headers`` (a collection of lower-case names, ``cookie`` among them if it looks at cookies). Requests that agree
-    in all of that are then recognised by their bytes, and their credentials verified again only now and then.
+    A resolver whose ``claim`` looks at nothing but the path, the query string and some headers
+    should name these in an attribute ``headers`` (a collection of lower-case names, ``cookie``
+    among them if it looks at cookies). Requests that agree in all of that are then recognised by
+    their bytes, and their credentials verified again only now and then.
     """
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The tables that ``scope`` reads; a write to one of them makes the memoised scope invalid."""
+        """The tables that ``scope`` reads; a write to one of them makes the memoised scope
+        invalid."""
         ...
 
     @property
     def stands_for(self) -> frozenset[Dependency]:
-        """The dependencies of routes whose decision this resolver makes; any other security dependency of a cached
-        route must be named by its policy as ``rule``, or the application does not start."""
+        """The dependencies of routes whose decision this resolver makes; any other security
+        dependency of a cached route must be named by its policy as ``rule``, or the application
+        does not start."""
         ...
 
     def claim(self, head: Head) -> Claim:
@@ -108,7 +125,8 @@ class Resolver(Protocol):
         ...
 
     async def scope(self, claim: Claim) -> Scope:
-        """Read from the database what the caller may see. Raises ``Denied``. Its reads must be covered by ``claim.home``."""
+        """Read from the database what the caller may see. Raises ``Denied``. Its reads must be
+        covered by ``claim.home``."""
         ...
 
     def permits(self, scope: Scope, rule: Dependency | None) -> bool:
@@ -117,9 +135,11 @@ class Resolver(Protocol):
 
 
 class SingleTenant:
-    """The resolver of an application without tenants and without logins: everybody sees the same rows.
+    """The resolver of an application without tenants and without logins: everybody sees the same
+    rows.
 
-    Requests with an ``Authorization`` header are not answered from the cache (RFC 9111, section 3.5).
+    Requests with an ``Authorization`` header are not answered from the cache (RFC 9111, section
+    3.5).
     """
 
     tables: tuple[str, ...] = ()

@@ -1,26 +1,32 @@
 """Every key that respcache writes is built here and only here.
 
-| key                                          | type   | holds                                               | lives          |
-|----------------------------------------------|--------|-----------------------------------------------------|----------------|
-| tenant:{tenant}:{module}:{kind}:{digest}     | string | an entry: a stored response (``core/entry.py``)     | its TTL        |
-| tenant:{tenant}:~gen                         | hash   | the tenant's generation (``core/generations.py``)   | > every entry  |
-| tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lease of the process that fills the entry     | seconds        |
-| tenant:~shared:~gen                          | hash   | generation of data that belongs to no tenant        | > every entry  |
-| respcache:~inc                               | string | the epoch (``core/epochs.py``)                      | > every entry  |
-| respcache:~off                               | hash   | what is switched off for all processes              | until removed  |
-| respcache:~procs                             | set    | the processes that publish figures (``ops/board.py``) | a minute     |
-| respcache:~figures:{process}                 | string | figures of a process, by route                      | a minute       |
-| respcache:~tenants:{process}                 | hash   | its figures of each tenant                          | a minute       |
-| respcache:~routes:{process}                  | hash   | its figures of each tenant, by route                | a minute       |
-| respcache:~series:{bucket}                   | hash   | what happened everywhere in ten seconds             | 70 minutes     |
-| respcache:~feed                              | stream | the last invalidations, for whoever looks on        | a day          |
-| respcache:~fed                               | zset   | ids of the outbox rows that are in it               | minutes        |
+| key                                            | type   | holds                                  |
+|------------------------------------------------|--------|----------------------------------------|
+| tenant:{tenant}:{module}:{kind}:{digest}       | string | a stored response (``core/entry.py``)  |
+| tenant:{tenant}:~gen                           | hash   | the tenant's generation                |
+| tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lock of the process that fills it  |
+| tenant:~shared:~gen                            | hash   | generation of data without a tenant    |
+| respcache:~inc                                 | string | the epoch (``core/epochs.py``)         |
+| respcache:~off                                 | hash   | what is switched off for all processes |
+| respcache:~procs                               | set    | processes that publish statistics      |
+| respcache:~figures:{process}                   | string | a process's counters, by route         |
+| respcache:~tenants:{process}                   | hash   | a process's counters, by tenant        |
+| respcache:~routes:{process}                    | hash   | the same, by tenant and route          |
+| respcache:~series:{bucket}                     | hash   | ten seconds of counters, all processes |
+| respcache:~feed                                | stream | the latest invalidations               |
+| respcache:~fed                                 | zset   | ids of outbox rows in the feed         |
 
-``{kind}`` is list, detail, count or settings. ``{process}`` is 16 hexadecimal digits that a process makes when it starts,
-``{bucket}`` the Unix time divided by ten. ``{digest}`` is 32 hexadecimal digits: a BLAKE2b of 128 bits, keyed with the
-secret that all processes share, over everything that decides the response. The entry repeats it and it is compared on
-every hit. No part of a key can hold a colon, a blank or a glob character, so ``SCAN MATCH tenant:abc:accounts:*`` matches
-what it says. Deleting any of these keys by hand is safe.
+An entry lives for its TTL and a generation longer than every entry, as does the epoch. A fill lock
+lives for seconds, the ids of the feed for minutes. A process's keys live for a minute after its
+last report, a bucket of the series for 70 minutes, and the feed for a day. Switches stay until
+they are turned on again.
+
+``{kind}`` is list, detail, count or settings. ``{process}`` is 16 hexadecimal digits that a process
+makes when it starts, ``{bucket}`` the Unix time divided by ten. ``{digest}`` is 32 hexadecimal
+digits: a BLAKE2b of 128 bits, keyed with the secret that all processes share, over everything that
+decides the response. The entry repeats it and it is compared on every hit. No part of a key can
+hold a colon, a blank or a glob character, so ``SCAN MATCH tenant:abc:accounts:*`` matches what it
+says. Deleting any of these keys by hand is safe.
 """
 
 import hashlib
@@ -42,7 +48,8 @@ PROCESSES_KEY = "respcache:~procs"
 FEED_KEY = "respcache:~feed"
 FED_KEY = "respcache:~fed"
 BUMPS_CHANNEL = "respcache:~bumps"
-"""Where every bump is published: the key of the generation; and what an operator deleted: the key of the entry. Not a key."""
+"""Where every bump is published: the key of the generation; and what an operator deleted: the key
+of the entry. Not a key."""
 
 EVERYTHING = "*"
 """The switch of everything. Not a key, but a field of the switches."""
@@ -53,14 +60,17 @@ MIN_SECRET_BYTES = 16
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-_ENTRY = re.compile(f"tenant:({_TENANT.pattern}):({_NAME.pattern}):({'|'.join(KINDS)}):([0-9a-f]{{{2 * DIGEST_BYTES}}})")
+_ENTRY = re.compile(
+    f"tenant:({_TENANT.pattern}):({_NAME.pattern}):({'|'.join(KINDS)}):([0-9a-f]{{{2 * DIGEST_BYTES}}})"
+)
 
 
 def check_tenant(tenant: str) -> str:
     """Return the tenant id if it can stand in a key. Raises ``ValueError``."""
     if _TENANT.fullmatch(tenant) is None and tenant != SHARED:
         raise ValueError(
-            f"tenant id {tenant!r} must be 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+            f"tenant id {tenant!r} must be 1 to 128 letters, digits, '.', '_' or '-', beginning "
+            f"with a letter or digit"
         )
     return tenant
 
@@ -68,7 +78,10 @@ def check_tenant(tenant: str) -> str:
 def check_module(module: str) -> str:
     """Return the module's name if it can stand in a key. Raises ``ConfigurationError``."""
     if _NAME.fullmatch(module) is None:
-        raise ConfigurationError(f"module {module!r} must be 1 to 64 letters, digits, '_' or '-', beginning with a letter")
+        raise ConfigurationError(
+            f"module {module!r} must be 1 to 64 letters, digits, '_' or '-', beginning with a "
+            f"letter"
+        )
     return module
 
 
@@ -89,11 +102,14 @@ class EntryKey(NamedTuple):
 def read_entry_key(key: str) -> EntryKey | None:
     """Read the key of a stored response back, or return None for any other key."""
     found = _ENTRY.fullmatch(key)
-    return None if found is None else EntryKey(found[1], found[2], found[3], bytes.fromhex(found[4]))
+    return (
+        None if found is None else EntryKey(found[1], found[2], found[3], bytes.fromhex(found[4]))
+    )
 
 
 def entry_pattern(tenant: str | None, module: str | None) -> str:
-    """Return a glob that all stored responses of a tenant and a module match, or None: of all; other keys may match it too."""
+    """Return a glob that all stored responses of a tenant and a module match, or None: of all;
+    other keys may match it too."""
     return f"tenant:{tenant or '*'}:{module or '[A-Za-z]*'}:*"
 
 
@@ -118,7 +134,8 @@ def module_switch(module: str) -> str:
 
 
 def switched(names: Iterable[str], prefix: str) -> frozenset[str]:
-    """Return whose switches are among these names: of all tenants or of all modules, by the name of the empty one."""
+    """Return whose switches are among these names: of all tenants or of all modules, by the name of
+    the empty one."""
     return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
@@ -150,7 +167,8 @@ class Digester:
     def __init__(self, secret: bytes, *, schema_version: str) -> None:
         if len(secret) < MIN_SECRET_BYTES:
             raise ConfigurationError(
-                f"the cache secret has {len(secret)} bytes; give at least {MIN_SECRET_BYTES} random ones (RESPCACHE_KEY)"
+                f"the cache secret has {len(secret)} bytes; give at least {MIN_SECRET_BYTES} "
+                f"random ones (RESPCACHE_KEY)"
             )
         self._secret = secret if len(secret) <= 64 else hashlib.sha512(secret).digest()
         self._prefix = _pack([b"respcache", schema_version.encode()])
@@ -169,15 +187,25 @@ class Digester:
     ) -> bytes:
         """Return the 16 bytes that name a response.
 
-        ``route`` is the template of the path, ``tables`` what the read depends on (another declaration, another key),
-        ``parameters`` the canonical ``(place, name, value)`` triples in order.
+        ``route`` is the template of the path, ``tables`` what the read depends on (another
+        declaration, another key), ``parameters`` the canonical ``(place, name, value)`` triples in
+        order.
         """
-        fields = [tenant.encode(), route.encode(), fingerprint, *(table.encode() for table in tables), b""]
+        fields = [
+            tenant.encode(),
+            route.encode(),
+            fingerprint,
+            *(table.encode() for table in tables),
+            b"",
+        ]
         for place, name, value in parameters:
             fields += (place.encode(), name.encode(), value.encode("utf-8", "surrogatepass"))
-        return hashlib.blake2b(self._prefix + _pack(fields), key=self._secret, digest_size=DIGEST_BYTES).digest()
+        return hashlib.blake2b(
+            self._prefix + _pack(fields), key=self._secret, digest_size=DIGEST_BYTES
+        ).digest()
 
 
 def _pack(fields: Iterable[bytes]) -> bytes:
-    """Join fields so that no two different sequences give the same bytes: each is preceded by its length."""
+    """Join fields so that no two different sequences give the same bytes: each is preceded by its
+    length."""
     return b"".join(len(field).to_bytes(4, "big") + field for field in fields)

@@ -1,8 +1,9 @@
 """How a route is cached: policies, declared parameters, and the one canonical form of a request.
 
-A policy is data attached to an endpoint; it changes nothing by itself. The canonical form of a request holds the declared
-parameters only, each in one spelling, in the order of their names; the handler of a fill is called with exactly that
-form, so nothing that the key does not hold can decide what the handler answers.
+A policy is data attached to an endpoint; it changes nothing by itself. The canonical form of a
+request holds the declared parameters only, each in one spelling, in the order of their names; the
+handler of a fill is called with exactly that form, so nothing that the key does not hold can decide
+what the handler answers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,30 +27,38 @@ FOREVER = float("inf")
 
 
 class Level(StrEnum):
-    """How fresh a hit from memory has to be. Misses, and hits from the store, are strict at every level."""
+    """How fresh a hit from memory has to be. Misses, and hits from the store, are strict at every
+    level."""
 
     STRICT = "strict"
-    """No write that was acknowledged before the request began is missing. One small round trip, shared by a tenant's requests."""
+    """No write that was acknowledged before the request began is missing. One small round trip,
+    shared by a tenant's requests."""
     BOUNDED = "bounded"
-    """Writes that were acknowledged more than ``bound_s`` ago are never missing; others rarely. Mostly no round trip."""
+    """Writes that were acknowledged more than ``bound_s`` ago are never missing; others rarely.
+    Mostly no round trip."""
     TTL = "ttl"
-    """Valid until an invalidation is heard of, at most for the time to live. Who may see it is as fresh as at ``bounded``."""
+    """Valid until an invalidation is heard of, at most for the time to live. Who may see it is as
+    fresh as at ``bounded``."""
 
     @classmethod
     def of(cls, name: str, module: str) -> "Level":
         """Read a level by its name. Raises ``ConfigurationError``."""
         if name not in tuple(cls):
-            raise ConfigurationError(f"level {name!r} of module {module!r} must be one of {', '.join(cls)}")
+            raise ConfigurationError(
+                f"level {name!r} of module {module!r} must be one of {', '.join(cls)}"
+            )
         return cls(name)
 
 
 VariesBy = Callable[[Any], str]
-"""What else an answer depends on, besides its parameters and what the caller may see: a function of the caller's ``Scope``."""
+"""What else an answer depends on, besides its parameters and what the caller may see: a function of
+the caller's ``Scope``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A declared parameter of a route. ``default`` is the spelling that means the same as leaving it out."""
+    """A declared parameter of a route. ``default`` is the spelling that means the same as leaving
+    it out."""
 
     name: str
     place: str = "query"
@@ -76,13 +85,18 @@ class Policy:
         keys.check_module(self.module)
         if not 0 < self.bound_s <= MAX_BOUND_S:
             raise ConfigurationError(
-                f"bound_s {self.bound_s!r} of module {self.module!r} must be above 0 and at most {MAX_BOUND_S:.0f} seconds"
+                f"bound_s {self.bound_s!r} of module {self.module!r} must be above 0 and at most "
+                f"{MAX_BOUND_S:.0f} seconds"
             )
         if self.kind not in keys.KINDS:
-            raise ConfigurationError(f"kind {self.kind!r} of module {self.module!r} must be one of {', '.join(keys.KINDS)}")
+            raise ConfigurationError(
+                f"kind {self.kind!r} of module {self.module!r} must be one of "
+                f"{', '.join(keys.KINDS)}"
+            )
         if not 0 < self.ttl_s <= MAX_TTL_S:
             raise ConfigurationError(
-                f"ttl {self.ttl_s!r} of module {self.module!r} must be above 0 and at most {MAX_TTL_S:.0f} seconds"
+                f"ttl {self.ttl_s!r} of module {self.module!r} must be above 0 and at most "
+                f"{MAX_TTL_S:.0f} seconds"
             )
 
     @property
@@ -91,7 +105,8 @@ class Policy:
         return (FLOOR, module_tag(self.module), *map(table_tag, self.tables))
 
     def view_s(self, *, anonymous: bool) -> float:
-        """How old a view may be by which a hit from memory is judged; 0: it must be younger than the request.
+        """How old a view may be by which a hit from memory is judged; 0: it must be younger than
+        the request.
 
         ``anonymous``: everybody sees the same, so nothing but the answer itself can be out of date.
         """
@@ -113,22 +128,31 @@ class Invalidation:
 
 @dataclass(frozen=True, slots=True)
 class Canonical:
-    """The one form of a request: what goes into the key, and the query string that the handler of a fill sees."""
+    """The one form of a request: what goes into the key, and the query string that the handler of a
+    fill sees."""
 
     parameters: tuple[tuple[str, str, str], ...]
     query_string: bytes
 
 
 def canonical(
-    head: Head, path_params: Mapping[str, str], *, declared: Sequence[Parameter], passed: Sequence[str] = ()
+    head: Head,
+    path_params: Mapping[str, str],
+    *,
+    declared: Sequence[Parameter],
+    passed: Sequence[str] = (),
 ) -> Canonical:
     """Bring a request into its canonical form.
 
-    ``declared`` parameters are sorted by (place, name). ``passed`` are names of query parameters that the resolver consumes:
-    they reach the handler (whose own identity dependency may declare them) but are not part of the key.
+    ``declared`` parameters are sorted by (place, name). ``passed`` are names of query parameters
+    that the resolver consumes:
+    they reach the handler (whose own identity dependency may declare them) but are not part of the
+    key.
     """
     given: dict[str, list[str]] = {}
-    for name, value in parse_qsl(head.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+    for name, value in parse_qsl(
+        head.scope["query_string"].decode("latin-1"), keep_blank_values=True
+    ):
         given.setdefault(name, []).append(value)
     triples = [("path", name, path_params[name]) for name in sorted(path_params)]
     query: list[tuple[str, str]] = []
@@ -143,18 +167,25 @@ def canonical(
 
 def in_order(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
     """Sort declared parameters into the order of the canonical form, each once."""
-    return tuple(sorted(dict.fromkeys(parameters), key=lambda parameter: (parameter.place, parameter.name)))
+    return tuple(
+        sorted(dict.fromkeys(parameters), key=lambda parameter: (parameter.place, parameter.name))
+    )
 
 
 def _values(parameter: Parameter, given: Mapping[str, list[str]], head: Head) -> list[str]:
     """Return the values that count.
 
-    Of a query parameter: all if it is repeated, else the last, and none where that equals the default; the handler gets
-    just these. Headers and cookies reach the handler as they came, so all their values count.
+    Of a query parameter: all if it is repeated, else the last, and none where that equals the
+    default; the handler gets just these. Headers and cookies reach the handler as they came, so all
+    their values count.
     """
     if parameter.place == "cookie":
         return head.cookies(parameter.name)
     if parameter.place == "header":
         return head.headers(parameter.name)
     values = given.get(parameter.name, [])
-    return values if parameter.repeated else [value for value in values[-1:] if value != parameter.default]
+    return (
+        values
+        if parameter.repeated
+        else [value for value in values[-1:] if value != parameter.default]
+    )

@@ -1,8 +1,10 @@
-"""How a miss is filled once: first a flight in the process, then a lease across processes, then the handler.
+"""How a miss is filled once: first a flight in the process, then a lease across processes, then the
+handler.
 
-``enter`` tells a caller which of three it is: served by somebody else's fill (an ``Entry``), the one who fills (a ``Lead``,
-which must land, whatever happens), or alone (``None``: the fill it waited for had nothing to share, so it runs its own
-handler without sharing; that way a failing handler runs side by side for all callers instead of one after the other).
+``enter`` tells a caller which of three it is: served by somebody else's fill (an ``Entry``), the
+one who fills (a ``Lead``, which must land, whatever happens), or alone (``None``: the fill it
+waited for had nothing to share, so it runs its own handler without sharing; that way a failing
+handler runs side by side for all callers instead of one after the other).
 """
 
 import asyncio
@@ -24,7 +26,9 @@ from respcache.stores.base import Store
 class Memory(Protocol):
     """Where this process keeps entries."""
 
-    def hold(self, target: Target, entry: Entry, /, *, remaining_ms: int, proven: Generation | None) -> Held:
+    def hold(
+        self, target: Target, entry: Entry, /, *, remaining_ms: int, proven: Generation | None
+    ) -> Held:
         """Keep an entry."""
         ...
 
@@ -34,7 +38,8 @@ class Memory(Protocol):
 
 
 class Lead:
-    """The right and the duty to fill one key. ``land`` it exactly once in effect; landing again does nothing."""
+    """The right and the duty to fill one key. ``land`` it exactly once in effect; landing again
+    does nothing."""
 
     __slots__ = ("_finish", "_landed", "certificate")
 
@@ -44,7 +49,8 @@ class Lead:
         self._landed = False
 
     def land(self, entry: Entry | None) -> None:
-        """Store and share the entry, or with None tell the others that there is none. Does no waiting."""
+        """Store and share the entry, or with None tell the others that there is none. Does no
+        waiting."""
         if not self._landed:
             self._landed = True
             self._finish(entry)
@@ -60,15 +66,20 @@ class Filler:
         self._flights: Flights[Entry] = Flights()
         self._leases = Leases(store)
 
-    async def enter(self, target: Target, *, view: Generation, certificate: Certificate) -> Entry | Lead | None:
-        """Join the fill of the key or become its leader. ``certificate`` was captured from ``view``, before any handler.
+    async def enter(
+        self, target: Target, *, view: Generation, certificate: Certificate
+    ) -> Entry | Lead | None:
+        """Join the fill of the key or become its leader. ``certificate`` was captured from
+        ``view``, before any handler.
 
         Costs nothing but waiting for a joiner in this process, one round trip for a leader.
         """
         flight = self._flights.join(target.entry_key, view=view, tags=target.tags)
         if flight is not None:
             entry = await flight.wait()
-            valid = entry is not None and view.judge(entry.certificate, target.tags) is Verdict.VALID
+            valid = (
+                entry is not None and view.judge(entry.certificate, target.tags) is Verdict.VALID
+            )
             return entry if valid else None
         flight = self._flights.begin(target.entry_key, certificate)
         try:
@@ -81,7 +92,9 @@ class Filler:
             return token
         return Lead(certificate, self._finish(target, flight, token, view))
 
-    def _finish(self, target: Target, flight: Flight[Entry], token: str, view: Generation) -> Callable[[Entry | None], None]:
+    def _finish(
+        self, target: Target, flight: Flight[Entry], token: str, view: Generation
+    ) -> Callable[[Entry | None], None]:
         started = asyncio.get_running_loop().time()
 
         def finish(entry: Entry | None) -> None:

@@ -1,8 +1,9 @@
 """One fill per key in this process: callers of the same key wait for the first one's result.
 
-A caller joins only a flight whose certificate is valid in its own view of the generation, which it read after its own
-request began; otherwise it starts a newer flight in its place. Joining any flight would serve a caller that began after a
-write was acknowledged with a read from before it (the JOINANY mutant of the model).
+A caller joins only a flight whose certificate is valid in its own view of the generation, which it
+read after its own request began; otherwise it starts a newer flight in its place. Joining any
+flight would serve a caller that began after a write was acknowledged with a read from before it
+(the JOINANY mutant of the model).
 """
 
 import asyncio
@@ -15,7 +16,8 @@ T = TypeVar("T")
 
 
 class Flight(Generic[T]):
-    """A fill under way. It lands exactly once, with a result or with None when there is nothing to share."""
+    """A fill under way. It lands exactly once, with a result or with None when there is nothing to
+    share."""
 
     __slots__ = ("_flights", "_key", "_result", "certificate")
 
@@ -32,12 +34,14 @@ class Flight(Generic[T]):
             self._result.set_result(result)
 
     async def wait(self) -> T | None:
-        """Wait for the landing. Cancelling one waiter disturbs neither the flight nor the others."""
+        """Wait for the landing. Cancelling one waiter disturbs neither the flight nor the
+        others."""
         return await asyncio.shield(self._result)
 
 
 class Flights(Generic[T]):
-    """The fills under way in this process, by key. Bounded by the number of requests in the process."""
+    """The fills under way in this process, by key. Bounded by the number of requests in the
+    process."""
 
     def __init__(self) -> None:
         self._flying: dict[Hashable, Flight[T]] = {}
@@ -46,7 +50,8 @@ class Flights(Generic[T]):
         return len(self._flying)
 
     def join(self, key: Hashable, *, view: Generation, tags: Sequence[str]) -> Flight[T] | None:
-        """Return the flight of this key if its result will be valid for a caller with this view, else None."""
+        """Return the flight of this key if its result will be valid for a caller with this view,
+        else None."""
         flight = self._flying.get(key)
         if flight is None or view.judge(flight.certificate, tags) is not Verdict.VALID:
             return None

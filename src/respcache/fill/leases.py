@@ -1,8 +1,10 @@
-"""One fill per key across processes: the process that holds the key's lease fills, the others wait for its entry.
+"""One fill per key across processes: the process that holds the key's lease fills, the others wait
+for its entry.
 
-The lease carries the certificate of its holder, and the same rule as for flights decides who may wait for it. Waiting is
-capped by what fills of this route usually take, so that the callers of a process that died are served soon; a lease only
-saves work, it protects nothing: losing one costs a second fill, never a stale read.
+The lease carries the certificate of its holder, and the same rule as for flights decides who may
+wait for it. Waiting is capped by what fills of this route usually take, so that the callers of a
+process that died are served soon; a lease only saves work, it protects nothing: losing one costs a
+second fill, never a stale read.
 """
 
 import asyncio
@@ -27,7 +29,8 @@ PATIENCE = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is to be filled: its keys, the digest that its entry must carry, the tags it depends on, and who it is for."""
+    """What is to be filled: its keys, the digest that its entry must carry, the tags it depends on,
+    and who it is for."""
 
     entry_key: str
     lease_key: str
@@ -50,10 +53,14 @@ class Leases:
         known = self._usual_s.get(pace)
         self._usual_s[pace] = seconds if known is None else known * 0.8 + seconds * 0.2
 
-    async def acquire(self, target: Target, certificate: Certificate, *, view: Generation) -> str | Entry:
-        """Return a token when this process is to fill, or the entry that another process filled meanwhile.
+    async def acquire(
+        self, target: Target, certificate: Certificate, *, view: Generation
+    ) -> str | Entry:
+        """Return a token when this process is to fill, or the entry that another process filled
+        meanwhile.
 
-        One round trip when the lease is free. Without a store the caller fills: the token is then worth nothing.
+        One round trip when the lease is free. Without a store the caller fills: the token is then
+        worth nothing.
         """
         mine = Lease(secrets.token_hex(8), certificate)
         try:
@@ -77,7 +84,8 @@ class Leases:
             await asyncio.sleep(delay)
             delay = min(delay * 1.5, MOST_POLL_S)
             held = await self._take(target, mine)
-            found = await self._filled(target, view)  # after the lease: its holder puts before it releases
+            # after the lease: its holder puts before it releases
+            found = await self._filled(target, view)
             if found is not None:
                 if held.token == mine.token:
                     self.release(target, mine.token)
@@ -91,7 +99,8 @@ class Leases:
         return await self._store.lease(target.lease_key, mine, ttl_ms=LEASE_MS, replacing=replacing)
 
     async def _filled(self, target: Target, view: Generation) -> Entry | None:
-        """Look for an entry that covers the caller's own view, even if it was invalidated since: no starvation by writes."""
+        """Look for an entry that covers the caller's own view, even if it was invalidated since: no
+        starvation by writes."""
         data = (await self._store.read(target.entry_key, ())).entry
         entry = None if data is None else entries.decode(data)
         if entry is None or entry.digest != target.digest:

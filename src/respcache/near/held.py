@@ -13,7 +13,8 @@ OVERHEAD_BYTES = 1536
 
 
 class Variant:
-    """One form of an answer: its bytes, and its headers, which are made anew once a second for what they say of its time."""
+    """One form of an answer: its bytes, and its headers, which are made anew once a second for what
+    they say of its time."""
 
     __slots__ = ("_defaults", "_head", "_head_ttl_s", "_said", "_said_ttl_s", "body", "stored")
 
@@ -34,8 +35,8 @@ class Variant:
         return self._said
 
     def head(self, status_line: bytes, defaults: list[tuple[bytes, bytes]], ttl_s: int) -> bytes:
-        """Return the head of a hit as it goes over the wire (RFC 9112). ``defaults``: the server's own headers, a new list
-        whenever they change."""
+        """Return the head of a hit as it goes over the wire (RFC 9112). ``defaults``: the server's
+        own headers, a new list whenever they change."""
         if defaults is not self._defaults or ttl_s != self._head_ttl_s:
             lines = b"".join(b"%s: %s\r\n" % pair for pair in (*defaults, *self.headers(ttl_s)))
             self._head = b"%s%s\r\n" % (status_line, lines)
@@ -44,14 +45,22 @@ class Variant:
 
 
 class Held:
-    """An entry and until when it lives (by the cache's clock). ``proven`` is the last view that it was valid in.
+    """An entry and until when it lives (by the cache's clock). ``proven`` is the last view that it
+    was valid in.
 
     ``lasting``: it is kept in memory, so a form that is costly to make is worth making.
     """
 
     __slots__ = ("entry", "expires_at", "lasting", "packed", "proven", "variants")
 
-    def __init__(self, entry: Entry, *, expires_at: float, proven: Generation | None = None, lasting: bool = False) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        *,
+        expires_at: float,
+        proven: Generation | None = None,
+        lasting: bool = False,
+    ) -> None:
         self.entry = entry
         self.expires_at = expires_at
         self.proven = proven
@@ -73,7 +82,8 @@ class Held:
         self.variants.pop(Coding.zstd, None)
 
     def make(self, coding: Coding, *, max_bytes: int) -> Variant | None:
-        """Return the answer in this coding, or plain where it is not to be had so; None where the stored bytes are damaged."""
+        """Return the answer in this coding, or plain where it is not to be had so; None where the
+        stored bytes are damaged."""
         known = self.variants.get(coding)
         if known is not None:
             return known
@@ -88,7 +98,11 @@ class Held:
 
     def _plain(self, max_bytes: int) -> Variant | None:
         entry = self.entry
-        body = encoding.decompress(entry.body, max_bytes=max_bytes) if entry.coding is Coding.zstd else entry.body
+        body = (
+            encoding.decompress(entry.body, max_bytes=max_bytes)
+            if entry.coding is Coding.zstd
+            else entry.body
+        )
         return None if body is None else self._add(Coding.identity, body)
 
     def _add(self, coding: Coding, body: bytes) -> Variant:

@@ -1,23 +1,30 @@
-"""Which items the near cache keeps: S3-FIFO, bounded by bytes. Pure: no clock, no I/O; it does not know what it keeps.
+"""Which items the near cache keeps: S3-FIFO, bounded by bytes. Pure: no clock, no I/O; it does not
+know what it keeps.
 
 Three queues, first in, first out:
 
-* *small*, a tenth of the bytes: every new item begins here. One that was not used twice by the time it is the oldest goes. So a
-  scan (an export, a crawler, a client that pages through a list) passes through a tenth of the cache and leaves the rest alone.
-* *main*: items that were used at least twice in small [1, algorithm 1: ``freq > 1``], or came back while they were ghosts. The
-  oldest goes if it was not used since it was last looked at; else it starts again at the end, with one use less.
-* *ghosts*: what was lately evicted from small, without values. An item that comes back while it is a ghost was evicted too soon
-  and goes to main. Ghosts are hashes of keys, so neither a long key nor a token in it outlives its item; two keys with one hash
-  cost at most a wrong choice of queue. There are as many as main could hold of them: their former sizes sum up to its share.
+* *small*, a tenth of the bytes: every new item begins here. One that was not used twice by the time
+  it is the oldest goes. So a scan (an export, a crawler, a client that pages through a list) passes
+  through a tenth of the cache and leaves the rest alone.
+* *main*: items that were used at least twice in small [1, algorithm 1: ``freq > 1``], or came back
+  while they were ghosts. The oldest goes if it was not used since it was last looked at; else it
+  starts again at the end, with one use less.
+* *ghosts*: what was lately evicted from small, without values. An item that comes back while it is
+  a ghost was evicted too soon and goes to main. Ghosts are hashes of keys, so neither a long key
+  nor a token in it outlives its item; two keys with one hash cost at most a wrong choice of queue.
+  There are as many as main could hold of them: their former sizes sum up to its share.
 
-Why not LRU: a hit in LRU moves the item in a list. Here it raises a counter until that is at its top, then changes nothing; all
-ordering is done when something has to go. And LRU gives each item of a scan the whole cache to pass through.
+Why not LRU: a hit in LRU moves the item in a list. Here it raises a counter until that is at its
+top, then changes nothing; all ordering is done when something has to go. And LRU gives each item of
+a scan the whole cache to pass through.
 
-Three departures from the paper. Sizes are bytes: an item larger than small is never kept, since it would drive out everything on
-trial at once. The queues are looked at anew after every step, not after every eviction. And one call spares at most
-``MAX_SPARED`` items: when everything is in use at its top, the paper's loop goes three times round the whole of main.
+Three departures from the paper. Sizes are bytes: an item larger than small is never kept, since it
+would drive out everything on trial at once. The queues are looked at anew after every step, not
+after every eviction. And one call spares at most ``MAX_SPARED`` items: when everything is in use at
+its top, the paper's loop goes three times round the whole of main.
 
-What goes is taken out of its queue at once (``OrderedDict`` unlinks in constant time): nothing dead waits in a queue.
+What goes is taken out of its queue at once (``OrderedDict`` unlinks in constant time): nothing dead
+waits in a queue.
 
 [1] Yang, Zhang, Qiu, Yue, Vigfusson: FIFO queues are all you need for cache eviction. SOSP 2023.
 """
@@ -36,18 +43,30 @@ MAX_FREQUENCY = 3
 TRIAL_USES = 2
 """Uses in small that bring an item into main."""
 MAX_SPARED = 1_000
-"""Used items that one call may spare before the oldest goes all the same: under a millisecond of the event loop."""
+"""Used items that one call may spare before the oldest goes all the same: under a millisecond of
+the event loop."""
 
 
 class S3Fifo(Generic[K, V]):
     """Items by key, in ``max_bytes`` at most after every call. For one event loop: not thread safe.
 
-    Sizes are what the caller says, at least 1; they should count the key, and some 400 bytes that an item and its ghost take
-    here. Keeps nothing if ``max_bytes`` is below 10. ``admitted``, ``evicted`` and ``rejected`` count items: new and kept, gone
-    to make room, too large. A ``put`` costs constant time for each item that goes and for at most ``MAX_SPARED`` that stay.
+    Sizes are what the caller says, at least 1; they should count the key, and some 400 bytes that
+    an item and its ghost take here. Keeps nothing if ``max_bytes`` is below 10. ``admitted``,
+    ``evicted`` and ``rejected`` count items: new and kept, gone to make room, too large. A ``put``
+    costs constant time for each item that goes and for at most ``MAX_SPARED`` that stay.
     """
 
-    __slots__ = ("_ghosts", "_main", "_max_item_bytes", "_slots", "_small", "admitted", "evicted", "max_bytes", "rejected")
+    __slots__ = (
+        "_ghosts",
+        "_main",
+        "_max_item_bytes",
+        "_slots",
+        "_small",
+        "admitted",
+        "evicted",
+        "max_bytes",
+        "rejected",
+    )
 
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
@@ -90,20 +109,24 @@ class S3Fifo(Generic[K, V]):
         return [slot.value for slot in self._slots.values() if slot.value is not None]
 
     def slot(self, key: K) -> "Slot[V] | None":
-        """Return where an item is kept, without using it. Whoever holds on to that counts uses by himself, and looks whether
-        the item is still there: its value is None from the moment that it goes."""
+        """Return where an item is kept, without using it. Whoever holds on to that counts uses by
+        himself, and looks whether the item is still there: its value is None from the moment that
+        it goes."""
         return self._slots.get(key)
 
     def renew(self, key: K) -> None:
-        """Move an item, if it is kept, to a slot of its own: for whoever holds on to the former one, it is gone."""
+        """Move an item, if it is kept, to a slot of its own: for whoever holds on to the former
+        one, it is gone."""
         slot = self._slots.get(key)
         if slot is not None:
             self._slots[key] = self._queue_of(key).slots[key] = slot.moved()
 
     def put(self, key: K, value: V, *, size_bytes: int) -> None:
-        """Keep a value, unless it is too large. One that replaces another takes over its place and its uses.
+        """Keep a value, unless it is too large. One that replaces another takes over its place and
+        its uses.
 
-        Whatever becomes of the new value, the old one is gone. Raises ``ValueError`` for a size below 1.
+        Whatever becomes of the new value, the old one is gone. Raises ``ValueError`` for a size
+        below 1.
         """
         slot = self._slots.get(key)
         if slot is not None:
@@ -118,7 +141,8 @@ class S3Fifo(Generic[K, V]):
             self.admitted += 1
 
     def resize(self, key: K, size_bytes: int) -> None:
-        """Count an item, if it is still kept, with another size. The item itself may be what goes to make room.
+        """Count an item, if it is still kept, with another size. The item itself may be what goes
+        to make room.
 
         Raises ``ValueError`` for a size below 1.
         """
@@ -151,7 +175,9 @@ class S3Fifo(Generic[K, V]):
 
     def _fits(self, size_bytes: int) -> bool:
         if size_bytes < 1:
-            raise ValueError("size_bytes must be at least 1: items without a size would have no bound")
+            raise ValueError(
+                "size_bytes must be at least 1: items without a size would have no bound"
+            )
         if size_bytes <= self._max_item_bytes:
             return True
         self.rejected += 1
@@ -161,12 +187,14 @@ class S3Fifo(Generic[K, V]):
         return self._main if key in self._main.slots else self._small
 
     def _make_room(self, size_bytes: int) -> None:
-        """Evict until so many bytes are free; spare what was used. Each step evicts, promotes or takes one use away."""
+        """Evict until so many bytes are free; spare what was used. Each step evicts, promotes or
+        takes one use away."""
         small, main = self._small, self._main
         most_bytes = self.max_bytes - size_bytes
         spared = 0
         while small.size_bytes + main.size_bytes > most_bytes:
-            # Else main has something: small below its share and an item, a share at most, leave most of the bytes to it.
+            # Else main has something: small below its share and an item, a share at most, leave
+            # most of the bytes to it.
             on_trial = small.size_bytes >= small.max_bytes
             key, slot = (small if on_trial else main).pop_oldest()
             if slot.frequency >= (TRIAL_USES if on_trial else 1) and spared < MAX_SPARED:
@@ -182,7 +210,8 @@ class S3Fifo(Generic[K, V]):
 
 
 class Slot(Generic[V]):
-    """A value and what is known of it. ``frequency``: uses, up to ``MAX_FREQUENCY``, since it began or was last looked at."""
+    """A value and what is known of it. ``frequency``: uses, up to ``MAX_FREQUENCY``, since it began
+    or was last looked at."""
 
     __slots__ = ("frequency", "size_bytes", "value")
 
@@ -199,7 +228,8 @@ class Slot(Generic[V]):
 
 
 class _Queue(Generic[K, V]):
-    """Slots in the order in which they came, and the sum of their sizes. ``max_bytes`` is its share, which others enforce."""
+    """Slots in the order in which they came, and the sum of their sizes. ``max_bytes`` is its
+    share, which others enforce."""
 
     __slots__ = ("max_bytes", "size_bytes", "slots")
 
@@ -222,7 +252,8 @@ class _Queue(Generic[K, V]):
 
 
 class _Ghosts:
-    """Hashes of keys with the sizes that their items had, the latest of them up to ``max_bytes``."""
+    """Hashes of keys with the sizes that their items had, the latest of them up to
+    ``max_bytes``."""
 
     __slots__ = ("_max_bytes", "_size_bytes", "_sizes")
 

@@ -1,14 +1,17 @@
-"""What this process knows of each tenant's generation: one read at a time for all requests that need it, and how old it is.
+"""What this process knows of each tenant's generation: one read at a time for all requests that
+need it, and how old it is.
 
-*Group validation.* A strict hit from memory needs a view of the generation that was read after its request began. Requests
-of one tenant share such readings: those that arrive in one tick of the event loop leave together, those that arrive while a
-reading is under way wait for the next one, never for that one, which may have been answered before they began. So a tenant
-costs its server at most one small read per round trip and process, whatever the rate of its requests.
+*Group validation.* A strict hit from memory needs a view of the generation that was read after its
+request began. Requests of one tenant share such readings: those that arrive in one tick of the
+event loop leave together, those that arrive while a reading is under way wait for the next one,
+never for that one, which may have been answered before they began. So a tenant costs its server at
+most one small read per round trip and process, whatever the rate of its requests.
 
-*Time-limited views.* A route of level ``bounded`` may use the last view until it is ``bound_s`` old, counted from the moment
-before it was asked for. The view is dropped earlier when this process bumps the tenant itself, when the server says that
-somebody did (a push, which may be late or lost: the bound does not rest on it), and when the connection ends. A reading that
-was under way at that moment may have been answered before: it serves those who wait for it and is not kept.
+*Time-limited views.* A route of level ``bounded`` may use the last view until it is ``bound_s``
+old, counted from the moment before it was asked for. The view is dropped earlier when this process
+bumps the tenant itself, when the server says that somebody did (a push, which may be late or lost:
+the bound does not rest on it), and when the connection ends. A reading that was under way at that
+moment may have been answered before: it serves those who wait for it and is not kept.
 """
 
 import asyncio
@@ -35,23 +38,29 @@ class Views:
         self._groups: dict[str, Group] = {}
 
     def read(self, generation: str, tags: Tags) -> "asyncio.Future[Generation]":
-        """Return a view that was asked for after this call, with at least these tags. Raises ``StoreUnavailable``.
+        """Return a view that was asked for after this call, with at least these tags. Raises
+        ``StoreUnavailable``.
 
-        At most one round trip longer than the store's own reading; the future may raise ``StoreError``.
+        At most one round trip longer than the store's own reading; the future may raise
+        ``StoreError``.
         """
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self.wait(generation, tags, partial(_settle, future))
         return future
 
-    def wait(self, generation: str, tags: Tags, done: Callable[[Generation | StoreError], None]) -> None:
-        """Have ``done`` called with what ``read`` returns or raises later, without a future. It must not raise."""
+    def wait(
+        self, generation: str, tags: Tags, done: Callable[[Generation | StoreError], None]
+    ) -> None:
+        """Have ``done`` called with what ``read`` returns or raises later, without a future. It
+        must not raise."""
         group = self._groups.get(generation) or self.group(generation)
         if tags not in group.asked:
             group.ask(tags)
         group.join(done)
 
     def recent(self, generation: str, tags: Tags, *, since: float) -> Generation | None:
-        """Return the last view if it was asked for at ``since`` or later, with these tags; costs nothing."""
+        """Return the last view if it was asked for at ``since`` or later, with these tags; costs
+        nothing."""
         group = self._groups.get(generation)
         if group is None or group.asked_at < since or tags not in group.asked:
             return None
@@ -74,7 +83,8 @@ class Views:
             group.expire()
 
     def group(self, generation: str) -> "Group":
-        """Return what is known of a generation: its ``view`` is None from the moment that it is not to be used again."""
+        """Return what is known of a generation: its ``view`` is None from the moment that it is not
+        to be used again."""
         group = self._groups.get(generation)
         if group is None:
             if len(self._groups) >= MAX_GROUPS:
@@ -142,11 +152,19 @@ class Group:
         self._sent_at, self._dirty = views._clock(), False
         views.reads += 1
         try:
-            views._store.view(self._generation, self._names, lambda result: self._land(waiting, result))
+            views._store.view(
+                self._generation, self._names, lambda result: self._land(waiting, result)
+            )
         except Exception as error:  # nobody may wait for ever, whatever it is
-            self._land(waiting, error if isinstance(error, StoreError) else StoreUnavailable(repr(error)))
+            self._land(
+                waiting, error if isinstance(error, StoreError) else StoreUnavailable(repr(error))
+            )
 
-    def _land(self, waiting: Iterable[Callable[[Generation | StoreError], None]], result: Generation | StoreError) -> None:
+    def _land(
+        self,
+        waiting: Iterable[Callable[[Generation | StoreError], None]],
+        result: Generation | StoreError,
+    ) -> None:
         if not self._dirty and isinstance(result, Generation):
             self.view, self.asked_at, self.bumped = result, self._sent_at, False
         for done in waiting:
@@ -161,6 +179,7 @@ def _settle(future: "asyncio.Future[Generation]", result: Generation | StoreErro
     if future.done():
         return
     if isinstance(result, StoreError):
-        future.set_exception(type(result)(*result.args))  # a copy each: a raised exception collects tracebacks
+        # a copy each: a raised exception collects tracebacks
+        future.set_exception(type(result)(*result.args))
     else:
         future.set_result(result)

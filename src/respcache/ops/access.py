@@ -1,6 +1,7 @@
 """Who may see and do what with a running cache. Pure.
 
-Whoever signs people in makes an ``Access``; every method of ``ops/admin.py`` takes one and enforces it.
+Whoever signs people in makes an ``Access``; every method of ``ops/admin.py`` takes one and enforces
+it.
 """
 
 from enum import StrEnum
@@ -21,7 +22,8 @@ class Role(StrEnum):
 
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody who was signed in. ``tenant`` is the one within reach, letter for letter as the resolver spells it; None: all."""
+    """Somebody who was signed in. ``tenant`` is the one within reach, letter for letter as the
+    resolver spells it; None: all."""
 
     name: str
     role: Role
@@ -31,10 +33,13 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         if self.role not in tuple(Role):
             raise InvalidOperation(f"role {self.role!r} must be one of {', '.join(Role)}")
         if self.tenant is not None and (self.tenant == SHARED or not _is_tenant(self.tenant)):
-            raise InvalidOperation(f"tenant {self.tenant!r} of an access must be the id of one tenant")
+            raise InvalidOperation(
+                f"tenant {self.tenant!r} of an access must be the id of one tenant"
+            )
 
     def within(self, tenant: str | None) -> str | None:
-        """Return the tenant that a question is about: the one that is named, else the only one within reach, else None for all.
+        """Return the tenant that a question is about: the one that is named, else the only one
+        within reach, else None for all.
 
         Raises ``NotFound`` for any tenant that is not within reach, whether it exists or not.
         """

@@ -1,8 +1,10 @@
-"""What a user of the server must be allowed: as a rule for its ACL, and call by call, so that it can be tried.
+"""What a user of the server must be allowed: as a rule for its ACL, and call by call, so that it
+can be tried.
 
-Each right has a *probe*: a call that the server refuses for its arguments, or that only reads, so that nothing changes. The
-server looks at the ACL first: ``NOPERM`` means that the right is missing, every other answer that it is there. Commands that our
-scripts call are checked like those that are sent.
+Each right has a *probe*: a call that the server refuses for its arguments, or that only reads, so
+that nothing changes. The server looks at the ACL first: ``NOPERM`` means that the right is missing,
+every other answer that it is there. Commands that our scripts call are checked like those that are
+sent.
 """
 
 from collections.abc import Iterator
@@ -35,7 +37,8 @@ DRY: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A call that tries a command, as it stands in a rule, and with it a key pattern or a channel."""
+    """A call that tries a command, as it stands in a rule, and with it a key pattern or a
+    channel."""
 
     command: str
     words: tuple[str, ...]
@@ -45,7 +48,8 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """Who logs in with which rights. ``on_keys`` are commands that take a key first, ``plain`` those that take none."""
+    """Who logs in with which rights. ``on_keys`` are commands that take a key first, ``plain``
+    those that take none."""
 
     name: str
     about: str
@@ -61,9 +65,12 @@ class Role:
         return tuple(sorted({*self.on_keys, *self.plain}))
 
     def rule(self, *, password: str = "PASSWORD", user: str | None = None) -> str:
-        """Return the command that makes this user and nothing more, for Redis 6.2, Valkey 7.2 or newer."""
+        """Return the command that makes this user and nothing more, for Redis 6.2, Valkey 7.2 or
+        newer."""
         parts = ["ACL SETUSER", user or self.name, "reset", "resetchannels", "on", f">{password}"]
-        parts += [f"~{pattern}" for pattern in self.keys] + [f"&{channel}" for channel in self.channels]
+        parts += [f"~{pattern}" for pattern in self.keys] + [
+            f"&{channel}" for channel in self.channels
+        ]
         return " ".join([*parts, *(f"+{command}" for command in self.commands)])
 
     def probes(self) -> Iterator[Probe]:
@@ -79,7 +86,19 @@ class Role:
 DATA_PLANE = Role(
     "respcache",
     "the application: REDIS_CACHE_URL",
-    on_keys=("del", "get", "hdel", "hincrby", "hkeys", "hlen", "hmget", "hset", "pexpire", "pttl", "set"),
+    on_keys=(
+        "del",
+        "get",
+        "hdel",
+        "hincrby",
+        "hkeys",
+        "hlen",
+        "hmget",
+        "hset",
+        "pexpire",
+        "pttl",
+        "set",
+    ),
     plain={
         "eval": ("eval", "return 1", "0"),
         "evalsha": ("evalsha", NO_SCRIPT, "0"),
@@ -94,7 +113,8 @@ DATA_PLANE = Role(
 
 ADMINISTRATION = Role(
     "respcache-admin",
-    "administration: the board of figures, the search of keys, the feed (Board(url)), and respcache doctor",
+    "administration: the board of figures, the search of keys, the feed (Board(url)), and "
+    "respcache doctor",
     on_keys=(
         "del", "exists", "expire", "get", "getrange", "hget", "hgetall", "hincrby", "hlen", "hset", "pttl", "sadd", "set",
         "srandmember", "srem", "strlen", "xadd", "xrange", "xrevrange", "zadd", "zremrangebyscore",

@@ -1,11 +1,13 @@
-"""Admin: everything that operators and tenant admins see and do, in one place, for dashboard, API and command line.
+"""Admin: everything that operators and tenant admins see and do, in one place, for dashboard, API
+and command line.
 
-Every method takes the ``Access`` of who asks and enforces it itself: another tenant's data is ``NotFound``, acts need the role
-operator, what concerns all tenants needs an access to all. Every act is written down in the trail before it is done. What
-comes back are structs that serialise to JSON as they are (``msgspec.json.encode``, ``msgspec.to_builtins``).
+Every method takes the ``Access`` of who asks and enforces it itself: another tenant's data is
+``NotFound``, acts need the role operator, what concerns all tenants needs an access to all. Every
+act is written down in the trail before it is done. What comes back are structs that serialise to
+JSON as they are (``msgspec.json.encode``, ``msgspec.to_builtins``).
 
-Besides what each method names, all raise ``AccessRefused``, ``NotFound`` and ``InvalidOperation``, and those that ask the cache's
-server ``StoreUnavailable``.
+Besides what each method names, all raise ``AccessRefused``, ``NotFound`` and ``InvalidOperation``,
+and those that ask the cache's server ``StoreUnavailable``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,23 +53,30 @@ class Purge(msgspec.Struct, frozen=True, kw_only=True):
     key: str | None
     dry_run: bool
     entries: int | None = None
-    """Of a dry run, and of a key: stored entries that it concerns, valid or not, as far as they were counted."""
+    """Of a dry run, and of a key: stored entries that it concerns, valid or not, as far as they
+    were counted."""
     complete: bool = False
     """All keys of the server were looked at, so ``entries`` is all of them."""
     looked_at: int = 0
     confirmed: bool | None = None
-    """Everything that it concerns is invalid everywhere. False: it is being retried (``Cache.invalidate_tenant_cache``)."""
+    """Everything that it concerns is invalid everywhere. False: it is being retried
+    (``Cache.invalidate_tenant_cache``)."""
 
 
 class Admin:
     """Looks at and steers one cache.
 
-    ``board`` None: that of the cache, or if it has none, one of this process's figures. ``trail`` None: a ``LogTrail``.
-    ``settings`` are the application's own, for ``configuration``.
+    ``board`` None: that of the cache, or if it has none, one of this process's figures. ``trail``
+    None: a ``LogTrail``. ``settings`` are the application's own, for ``configuration``.
     """
 
     def __init__(
-        self, cache: "Cache", board: Board | None = None, trail: Trail | None = None, *, settings: Sequence[Setting] = ()
+        self,
+        cache: "Cache",
+        board: Board | None = None,
+        trail: Trail | None = None,
+        *,
+        settings: Sequence[Setting] = (),
     ) -> None:
         self._cache = cache
         self._board = board or cache.board or _local_board(cache)
@@ -76,10 +85,11 @@ class Admin:
         self._feed = Reporter(cache, self._board)
         cache.report(self._feed)
 
-    # -- figures -------------------------------------------------------------------------------------------------------
+    # -- figures -----------------------------------------------------------------------------------
 
     async def overview(self, access: Access, *, minutes: int = 60) -> Overview:
-        """Return the state at a glance, of all tenants or of the one within reach; the series is of the last ``minutes``."""
+        """Return the state at a glance, of all tenants or of the one within reach; the series is of
+        the last ``minutes``."""
         if not 1 <= minutes <= MAX_MINUTES:
             raise InvalidOperation(f"minutes {minutes!r} must be from 1 to {MAX_MINUTES}")
         cache, board, tenant = self._cache, self._board, access.within(None)
@@ -96,7 +106,13 @@ class Admin:
         }
         if tenant is not None:
             totals = row(tenant, (await board.tenant(tenant)).totals)
-            hidden: dict[str, Any] = {"hit_times": None, "miss_times": None, "series": [], "processes": [], "server": None}
+            hidden: dict[str, Any] = {
+                "hit_times": None,
+                "miss_times": None,
+                "series": [],
+                "processes": [],
+                "server": None,
+            }
             return Overview(totals=totals, **hidden, **common)
         return Overview(
             totals=row("total", fleet.totals, times=fleet.times),
@@ -108,13 +124,17 @@ class Admin:
             **common,
         )
 
-    async def tenants(self, access: Access, *, order: Order = "requests", offset: int = 0, limit: int = 100) -> list[Row]:
-        """Return tenants, the largest first: of a tenant's admin, the own one. Requests without a tenant are in none of them."""
+    async def tenants(
+        self, access: Access, *, order: Order = "requests", offset: int = 0, limit: int = 100
+    ) -> list[Row]:
+        """Return tenants, the largest first: of a tenant's admin, the own one. Requests without a
+        tenant are in none of them."""
         if access.tenant is not None:
             return [await self.tenant(access, access.tenant)]
         if order not in get_args(Order) or offset < 0:
             raise InvalidOperation(
-                f"order {order!r} must be one of {', '.join(get_args(Order))}, and offset {offset!r} not below 0"
+                f"order {order!r} must be one of {', '.join(get_args(Order))}, and offset "
+                f"{offset!r} not below 0"
             )
         found = await self._board.tenants(order=order, offset=offset, limit=_bounded(limit))
         return [row(one.tenant, one.totals) for one in found.tenants if one.tenant != OTHER]
@@ -131,30 +151,48 @@ class Admin:
     async def modules(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the modules: of one tenant, or of all."""
         one = access.within(tenant)
-        return module_rows((await self._board.fleet() if one is None else await self._board.tenant(one)).modules)
+        return module_rows(
+            (await self._board.fleet() if one is None else await self._board.tenant(one)).modules
+        )
 
     async def routes(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the routes: of one tenant, or of all."""
         one, wrapper = access.within(tenant), self._cache.wrapper
         policies = {} if wrapper is None else policies_of(wrapper.prepare().routes)
-        return route_rows((await self._board.fleet() if one is None else await self._board.tenant(one)).routes, policies)
+        return route_rows(
+            (await self._board.fleet() if one is None else await self._board.tenant(one)).routes,
+            policies,
+        )
 
     def module_names(self) -> list[str]:
         """Name the modules that this application caches: no secret of anybody."""
         return sorted(self._cache.modules)
 
-    # -- what is stored ------------------------------------------------------------------------------------------------
+    # -- what is stored ----------------------------------------------------------------------------
 
     async def keys(
-        self, access: Access, *, tenant: str | None = None, module: str | None = None, cursor: str = "", limit: int = 100
+        self,
+        access: Access,
+        *,
+        tenant: str | None = None,
+        module: str | None = None,
+        cursor: str = "",
+        limit: int = 100,
     ) -> KeyPage:
-        """Search the stored answers of a tenant. Looks at a bounded number of keys; the answer says of how many."""
+        """Search the stored answers of a tenant. Looks at a bounded number of keys; the answer says
+        of how many."""
         one = access.within(tenant)
-        return await search.find(self._space(), tenant=one, module=_module(module), cursor=cursor, limit=_bounded(limit))
+        return await search.find(
+            self._space(), tenant=one, module=_module(module), cursor=cursor, limit=_bounded(limit)
+        )
 
-    async def sample(self, access: Access, *, tenant: str | None = None, module: str | None = None) -> Sample:
+    async def sample(
+        self, access: Access, *, tenant: str | None = None, module: str | None = None
+    ) -> Sample:
         """Look at a bounded number of keys: the largest, the costliest, when they end."""
-        return await search.sample(self._space(), tenant=access.within(tenant), module=_module(module))
+        return await search.sample(
+            self._space(), tenant=access.within(tenant), module=_module(module)
+        )
 
     async def inspect(self, access: Access, key: str) -> Inspection:
         """Look at one stored answer, without its body."""
@@ -177,25 +215,41 @@ class Admin:
         query: str = "",
         headers: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     ) -> Explanation:
-        """Say what would become of a request now, in this process, and why. Changes nothing. ``path`` may carry the query."""
+        """Say what would become of a request now, in this process, and why. Changes nothing.
+        ``path`` may carry the query."""
         wrapper = self._cache.wrapper
         if wrapper is None:
             raise InvalidOperation("the cache wraps no application in this process")
         given = tuple(headers.items()) if isinstance(headers, Mapping) else tuple(headers)
         return await explain(self._cache, wrapper, Asked(method, path, query, given), access)
 
-    # -- what happens --------------------------------------------------------------------------------------------------
+    # -- what happens ------------------------------------------------------------------------------
 
-    async def feed(self, access: Access, *, after: str = "", tenant: str | None = None, limit: int = 100) -> Feed:
-        """Return what was invalidated after an event (``""``: the last ones), at most ``limit``. Returns at once."""
-        found = await self._feed.read(tenant=access.within(tenant), after=after, limit=_bounded(limit))
+    async def feed(
+        self, access: Access, *, after: str = "", tenant: str | None = None, limit: int = 100
+    ) -> Feed:
+        """Return what was invalidated after an event (``""``: the last ones), at most ``limit``.
+        Returns at once."""
+        found = await self._feed.read(
+            tenant=access.within(tenant), after=after, limit=_bounded(limit)
+        )
         return found if access.tenant is None else found.of_one_tenant()
 
-    async def trail(self, access: Access, *, tenant: str | None = None, limit: int = 100, before: int | None = None) -> list[Act]:
-        """Return acts, the newest first; of a tenant's admin, those that concern the tenant. Raises ``NotTrailed``."""
-        return await self._trail.latest(tenant=access.within(tenant), limit=_bounded(limit), before=before)
+    async def trail(
+        self,
+        access: Access,
+        *,
+        tenant: str | None = None,
+        limit: int = 100,
+        before: int | None = None,
+    ) -> list[Act]:
+        """Return acts, the newest first; of a tenant's admin, those that concern the tenant. Raises
+        ``NotTrailed``."""
+        return await self._trail.latest(
+            tenant=access.within(tenant), limit=_bounded(limit), before=before
+        )
 
-    # -- acts ----------------------------------------------------------------------------------------------------------
+    # -- acts --------------------------------------------------------------------------------------
 
     async def purge(
         self,
@@ -206,11 +260,12 @@ class Admin:
         key: str | None = None,
         dry_run: bool = False,
     ) -> Purge:
-        """Invalidate all of a tenant, or one module of it, or delete one key. A dry run only counts, and viewers may ask for it.
+        """Invalidate all of a tenant, or one module of it, or delete one key. A dry run only
+        counts, and viewers may ask for it.
 
-        Of tenant and module it is one write, whatever the number of entries, and holds for everybody. A key is deleted from the
-        server, and all processes are told to drop it: one that does not hear may serve what it holds, which is not stale, on.
-        Raises ``NotTrailed``.
+        Of tenant and module it is one write, whatever the number of entries, and holds for
+        everybody. A key is deleted from the server, and all processes are told to drop it: one that
+        does not hear may serve what it holds, which is not stale, on. Raises ``NotTrailed``.
         """
         if not dry_run:
             access.demand_operator("a purge")
@@ -225,7 +280,9 @@ class Admin:
             try:
                 deleted = await self._space().delete(key)
             except StoreError as error:
-                await self._write_down(access, "failed", owner, key=key, problem=type(error).__name__)
+                await self._write_down(
+                    access, "failed", owner, key=key, problem=type(error).__name__
+                )
                 raise
             if self._cache.near is not None:
                 self._cache.near.discard(key)
@@ -240,22 +297,35 @@ class Admin:
             cause.reset(token)
         return msgspec.structs.replace(made, confirmed=confirmed)
 
-    async def switch(self, access: Access, *, off: bool, tenant: str | None = None, module: str | None = None) -> Switches:
-        """Stop or resume serving: of a tenant, of a module (of all tenants), or of everything, in every process within a second.
+    async def switch(
+        self, access: Access, *, off: bool, tenant: str | None = None, module: str | None = None
+    ) -> Switches:
+        """Stop or resume serving: of a tenant, of a module (of all tenants), or of everything, in
+        every process within a second.
 
-        A tenant's admin switches the own tenant only. Invalidations are sent all the while. Raises ``NotTrailed``.
+        A tenant's admin switches the own tenant only. Invalidations are sent all the while. Raises
+        ``NotTrailed``.
         """
         access.demand_operator("a switch")
         if tenant is not None and module is not None:
-            raise InvalidOperation("name a tenant or a module, not both: a switch is of one of them")
+            raise InvalidOperation(
+                "name a tenant or a module, not both: a switch is of one of them"
+            )
         if tenant is None:
             access.demand_everything("a switch of a module, or of everything,")
         owner = None if tenant is None else access.within(tenant)
         if module is not None:
             self._known_module(module)
         switches = self._cache.switches
-        if off and (tenant or module) and switches is not None and len(switches.off) >= MAX_SWITCHES:
-            raise InvalidOperation(f"{MAX_SWITCHES} switches are off: turn one on first, or everything off")
+        if (
+            off
+            and (tenant or module)
+            and switches is not None
+            and len(switches.off) >= MAX_SWITCHES
+        ):
+            raise InvalidOperation(
+                f"{MAX_SWITCHES} switches are off: turn one on first, or everything off"
+            )
         await self._write_down(access, "switch", owner, off=off, module=module)
         turn = self._cache.disable if off else self._cache.enable
         told = await turn(tenant_id=owner, module=module)
@@ -267,16 +337,24 @@ class Admin:
         if switches is None:
             return Switches(enabled=enabled, everything=False, tenants=[], modules=[])
         tenants = [tenant for tenant in sorted(switches.tenants) if access.tenant in (None, tenant)]
-        return Switches(enabled=enabled, everything=switches.everything, tenants=tenants, modules=sorted(switches.modules))
+        return Switches(
+            enabled=enabled,
+            everything=switches.everything,
+            tenants=tenants,
+            modules=sorted(switches.modules),
+        )
 
     async def configuration(self, access: Access) -> list[Setting]:
-        """Return the values that are in force, and where each comes from. For those who reach all tenants."""
+        """Return the values that are in force, and where each comes from. For those who reach all
+        tenants."""
         access.demand_everything("the configuration")
         return [*settings_of(self._cache), *self._settings]
 
-    # -- helpers -------------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
-    def _owner(self, access: Access, tenant: str | None, module: str | None, key: str | None) -> str:
+    def _owner(
+        self, access: Access, tenant: str | None, module: str | None, key: str | None
+    ) -> str:
         """Return whose data a purge concerns."""
         if key is not None:
             if module is not None:
@@ -294,21 +372,34 @@ class Admin:
         """Say what a purge would concern."""
         space = self._space()
         if purge.key is not None:
-            return msgspec.structs.replace(purge, entries=len(await space.stored([purge.key])), complete=True, looked_at=1)
+            return msgspec.structs.replace(
+                purge, entries=len(await space.stored([purge.key])), complete=True, looked_at=1
+            )
         found = await search.count(space, tenant=purge.tenant, module=purge.module)
-        return msgspec.structs.replace(purge, entries=found.entries, complete=found.complete, looked_at=found.looked_at)
+        return msgspec.structs.replace(
+            purge, entries=found.entries, complete=found.complete, looked_at=found.looked_at
+        )
 
     def _space(self) -> Keyspace:
         store = self._cache.store
-        return MemoryKeys(store.server) if isinstance(store, MemoryStore) else ServerKeys(self._board)
+        return (
+            MemoryKeys(store.server) if isinstance(store, MemoryStore) else ServerKeys(self._board)
+        )
 
     def _known_module(self, module: str) -> None:
         if module not in self._cache.modules and module not in self._cache.figures.modules():
-            raise NotFound(f"no module {module!r}; known are {', '.join(sorted(self._cache.modules)) or 'none'}")
+            raise NotFound(
+                f"no module {module!r}; known are "
+                f"{', '.join(sorted(self._cache.modules)) or 'none'}"
+            )
 
-    async def _write_down(self, access: Access, act: str, tenant: str | None, **details: Any) -> None:
+    async def _write_down(
+        self, access: Access, act: str, tenant: str | None, **details: Any
+    ) -> None:
         given = {name: value for name, value in details.items() if value is not None}
-        await self._trail.append(Act(act=act, name=access.name, role=access.role, tenant=tenant, details=given))
+        await self._trail.append(
+            Act(act=act, name=access.name, role=access.role, tenant=tenant, details=given)
+        )
 
 
 def _local_board(cache: "Cache") -> Board:

@@ -1,26 +1,31 @@
-"""The continuous audit: a sampled share of hits is made anew in the background and compared with what was served.
+"""The continuous audit: a sampled share of hits is made anew in the background and compared with
+what was served.
 
-It looks for what the protocol cannot see by itself: an invalidation that was lost although every rule was kept (triggers
-evaded, an outbox emptied by hand, a defect of ours), a declaration that is too narrow (an answer that depends on something
-else than its tables, a fingerprint that is equal for callers who see different rows), a scope served past its end.
+It looks for what the protocol cannot see by itself: an invalidation that was lost although every
+rule was kept (triggers evaded, an outbox emptied by hand, a defect of ours), a declaration that is
+too narrow (an answer that depends on something else than its tables, a fingerprint that is equal
+for callers who see different rows), a scope served past its end.
 
-A difference alone proves nothing: a write may have come between the hit and the second execution. The certificate tells
-them apart. Let the entry be valid when it was served, r the second execution, and v a view of the generations that was read
-under a living fence after a round that began after r had been completed. Whatever r saw was committed before r ended, so it
-is in that round's snapshot, so it was bumped before v was read. If the entry is *still* valid in v, nothing that it depends
-on was bumped since its capture: so r had to give what the entry holds, and the difference is a finding. If not, the entry
-was overtaken, and nothing is said. Without rounds there is a wait of one lease in place of the round. An answer that differs
-from execution to execution while nothing is bumped is *nondeterministic*, which is said once per route and is no finding.
+A difference alone proves nothing: a write may have come between the hit and the second execution.
+The certificate tells them apart. Let the entry be valid when it was served, r the second execution,
+and v a view of the generations that was read under a living fence after a round that began after r
+had been completed. Whatever r saw was committed before r ended, so it is in that round's snapshot,
+so it was bumped before v was read. If the entry is *still* valid in v, nothing that it depends on
+was bumped since its capture: so r had to give what the entry holds, and the difference is a
+finding. If not, the entry was overtaken, and nothing is said. Without rounds there is a wait of one
+lease in place of the round. An answer that differs from execution to execution while nothing is
+bumped is *nondeterministic*, which is said once per route and is no finding.
 
-What it costs. A hit that is not sampled: one decrement of an integer. An audit whose answers are equal, which is nearly
-every one: the resolver's statements and one run of the handler, no round trip to the store. One that differs: one round trip
-more, and where the entry is still valid the wait for a round, another round trip, ``CONFIRMING_RUNS`` runs, a third. At most
-one is under way per process, at most one begins in ``LEAST_PAUSE_S``, and after each there is a rest that keeps audits below
-``MOST_SHARE_OF_TIME``. The answers of users never wait for one, nothing that it makes is stored or shared, its requests are
-in no figure but its own, and its failures reach nobody.
+What it costs. A hit that is not sampled: one decrement of an integer. An audit whose answers are
+equal, which is nearly every one: the resolver's statements and one run of the handler, no round
+trip to the store. One that differs: one round trip more, and where the entry is still valid the
+wait for a round, another round trip, ``CONFIRMING_RUNS`` runs, a third. At most one is under way
+per process, at most one begins in ``LEAST_PAUSE_S``, and after each there is a rest that keeps
+audits below ``MOST_SHARE_OF_TIME``. The answers of users never wait for one, nothing that it makes
+is stored or shared, its requests are in no figure but its own, and its failures reach nobody.
 
-A route whose handler wrote is not audited again. Handlers can tell an audit from a request of a user by
-``scope["extensions"]["respcache.audit"]``.
+A route whose handler wrote is not audited again. Handlers can tell an audit from a request of a
+user by ``scope["extensions"]["respcache.audit"]``.
 """
 
 import asyncio
@@ -60,7 +65,8 @@ EVERY_S = 1.0
 
 LEAST_PAUSE_S = 0.2
 MOST_SHARE_OF_TIME = 0.1
-"""By the clock on the wall, waiting for the database included: of the event loop's time it is a fraction of that."""
+"""By the clock on the wall, waiting for the database included: of the event loop's time it is a
+fraction of that."""
 
 MOST_S = 30.0
 """After this long an audit is given up."""
@@ -73,7 +79,8 @@ PASSING_STATUS = frozenset({408, 425, 429})
 
 
 class Rerun(Record):
-    """The record of a request that the audit makes: values that its handler would take from the cache are made anew."""
+    """The record of a request that the audit makes: values that its handler would take from the
+    cache are made anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,9 @@ class Finding:
 class Later(Protocol):
     """Calls something after some seconds, unless what it returns is cancelled."""
 
-    def __call__(self, seconds: float, callback: Callable[[], object], /) -> asyncio.TimerHandle: ...
+    def __call__(
+        self, seconds: float, callback: Callable[[], object], /
+    ) -> asyncio.TimerHandle: ...
 
 
 class Inconclusive(Exception):
@@ -133,7 +142,8 @@ class Inconclusive(Exception):
 
 
 class Audit:
-    """The audits of one process. Every hit asks whether one is ``due``; the one that hears yes calls ``begin``."""
+    """The audits of one process. Every hit asks whether one is ``due``; the one that hears yes
+    calls ``begin``."""
 
     def __init__(
         self,
@@ -173,11 +183,12 @@ class Audit:
         self._rest_until = float("-inf")
         self._waited_s = 0.0
         self._excluded: set[str] = set()  # templates of routes that write
-        self._unsteady: set[str] = set()  # templates of routes whose answers were found to differ by themselves
+        # templates of routes whose answers were found to differ by themselves
+        self._unsteady: set[str] = set()
         self._said_at = float("-inf")
         self._unsaid = 0
 
-    # -- lifetime ------------------------------------------------------------------------------------------------------
+    # -- lifetime ----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Audit hits from here on, the first one after about ``EVERY_S``."""
@@ -214,7 +225,8 @@ class Audit:
         self._task = asyncio.create_task(self._run(hit))
 
     def to_dict(self, tenant: str | None = None) -> dict[str, Any]:
-        """Return the figures of the stats endpoint; of the findings, those of one tenant or of all."""
+        """Return the figures of the stats endpoint; of the findings, those of one tenant or of
+        all."""
         return {
             "share": self.share,
             "audits": self.audits,
@@ -225,10 +237,12 @@ class Audit:
             "leaks": self.leaks,
             "nondeterministic_routes": sorted(self._unsteady),
             "excluded_routes": sorted(self._excluded),
-            "findings": [asdict(finding) for finding in self.findings if tenant in (None, finding.tenant)],
+            "findings": [
+                asdict(finding) for finding in self.findings if tenant in (None, finding.tenant)
+            ],
         }
 
-    # -- when ----------------------------------------------------------------------------------------------------------
+    # -- when --------------------------------------------------------------------------------------
 
     def _expect_after(self, seconds: float) -> None:
         """Make the first hit after some time the next one to be audited, if none is before."""
@@ -245,12 +259,14 @@ class Audit:
             await self._audit(hit)
         finally:
             now = self._clock()
-            pause_s = max(LEAST_PAUSE_S, (now - began - self._waited_s) * (1 / MOST_SHARE_OF_TIME - 1))
+            pause_s = max(
+                LEAST_PAUSE_S, (now - began - self._waited_s) * (1 / MOST_SHARE_OF_TIME - 1)
+            )
             self._rest_until = now + pause_s
             self._task = None
             self._expect_after(max(pause_s, began + EVERY_S - now))
 
-    # -- what ----------------------------------------------------------------------------------------------------------
+    # -- what --------------------------------------------------------------------------------------
 
     async def _audit(self, hit: Hit) -> None:
         self.audits += 1
@@ -263,7 +279,8 @@ class Audit:
             self.inconclusive["slow"] += 1
         except Exception as error:
             self.inconclusive["failed"] += 1
-            log.info("an audit of GET %s failed: %s", hit.route.template, type(error).__name__)  # its text may hold rows
+            # its text may hold rows
+            log.info("an audit of GET %s failed: %s", hit.route.template, type(error).__name__)
 
     async def _compare(self, hit: Hit) -> None:
         scope = await self._scope_of(hit)
@@ -296,7 +313,9 @@ class Audit:
             return
         self.stale += 1
         self._note(hit, "stale", hit.entry.certificate, view, held, found[0])
-        await self._invalidate({hit.look.aim.tenant: [tag for tag in hit.policy.tags if tag != FLOOR]})
+        await self._invalidate(
+            {hit.look.aim.tenant: [tag for tag in hit.policy.tags if tag != FLOOR]}
+        )
 
     async def _suspect_leak(self, hit: Hit) -> None:
         await self._still_served(hit)
@@ -330,13 +349,17 @@ class Audit:
         return scope if self._resolver.permits(scope, hit.policy.rule) else "another role"
 
     def _check_target(self, hit: Hit, scope: Scope) -> None:
-        """Give up when the request means another key by now: ``varies_by`` went on, a day has ended."""
-        target = self._lookup.target_for(hit.route, hit.policy, scope=scope, parameters=hit.parameters)
+        """Give up when the request means another key by now: ``varies_by`` went on, a day has
+        ended."""
+        target = self._lookup.target_for(
+            hit.route, hit.policy, scope=scope, parameters=hit.parameters
+        )
         if target.entry_key != hit.look.target.entry_key:
             raise Inconclusive("another key")
 
     async def _still_served(self, hit: Hit) -> tuple[Generation, Generation]:
-        """Read the generations of tenant and scope; give up unless what was served would be served in this view too."""
+        """Read the generations of tenant and scope; give up unless what was served would be served
+        in this view too."""
         views = await self._lookup.review(hit.look, hit.policy) if self._enabled() else None
         if views is None:
             raise Inconclusive("overtaken")
@@ -357,7 +380,10 @@ class Audit:
 
     async def _execute(self, hit: Hit, scope: Scope) -> str:
         """Run the application for the request and return the digest of its answer."""
-        record, answer = Rerun(scope=scope, reads=Reads(scope.tenant)), _Answer(hit.policy.max_body_bytes)
+        record, answer = (
+            Rerun(scope=scope, reads=Reads(scope.tenant)),
+            _Answer(hit.policy.max_body_bytes),
+        )
         asgi_scope = {
             **hit.scope,
             "method": "GET",
@@ -378,11 +404,15 @@ class Audit:
         if not answer.complete or answer.status >= 500 or answer.status in PASSING_STATUS:
             raise Inconclusive("failed")
         headers = kept(answer.headers)
-        return self._digest(answer.status, shared(headers) if hit.entry.negotiable else headers, answer.body)
+        return self._digest(
+            answer.status, shared(headers) if hit.entry.negotiable else headers, answer.body
+        )
 
-    # -- findings ------------------------------------------------------------------------------------------------------
+    # -- findings ----------------------------------------------------------------------------------
 
-    def _note(self, hit: Hit, kind: str, certificate: Certificate, view: Generation, held: str, found: str) -> None:
+    def _note(
+        self, hit: Hit, kind: str, certificate: Certificate, view: Generation, held: str, found: str
+    ) -> None:
         """Keep a finding and say it."""
         self._stats.stale_served += 1
         entry, look = hit.entry, hit.look
@@ -394,7 +424,10 @@ class Audit:
             route=hit.route.template,
             key=look.target.entry_key,
             age_ms=max(0, int(time.time() * 1000) - entry.stored_at_ms),
-            certificate={"nonce": certificate.nonce.decode("latin-1"), "sequence": certificate.sequence},
+            certificate={
+                "nonce": certificate.nonce.decode("latin-1"),
+                "sequence": certificate.sequence,
+            },
             served=_described(look.view),
             confirmed=_described(view),
             held=held,
@@ -405,7 +438,12 @@ class Audit:
         if now - self._said_at < LOG_EVERY_S:
             self._unsaid += 1
             return
-        log.error("the audit found a %s answer (%d more since the last one said): %s", kind, self._unsaid, asdict(finding))
+        log.error(
+            "the audit found a %s answer (%d more since the last one said): %s",
+            kind,
+            self._unsaid,
+            asdict(finding),
+        )
         self._said_at, self._unsaid = now, 0
 
     def _note_unsteady(self, hit: Hit) -> None:
@@ -413,12 +451,19 @@ class Audit:
         template = hit.route.template
         if template not in self._unsteady:
             self._unsteady.add(template)
-            log.warning("GET %s answers differently each time while nothing is written: its hits cannot be audited", template)
+            log.warning(
+                "GET %s answers differently each time while nothing is written: its hits cannot "
+                "be audited",
+                template,
+            )
 
     def _digest(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> str:
         if (b"content-encoding", b"gzip") in headers:
-            body = body[:4] + body[8:]  # RFC 1952, section 2.3: in between stands when it was compressed
-        made = hashlib.blake2b(repr((status, tuple(headers))).encode(), digest_size=16, key=self._digest_key)
+            # RFC 1952, section 2.3: in between stands when it was compressed
+            body = body[:4] + body[8:]
+        made = hashlib.blake2b(
+            repr((status, tuple(headers))).encode(), digest_size=16, key=self._digest_key
+        )
         made.update(body)
         return made.hexdigest()
 
@@ -426,7 +471,9 @@ class Audit:
 def check_share(share: float) -> float:
     """Return a share of hits above 0. Raises ``ConfigurationError`` for any other number."""
     if not 0 < share <= 1:
-        raise ConfigurationError(f"audit_share {share!r} must be a share of all hits, from 0 (no audit) to 1")
+        raise ConfigurationError(
+            f"audit_share {share!r} must be a share of all hits, from 0 (no audit) to 1"
+        )
     return share
 
 

@@ -1,12 +1,15 @@
-"""The board: where every process of an application hangs out its figures, and where anybody reads those of all.
+"""The board: where every process of an application hangs out its figures, and where anybody reads
+those of all.
 
-Every two seconds each process publishes what it counts (``ops/stats.py``) and how it is, on the cache's server, over a
-connection of its own: by route, and of each tenant that changed. What happened since is added to a series that all share. Nothing
-here is on the way of a request, and nothing depends on it: while the server is away there are figures of this process only, and
-that is said. Whoever stops publishing is left out after ``DEAD_AFTER_S``, by the time to live of its key: clocks need not agree.
+Every two seconds each process publishes what it counts (``ops/stats.py``) and how it is, on the
+cache's server, over a connection of its own: by route, and of each tenant that changed. What
+happened since is added to a series that all share. Nothing here is on the way of a request, and
+nothing depends on it: while the server is away there are figures of this process only, and that is
+said. Whoever stops publishing is left out after ``DEAD_AFTER_S``, by the time to live of its key:
+clocks need not agree.
 
-Deltas of the series are sent at most once. What happened while the server was away is sent when it is back, for the moments at
-which it happened: no gap in the series, and no peak after it.
+Deltas of the series are sent at most once. What happened while the server was away is sent when it
+is back, for the moments at which it happened: no gap in the series, and no peak after it.
 
 Needs redis-py, which is for administration only: the extra ``respcache[dashboard]``.
 """
@@ -23,7 +26,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from respcache.core import keys
 from respcache.core.errors import ConfigurationError, StoreUnavailable
 from respcache.ops import fleet
-from respcache.ops.fleet import BUCKET_S, Fleet, RouteRow, Series, Server, Sheet, TenantFigures, TenantRow, Tenants, TenantTotals
+from respcache.ops.fleet import (
+    BUCKET_S,
+    Fleet,
+    RouteRow,
+    Series,
+    Server,
+    Sheet,
+    TenantFigures,
+    TenantRow,
+    Tenants,
+    TenantTotals,
+)
 from respcache.ops.process import Survey, chunks, sheet_of, survey_of
 from respcache.ops.stats import Stats, Times, Totals
 from respcache.resp.url import ServerURL
@@ -36,7 +50,8 @@ log = logging.getLogger("respcache")
 PERIOD_S = 2.0
 MOST_PERIOD_S = 10.0
 MOST_SHARE_OF_TIME = 0.01
-"""What publishing may take of a process's time. Who has many tenants publishes less often, but each ``MOST_PERIOD_S``."""
+"""What publishing may take of a process's time. Who has many tenants publishes less often, but each
+``MOST_PERIOD_S``."""
 
 FIGURES_TTL_S = 60
 DEAD_AFTER_S = 30.0
@@ -54,15 +69,25 @@ PRUNE_EVERY = 30
 """Publications between two looks for processes that have ended."""
 
 T = TypeVar("T")
-Order = Literal["requests", "hits", "misses", "hit_ratio", "bytes_served", "bytes_stored", "invalidations", "tenant"]
+Order = Literal[
+    "requests",
+    "hits",
+    "misses",
+    "hit_ratio",
+    "bytes_served",
+    "bytes_stored",
+    "invalidations",
+    "tenant",
+]
 
 
 class Board:
     """Publishes the figures of one cache, and reads those of all processes that share its server.
 
-    ``url``: the address of the cache's server, as ``RedisStore`` takes it; None: figures of this process only. Give it to the
-    cache (``Cache(..., board=Board(url))``), which starts and stops it; by itself it can read. ``client`` is its connection (of
-    redis-py), for what else administration asks the server. ``deadline_s`` bounds every wait for the server.
+    ``url``: the address of the cache's server, as ``RedisStore`` takes it; None: figures of this
+    process only. Give it to the cache (``Cache(..., board=Board(url))``), which starts and stops
+    it; by itself it can read. ``client`` is its connection (of redis-py), for what else
+    administration asks the server. ``deadline_s`` bounds every wait for the server.
     """
 
     def __init__(self, url: str | None = None, *, deadline_s: float = DEADLINE_S) -> None:
@@ -78,7 +103,8 @@ class Board:
         self._cache: Cache | None = None
         self._started_at = time.time()
         self._publishing: asyncio.Task[None] | None = None
-        self._published: dict[str, tuple[int, int]] = {}  # tenant -> its events, and in which publication they were said
+        # tenant -> its events, and in which publication they were said
+        self._published: dict[str, tuple[int, int]] = {}
         self._shown = False  # something of this process may be on the server
         self._counted: dict[str, int] = {}
         self._own: dict[int, dict[str, int]] = {}  # the series of this process, by bucket
@@ -87,7 +113,7 @@ class Board:
     def __repr__(self) -> str:
         return f"Board({self._place})"
 
-    # -- lifetime ------------------------------------------------------------------------------------------------------
+    # -- lifetime ----------------------------------------------------------------------------------
 
     def attach(self, cache: "Cache") -> None:
         """Publish the figures of this cache. Raises ``ConfigurationError`` for a second one."""
@@ -101,7 +127,8 @@ class Board:
             self._publishing = asyncio.create_task(self._keep_publishing())
 
     async def close(self) -> None:
-        """Stop, take this process's figures away from the server if it can be reached, and disconnect."""
+        """Stop, take this process's figures away from the server if it can be reached, and
+        disconnect."""
         publishing, self._publishing = self._publishing, None
         if publishing is not None:
             publishing.cancel()
@@ -112,15 +139,18 @@ class Board:
             if self._shown and not self.problem:
                 gone = self._pipeline(transaction=True)
                 gone.srem(keys.PROCESSES_KEY, self.id)
-                gone.delete(keys.figures_key(self.id), keys.tenants_key(self.id), keys.routes_key(self.id))
+                gone.delete(
+                    keys.figures_key(self.id), keys.tenants_key(self.id), keys.routes_key(self.id)
+                )
                 await gone.execute()
         with contextlib.suppress(Exception):
             await self.client.aclose()
 
-    # -- reading -------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     async def fleet(self) -> Fleet:
-        """Return all processes that live and their figures, and what the server says of itself. Three round trips."""
+        """Return all processes that live and their figures, and what the server says of itself.
+        Three round trips."""
         sheets, server, problem = await self.sheets()
         routes = fleet.by_route(sheets)
         modules = fleet.by_module(routes, (writes for sheet in sheets for writes in sheet.writes))
@@ -128,13 +158,19 @@ class Board:
         for module in modules:
             totals.add(module.totals)
             times.add(module.times or Times())
-        processes = sorted((sheet.process for sheet in sheets), key=lambda process: (process.host, process.pid, process.id))
+        processes = sorted(
+            (sheet.process for sheet in sheets),
+            key=lambda process: (process.host, process.pid, process.id),
+        )
         findings = [finding for sheet in sheets for finding in sheet.findings]
         findings.sort(key=lambda finding: finding.at)
-        return Fleet(processes, totals, times, modules, routes, findings, server, bool(problem), problem)
+        return Fleet(
+            processes, totals, times, modules, routes, findings, server, bool(problem), problem
+        )
 
     async def sheets(self) -> tuple[list[Sheet], Server | None, str]:
-        """Return what each process that lives says of itself, and the server; and why these are not all. Three round trips."""
+        """Return what each process that lives says of itself, and the server; and why these are not
+        all. Three round trips."""
         sheets, server, problem = await self._others()
         own = await self._sheet()
         if own is not None:
@@ -142,23 +178,29 @@ class Board:
         return sorted(sheets, key=lambda sheet: sheet.process.id), server, problem
 
     async def tenant(self, tenant: str) -> TenantFigures:
-        """Return the figures of one tenant, by module and route; zeros for one that nobody has seen. Two round trips."""
+        """Return the figures of one tenant, by module and route; zeros for one that nobody has
+        seen. Two round trips."""
         rows: list[RouteRow] = []
         if self._cache is not None:
             rows += fleet.route_rows(self._cache.figures.figures(tenant))
         problem = ""
         try:
-            for _, _, found in await self._ask(lambda pipeline, process: pipeline.hget(keys.routes_key(process), tenant)):
+            for _, _, found in await self._ask(
+                lambda pipeline, process: pipeline.hget(keys.routes_key(process), tenant)
+            ):
                 rows += fleet.decode(found, list[RouteRow]) or ()
         except self._faults as error:
             problem = self._told(error)
         return fleet.of_tenant(tenant, rows, alone=bool(problem), problem=problem)
 
-    async def tenants(self, *, order: Order = "requests", offset: int = 0, limit: int = 100) -> Tenants:
-        """Return some tenants, the largest first (by name: alphabetically). One round trip per process, and two.
+    async def tenants(
+        self, *, order: Order = "requests", offset: int = 0, limit: int = 100
+    ) -> Tenants:
+        """Return some tenants, the largest first (by name: alphabetically). One round trip per
+        process, and two.
 
-        Of this process too as they were last published, where they can be read. What belongs to no tenant, or to those beyond
-        the bound, is the tenant ``stats.OTHER``.
+        Of this process too as they were last published, where they can be read. What belongs to no
+        tenant, or to those beyond the bound, is the tenant ``stats.OTHER``.
         """
         problem, found = "", dict[str, Totals]()
         try:
@@ -176,7 +218,8 @@ class Board:
         return Tenants(chosen, len(found), bool(problem), problem)
 
     async def tenants_by_process(self) -> dict[str, dict[str, Totals]]:
-        """Return all tenants of each process that lives, by its id. One round trip per process, and two."""
+        """Return all tenants of each process that lives, by its id. One round trip per process, and
+        two."""
         found: dict[str, dict[str, Totals]] = {}
         try:
             async for process, name, totals in self._published_totals():
@@ -186,7 +229,8 @@ class Board:
         return found
 
     async def series(self, minutes: int = MAX_MINUTES) -> Series:
-        """Return what happened in the last minutes, a point each ``BUCKET_S`` seconds, the last one unfinished.
+        """Return what happened in the last minutes, a point each ``BUCKET_S`` seconds, the last one
+        unfinished.
 
         Two round trips. Raises ``ValueError`` beyond ``MAX_MINUTES``.
         """
@@ -206,25 +250,34 @@ class Board:
             last = int(time.time()) // BUCKET_S
             buckets = range(last - count + 1, last + 1)
             fields = [self._own.get(bucket, {}) for bucket in buckets]
-        points = [fleet.point(bucket * BUCKET_S, found) for bucket, found in zip(buckets, fields, strict=True)]
+        points = [
+            fleet.point(bucket * BUCKET_S, found)
+            for bucket, found in zip(buckets, fields, strict=True)
+        ]
         return Series(points, bool(problem), problem)
 
     async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
-        """Ask the server something else: ``question`` is called with the client. Raises ``StoreUnavailable``."""
+        """Ask the server something else: ``question`` is called with the client. Raises
+        ``StoreUnavailable``."""
         try:
             self._check()
             return await question(self.client)
         except self._faults as error:
             raise StoreUnavailable(self._told(error)) from None
 
-    # -- publishing ----------------------------------------------------------------------------------------------------
+    # -- publishing --------------------------------------------------------------------------------
 
     async def publish(self) -> bool:
-        """Publish once, as is done every ``PERIOD_S``. Returns whether the server took it; it is said in ``problem`` why not."""
+        """Publish once, as is done every ``PERIOD_S``. Returns whether the server took it; it is
+        said in ``problem`` why not."""
         assert self._cache is not None
         survey = await survey_of(self._cache.figures)
         counted = fleet.counters(survey.totals, survey.times, self._cache.figures)
-        delta = {name: more for name, value in counted.items() if (more := value - self._counted.get(name, 0))}
+        delta = {
+            name: more
+            for name, value in counted.items()
+            if (more := value - self._counted.get(name, 0))
+        }
         self._counted = counted
         self._note(delta)
         if self.client is None:
@@ -242,7 +295,8 @@ class Board:
 
     async def _keep_publishing(self) -> None:
         own = asyncio.current_task()
-        while self._publishing is own:  # ends here where a client swallows the cancellation, as wait_for may
+        # ends here where a client swallows the cancellation, as wait_for may
+        while self._publishing is own:
             began, waited = time.thread_time(), False
             try:
                 waited = not await self.publish() and self.client is not None
@@ -250,7 +304,8 @@ class Board:
                 log.exception("figures could not be published")
             if self._publishing is not own:
                 return
-            # with what else the event loop did meanwhile: who is busy publishes less often; who waited in vain, as often as ever
+            # with what else the event loop did meanwhile: who is busy publishes less often; who
+            # waited in vain, as often as ever
             spent_s = 0.0 if waited else time.thread_time() - began
             await asyncio.sleep(_pause_s(spent_s) * random.uniform(0.9, 1.1))
 
@@ -285,19 +340,31 @@ class Board:
     async def _send_tenants(self, stats: Stats, events: Mapping[str, int]) -> None:
         """Say the figures of the tenants that changed."""
         nothing = (0, -1)
-        changed = [tenant for tenant, count in events.items() if self._published.get(tenant, nothing)[0] != count]
+        changed = [
+            tenant
+            for tenant, count in events.items()
+            if self._published.get(tenant, nothing)[0] != count
+        ]
         changed.sort(key=lambda tenant: self._published.get(tenant, nothing)[1])
         for chunk in chunks(changed[:MAX_CHANGED]):
             totals, routes = dict[str, bytes](), dict[str, bytes]()
             for tenant in chunk:
                 rows = fleet.route_rows(stats.figures(tenant))
-                routes[tenant], totals[tenant] = fleet.encode(rows), fleet.encode(fleet.tenant_row(rows))
+                routes[tenant], totals[tenant] = (
+                    fleet.encode(rows),
+                    fleet.encode(fleet.tenant_row(rows)),
+                )
             pipeline = self._pipeline(transaction=True)
-            for key, mapping in ((keys.tenants_key(self.id), totals), (keys.routes_key(self.id), routes)):
+            for key, mapping in (
+                (keys.tenants_key(self.id), totals),
+                (keys.routes_key(self.id), routes),
+            ):
                 pipeline.hset(key, mapping=mapping)
                 pipeline.expire(key, FIGURES_TTL_S)
             await pipeline.execute()
-            self._published.update((tenant, (events[tenant], self.publications)) for tenant in chunk)
+            self._published.update(
+                (tenant, (events[tenant], self.publications)) for tenant in chunk
+            )
 
     async def _prune(self) -> None:
         """Forget the processes that have no figures any more."""
@@ -305,7 +372,11 @@ class Board:
         pipeline = self._pipeline()
         for process in found:
             pipeline.exists(keys.figures_key(process))
-        gone = [process for process, there in zip(found, await pipeline.execute(), strict=True) if not there]
+        gone = [
+            process
+            for process, there in zip(found, await pipeline.execute(), strict=True)
+            if not there
+        ]
         if gone:
             await self.client.srem(keys.PROCESSES_KEY, *gone)
 
@@ -331,16 +402,21 @@ class Board:
         stats = Stats() if self._cache is None else self._cache.figures
         for chunk in chunks(stats.tenants()):
             for tenant in chunk:
-                found[tenant] = fleet.totals_of(*fleet.tenant_row(fleet.route_rows(stats.figures(tenant))))
+                found[tenant] = fleet.totals_of(
+                    *fleet.tenant_row(fleet.route_rows(stats.figures(tenant)))
+                )
             await asyncio.sleep(0)
         return found
 
-    # -- what the others say -------------------------------------------------------------------------------------------
+    # -- what the others say -----------------------------------------------------------------------
 
     async def _others(self) -> tuple[list[Sheet], Server | None, str]:
-        """Read the figures of the other processes, and the server's; what is wrong, if they cannot be read."""
+        """Read the figures of the other processes, and the server's; what is wrong, if they cannot
+        be read."""
         try:
-            asked = await self._ask(lambda pipeline, process: pipeline.get(keys.figures_key(process)))
+            asked = await self._ask(
+                lambda pipeline, process: pipeline.get(keys.figures_key(process))
+            )
             server = await self._server()
         except self._faults as error:
             return [], None, self._told(error)
@@ -353,8 +429,11 @@ class Board:
         return sheets, server, ""
 
     async def _published_totals(self) -> AsyncIterator[tuple[str, str, Totals]]:
-        """Read what all processes that live have published of each tenant: process, tenant, totals."""
-        asked = await self._ask(lambda pipeline, process: pipeline.hlen(keys.tenants_key(process)), own=True)
+        """Read what all processes that live have published of each tenant: process, tenant,
+        totals."""
+        asked = await self._ask(
+            lambda pipeline, process: pipeline.hlen(keys.tenants_key(process)), own=True
+        )
         for process, _, _ in asked:
             found: dict[bytes, bytes] = await self.client.hgetall(keys.tenants_key(process))
             for chunk in chunks(found.items()):
@@ -364,8 +443,11 @@ class Board:
                         yield process, name.decode(), fleet.totals_of(*row)
                 await asyncio.sleep(0)
 
-    async def _ask(self, ask: Callable[[Any, str], object], *, own: bool = False) -> list[tuple[str, float, Any]]:
-        """Ask something of every other process that lives, or of all: its id, how long ago it published, the reply.
+    async def _ask(
+        self, ask: Callable[[Any, str], object], *, own: bool = False
+    ) -> list[tuple[str, float, Any]]:
+        """Ask something of every other process that lives, or of all: its id, how long ago it
+        published, the reply.
 
         Two round trips.
         """
@@ -375,13 +457,21 @@ class Board:
             pipeline.pttl(keys.figures_key(process))
             ask(pipeline, process)
         replies = await pipeline.execute()
-        ages = [FIGURES_TTL_S - remaining_ms / 1000 for remaining_ms in replies[::2]]  # -2: there is none
+        # -2: there is none
+        ages = [FIGURES_TTL_S - remaining_ms / 1000 for remaining_ms in replies[::2]]
         found = zip(processes, ages, replies[1::2], strict=True)
-        return [(process, max(0.0, age_s), reply) for process, age_s, reply in found if age_s < DEAD_AFTER_S]
+        return [
+            (process, max(0.0, age_s), reply)
+            for process, age_s, reply in found
+            if age_s < DEAD_AFTER_S
+        ]
 
     async def _members(self) -> list[str]:
         self._check()
-        return sorted(name.decode() for name in await self.client.srandmember(keys.PROCESSES_KEY, MAX_PROCESSES))
+        return sorted(
+            name.decode()
+            for name in await self.client.srandmember(keys.PROCESSES_KEY, MAX_PROCESSES)
+        )
 
     async def _server(self) -> Server | None:
         """Return what the server says of itself, if it lets us ask."""
@@ -405,7 +495,11 @@ class Board:
         return self.client.pipeline(transaction=transaction)
 
     def _told(self, error: Exception) -> str:
-        return str(error) if isinstance(error, _Alone) else f"{self._place}: {error or type(error).__name__}"
+        return (
+            str(error)
+            if isinstance(error, _Alone)
+            else f"{self._place}: {error or type(error).__name__}"
+        )
 
 
 def _pause_s(spent_s: float) -> float:
@@ -417,7 +511,9 @@ class _Alone(Exception):
     """There is no server to ask."""
 
 
-def _client(url: str, deadline_s: float) -> tuple[Any, tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+def _client(
+    url: str, deadline_s: float
+) -> tuple[Any, tuple[type[Exception], ...], tuple[type[Exception], ...]]:
     """Make a client of redis-py that waits for nothing longer than that, and tries nothing twice.
 
     Also what it raises: when the server refuses something, and whatever is wrong.
@@ -428,9 +524,15 @@ def _client(url: str, deadline_s: float) -> tuple[Any, tuple[type[Exception], ..
         from redis.backoff import NoBackoff
         from redis.exceptions import RedisError, ResponseError
     except ImportError:
-        raise ConfigurationError("a Board with a server needs redis-py: pip install 'respcache[dashboard]'") from None
+        raise ConfigurationError(
+            "a Board with a server needs redis-py: pip install 'respcache[dashboard]'"
+        ) from None
     client = Redis.from_url(
-        url, socket_timeout=deadline_s, socket_connect_timeout=deadline_s, retry=Retry(NoBackoff(), 0), protocol=2
+        url,
+        socket_timeout=deadline_s,
+        socket_connect_timeout=deadline_s,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
     )
     return client, (ResponseError,), (RedisError, OSError, TimeoutError)
 

@@ -18,12 +18,16 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     value: str
     """``set`` or ``not set`` of secrets."""
     source: str
-    """``default``, ``argument``, or what the application says: the name of an environment variable, a file."""
+    """``default``, ``argument``, or what the application says: the name of an environment variable,
+    a file."""
 
 
 def settings_of(cache: "Cache") -> list[Setting]:
     """Return the options of a cache as they are."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(type(cache)).parameters.items()}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(cache)).parameters.items()
+    }
     outbox = None if cache.rounds is None else cache.rounds.outbox
     given: dict[str, Any] = {
         "store": cache.store,

@@ -1,4 +1,5 @@
-"""What is said of a request: what would become of it now, and why. ``ops/explainer.py`` finds it out."""
+"""What is said of a request: what would become of it now, and why. ``ops/explainer.py`` finds it
+out."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,8 +56,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str
     """``hit``, ``miss`` or ``bypass``."""
     reason: str
-    """Of a hit: ``memory`` or ``store``. Of a miss: ``absent``, ``unreadable``, ``damaged`` or the verdict on the entry. Of a
-    bypass: the ``detail=`` of ``Cache-Status``, or ``not-cached``."""
+    """Of a hit: ``memory`` or ``store``. Of a miss: ``absent``, ``unreadable``, ``damaged`` or the
+    verdict on the entry. Of a bypass: the ``detail=`` of ``Cache-Status``, or ``not-cached``."""
     why: str
     """A sentence."""
     method: str
@@ -97,10 +98,17 @@ class Asked:
         if not path.startswith("/"):
             raise InvalidOperation(f"path {self.path!r} must begin with '/'")
         try:
-            headers = [(name.lower().encode("latin-1"), value.strip().encode("latin-1")) for name, value in self.headers]
-            given = "&".join(part for part in (query, self.query.removeprefix("?")) if part).encode("latin-1")
+            headers = [
+                (name.lower().encode("latin-1"), value.strip().encode("latin-1"))
+                for name, value in self.headers
+            ]
+            given = "&".join(part for part in (query, self.query.removeprefix("?")) if part).encode(
+                "latin-1"
+            )
         except UnicodeEncodeError as error:
-            raise InvalidOperation(f"{error.object!r} holds characters that no HTTP request can: percent-encode them") from None
+            raise InvalidOperation(
+                f"{error.object!r} holds characters that no HTTP request can: percent-encode them"
+            ) from None
         return {
             "type": "http",
             "http_version": "1.1",

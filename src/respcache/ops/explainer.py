@@ -1,4 +1,5 @@
-"""Why a request would be a hit, a miss or a bypass now: the steps of ``asgi.py`` and ``lookup.py``, which change nothing here."""
+"""Why a request would be a hit, a miss or a bypass now: the steps of ``asgi.py`` and ``lookup.py``,
+which change nothing here."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ from respcache.identities import Known
 from respcache.near.held import Held
 from respcache.ops.access import Access
 from respcache.ops.explain import Asked, Caller, Explanation, FenceFacts, MemoryFacts
-from respcache.ops.facts import entry_facts, generation_facts, judged, key_parts, policy_facts, short_server
+from respcache.ops.facts import (
+    entry_facts,
+    generation_facts,
+    judged,
+    key_parts,
+    policy_facts,
+    short_server,
+)
 from respcache.ops.stats import Figures, Times
 from respcache.plans import ALWAYS, Aim, Plan
 from respcache.routing import Route
@@ -31,9 +39,11 @@ UNTOLD = "why is told to those who reach all tenants"
 
 
 async def explain(cache: "Cache", wrapper: "Wrapper", asked: Asked, access: Access) -> Explanation:
-    """Explain a request. Two round trips to the store at most, and the resolver's statements where the scope is not remembered.
+    """Explain a request. Two round trips to the store at most, and the resolver's statements where
+    the scope is not remembered.
 
-    Raises ``NotFound`` where the request is of a tenant that is not within reach, and ``InvalidOperation``.
+    Raises ``NotFound`` where the request is of a tenant that is not within reach, and
+    ``InvalidOperation``.
     """
     case = _Case(cache, wrapper, asked.scope(), access)
     try:
@@ -64,12 +74,15 @@ class _Fenced(Exception):
 
 
 class _Case:
-    """One request on its way through ``asgi.py`` and ``lookup.py``, seen from the side. Everything found out is in ``facts``.
+    """One request on its way through ``asgi.py`` and ``lookup.py``, seen from the side. Everything
+    found out is in ``facts``.
 
     Where it looks into ``Lookup`` it takes the same steps, and nothing else.
     """
 
-    def __init__(self, cache: "Cache", wrapper: "Wrapper", scope: dict[str, Any], access: Access) -> None:
+    def __init__(
+        self, cache: "Cache", wrapper: "Wrapper", scope: dict[str, Any], access: Access
+    ) -> None:
         self.facts: dict[str, Any] = {}
         self._cache = cache
         self._wrapper = wrapper
@@ -84,9 +97,18 @@ class _Case:
         route, policy, path = self._match()
         self.facts["route"], self.facts["policy"] = route.template, policy_facts(policy)
         self._note_fence()
-        form = canonical(Head(self._scope, path), path, declared=route.parameters, passed=route.passed)
-        self.facts["parameters"], self.facts["left_out"] = key_parts(form.parameters), self._left_out(route, form)
-        plan = memo.peek(memo.without_token(memo.key(self._scope)), cache.clock()) if memo is not None and cache.enabled else None
+        form = canonical(
+            Head(self._scope, path), path, declared=route.parameters, passed=route.passed
+        )
+        self.facts["parameters"], self.facts["left_out"] = (
+            key_parts(form.parameters),
+            self._left_out(route, form),
+        )
+        plan = (
+            memo.peek(memo.without_token(memo.key(self._scope)), cache.clock())
+            if memo is not None and cache.enabled
+            else None
+        )
         self.facts["memory"] = MemoryFacts(plan=plan is not None)
         if plan is not None and plan.aim is not None:
             self._check(plan.aim.tenant)
@@ -96,46 +118,83 @@ class _Case:
                 await self._end_in_memory(plan.aim, held)
         if cache.store is None:
             raise _End("bypass", "no-store", "the application runs without a server for its cache")
-        if not cache.enabled or (cache.switches is not None and policy.module in cache.switches.modules):
-            raise _End("bypass", "off", "the cache is switched off" if not cache.enabled else f"module {policy.module} is off")
+        if not cache.enabled or (
+            cache.switches is not None and policy.module in cache.switches.modules
+        ):
+            raise _End(
+                "bypass",
+                "off",
+                "the cache is switched off"
+                if not cache.enabled
+                else f"module {policy.module} is off",
+            )
         head = Head(self._scope, path) if memo is None else memo.narrowed(self._scope, path)
         try:
             await self._look(plan, head, route, policy, form)
         except (_End, OperationError):
             raise
         except Denied:
-            raise _End("bypass", "denied", "the caller is not known, or may not see this: the application answers") from None
+            raise _End(
+                "bypass",
+                "denied",
+                "the caller is not known, or may not see this: the application answers",
+            ) from None
         except _Fenced:
             problem = "" if cache.rounds is None else self._told(cache.rounds.problem)
-            why = f"this process cannot prove that it has seen every write ({problem or 'the server is another one by now'})"
+            why = (
+                f"this process cannot prove that it has seen every write "
+                f"({problem or 'the server is another one by now'})"
+            )
             raise _End("bypass", "fence", why) from None
         except StoreError as error:
-            raise _End("bypass", "store", f"the cache's server cannot be asked: {self._told(str(error))}") from None
+            raise _End(
+                "bypass", "store", f"the cache's server cannot be asked: {self._told(str(error))}"
+            ) from None
         except Exception as error:  # its text may hold rows
-            raise _End("bypass", "identity", f"the resolver failed with {type(error).__name__}") from None
+            raise _End(
+                "bypass", "identity", f"the resolver failed with {type(error).__name__}"
+            ) from None
 
     def _match(self) -> tuple[Route, Policy, Any]:
         found = self._wrapper.prepare().match(self._scope)
         method = self._scope["method"]
         if found is None or found[0].policy is None or method not in READS:
-            why = "the route that matches is not cached" if method in READS else f"{method} is never answered from the cache"
+            why = (
+                "the route that matches is not cached"
+                if method in READS
+                else f"{method} is never answered from the cache"
+            )
             raise _End("bypass", "not-cached", why)
         return found[0], found[0].policy, found[1]
 
-    async def _look(self, plan: Plan | None, head: Head, route: Route, policy: Policy, form: Canonical) -> None:
+    async def _look(
+        self, plan: Plan | None, head: Head, route: Route, policy: Policy, form: Canonical
+    ) -> None:
         """The long way: ``Lookup.request``."""
-        lookup, identities, resolver = self._cache._lookup, self._cache._lookup._identities, self._cache.resolver
+        lookup, identities, resolver = (
+            self._cache._lookup,
+            self._cache._lookup._identities,
+            self._cache.resolver,
+        )
         claim, known = (None, None) if plan is None else (plan.claim, plan.known)
         if claim is None:
             claim = resolver.claim(head)
             known = identities.peek(claim)
         if not lookup._covered(policy):
-            raise _End("bypass", "no-trigger", f"writes to {self._uncovered(policy)} need not leave a row in the outbox")
+            raise _End(
+                "bypass",
+                "no-trigger",
+                f"writes to {self._uncovered(policy)} need not leave a row in the outbox",
+            )
         remembered = known is not None
         while True:
             if known is None:
-                home = (await self._read(None, [(keys.generation_key(claim.home), identities.tags)])).generations[0]
-                known = Known(await resolver.scope(claim), home.certificate() or Certificate(b"", 0))
+                home = (
+                    await self._read(None, [(keys.generation_key(claim.home), identities.tags)])
+                ).generations[0]
+                known = Known(
+                    await resolver.scope(claim), home.certificate() or Certificate(b"", 0)
+                )
             scope = known.scope
             self._check(scope.tenant)
             self._note_caller(claim, scope, remembered=remembered)
@@ -158,13 +217,23 @@ class _Case:
             raise _End("bypass", "no-tenant", "the caller belongs to no tenant, and names none")
         keys.check_tenant(tenant)
         if not self._cache.resolver.permits(scope, policy.rule):
-            raise _End("bypass", "denied", "the caller's role may not use this route: the application answers")
+            raise _End(
+                "bypass",
+                "denied",
+                "the caller's role may not use this route: the application answers",
+            )
         if lookup._switches.closed(tenant, policy.module):
             raise _End("bypass", "off", f"tenant {tenant} is switched off")
         if lookup._invalidator.vetoed(tenant) or lookup._invalidator.vetoed(claim.home):
-            raise _End("bypass", "pending-invalidation", "an invalidation of the tenant by this process is not confirmed yet")
+            raise _End(
+                "bypass",
+                "pending-invalidation",
+                "an invalidation of the tenant by this process is not confirmed yet",
+            )
 
-    def _aim(self, claim: Claim, known: Known, route: Route, policy: Policy, form: Canonical) -> Aim:
+    def _aim(
+        self, claim: Claim, known: Known, route: Route, policy: Policy, form: Canonical
+    ) -> Aim:
         """What ``Lookup`` aims at, without counters."""
         lookup, scope = self._cache._lookup, known.scope
         assert scope.tenant is not None
@@ -200,7 +269,11 @@ class _Case:
             fence = rounds.fence
             if now >= fence.until or not lookup._covered(aim.policy):
                 return None
-        view = lookup._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s) if aim.view_s else None
+        view = (
+            lookup._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s)
+            if aim.view_s
+            else None
+        )
         if view is None:
             try:
                 view = (await self._ask(aim.target.entry_key, aim.wanted)).generations[0]
@@ -209,7 +282,11 @@ class _Case:
         if fence is not None and not fence.allows(view.server, self._cache.clock()):
             return None
         valid = view.judge(held.entry.certificate, aim.target.tags) is Verdict.VALID
-        return held if valid and (aim.known is None or lookup._identities.judge(aim.known, view)) else None
+        return (
+            held
+            if valid and (aim.known is None or lookup._identities.judge(aim.known, view))
+            else None
+        )
 
     async def _end_in_memory(self, aim: Aim, held: Held) -> None:
         """Describe a hit from memory, and end."""
@@ -221,7 +298,11 @@ class _Case:
         """What becomes of a request that the store was asked for: ``Lookup._judge``."""
         view, target = reading.generations[0], aim.target
         if reading.entry is None:
-            raise _End("miss", "absent", "nothing is stored for it: it was not asked for yet, or its time to live is over")
+            raise _End(
+                "miss",
+                "absent",
+                "nothing is stored for it: it was not asked for yet, or its time to live is over",
+            )
         entry = entries.decode(reading.entry)
         if entry is None:
             raise _End("miss", "unreadable", "what is stored is none of this release's entries")
@@ -230,13 +311,18 @@ class _Case:
             raise _End("miss", verdict, why)
         coding = encoding.accepted(Head(self._scope).joined("accept-encoding"))
         as_stored = coding is entry.coding or entry.coding is Coding.identity
-        if not as_stored and encoding.decompress(entry.body, max_bytes=aim.policy.max_body_bytes) is None:
+        if (
+            not as_stored
+            and encoding.decompress(entry.body, max_bytes=aim.policy.max_body_bytes) is None
+        ):
             raise _End("miss", "damaged", "the stored body cannot be decompressed")
         raise _End("hit", "store", why)
 
-    # -- asking --------------------------------------------------------------------------------------------------------
+    # -- asking ------------------------------------------------------------------------------------
 
-    async def _read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
+    async def _read(
+        self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]
+    ) -> Reading:
         """Read as ``Lookup`` does, under the fence."""
         rounds = self._cache.rounds
         if rounds is None:
@@ -258,7 +344,7 @@ class _Case:
             self._readings[asked] = await store.read(entry, wanted)
         return self._readings[asked]
 
-    # -- saying --------------------------------------------------------------------------------------------------------
+    # -- saying ------------------------------------------------------------------------------------
 
     def _check(self, tenant: str | None) -> None:
         if self._access.tenant not in (None, tenant):
@@ -267,9 +353,16 @@ class _Case:
     async def _describe(self, aim: Aim) -> None:
         """Note everything that is known of what the request leads to."""
         target, now = aim.target, self._cache.clock()
-        self.facts["key"], self.facts["lease_key"], self.facts["tags"] = target.entry_key, target.lease_key, tuple(target.tags)
+        self.facts["key"], self.facts["lease_key"], self.facts["tags"] = (
+            target.entry_key,
+            target.lease_key,
+            tuple(target.tags),
+        )
         if aim.varied is not None:
-            self.facts["parameters"] = [*self.facts["parameters"], *key_parts([("varies", "", aim.varied)])]
+            self.facts["parameters"] = [
+                *self.facts["parameters"],
+                *key_parts([("varies", "", aim.varied)]),
+            ]
         held = None if self._cache.near is None else self._cache.near.peek(target.entry_key)
         self.facts["memory"] = MemoryFacts(
             plan=self.facts["memory"].plan,
@@ -331,10 +424,16 @@ class _Case:
 
     def _left_out(self, route: Route, form: Canonical) -> list[str]:
         """Say what the request has and the key has not."""
-        declared = {parameter.name: parameter for parameter in route.parameters if parameter.place == "query"}
+        declared = {
+            parameter.name: parameter
+            for parameter in route.parameters
+            if parameter.place == "query"
+        }
         used = {(name, value) for place, name, value in form.parameters if place == "query"}
         found = []
-        for name, value in parse_qsl(self._scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        for name, value in parse_qsl(
+            self._scope["query_string"].decode("latin-1"), keep_blank_values=True
+        ):
             if name in route.passed:
                 found.append(f"query {name}: says who asks")
             elif name not in declared:
@@ -352,14 +451,22 @@ class _Case:
         return list(dict.fromkeys(found))
 
 
-_HEADERS = {**dict.fromkeys(ALWAYS, "chooses the form only"), tokens.HEADER: "demands the writes that it names"}
+_HEADERS = {
+    **dict.fromkeys(ALWAYS, "chooses the form only"),
+    tokens.HEADER: "demands the writes that it names",
+}
 _PROVEN = {
     Level.STRICT: "nothing that it depends on was written",
-    Level.BOUNDED: "nothing that it depends on was written within what the route's bound lets this process know",
+    Level.BOUNDED: "nothing that it depends on was written within what the route's bound lets "
+    "this process know",
     Level.TTL: "nobody has said that it is out of date",
 }
 
 
 def _within(switch: str, access: Access) -> bool:
     """Whether a switch concerns what is within reach."""
-    return access.tenant is None or switch == keys.tenant_switch(access.tenant) or not switch.startswith(keys.tenant_switch(""))
+    return (
+        access.tenant is None
+        or switch == keys.tenant_switch(access.tenant)
+        or not switch.startswith(keys.tenant_switch(""))
+    )

@@ -1,4 +1,5 @@
-"""Policies, generations, entries and their verdicts, in words that operators read. Pure, but for the age of an entry."""
+"""Policies, generations, entries and their verdicts, in words that operators read. Pure, but for
+the age of an entry."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,8 @@ class GenerationFacts(msgspec.Struct, frozen=True, kw_only=True):
     connected: str
     """Those that this process is connected to."""
     bumps: dict[str, int]
-    """Of each tag that counts here: the sequence of its last bump; absent: never bumped in this life."""
+    """Of each tag that counts here: the sequence of its last bump; absent: never bumped in this
+    life."""
 
 
 class EntryFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,8 +77,9 @@ class EntryFacts(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int
     """Of its certificate: captured before the handler ran."""
     verdict: str
-    """``valid``, ``no-generation``, ``other-server``, ``other-epoch``, ``other-generation``, ``invalidated``, ``digest``; of the
-    inspector also ``depends``: on which of several routes it is of."""
+    """``valid``, ``no-generation``, ``other-server``, ``other-epoch``, ``other-generation``,
+    ``invalidated``, ``digest``; of the inspector also ``depends``: on which of several routes it is
+    of."""
     why: str
     """The verdict in words."""
     bumped: tuple[str, ...] = ()
@@ -101,7 +104,11 @@ def policy_facts(policy: Policy) -> PolicyFacts:
 def key_parts(parameters: Iterable[tuple[str, str, str]]) -> list[Part]:
     """Describe what a key is made of, but for what is nobody's to read."""
     return [
-        Part(place=place, name=name, value="***" if place == "cookie" or name.lower() == "authorization" else value)
+        Part(
+            place=place,
+            name=name,
+            value="***" if place == "cookie" or name.lower() == "authorization" else value,
+        )
         for place, name, value in parameters
     ]
 
@@ -119,9 +126,16 @@ def generation_facts(key: str, view: Generation, bumps: Mapping[str, int]) -> Ge
 
 
 def entry_facts(
-    entry: Entry, *, size_bytes: int, ttl_left_s: float, view: Generation, tags: Iterable[str], digest: bytes | None = None
+    entry: Entry,
+    *,
+    size_bytes: int,
+    ttl_left_s: float,
+    view: Generation,
+    tags: Iterable[str],
+    digest: bytes | None = None,
 ) -> EntryFacts:
-    """Describe an entry, and judge it in a view. ``digest``: the one that its key stands for, where it is known."""
+    """Describe an entry, and judge it in a view. ``digest``: the one that its key stands for, where
+    it is known."""
     verdict, why, bumped = judged(entry, view, tuple(tags), digest)
     return EntryFacts(
         stored_at=datetime.fromtimestamp(entry.stored_at_ms / 1000, UTC),
@@ -142,8 +156,11 @@ def entry_facts(
     )
 
 
-def judged(entry: Entry, view: Generation, tags: tuple[str, ...], digest: bytes | None) -> tuple[str, str, tuple[str, ...]]:
-    """Judge an entry as ``core/generations.py`` does: the verdict, in words, and the tags that were bumped."""
+def judged(
+    entry: Entry, view: Generation, tags: tuple[str, ...], digest: bytes | None
+) -> tuple[str, str, tuple[str, ...]]:
+    """Judge an entry as ``core/generations.py`` does: the verdict, in words, and the tags that were
+    bumped."""
     if digest is not None and entry.digest != digest:
         return "digest", "it was made for another key, and copied here", ()
     certificate = entry.certificate
@@ -152,7 +169,10 @@ def judged(entry: Entry, view: Generation, tags: tuple[str, ...], digest: bytes 
         bumped = tuple(tag for tag in tags if view.bumps.get(tag, 0) > certificate.sequence)
         said = "; ".join(f"{in_words(tag)} (at {view.bumps[tag]})" for tag in bumped)
         return str(verdict), f"since it was made (at {certificate.sequence}): {said}", bumped
-    if verdict is Verdict.OTHER_SERVER and view.recorded.rpartition(":")[0] != view.server.rpartition(":")[0]:
+    if (
+        verdict is Verdict.OTHER_SERVER
+        and view.recorded.rpartition(":")[0] != view.server.rpartition(":")[0]
+    ):
         return "other-epoch", "a new epoch of the whole cache has begun since it was made", ()
     return str(verdict), _WHY[verdict], ()
 
@@ -178,9 +198,12 @@ def short_server(server: str) -> str:
 
 _WHY = {
     Verdict.VALID: "nothing that it depends on was written since it was made",
-    Verdict.NO_GENERATION: "the tenant's generation is gone: evicted, deleted, or at the end of its time to live",
-    Verdict.OTHER_SERVER: "it was made in another life of the server: before a restart, a failover or a restored dump",
-    Verdict.OTHER_GENERATION: "the tenant's generation was lost and has been made anew since it was made",
+    Verdict.NO_GENERATION: "the tenant's generation is gone: evicted, deleted, or at the end of "
+    "its time to live",
+    Verdict.OTHER_SERVER: "it was made in another life of the server: before a restart, a "
+    "failover or a restored dump",
+    Verdict.OTHER_GENERATION: "the tenant's generation was lost and has been made anew since it "
+    "was made",
 }
 
 

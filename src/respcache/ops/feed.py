@@ -1,10 +1,12 @@
-"""The feed: what is being invalidated just now, by whom, and how long it took. A capped stream on the cache's server.
+"""The feed: what is being invalidated just now, by whom, and how long it took. A capped stream on
+the cache's server.
 
-Each process adds what it has bumped: writes of its own, and what a round found in the outbox. Every process finds the rows of
-every write there, so these are held back until whoever wrote has reported, and added only by the first whose rows nobody has
-reported yet. No write waits for any of it: an event is put into a list and sent with others, twice a second at most. What is too
-much for the list, or cannot be sent, is counted in the next event. While the server is away, the last events of this process are
-shown.
+Each process adds what it has bumped: writes of its own, and what a round found in the outbox. Every
+process finds the rows of every write there, so these are held back until whoever wrote has
+reported, and added only by the first whose rows nobody has reported yet. No write waits for any of
+it: an event is put into a list and sent with others, twice a second at most. What is too much for
+the list, or cannot be sent, is counted in the next event. While the server is away, the last events
+of this process are shown.
 """
 
 import asyncio
@@ -80,16 +82,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     everything: bool = False
     """All of the tenant."""
     cause: str
-    """``PUT /api/leads/{id}``; ``outbox``: what psql or another service wrote, or a process that ended before it could bump;
-    ``purge by <name>``; ``audit``; ``script``: outside of a request."""
+    """``PUT /api/leads/{id}``; ``outbox``: what psql or another service wrote, or a process that
+    ended before it could bump; ``purge by <name>``; ``audit``; ``script``: outside of a request."""
     outcome: str
     """``confirmed``, ``pending; safe`` or ``pending`` (``core.fence.Outcome``)."""
     seconds: float
     """From the COMMIT, or of the outbox from when the oldest row was written, to the outcome."""
     process: str
-    """Host and process id of who sent the bump. This and what follows is told to those who reach all tenants."""
+    """Host and process id of who sent the bump. This and what follows is told to those who reach
+    all tenants."""
     skipped: int = 0
-    """Further invalidations of this process that are not in the feed, since its last event: there were too many."""
+    """Further invalidations of this process that are not in the feed, since its last event: there
+    were too many."""
 
 
 class Feed(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,14 +106,17 @@ class Feed(msgspec.Struct, frozen=True, kw_only=True):
     """``all``, or ``this`` where the server is away or is none."""
 
     def of_one_tenant(self) -> "Feed":
-        """Leave out what is of all tenants: workers, and how much more was invalidated, whoever's it was."""
+        """Leave out what is of all tenants: workers, and how much more was invalidated, whoever's
+        it was."""
         return msgspec.structs.replace(
-            self, events=[msgspec.structs.replace(event, process="", skipped=0) for event in self.events]
+            self,
+            events=[msgspec.structs.replace(event, process="", skipped=0) for event in self.events],
         )
 
 
 class _Noted(NamedTuple):
-    """What is known when something was invalidated; an event is made of it when it is sent. ``by`` None: the request's work."""
+    """What is known when something was invalidated; an event is made of it when it is sent. ``by``
+    None: the request's work."""
 
     tenant: str
     tags: Collection[str]
@@ -147,21 +154,27 @@ class Reporter:
             if len(self._waiting) >= MAX_AT_ONCE:
                 self._skipped += 1
             else:
-                self._waiting.append(_Noted(tenant, tags, ids, outcome, seconds, time.time(), by, request))
+                self._waiting.append(
+                    _Noted(tenant, tags, ids, outcome, seconds, time.time(), by, request)
+                )
         self._arm()
 
     def found(self, rows: Rows, outcome: Outcome, seconds: float) -> None:
         """Note what a round has found in the outbox and bumped."""
         now = time.time()
         self._held.extend(
-            _Noted(tenant, tags, ids, outcome, seconds, now, OUTBOX, None) for tenant, (tags, ids) in _by_tenant(rows).items()
+            _Noted(tenant, tags, ids, outcome, seconds, now, OUTBOX, None)
+            for tenant, (tags, ids) in _by_tenant(rows).items()
         )
         self._arm()
 
     async def read(self, *, tenant: str | None, after: str, limit: int) -> Feed:
-        """Return what came after an event, or the last events. One round trip. Raises ``InvalidOperation``."""
+        """Return what came after an event, or the last events. One round trip. Raises
+        ``InvalidOperation``."""
         if after and (_ID.fullmatch(after) is None or max(_order(after)) > MAX_NUMBER):
-            raise InvalidOperation(f"after {after[:40]!r} must be the id of an event, or the 'last' of a feed")
+            raise InvalidOperation(
+                f"after {after[:40]!r} must be the id of an event, or the 'last' of a feed"
+            )
 
         async def ask(client: Any) -> Any:
             if after:
@@ -169,7 +182,10 @@ class Reporter:
             return (await client.xrevrange(FEED_KEY, count=MAX_READ))[::-1]
 
         try:
-            found = [_decode(name.decode(), fields.get(b"e", b"")) for name, fields in await self._board.ask(ask)]
+            found = [
+                _decode(name.decode(), fields.get(b"e", b""))
+                for name, fields in await self._board.ask(ask)
+            ]
             processes = "all"
         except StoreError:
             self._keep(self._waiting)
@@ -180,7 +196,9 @@ class Reporter:
         if len(chosen) < len(wanted) and after:
             last = chosen[-1].id
         else:
-            last = next((event.id for event in reversed(found) if event is not None), after or BEGINNING)
+            last = next(
+                (event.id for event in reversed(found) if event is not None), after or BEGINNING
+            )
         return Feed(events=chosen, last=last, processes=processes)
 
     async def close(self) -> None:
@@ -209,7 +227,8 @@ class Reporter:
             self._arm()
 
     async def _send(self) -> None:
-        """Send what was noted, and of what was found that which nobody else has reported. Two round trips."""
+        """Send what was noted, and of what was found that which nobody else has reported. Two round
+        trips."""
         own, self._waiting = self._waiting, []
         found = [self._held.popleft() for _ in range(self._ripe())]
         if not own and not found:
@@ -244,8 +263,12 @@ class Reporter:
 
     def _event(self, noted: _Noted) -> Event:
         self._number += 1
-        tables = sorted(tag.removeprefix(table_tag("")) for tag in noted.tags if tag.startswith(table_tag("")))
-        modules = {tag.removeprefix(module_tag("")) for tag in noted.tags if tag.startswith(module_tag(""))}
+        tables = sorted(
+            tag.removeprefix(table_tag("")) for tag in noted.tags if tag.startswith(table_tag(""))
+        )
+        modules = {
+            tag.removeprefix(module_tag("")) for tag in noted.tags if tag.startswith(module_tag(""))
+        }
         modules.update(self._cache.readers(tables))
         return Event(
             id=f"{int(noted.at * 1000)}-{self._number}",
@@ -303,7 +326,9 @@ def _adding(events: Sequence[Event]) -> Callable[[Any], Awaitable[None]]:
     async def ask(client: Any) -> None:
         pipeline = client.pipeline(transaction=False)
         for event in events:
-            pipeline.xadd(FEED_KEY, {"e": msgspec.json.encode(event)}, maxlen=MAX_KEPT, approximate=True)
+            pipeline.xadd(
+                FEED_KEY, {"e": msgspec.json.encode(event)}, maxlen=MAX_KEPT, approximate=True
+            )
         pipeline.expire(FEED_KEY, TTL_S)
         await pipeline.execute()
 

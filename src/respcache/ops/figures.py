@@ -1,4 +1,5 @@
-"""Figures as operators read them: rows of tenants, modules and routes, and the state at a glance. Pure."""
+"""Figures as operators read them: rows of tenants, modules and routes, and the state at a glance.
+Pure."""
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -67,11 +68,13 @@ class Switches(msgspec.Struct, frozen=True, kw_only=True):
     tenants: list[str]
     modules: list[str]
     told: bool = True
-    """The store was reached: all processes follow within a second. If not, it is told as soon as it is."""
+    """The store was reached: all processes follow within a second. If not, it is told as soon as it
+    is."""
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """The state at a glance. The admin of one tenant does not see what is kept of all: times, series, processes, server."""
+    """The state at a glance. The admin of one tenant does not see what is kept of all: times,
+    series, processes, server."""
 
     at: datetime
     figures_of: str
@@ -98,10 +101,21 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """Vetoed in this process: their last invalidation is not confirmed."""
 
 
-def row(name: str, totals: Totals, *, module: str | None = None, times: Times | None = None, policy: Policy | None = None) -> Row:
+def row(
+    name: str,
+    totals: Totals,
+    *,
+    module: str | None = None,
+    times: Times | None = None,
+    policy: Policy | None = None,
+) -> Row:
     """Make a row of what was counted; ``policy``: of a route."""
     timed: dict[str, Any] = {} if times is None else _timed(totals, times)
-    described: dict[str, Any] = {} if policy is None else {"kind": policy.kind, "level": str(policy.level), "ttl_s": policy.ttl_s}
+    described: dict[str, Any] = (
+        {}
+        if policy is None
+        else {"kind": policy.kind, "level": str(policy.level), "ttl_s": policy.ttl_s}
+    )
     return Row(
         name=name,
         module=module,
@@ -121,7 +135,16 @@ def module_rows(modules: Iterable[ModuleFigures]) -> list[Row]:
 
 def route_rows(routes: Iterable[RouteFigures], policies: Mapping[str, Policy]) -> list[Row]:
     """Make a row of each route; ``policies`` by template."""
-    return [row(one.route, one.totals, module=one.module, times=one.times, policy=policies.get(one.route)) for one in routes]
+    return [
+        row(
+            one.route,
+            one.totals,
+            module=one.module,
+            times=one.times,
+            policy=policies.get(one.route),
+        )
+        for one in routes
+    ]
 
 
 def policies_of(routes: Iterable[Route]) -> dict[str, Policy]:
@@ -146,8 +169,16 @@ def _advice(totals: Totals, times: Times | None) -> str | None:
     if ratio is None or totals.hits + totals.misses < ENOUGH:
         return None
     if ratio < HARDLY_HIT:
-        return f"hardly ever hit ({ratio:.0%}): its answers are asked for too rarely, or change too often"
+        return (
+            f"hardly ever hit ({ratio:.0%}): its answers are asked for too rarely, or change too "
+            f"often"
+        )
     hit_s = None if times is None else times.hits.quantile(0.5)
-    if times is not None and hit_s is not None and totals.stores and times.fill_s / totals.stores <= HARDLY_LONGER * hit_s:
+    if (
+        times is not None
+        and hit_s is not None
+        and totals.stores
+        and times.fill_s / totals.stores <= HARDLY_LONGER * hit_s
+    ):
         return "making an answer takes hardly longer than a hit"
     return None

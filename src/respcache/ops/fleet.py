@@ -1,8 +1,10 @@
-"""The figures of all processes: their shapes, as they are read, and their bytes, as they are published. Pure: no clock, no I/O.
+"""The figures of all processes: their shapes, as they are read, and their bytes, as they are
+published. Pure: no clock, no I/O.
 
-Published are MessagePack arrays ``[version, body]``. What has another version, or is damaged, is left out by whoever reads it, so
-two releases of the library can run side by side. Series are hashes of integers instead, for the server to add up: their fields
-say what they hold, and unknown ones are left out.
+Published are MessagePack arrays ``[version, body]``. What has another version, or is damaged, is
+left out by whoever reads it, so two releases of the library can run side by side. Series are hashes
+of integers instead, for the server to add up: their fields say what they hold, and unknown ones are
+left out.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,7 +77,8 @@ class Process(msgspec.Struct):
     python: str
     enabled: bool
     available: bool
-    """Whether it has a connection to the cache's server: if not, its breaker is open and nothing waits for the server."""
+    """Whether it has a connection to the cache's server: if not, its breaker is open and nothing
+    waits for the server."""
     near_bytes: int
     near_entries: int
     near_limit_bytes: int
@@ -121,7 +124,8 @@ class TenantTotals(msgspec.Struct):
 
 
 class TenantFigures(msgspec.Struct):
-    """The same by module and route. ``alone``: of this process only, because the others' cannot be read (``problem``)."""
+    """The same by module and route. ``alone``: of this process only, because the others' cannot be
+    read (``problem``)."""
 
     tenant: str
     totals: Totals
@@ -181,7 +185,8 @@ class Fleet(msgspec.Struct):
 
 
 class Point(msgspec.Struct):
-    """What happened in ``BUCKET_S`` seconds from ``at`` on (of the Unix epoch, by the server's clock), everywhere.
+    """What happened in ``BUCKET_S`` seconds from ``at`` on (of the Unix epoch, by the server's
+    clock), everywhere.
 
     Percentiles are estimates in seconds; None where nothing was timed.
     """
@@ -221,7 +226,7 @@ class Sheet(msgspec.Struct):
     findings: list[Finding]
 
 
-# -- adding up ---------------------------------------------------------------------------------------------------------
+# -- adding up -------------------------------------------------------------------------------------
 
 
 def totals_of(row: Row, reasons: Reasons) -> Totals:
@@ -229,7 +234,9 @@ def totals_of(row: Row, reasons: Reasons) -> Totals:
     return Totals(*row, bypasses=dict(reasons[0]), refusals=dict(reasons[1]))
 
 
-def by_module(routes: Iterable[RouteFigures], writes: Iterable[ModuleFigures] = ()) -> list[ModuleFigures]:
+def by_module(
+    routes: Iterable[RouteFigures], writes: Iterable[ModuleFigures] = ()
+) -> list[ModuleFigures]:
     """Add figures up by module."""
     found: dict[str, ModuleFigures] = {}
     parts: list[RouteFigures | ModuleFigures] = [*routes, *writes]
@@ -247,14 +254,16 @@ def by_route(sheets: Iterable[Sheet]) -> list[RouteFigures]:
     found: dict[tuple[str, str], RouteFigures] = {}
     for sheet in sheets:
         for one in sheet.routes:
-            route = found.setdefault((one.route, one.module), RouteFigures(one.route, one.module, Totals(), Times()))
+            route = found.setdefault(
+                (one.route, one.module), RouteFigures(one.route, one.module, Totals(), Times())
+            )
             route.totals.add(one.totals)
             assert route.times is not None
             route.times.add(one.times or Times())
     return [found[name] for name in sorted(found)]
 
 
-# -- tenants on the wire -----------------------------------------------------------------------------------------------
+# -- tenants on the wire ---------------------------------------------------------------------------
 
 
 def encode(body: Any) -> bytes:
@@ -263,7 +272,8 @@ def encode(body: Any) -> bytes:
 
 
 def decode(data: bytes | None, kind: Any) -> Any:
-    """Read published bytes back; None for nothing, for another version, and for what is none of ours."""
+    """Read published bytes back; None for nothing, for another version, and for what is none of
+    ours."""
     if data is None:
         return None
     try:
@@ -274,7 +284,8 @@ def decode(data: bytes | None, kind: Any) -> Any:
 
 
 def route_rows(figures: Sequence[Figures]) -> list[RouteRow]:
-    """Return the figures of a tenant as they are published: route by route, and the writes of each module."""
+    """Return the figures of a tenant as they are published: route by route, and the writes of each
+    module."""
     return [(one.route, one.module, read_row(one), (one.bypasses, one.refusals)) for one in figures]
 
 
@@ -297,14 +308,16 @@ def of_tenant(tenant: str, rows: Iterable[RouteRow], *, alone: bool, problem: st
         figures = totals_of(row, reasons)
         total.add(figures)
         if route:
-            routes.setdefault((route, module), RouteFigures(route, module, Totals())).totals.add(figures)
+            routes.setdefault((route, module), RouteFigures(route, module, Totals())).totals.add(
+                figures
+            )
         else:
             writes.append(ModuleFigures(module, figures))
     ordered = [routes[name] for name in sorted(routes)]
     return TenantFigures(tenant, total, by_module(ordered, writes), ordered, alone, problem)
 
 
-# -- series on the wire ------------------------------------------------------------------------------------------------
+# -- series on the wire ----------------------------------------------------------------------------
 
 _BUCKETS = (*(str(round(bound * 1e6)) for bound in BOUNDS_S), "more")
 _HITS = tuple(f"hit:{bucket}" for bucket in _BUCKETS)
@@ -312,7 +325,8 @@ _MISSES = tuple(f"miss:{bucket}" for bucket in _BUCKETS)
 
 
 def counters(totals: Totals, times: Times, stats: Stats) -> dict[str, int]:
-    """Return the fields of the series as they stand: they only grow. Times in ``hit:<microseconds>`` by bucket."""
+    """Return the fields of the series as they stand: they only grow. Times in
+    ``hit:<microseconds>`` by bucket."""
     return {
         "hits": totals.hits,
         "misses": totals.misses,
@@ -330,7 +344,9 @@ def counters(totals: Totals, times: Times, stats: Stats) -> dict[str, int]:
 
 def point(at: int, fields: Mapping[str, int]) -> Point:
     """Read a point of the series."""
-    hits, misses = (Histogram([fields.get(name, 0) for name in names]) for names in (_HITS, _MISSES))
+    hits, misses = (
+        Histogram([fields.get(name, 0) for name in names]) for names in (_HITS, _MISSES)
+    )
     return Point(
         at=at,
         hits=fields.get("hits", 0),

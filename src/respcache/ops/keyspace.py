@@ -1,4 +1,5 @@
-"""The keys of the cache's server, as far as operators look at them: the only place that walks keys, with a bound.
+"""The keys of the cache's server, as far as operators look at them: the only place that walks keys,
+with a bound.
 
 Entries are read and deleted here by key; what one looks at is in no figure of the cache.
 """
@@ -20,7 +21,8 @@ MOST_BATCH = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """A part of a walk over the keys: what matched, where it goes on (empty: it is over), how many it went through, about."""
+    """A part of a walk over the keys: what matched, where it goes on (empty: it is over), how many
+    it went through, about."""
 
     keys: list[str]
     cursor: str
@@ -41,7 +43,8 @@ class Keyspace(Protocol):
     """What is asked of the keys. Everything raises ``StoreUnavailable``."""
 
     async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
-        """Go on from a cursor (empty: begin) until about ``enough`` keys match a glob, or ``most`` were gone through."""
+        """Go on from a cursor (empty: begin) until about ``enough`` keys match a glob, or ``most``
+        were gone through."""
         ...
 
     async def stored(self, keys: Sequence[str]) -> list[Stored]:
@@ -88,7 +91,11 @@ class ServerKeys:
 
         replies = await self._board.ask(ask)
         found = zip(keys, replies[::3], replies[1::3], replies[2::3], strict=True)
-        return [Stored(key, head, size, max(0, ttl) / 1000) for key, head, size, ttl in found if isinstance(head, bytes) and size]
+        return [
+            Stored(key, head, size, max(0, ttl) / 1000)
+            for key, head, size, ttl in found
+            if isinstance(head, bytes) and size
+        ]
 
     async def total(self) -> int:
         """See ``Keyspace.total``: DBSIZE."""
@@ -118,7 +125,11 @@ class MemoryKeys:
 
     async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
         """See ``Keyspace.walk``. There are few."""
-        return Walk([key for key in self._server.values if fnmatchcase(key, pattern)], "", len(self._server.values))
+        return Walk(
+            [key for key in self._server.values if fnmatchcase(key, pattern)],
+            "",
+            len(self._server.values),
+        )
 
     async def stored(self, keys: Sequence[str]) -> list[Stored]:
         """See ``Keyspace.stored``."""
@@ -141,7 +152,9 @@ class MemoryKeys:
         return int(there)
 
 
-def _scanning(cursor: int, pattern: str, count: int) -> Callable[[Any], Awaitable[tuple[int, list[bytes]]]]:
+def _scanning(
+    cursor: int, pattern: str, count: int
+) -> Callable[[Any], Awaitable[tuple[int, list[bytes]]]]:
     async def ask(client: Any) -> tuple[int, list[bytes]]:
         at, names = await client.scan(cursor, match=pattern, count=count)
         return int(at), names

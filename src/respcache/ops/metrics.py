@@ -1,11 +1,13 @@
-"""The metrics: what each is called, what it means and what it is read from, for every exporter. Pure.
+"""The metrics: what each is called, what it means and what it is read from, for every exporter.
+Pure.
 
-Every figure of a process carries the label ``worker``, so that a process that starts anew begins series of its own; sums over
-workers are the reader's. No label but ``tenant`` comes from requests: modules, routes and reasons are the application's.
+Every figure of a process carries the label ``worker``, so that a process that starts anew begins
+series of its own; sums over workers are the reader's. No label but ``tenant`` comes from requests:
+modules, routes and reasons are the application's.
 
-Of tenants there are only the largest by the figure itself, and the rest together as ``other``. The sum of all but the ``k``
-largest of counters never goes down, however they overtake each other: each term of the sorted row only grows. So ``other`` is a
-counter too.
+Of tenants there are only the largest by the figure itself, and the rest together as ``other``. The
+sum of all but the ``k`` largest of counters never goes down, however they overtake each other: each
+term of the sorted row only grows. So ``other`` is a counter too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +45,9 @@ class Metric(Generic[T]):
     @property
     def full_name(self) -> str:
         """The name by Prometheus' conventions."""
-        return "_".join(filter(None, (PREFIX, self.name, self.unit, "total" if self.kind == "counter" else "")))
+        return "_".join(
+            filter(None, (PREFIX, self.name, self.unit, "total" if self.kind == "counter" else ""))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +73,18 @@ def worker_of(process: Process) -> str:
 
 def largest(figures: Mapping[str, float], k: int) -> Iterator[tuple[tuple[str, ...], float]]:
     """Return the ``k`` largest by tenant, those of 0 left out, and all others added up."""
-    own = {tenant: figure for tenant, figure in figures.items() if figure and tenant not in (OTHER, REST)}
+    own = {
+        tenant: figure
+        for tenant, figure in figures.items()
+        if figure and tenant not in (OTHER, REST)
+    }
     chosen = nlargest(k, own.items(), key=lambda item: item[1])
     for tenant, figure in chosen:
         yield (tenant,), figure
     yield (REST,), sum(figures.values()) - sum(figure for _, figure in chosen)
 
 
-# -- how they are read: ``field`` names the field of the figures ---------------------------------------------------------
+# -- how they are read: ``field`` names the field of the figures -----------------------------------
 
 _ROUTE = ("module", "route")
 _REASON = (*_ROUTE, "reason")
@@ -91,13 +99,17 @@ def _routes(field: str) -> Read:
 def _reasons(field: str) -> Read:
     read = attrgetter(field)
     return lambda sheet: (
-        ((one.module, one.route, reason), count) for one in sheet.routes for reason, count in sorted(read(one.totals).items())
+        ((one.module, one.route, reason), count)
+        for one in sheet.routes
+        for reason, count in sorted(read(one.totals).items())
     )
 
 
 def _times(field: str) -> Read:
     read = attrgetter(field)
-    return lambda sheet: (((one.module, one.route), read(one.times)) for one in sheet.routes if one.times is not None)
+    return lambda sheet: (
+        ((one.module, one.route), read(one.times)) for one in sheet.routes if one.times is not None
+    )
 
 
 def _writes(sheet: Sheet) -> Iterator[Sample]:
@@ -155,10 +167,12 @@ def _server_info(server: Server) -> Iterator[Sample]:
 
 def _tenants(field: str) -> Callable[[Tenants], Iterable[Sample]]:
     read = attrgetter(field)
-    return lambda tenants: largest({tenant: read(totals) for tenant, totals in tenants.totals.items()}, tenants.k)
+    return lambda tenants: largest(
+        {tenant: read(totals) for tenant, totals in tenants.totals.items()}, tenants.k
+    )
 
 
-# -- which there are ---------------------------------------------------------------------------------------------------
+# -- which there are -------------------------------------------------------------------------------
 
 OF_WORKERS: tuple[Metric[Sheet], ...] = (
     Metric("hits", "counter", "Requests answered from the cache.", _routes("hits"), _ROUTE),
@@ -179,7 +193,8 @@ OF_WORKERS: tuple[Metric[Sheet], ...] = (
     Metric("store_up", "gauge", "1: the process has a connection to the cache server.", _process("available")),
     Metric("store_commands", "counter", "Commands on it, errors, timeouts, reconnects.", _commands, ("event",)),
     Metric("errors", "counter", "Look-ups that the cache server did not answer as it must.", _process("errors")),
-    Metric("fence_held", "gauge", "1: the process has seen every write, so it may serve; 0: it serves nothing.", _fence("alive")),
+    Metric("fence_held", "gauge", "1: the process has seen every write, so it may serve; 0: it "
+                                  "serves nothing.", _fence("alive")),
     Metric("fence_age", "gauge", "How old the moment is up to which it has seen every write.", _fence("age_s"), (), "seconds"),
     Metric("rounds", "counter", "Looks at what was written, by outcome.", _rounds, ("outcome",)),
     Metric("epochs", "counter", "Epochs that it began: each makes the whole cache cold.", _fence("epochs_begun")),
@@ -187,11 +202,13 @@ OF_WORKERS: tuple[Metric[Sheet], ...] = (
     Metric("pending_invalidations_oldest", "gauge", "How old the oldest of them is.", _fence("pending_s"), (), "seconds"),
     Metric("pending_tenants", "gauge", "Tenants bypassed until an invalidation is confirmed.", _process("pending_tenants")),
     Metric(
-        "unconfirmed_invalidations", "counter", "Invalidations that the cache server did not confirm.",
+        "unconfirmed_invalidations", "counter", "Invalidations that the cache server did not "
+                                                "confirm.",
         _process("unconfirmed_invalidations"),
     ),
     Metric(
-        "delayed_acknowledgements", "counter", "Writes whose answer waited for a round, or for the lease to end.",
+        "delayed_acknowledgements", "counter", "Writes whose answer waited for a round, or for "
+                                               "the lease to end.",
         _process("acknowledgements_delayed"),
     ),
     Metric("near", "gauge", "What the process keeps of its entries in memory.", _process("near_bytes"), (), "bytes"),
@@ -204,30 +221,102 @@ OF_WORKERS: tuple[Metric[Sheet], ...] = (
 """Of each process; they have the label ``worker`` besides."""
 
 OF_SERVER: tuple[Metric[Server], ...] = (
-    Metric("server_memory", "gauge", "What the cache server uses.", _server("memory_bytes"), (), "bytes"),
-    Metric("server_memory_limit", "gauge", "Its maxmemory; 0: none.", _server("memory_limit_bytes"), (), "bytes"),
-    Metric("server_keys", "gauge", "Keys in the cache's database, invalid entries included.", lambda one: [((), one.keys)]),
-    Metric("server_evicted_keys", "counter", "Keys that left it to make room.", _server("evicted_keys")),
-    Metric("server_expired_keys", "counter", "Keys that left it as their time had come.", _server("expired_keys")),
+    Metric(
+        "server_memory",
+        "gauge",
+        "What the cache server uses.",
+        _server("memory_bytes"),
+        (),
+        "bytes",
+    ),
+    Metric(
+        "server_memory_limit",
+        "gauge",
+        "Its maxmemory; 0: none.",
+        _server("memory_limit_bytes"),
+        (),
+        "bytes",
+    ),
+    Metric(
+        "server_keys",
+        "gauge",
+        "Keys in the cache's database, invalid entries included.",
+        lambda one: [((), one.keys)],
+    ),
+    Metric(
+        "server_evicted_keys", "counter", "Keys that left it to make room.", _server("evicted_keys")
+    ),
+    Metric(
+        "server_expired_keys",
+        "counter",
+        "Keys that left it as their time had come.",
+        _server("expired_keys"),
+    ),
     Metric("server_clients", "gauge", "Connections that it has.", _server("clients")),
-    Metric("server_uptime", "gauge", "For how long it has been running.", _server("uptime_s"), (), "seconds"),
-    Metric("server_info", "gauge", "The server; always 1.", _server_info, ("name", "version", "role", "maxmemory_policy")),
+    Metric(
+        "server_uptime",
+        "gauge",
+        "For how long it has been running.",
+        _server("uptime_s"),
+        (),
+        "seconds",
+    ),
+    Metric(
+        "server_info",
+        "gauge",
+        "The server; always 1.",
+        _server_info,
+        ("name", "version", "role", "maxmemory_policy"),
+    ),
 )
 """Of the cache server, as it says itself (INFO), if it lets the process ask."""
 
 OF_READING: tuple[Metric[Reading], ...] = (
-    Metric("workers", "gauge", "Processes whose figures these are.", lambda one: [((), one.workers)]),
-    Metric("fleet_complete", "gauge", "1: of all that live; 0: of the one that was asked.", lambda one: [((), one.complete)]),
+    Metric(
+        "workers", "gauge", "Processes whose figures these are.", lambda one: [((), one.workers)]
+    ),
+    Metric(
+        "fleet_complete",
+        "gauge",
+        "1: of all that live; 0: of the one that was asked.",
+        lambda one: [((), one.complete)],
+    ),
 )
 
 OF_TENANTS: tuple[Metric[Tenants], ...] = (
     Metric("tenant_hits", "counter", "Hits of the largest tenants.", _tenants("hits"), ("tenant",)),
-    Metric("tenant_misses", "counter", "Misses of the largest tenants.", _tenants("misses"), ("tenant",)),
-    Metric("tenant_bypasses", "counter", "Bypasses of the largest tenants.", _tenants("bypassed"), ("tenant",)),
-    Metric("tenant_invalidations", "counter", "Invalidations of the largest tenants.", _tenants("invalidations"), ("tenant",)),
-    Metric("tenant_served", "counter", "Bodies of their hits.", _tenants("bytes_served"), ("tenant",), "bytes"),
+    Metric(
+        "tenant_misses",
+        "counter",
+        "Misses of the largest tenants.",
+        _tenants("misses"),
+        ("tenant",),
+    ),
+    Metric(
+        "tenant_bypasses",
+        "counter",
+        "Bypasses of the largest tenants.",
+        _tenants("bypassed"),
+        ("tenant",),
+    ),
+    Metric(
+        "tenant_invalidations",
+        "counter",
+        "Invalidations of the largest tenants.",
+        _tenants("invalidations"),
+        ("tenant",),
+    ),
+    Metric(
+        "tenant_served",
+        "counter",
+        "Bodies of their hits.",
+        _tenants("bytes_served"),
+        ("tenant",),
+        "bytes",
+    ),
 )
-"""Of each process and its largest tenants, where that is asked for; they have the label ``worker`` besides."""
+"""Of each process and its largest tenants, where that is asked for; they have the label ``worker``
+besides."""
 
 Any = Metric[Sheet] | Metric[Server] | Metric[Reading] | Metric[Tenants]
 ALL: tuple[Any, ...] = (*OF_WORKERS, *OF_SERVER, *OF_READING, *OF_TENANTS)

@@ -1,13 +1,16 @@
-"""OpenTelemetry, through its API alone: without an SDK, which is the application's, all of it does nothing.
+"""OpenTelemetry, through its API alone: without an SDK, which is the application's, all of it does
+nothing.
 
     from respcache.ops import otel
     otel.instrument(cache)
 
-Figures are those of this process (``ops/metrics.py``), read when the SDK collects: a hit costs what it costs without. Spans
-surround fills and invalidations, and one is written for each time that the cache's server was away. There is none of a hit.
+Figures are those of this process (``ops/metrics.py``), read when the SDK collects: a hit costs what
+it costs without. Spans surround fills and invalidations, and one is written for each time that the
+cache's server was away. There is none of a hit.
 
-Attributes have the names of the semantic conventions where there are any (``http.route``, ``error.type``, ``server.address``). Of
-errors their type is said, never their text, which may hold rows.
+Attributes have the names of the semantic conventions where there are any (``http.route``,
+``error.type``, ``server.address``). Of errors their type is said, never their text, which may hold
+rows.
 
 Needs opentelemetry-api: the extra ``respcache[otel]``.
 """
@@ -32,7 +35,9 @@ try:
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
     from opentelemetry.trace import Span, StatusCode, TracerProvider
 except ImportError:
-    raise ConfigurationError("OpenTelemetry needs opentelemetry-api: pip install 'respcache[otel]'") from None
+    raise ConfigurationError(
+        "OpenTelemetry needs opentelemetry-api: pip install 'respcache[otel]'"
+    ) from None
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
@@ -50,21 +55,31 @@ Attributes = dict[str, str | int]
 
 
 def instrument(
-    cache: "Cache", *, tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None
+    cache: "Cache",
+    *,
+    tracer_provider: TracerProvider | None = None,
+    meter_provider: MeterProvider | None = None,
 ) -> None:
-    """Report a cache to OpenTelemetry: to these providers, or to the global ones. Once in a cache's life."""
+    """Report a cache to OpenTelemetry: to these providers, or to the global ones. Once in a cache's
+    life."""
     version = library_version()
     meter = metrics.get_meter(PREFIX, version, meter_provider)
     fills = meter.create_histogram(
         f"{PREFIX}.fill.duration", "s", "What the handlers took whose answers were stored.",
         explicit_bucket_boundaries_advisory=BOUNDS_S,
     )  # fmt: skip
-    cache.trace(_Tracing(trace.get_tracer(PREFIX, version, tracer_provider), fills.record, _place(cache)))
+    cache.trace(
+        _Tracing(trace.get_tracer(PREFIX, version, tracer_provider), fills.record, _place(cache))
+    )
     sheets = _Sheets(cache)
     for metric in OF_WORKERS:
         if metric.kind == "histogram" or metric.name in LEFT_OUT:
             continue
-        create = meter.create_observable_counter if metric.kind == "counter" else meter.create_observable_gauge
+        create = (
+            meter.create_observable_counter
+            if metric.kind == "counter"
+            else meter.create_observable_gauge
+        )
         create(f"{PREFIX}.{metric.name}", [sheets.reader(metric)], UNITS[metric.unit], metric.about)
 
 
@@ -90,14 +105,19 @@ class _Sheets:
     def _sheet(self) -> Sheet:
         now = time.monotonic()
         if self._read is None or now - self._read[0] > MEMO_S:
-            self._read = now, sheet_at_once(self._cache, process=self._id, started_at=self._started_at)
+            self._read = (
+                now,
+                sheet_at_once(self._cache, process=self._id, started_at=self._started_at),
+            )
         return self._read[1]
 
 
 class _Tracing(Tracing):
     """Writes spans. Whatever a tracer raises is logged: no request fails for it."""
 
-    def __init__(self, tracer: trace.Tracer, record: Callable[[float, Attributes], None], place: Attributes) -> None:
+    def __init__(
+        self, tracer: trace.Tracer, record: Callable[[float, Attributes], None], place: Attributes
+    ) -> None:
         self._tracer = tracer
         self._record = record
         self._place = place
@@ -113,12 +133,18 @@ class _Tracing(Tracing):
                 self._record(time.monotonic() - began, where)
 
         said: Attributes = {**where, f"{PREFIX}.tenant": tenant}
-        return _Surrounding(lambda: self._tracer.start_span(f"fill {route}", attributes=said), ended)
+        return _Surrounding(
+            lambda: self._tracer.start_span(f"fill {route}", attributes=said), ended
+        )
 
     def invalidation(self, *, tenants: int | None, cause: str) -> AbstractContextManager[Trace]:
         """See ``Tracing.invalidation``."""
-        said: Attributes = {f"{PREFIX}.cause": cause, **({} if tenants is None else {f"{PREFIX}.tenants": tenants})}
-        parent = context.Context() if cause == "outbox" else None  # rounds belong to no request, whichever began them
+        said: Attributes = {
+            f"{PREFIX}.cause": cause,
+            **({} if tenants is None else {f"{PREFIX}.tenants": tenants}),
+        }
+        # rounds belong to no request, whichever began them
+        parent = context.Context() if cause == "outbox" else None
         return _Surrounding(lambda: self._tracer.start_span("invalidate", parent, attributes=said))
 
     def store(self, cause: Exception | None) -> None:
@@ -140,7 +166,9 @@ class _Tracing(Tracing):
 class _Surrounding(AbstractContextManager[Trace]):
     """A span that is the current one meanwhile."""
 
-    def __init__(self, start: Callable[[], Span], ended: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, start: Callable[[], Span], ended: Callable[[str], None] | None = None
+    ) -> None:
         self._start = start
         self._ended = ended
         self._span: Span | None = None
@@ -152,7 +180,13 @@ class _Surrounding(AbstractContextManager[Trace]):
             self._token = context.attach(trace.set_span_in_context(self._span))
         return self._say
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
         span = self._span
         if span is None:
             return
@@ -171,7 +205,9 @@ class _Surrounding(AbstractContextManager[Trace]):
 
 def _attributes(labels: dict[str, str]) -> Attributes:
     """Name labels as OpenTelemetry does; values have no route."""
-    found: Attributes = {f"{PREFIX}.{name}": value for name, value in labels.items() if name != "route"}
+    found: Attributes = {
+        f"{PREFIX}.{name}": value for name, value in labels.items() if name != "route"
+    }
     route = labels.get("route", VALUE)
     return found if route.startswith(VALUE) else {**found, "http.route": route}
 
@@ -180,7 +216,11 @@ def _place(cache: "Cache") -> Attributes:
     url = getattr(cache.store, "url", None)
     if url is None:
         return {}
-    where: Attributes = {"server.address": url.path} if url.path else {"server.address": url.host, "server.port": url.port}
+    where: Attributes = (
+        {"server.address": url.path}
+        if url.path
+        else {"server.address": url.host, "server.port": url.port}
+    )
     return {"db.system.name": "redis", **where}
 
 

@@ -1,4 +1,5 @@
-"""The trail in PostgreSQL: rows that are added and never changed (``ops/trail.py`` makes the table, and what guards it)."""
+"""The trail in PostgreSQL: rows that are added and never changed (``ops/trail.py`` makes the table,
+and what guards it)."""
 
 import re
 from collections.abc import AsyncIterator
@@ -16,9 +17,12 @@ DEADLINE_S = 2.0
 
 
 class PostgresTrail:
-    """The trail in the database of ``engine``, over connections of its own. Close it when the application ends."""
+    """The trail in the database of ``engine``, over connections of its own. Close it when the
+    application ends."""
 
-    def __init__(self, engine: AsyncEngine, *, schema: str = "public", deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self, engine: AsyncEngine, *, schema: str = "public", deadline_s: float = DEADLINE_S
+    ) -> None:
         if not re.fullmatch(r"\w+", schema):
             raise ConfigurationError(f"schema {schema!r} must be letters, digits and '_'")
         self._connections = OwnConnections(engine, deadline_s=deadline_s)

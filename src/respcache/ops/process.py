@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Survey:
-    """All figures of this process, added up; and of each tenant a number that grows when something changes."""
+    """All figures of this process, added up; and of each tenant a number that grows when something
+    changes."""
 
     routes: list[RouteFigures] = field(default_factory=list)
     writes: list[ModuleFigures] = field(default_factory=list)
@@ -72,7 +73,8 @@ def _add_up(stats: Stats, survey: Survey) -> Iterator[None]:
 
 
 def _take(figures: Iterable[Figures], sums: dict[str, Figures]) -> int:
-    """Add the figures of a tenant to those of all; return a number that grows whenever one of them does.
+    """Add the figures of a tenant to those of all; return a number that grows whenever one of them
+    does.
 
     Written out: the event loop waits for it.
     """
@@ -82,7 +84,13 @@ def _take(figures: Iterable[Figures], sums: dict[str, Figures]) -> int:
         total = sums.get(key)
         if total is None:
             total = sums[key] = Figures(one.module, one.route, one.times)
-        hits, misses, collapsed, stores, invalidations = one.hits, one.misses, one.collapsed, one.stores, one.invalidations
+        hits, misses, collapsed, stores, invalidations = (
+            one.hits,
+            one.misses,
+            one.collapsed,
+            one.stores,
+            one.invalidations,
+        )
         events += hits + misses + collapsed + stores + invalidations
         total.hits += hits
         total.misses += misses
@@ -107,10 +115,13 @@ def sheet_of(cache: "Cache", survey: Survey, *, process: str, started_at: float)
 
 
 def sheet_at_once(cache: "Cache", *, process: str, started_at: float) -> Sheet:
-    """The same for whoever has no event loop, in any thread: what changes while it is read is read again."""
+    """The same for whoever has no event loop, in any thread: what changes while it is read is read
+    again."""
     for attempt in range(ATTEMPTS):
         try:
-            return sheet_of(cache, survey_at_once(cache.figures), process=process, started_at=started_at)
+            return sheet_of(
+                cache, survey_at_once(cache.figures), process=process, started_at=started_at
+            )
         except RuntimeError:  # a dict or a set grew while it was walked over
             if attempt == ATTEMPTS - 1:
                 raise

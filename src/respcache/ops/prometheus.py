@@ -1,11 +1,14 @@
-"""Metrics for Prometheus (``ops/metrics.py`` says which): an ASGI endpoint that reports all processes, and a collector of one.
+"""Metrics for Prometheus (``ops/metrics.py`` says which): an ASGI endpoint that reports all
+processes, and a collector of one.
 
     app.add_route("/metrics", Endpoint(board, token=os.environ["METRICS_TOKEN"]))
 
-One scrape of any process reports the figures of all that share its board, so one address is enough, the one that balances the
-load. The endpoint is closed: it answers those who send the scrape token, or a token of somebody who may look at all tenants.
+One scrape of any process reports the figures of all that share its board, so one address is enough,
+the one that balances the load. The endpoint is closed: it answers those who send the scrape token,
+or a token of somebody who may look at all tenants.
 
-What a scrape costs is the event loop's time, in portions of a few milliseconds between which requests go on.
+What a scrape costs is the event loop's time, in portions of a few milliseconds between which
+requests go on.
 
 Needs prometheus-client: the extra ``respcache[prometheus]``.
 """
@@ -34,7 +37,9 @@ try:
     from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
     from prometheus_client.utils import floatToGoString
 except ImportError:
-    raise ConfigurationError("metrics for Prometheus need prometheus-client: pip install 'respcache[prometheus]'") from None
+    raise ConfigurationError(
+        "metrics for Prometheus need prometheus-client: pip install 'respcache[prometheus]'"
+    ) from None
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
@@ -46,7 +51,11 @@ MIN_TOKEN = 16
 PORTION = 50
 """Samples that are written before the event loop gets its turn."""
 
-FAMILIES: dict[str, Any] = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+FAMILIES: dict[str, Any] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
 UNLABELLED = frozenset((*metrics.OF_SERVER, *metrics.OF_READING))
 """Metrics that are of no worker."""
 LE = (*map(floatToGoString, BOUNDS_S), "+Inf")
@@ -58,9 +67,11 @@ Gate = Callable[[str], Awaitable[Access | None]]
 
 
 class Collector:
-    """The figures of this process, for a registry of prometheus-client: ``REGISTRY.register(Collector(cache))``.
+    """The figures of this process, for a registry of prometheus-client:
+    ``REGISTRY.register(Collector(cache))``.
 
-    For applications that have an endpoint of their own and one process behind each address. Can be collected from any thread.
+    For applications that have an endpoint of their own and one process behind each address. Can be
+    collected from any thread.
     """
 
     def __init__(self, cache: "Cache") -> None:
@@ -83,14 +94,26 @@ class Collector:
 
 
 class Endpoint:
-    """An ASGI application that answers scrapes. ``token``: the scrape token, 16 characters at least; ``gate``: other tokens.
+    """An ASGI application that answers scrapes. ``token``: the scrape token, 16 characters at
+    least; ``gate``: other tokens.
 
-    Without both nobody is let in. ``tenants``: of how many tenants there are figures, the largest by each figure; 0: of none.
+    Without both nobody is let in. ``tenants``: of how many tenants there are figures, the largest
+    by each figure; 0: of none.
     """
 
-    def __init__(self, board: "Board", *, token: str | None = None, gate: Gate | None = None, tenants: int = 0) -> None:
+    def __init__(
+        self,
+        board: "Board",
+        *,
+        token: str | None = None,
+        gate: Gate | None = None,
+        tenants: int = 0,
+    ) -> None:
         if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
-            raise ConfigurationError(f"the scrape token must be at least {MIN_TOKEN} ASCII characters: openssl rand -hex 32")
+            raise ConfigurationError(
+                f"the scrape token must be at least {MIN_TOKEN} ASCII characters: openssl rand "
+                f"-hex 32"
+            )
         if tenants < 0:
             raise ConfigurationError(f"tenants={tenants} must not be negative: 0 is none")
         self._board = board
@@ -106,9 +129,15 @@ class Endpoint:
         if scope["type"] != "http":
             raise RuntimeError(f"metrics are served over HTTP, not {scope['type']}")
         status, body, headers = await self._answer(scope)
-        headers = [*headers, (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+        headers = [
+            *headers,
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+        await send(
+            {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
+        )
 
     async def _answer(self, scope: Scope) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
         plain = (b"content-type", b"text/plain; charset=utf-8")
@@ -122,13 +151,18 @@ class Endpoint:
         return 200, await self._exposition(), [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode())]
 
     async def _refuse(self, authorization: bytes) -> tuple[int, str] | None:
-        """Say with which status and why whoever sent this header is not answered; None: they are."""
+        """Say with which status and why whoever sent this header is not answered; None: they
+        are."""
         if self._token is None and self._gate is None:
             return 403, "the metrics are closed: no scrape token was set"
         scheme, _, token = authorization.strip().partition(b" ")
         token = token.strip()
         if scheme.lower() != b"bearer" or not token:
-            return 401, "send 'Authorization: Bearer TOKEN': the scrape token, or that of somebody who may see all tenants"
+            return (
+                401,
+                "send 'Authorization: Bearer TOKEN': the scrape token, or that of somebody who "
+                "may see all tenants",
+            )
         if self._token is not None and hmac.compare_digest(token, self._token):
             return None
         try:
@@ -145,22 +179,33 @@ class Endpoint:
         return None
 
     async def _exposition(self) -> bytes:
-        """Read and write all metrics. Round trips: two, and with tenants two more and one per process."""
+        """Read and write all metrics. Round trips: two, and with tenants two more and one per
+        process."""
         sheets, server, problem = await self._board.sheets()
         page = _Page()
         for metric in metrics.OF_WORKERS:
-            await page.write(metric, ((worker_of(sheet.process), metric.read(sheet)) for sheet in sheets))
+            await page.write(
+                metric, ((worker_of(sheet.process), metric.read(sheet)) for sheet in sheets)
+            )
         for of_reading in metrics.OF_READING:
-            await page.write(of_reading, [(None, of_reading.read(Reading(len(sheets), complete=not problem)))])
+            await page.write(
+                of_reading, [(None, of_reading.read(Reading(len(sheets), complete=not problem)))]
+            )
         if server is not None:
             for of_server in metrics.OF_SERVER:
                 await page.write(of_server, [(None, of_server.read(server))])
         if self._tenants:
             workers = {sheet.process.id: worker_of(sheet.process) for sheet in sheets}
             found = await self._board.tenants_by_process()
-            read = [(workers[process], Tenants(totals, self._tenants)) for process, totals in found.items() if process in workers]
+            read = [
+                (workers[process], Tenants(totals, self._tenants))
+                for process, totals in found.items()
+                if process in workers
+            ]
             for of_tenants in metrics.OF_TENANTS:
-                await page.write(of_tenants, ((worker, of_tenants.read(tenants)) for worker, tenants in read))
+                await page.write(
+                    of_tenants, ((worker, of_tenants.read(tenants)) for worker, tenants in read)
+                )
         return page.bytes()
 
 
@@ -174,7 +219,9 @@ class _Page:
         """Return what was written."""
         return b"".join(self._parts)
 
-    async def write(self, metric: Metric[T], read: Iterable[tuple[str | None, Iterable[Sample]]]) -> None:
+    async def write(
+        self, metric: Metric[T], read: Iterable[tuple[str | None, Iterable[Sample]]]
+    ) -> None:
         """Write the samples of a metric, by worker (None: of none)."""
         family, headed = _family(metric, worker=metric not in UNLABELLED), False
         for worker, samples in read:
@@ -189,7 +236,8 @@ class _Page:
 
     def _flush(self, family: Family, *, headed: bool) -> bool:
         text = generate_latest(_Only(family))
-        self._parts.append(text.split(b"\n", 2)[2] if headed else text)  # HELP and TYPE stand once, before all samples
+        # HELP and TYPE stand once, before all samples
+        self._parts.append(text.split(b"\n", 2)[2] if headed else text)
         family.samples.clear()
         return True
 
@@ -206,7 +254,11 @@ class _Only:
 
 
 def _family(metric: Metric[T], *, worker: bool) -> Any:
-    return FAMILIES[metric.kind](metric.full_name, metric.about, labels=("worker", *metric.labels) if worker else metric.labels)
+    return FAMILIES[metric.kind](
+        metric.full_name,
+        metric.about,
+        labels=("worker", *metric.labels) if worker else metric.labels,
+    )
 
 
 def _add(family: Any, sample: Sample, worker: str | None) -> None:
@@ -215,6 +267,8 @@ def _add(family: Any, sample: Sample, worker: str | None) -> None:
         labels = (worker, *labels)
     if isinstance(value, Histogram):
         if value.count:
-            family.add_metric(labels, [*zip(LE, accumulate(value.counts), strict=True)], value.seconds)
+            family.add_metric(
+                labels, [*zip(LE, accumulate(value.counts), strict=True)], value.seconds
+            )
     else:
         family.add_metric(labels, value)

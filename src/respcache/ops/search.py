@@ -78,7 +78,8 @@ class KeyPage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
-    """One column of a histogram: ``count`` entries with less than ``below_s`` seconds to live (None: more than all others)."""
+    """One column of a histogram: ``count`` entries with less than ``below_s`` seconds to live
+    (None: more than all others)."""
 
     below_s: float | None
     count: int
@@ -122,7 +123,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     route: str | None = None
     policy: PolicyFacts | None = None
     parts: list[Part] = []
-    """Route, policy and parts: where this process remembers a request that leads to the key, as a digest tells nothing."""
+    """Route, policy and parts: where this process remembers a request that leads to the key, as a
+    digest tells nothing."""
     held: bool = False
     """In the memory of this process."""
 
@@ -147,19 +149,33 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
 
 
-async def find(space: Keyspace, *, tenant: str | None, module: str | None, cursor: str, limit: int) -> KeyPage:
+async def find(
+    space: Keyspace, *, tenant: str | None, module: str | None, cursor: str, limit: int
+) -> KeyPage:
     """Search. Costs a few round trips, more where matches are rare."""
-    if cursor and not (cursor.isascii() and cursor.isdecimal() and len(cursor) <= 20 and int(cursor) <= MAX_CURSOR):
+    if cursor and not (
+        cursor.isascii() and cursor.isdecimal() and len(cursor) <= 20 and int(cursor) <= MAX_CURSOR
+    ):
         raise NotFound(f"no cursor {cursor[:40]!r}")
-    walk = await space.walk(keys.entry_pattern(tenant, module), cursor=cursor, enough=limit, most=MAX_LOOKED_AT)
+    walk = await space.walk(
+        keys.entry_pattern(tenant, module), cursor=cursor, enough=limit, most=MAX_LOOKED_AT
+    )
     total = await space.total()
-    found = [facts for stored in await space.stored(_entries(walk.keys)) if (facts := _facts(stored)) is not None]
-    return KeyPage(keys=found, cursor=walk.cursor, looked_at=min(walk.looked_at, total), total=total)
+    found = [
+        facts
+        for stored in await space.stored(_entries(walk.keys))
+        if (facts := _facts(stored)) is not None
+    ]
+    return KeyPage(
+        keys=found, cursor=walk.cursor, looked_at=min(walk.looked_at, total), total=total
+    )
 
 
 async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> Sample:
     """Look at a bounded number of keys."""
-    walk = await space.walk(keys.entry_pattern(tenant, module), cursor="", enough=MAX_SAMPLED, most=MAX_LOOKED_AT)
+    walk = await space.walk(
+        keys.entry_pattern(tenant, module), cursor="", enough=MAX_SAMPLED, most=MAX_LOOKED_AT
+    )
     names, found = _entries(walk.keys), list[KeyFacts]()
     for start in range(0, len(names), AT_ONCE):
         for stored in await space.stored(names[start : start + AT_ONCE]):
@@ -185,20 +201,25 @@ async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> 
 
 async def count(space: Keyspace, *, tenant: str, module: str | None) -> Counted:
     """Count the entries of a tenant, going through a bounded number of keys."""
-    walk = await space.walk(keys.entry_pattern(tenant, module), cursor="", enough=MAX_LOOKED_AT, most=MAX_LOOKED_AT)
+    walk = await space.walk(
+        keys.entry_pattern(tenant, module), cursor="", enough=MAX_LOOKED_AT, most=MAX_LOOKED_AT
+    )
     total = await space.total()
     looked_at = total if not walk.cursor else min(walk.looked_at, total)
     return Counted(entries=len(_entries(walk.keys)), looked_at=looked_at, complete=not walk.cursor)
 
 
 async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
-    """Look at one stored answer closely. One round trip, over the connection whose identity its verdict depends on.
+    """Look at one stored answer closely. One round trip, over the connection whose identity its
+    verdict depends on.
 
     Raises ``NotFound`` and ``StoreError``.
     """
     routes = [] if cache.wrapper is None else list(cache.wrapper.prepare().routes)
     possible = [
-        route for route in routes if route.policy and (route.policy.module, route.policy.kind) == (named.module, named.kind)
+        route
+        for route in routes
+        if route.policy and (route.policy.module, route.policy.kind) == (named.module, named.kind)
     ]
     plan = _plan_to(cache, key)
     if plan is not None:
@@ -207,7 +228,14 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
     reading, entry = await _read(cache, key, named, tags)
     view = reading.generations[0]
     size_bytes, ttl_left_s = len(reading.entry or b""), reading.remaining_ms / 1000
-    facts = entry_facts(entry, size_bytes=size_bytes, ttl_left_s=ttl_left_s, view=view, tags=tags, digest=named.digest)
+    facts = entry_facts(
+        entry,
+        size_bytes=size_bytes,
+        ttl_left_s=ttl_left_s,
+        view=view,
+        tags=tags,
+        digest=named.digest,
+    )
     known = plan is not None and plan.aim is not None
     return Inspection(
         key=key,
@@ -216,7 +244,9 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
         kind=named.kind,
         digest=named.digest.hex(),
         entry=facts if known else _doubted(facts, entry, view, named, possible),
-        headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in entry.headers],
+        headers=[
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in entry.headers
+        ],
         generation=generation_facts(keys.generation_key(named.tenant), view, view.bumps),
         tags=tags,
         routes=sorted({route.template for route in possible}),
@@ -228,7 +258,8 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
 
 
 async def body_of(cache: "Cache", key: str, named: EntryKey) -> Body:
-    """Return the body of a stored answer. One round trip. Raises ``NotFound`` and ``StoreError``."""
+    """Return the body of a stored answer. One round trip. Raises ``NotFound`` and
+    ``StoreError``."""
     _, entry = await _read(cache, key, named, (FLOOR,))
     plain = entry.body
     if entry.coding is Coding.zstd:
@@ -236,7 +267,9 @@ async def body_of(cache: "Cache", key: str, named: EntryKey) -> Body:
         if found is None:
             raise NotFound(f"the body of {key} cannot be decompressed")
         plain = found
-    content_type = next((value.decode("latin-1") for name, value in entry.headers if name == b"content-type"), "")
+    content_type = next(
+        (value.decode("latin-1") for name, value in entry.headers if name == b"content-type"), ""
+    )
     text = _text(plain, is_value=not entry.headers)
     return Body(
         key=key,
@@ -247,13 +280,19 @@ async def body_of(cache: "Cache", key: str, named: EntryKey) -> Body:
     )
 
 
-async def _read(cache: "Cache", key: str, named: EntryKey, tags: Sequence[str]) -> tuple[Reading, Entry]:
+async def _read(
+    cache: "Cache", key: str, named: EntryKey, tags: Sequence[str]
+) -> tuple[Reading, Entry]:
     if cache.store is None:
         raise StoreUnavailable("the application runs without a server for its cache")
     reading = await cache.store.read(key, [(keys.generation_key(named.tenant), tags)])
     entry = None if reading.entry is None else entries.decode(reading.entry)
     if entry is None:
-        raise NotFound(f"no key {key!r}" if reading.entry is None else f"{key!r} holds none of this release's entries")
+        raise NotFound(
+            f"no key {key!r}"
+            if reading.entry is None
+            else f"{key!r} holds none of this release's entries"
+        )
     return reading, entry
 
 
@@ -261,30 +300,48 @@ def _plan_to(cache: "Cache", key: str) -> Plan | None:
     """Find a request that this process remembers and that leads to a key."""
     memo = None if cache.wrapper is None else cache.wrapper.memo
     plans = () if memo is None else memo.plans()
-    return next((plan for plan in plans if plan.aim is not None and plan.aim.target.entry_key == key), None)
+    return next(
+        (plan for plan in plans if plan.aim is not None and plan.aim.target.entry_key == key), None
+    )
 
 
 def _tags(module: str, routes: Iterable[Route], known: Iterable[str]) -> tuple[str, ...]:
-    """Return what an entry of the module depends on: of these routes, or where there are none, of all tables that are known."""
+    """Return what an entry of the module depends on: of these routes, or where there are none, of
+    all tables that are known."""
     tables = [table for route in routes if route.policy for table in route.policy.tables]
-    return (FLOOR, module_tag(module), *(table_tag(table) for table in dict.fromkeys(tables or sorted(known))))
+    return (
+        FLOOR,
+        module_tag(module),
+        *(table_tag(table) for table in dict.fromkeys(tables or sorted(known))),
+    )
 
 
-def _doubted(facts: EntryFacts, entry: Entry, view: Generation, named: EntryKey, routes: Sequence[Route]) -> EntryFacts:
+def _doubted(
+    facts: EntryFacts, entry: Entry, view: Generation, named: EntryKey, routes: Sequence[Route]
+) -> EntryFacts:
     """Take a verdict back that holds for some only of the routes that can have stored the entry."""
-    if facts.verdict != Verdict.INVALIDATED or {FLOOR, module_tag(named.module)} & set(facts.bumped):
+    if facts.verdict != Verdict.INVALIDATED or {FLOOR, module_tag(named.module)} & set(
+        facts.bumped
+    ):
         return facts
     said = {
-        route.template: judged(entry, view, route.policy.tags, named.digest)[0] for route in routes if route.policy is not None
+        route.template: judged(entry, view, route.policy.tags, named.digest)[0]
+        for route in routes
+        if route.policy is not None
     }
     if said and set(said.values()) == {facts.verdict}:
         return facts
-    why = "; ".join(f"{verdict} if it is of {template}" for template, verdict in sorted(said.items()))
-    return msgspec.structs.replace(facts, verdict="depends", why=why or f"{facts.why}, if it depends on that")
+    why = "; ".join(
+        f"{verdict} if it is of {template}" for template, verdict in sorted(said.items())
+    )
+    return msgspec.structs.replace(
+        facts, verdict="depends", why=why or f"{facts.why}, if it depends on that"
+    )
 
 
 def _entries(names: Iterable[str]) -> list[str]:
-    """Choose those of entries, in the order of their names: that of SCAN is another one on every server."""
+    """Choose those of entries, in the order of their names: that of SCAN is another one on every
+    server."""
     return sorted(name for name in names if keys.read_entry_key(name) is not None)
 
 
@@ -307,12 +364,21 @@ def _facts(stored: Stored) -> KeyFacts | None:
 def _histogram(seconds: Sequence[float]) -> list[Bucket]:
     lower = (0.0, *TTL_BOUNDS_S)
     upper = (*TTL_BOUNDS_S, float("inf"))
-    counts = [sum(low <= one < high for one in seconds) for low, high in zip(lower, upper, strict=True)]
-    return [Bucket(below_s=bound, count=found) for bound, found in zip((*TTL_BOUNDS_S, None), counts, strict=True)]
+    counts = [
+        sum(low <= one < high for one in seconds) for low, high in zip(lower, upper, strict=True)
+    ]
+    return [
+        Bucket(below_s=bound, count=found)
+        for bound, found in zip((*TTL_BOUNDS_S, None), counts, strict=True)
+    ]
 
 
 def _text(plain: bytes, *, is_value: bool) -> str | None:
     try:
-        return msgspec.json.encode(msgspec.msgpack.decode(plain)).decode() if is_value else plain.decode()
+        return (
+            msgspec.json.encode(msgspec.msgpack.decode(plain)).decode()
+            if is_value
+            else plain.decode()
+        )
     except (msgspec.MsgspecError, TypeError, UnicodeDecodeError):
         return None

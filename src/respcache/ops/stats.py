@@ -1,7 +1,9 @@
-"""Counters of this process, as plain integers: a hit costs additions and one comparison. Exporters read them, nobody resets them.
+"""Counters of this process, as plain integers: a hit costs additions and one comparison. Exporters
+read them, nobody resets them.
 
-What is counted is kept per tenant and route (``Figures``); times are kept per route (``Times``), all tenants together. Every miss
-is timed, and one hit in ``SAMPLED``: from when the request came to the wrapper until the head of its answer leaves it.
+What is counted is kept per tenant and route (``Figures``); times are kept per route (``Times``),
+all tenants together. Every miss is timed, and one hit in ``SAMPLED``: from when the request came to
+the wrapper until the head of its answer leaves it.
 """
 
 from bisect import bisect_left
@@ -12,10 +14,12 @@ from typing import Any
 import msgspec
 
 MAX_FIGURES = 50_000
-"""Pairs of tenant and route that are kept apart, some 300 bytes each; what comes later is added up under ``OTHER``."""
+"""Pairs of tenant and route that are kept apart, some 300 bytes each; what comes later is added up
+under ``OTHER``."""
 
 OTHER = "~other"
-"""Stands for requests without a tenant, and for tenants beyond the bound. No tenant can have this name."""
+"""Stands for requests without a tenant, and for tenants beyond the bound. No tenant can have this
+name."""
 
 VALUE = "value:"
 """Begins the route of values (``get_or_set``), which are named by their module."""
@@ -28,7 +32,8 @@ SAMPLE_MASK = SAMPLED - 1
 BOUNDS_S = (
     25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3, 250e-3, 500e-3, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
-"""Upper ends of the buckets of a histogram, in seconds, each included; one more bucket holds what took longer."""
+"""Upper ends of the buckets of a histogram, in seconds, each included; one more bucket holds what
+took longer."""
 
 _EMPTY: Mapping[str, int] = Counter()
 
@@ -57,13 +62,17 @@ class Histogram(msgspec.Struct):
 
     def add(self, other: "Histogram") -> None:
         """Add another's to these."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.counts = [
+            mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)
+        ]
         self.seconds += other.seconds
 
     def quantile(self, share: float) -> float | None:
-        """Estimate what this share (0 to 1) of them did not exceed, in seconds; None where there is none.
+        """Estimate what this share (0 to 1) of them did not exceed, in seconds; None where there is
+        none.
 
-        Within a bucket they are taken to lie evenly; whatever took longer than the last bound counts as that.
+        Within a bucket they are taken to lie evenly; whatever took longer than the last bound
+        counts as that.
         """
         rest = share * self.count
         for position, count in enumerate(self.counts):
@@ -97,7 +106,9 @@ class Times(msgspec.Struct):
     def to_dict(self) -> dict[str, Any]:
         """Return what the stats endpoint says of them: estimates, in milliseconds and seconds."""
         said: dict[str, Any] = {
-            f"{name}_{label}_ms": None if (seconds := taken.quantile(share)) is None else round(seconds * 1000, 3)
+            f"{name}_{label}_ms": None
+            if (seconds := taken.quantile(share)) is None
+            else round(seconds * 1000, 3)
             for name, taken in (("hit", self.hits), ("miss", self.misses))
             for label, share in (("p50", 0.5), ("p95", 0.95))
         }
@@ -175,10 +186,11 @@ def add_counts(total: dict[str, int], counts: Mapping[str, int]) -> None:
 
 
 class Figures:
-    """What happens to the requests of one route of one tenant, or to the writes of one module: then ``route`` is empty.
+    """What happens to the requests of one route of one tenant, or to the writes of one module: then
+    ``route`` is empty.
 
-    The live counters: whoever has them adds to them. ``phase`` says which hits are sampled: others for every tenant, so that it
-    is one in ``SAMPLED`` however few each of them has.
+    The live counters: whoever has them adds to them. ``phase`` says which hits are sampled: others
+    for every tenant, so that it is one in ``SAMPLED`` however few each of them has.
     """
 
     __slots__ = (
@@ -199,7 +211,8 @@ class Figures:
         self.invalidations = 0
         self.bytes_served = 0
         self.bytes_stored = 0
-        self.bypassed: Counter[str] | None = None  # by reason; made by the first, as most never have one
+        # by reason; made by the first, as most never have one
+        self.bypassed: Counter[str] | None = None
         self.refused: Counter[str] | None = None
 
     @property
@@ -237,9 +250,18 @@ class Figures:
 
 
 class Stats:
-    """Figures per tenant and route, at most ``MAX_FIGURES``; the number of routes is the application's."""
+    """Figures per tenant and route, at most ``MAX_FIGURES``; the number of routes is the
+    application's."""
 
-    __slots__ = ("_kept", "_tenants", "_times", "acknowledgements_delayed", "errors", "stale_served", "unconfirmed_invalidations")
+    __slots__ = (
+        "_kept",
+        "_tenants",
+        "_times",
+        "acknowledgements_delayed",
+        "errors",
+        "stale_served",
+        "unconfirmed_invalidations",
+    )
 
     def __init__(self) -> None:
         self._tenants: dict[str, dict[str, Figures]] = {OTHER: {}}
@@ -264,7 +286,9 @@ class Stats:
         if tenant != OTHER and self._kept >= MAX_FIGURES:
             return self.at(None, module, route)
         self._kept += 1
-        figures = Figures(module, route, self._times.setdefault(key, Times()), phase=hash((tenant, key)) % SAMPLED)
+        figures = Figures(
+            module, route, self._times.setdefault(key, Times()), phase=hash((tenant, key)) % SAMPLED
+        )
         return self._tenants.setdefault(tenant, {}).setdefault(key, figures)
 
     def of(self, tenant: str | None, module: str) -> Totals:

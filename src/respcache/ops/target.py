@@ -21,20 +21,24 @@ class Target:
     wrapper: Wrapper
 
     def declared_tables(self) -> set[str]:
-        """Return what its cached reads and its resolver declare. Connects to nothing. Raises ``ConfigurationError``."""
+        """Return what its cached reads and its resolver declare. Connects to nothing. Raises
+        ``ConfigurationError``."""
         self.wrapper.prepare()
         cache = self.wrapper.cache
         return {*cache.tables, *cache.resolver.tables}
 
 
 def load(name: str, folder: Path) -> Target:
-    """Import an application; modules are looked for in ``folder`` first. Raises ``ConfigurationError``.
+    """Import an application; modules are looked for in ``folder`` first. Raises
+    ``ConfigurationError``.
 
     ``module:app``, or ``module:make()`` for a function that makes it.
     """
     module, separator, attribute = name.partition(":")
     if not separator or not module or not attribute:
-        raise ConfigurationError(f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() that makes it")
+        raise ConfigurationError(
+            f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() that makes it"
+        )
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
@@ -43,15 +47,21 @@ def load(name: str, folder: Path) -> Target:
             found = getattr(found, part)
         app = found() if attribute.endswith("()") else found
     except Exception as error:
-        raise ConfigurationError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigurationError(
+            f"{name} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     wrapper = find_wrapper(app)
     if wrapper is None:
-        raise ConfigurationError(f"{name} has no cache in it: give what cache.wrap(app) returned, or what stands around it")
+        raise ConfigurationError(
+            f"{name} has no cache in it: give what cache.wrap(app) returned, or what stands "
+            f"around it"
+        )
     return Target(name, app, wrapper)
 
 
 def find_wrapper(app: Any) -> Wrapper | None:
-    """Return the wrapper of an application: itself, or within the middleware around it (``.app``)."""
+    """Return the wrapper of an application: itself, or within the middleware around it
+    (``.app``)."""
     for _ in range(MAX_LAYERS):
         if isinstance(app, Wrapper):
             return app

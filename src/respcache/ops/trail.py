@@ -1,7 +1,7 @@
 """The trail: who did what to the cache, written down before it is done and never changed.
 
-``ops/postgres.py`` keeps it in the application's database, in a table that ``create_trail`` makes (an operation of
-``writes/alembic.py``); ``LogTrail`` keeps it in the log.
+``ops/postgres.py`` keeps it in the application's database, in a table that ``create_trail`` makes
+(an operation of ``writes/alembic.py``); ``LogTrail`` keeps it in the log.
 """
 
 import logging
@@ -24,10 +24,12 @@ log = logging.getLogger("respcache.trail")
 
 
 class Act(msgspec.Struct, frozen=True, kw_only=True):
-    """One act. ``tenant`` is whose data it concerns, None: everybody's. ``details`` holds no bodies and no credentials."""
+    """One act. ``tenant`` is whose data it concerns, None: everybody's. ``details`` holds no bodies
+    and no credentials."""
 
     act: str
-    """``purge``, ``switch``, ``reveal``; ``failed`` when what was written down before could not be done."""
+    """``purge``, ``switch``, ``reveal``; ``failed`` when what was written down before could not be
+    done."""
     name: str
     role: str
     tenant: str | None = None
@@ -46,12 +48,14 @@ class Trail(Protocol):
         ...
 
     async def latest(self, *, tenant: str | None, limit: int, before: int | None) -> list[Act]:
-        """Return acts that concern a tenant (None: all), the newest first, of ids below ``before``. Raises ``NotTrailed``."""
+        """Return acts that concern a tenant (None: all), the newest first, of ids below ``before``.
+        Raises ``NotTrailed``."""
         ...
 
 
 class LogTrail:
-    """A trail in the log (``respcache.trail``, one line of JSON each): for applications without a database.
+    """A trail in the log (``respcache.trail``, one line of JSON each): for applications without a
+    database.
 
     Shows the last ``MAX_REMEMBERED`` acts of this process.
     """
@@ -74,10 +78,11 @@ class LogTrail:
 
 
 def create_trail(execute: Execute, *, schema: str = "public") -> None:
-    """Create the table of the trail, to which rows can only be added: UPDATE, DELETE and TRUNCATE are refused to everybody.
+    """Create the table of the trail, to which rows can only be added: UPDATE, DELETE and TRUNCATE
+    are refused to everybody.
 
-    Also under ``session_replication_role = replica``; not to who may drop the trigger, so the application should not own the
-    table. It needs INSERT and SELECT.
+    Also under ``session_replication_role = replica``; not to who may drop the trigger, so the
+    application should not own the table. It needs INSERT and SELECT.
     """
     table, function = f"{quoted(schema)}.{TRAIL}", f"{quoted(schema)}.{TRAIL}_{GUARD}"
     execute(f"""

@@ -1,15 +1,18 @@
 """One socket to a server, shared by all callers of an event loop.
 
-Commands of all callers go out in one stream; replies come back in the same order, so a queue of futures, first in first out,
-is all the bookkeeping there is. A caller that is cancelled or runs out of time leaves its place in the queue: its replies
-are still consumed by it and can never become somebody else's (redis-py lost that once, CVE-2023-28859).
+Commands of all callers go out in one stream; replies come back in the same order, so a queue of
+futures, first in first out, is all the bookkeeping there is. A caller that is cancelled or runs out
+of time leaves its place in the queue: its replies are still consumed by it and can never become
+somebody else's (redis-py lost that once, CVE-2023-28859).
 
-The commands of one event-loop tick leave in one write. Their deadlines begin with that write, not before: a tick that is
-kept busy does not use up the server's time. One timer looks after all deadlines.
+The commands of one event-loop tick leave in one write. Their deadlines begin with that write, not
+before: a tick that is kept busy does not use up the server's time. One timer looks after all
+deadlines.
 
-The identity of the server (``master_replid``) is asked in the handshake and belongs to this socket's life: every reply that
-comes over it was given by that server life. Protocol: RESP3, parsed by hiredis; its push messages (published ones, and the
-confirmation of SUBSCRIBE) stand between the replies and take no place among them.
+The identity of the server (``master_replid``) is asked in the handshake and belongs to this
+socket's life: every reply that comes over it was given by that server life. Protocol: RESP3, parsed
+by hiredis; its push messages (published ones, and the confirmation of SUBSCRIBE) stand between the
+replies and take no place among them.
 """
 
 import asyncio
@@ -39,28 +42,33 @@ MAX_UNSENT_BYTES = 32 * 1024 * 1024
 """Bytes that may wait to be written; beyond it, callers are refused at once."""
 
 GRACE_S = 0.005
-"""A deadline that has passed is looked at again after this: replies may lie unread in the socket because the event loop was
-busy (uvloop runs timers before it reads)."""
+"""A deadline that has passed is looked at again after this: replies may lie unread in the socket
+because the event loop was busy (uvloop runs timers before it reads)."""
 
 LATENESS = 1 / 16
-"""Deadlines are looked at one after another no sooner than this share of the shortest one (at most ``GRACE_S``, at least a
-millisecond, which is how uvloop counts): a busy connection notices a deadline later by that, and ends it ``GRACE_S`` later."""
+"""Deadlines are looked at one after another no sooner than this share of the shortest one (at most
+``GRACE_S``, at least a millisecond, which is how uvloop counts): a busy connection notices a
+deadline later by that, and ends it ``GRACE_S`` later."""
 
 MAX_LATE_IN_A_ROW = 10
-"""A server that answers, but always too late, is as good as hung: its callers would all pay the deadline."""
+"""A server that answers, but always too late, is as good as hung: its callers would all pay the
+deadline."""
 
 FATAL_ERRORS = ("LOADING", "READONLY", "MASTERDOWN", "NOAUTH", "WRONGPASS")
 """Replies that say this connection is of no use."""
 
-_MORE = object()  # RESP3 has a reply that reads as False, hiredis' own sign for "not enough data yet"
+# RESP3 has a reply that reads as False, hiredis' own sign for "not enough data yet"
+_MORE = object()
 
 
 class Refused(StoreUnavailable):
-    """The server is there and does not take us: a wrong password, a replica, its data still loading, a false certificate."""
+    """The server is there and does not take us: a wrong password, a replica, its data still
+    loading, a false certificate."""
 
 
 class Write:
-    """What leaves in one write: the commands of one event-loop tick. ``at`` is infinite until they have left."""
+    """What leaves in one write: the commands of one event-loop tick. ``at`` is infinite until they
+    have left."""
 
     __slots__ = ("at", "packed", "received", "shortest_s", "size_bytes")
 
@@ -78,7 +86,11 @@ class Batch:
     __slots__ = ("deadline_s", "expected", "future", "grace_until", "replies", "write")
 
     def __init__(
-        self, expected: int, write: Write, future: "asyncio.Future[list[Any]] | None" = None, deadline_s: float = inf
+        self,
+        expected: int,
+        write: Write,
+        future: "asyncio.Future[list[Any]] | None" = None,
+        deadline_s: float = inf,
     ) -> None:
         self.expected = expected
         self.write = write
@@ -108,7 +120,8 @@ class Subscription:
 
 
 class Connection(asyncio.Protocol):
-    """A connection from its handshake to its end. Make one with ``Connection.open``; it never reconnects."""
+    """A connection from its handshake to its end. Make one with ``Connection.open``; it never
+    reconnects."""
 
     def __init__(self, lost: Callable[["Connection", StoreUnavailable], None]) -> None:
         self.identity = ""
@@ -118,7 +131,8 @@ class Connection(asyncio.Protocol):
         self.commands = 0
         self._lost = lost
         self._loop = asyncio.get_running_loop()
-        self._context = Context()  # flushes and timers serve many callers: the context of none of them
+        # flushes and timers serve many callers: the context of none of them
+        self._context = Context()
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._waiting: deque[Batch] = deque()
         self._unanswered = 0
@@ -136,9 +150,14 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(
-        cls, url: ServerURL, *, deadline_s: float, lost: Callable[["Connection", StoreUnavailable], None]
+        cls,
+        url: ServerURL,
+        *,
+        deadline_s: float,
+        lost: Callable[["Connection", StoreUnavailable], None],
     ) -> "Connection":
-        """Connect, log in, and learn the server's identity. Raises ``StoreUnavailable``. ``lost`` is called once, at the end."""
+        """Connect, log in, and learn the server's identity. Raises ``StoreUnavailable``. ``lost``
+        is called once, at the end."""
         connection: Connection | None = None
         try:
             async with asyncio.timeout(deadline_s):
@@ -149,7 +168,8 @@ class Connection(asyncio.Protocol):
             cause = StoreUnavailable(f"no answer within {deadline_s} s")
         except ssl.SSLCertVerificationError as error:
             cause = Refused(error.verify_message)
-        except (OSError, UnicodeError) as error:  # a host name that IDNA cannot encode is a UnicodeError
+        # a host name that IDNA cannot encode is a UnicodeError
+        except (OSError, UnicodeError) as error:
             cause = StoreUnavailable(getattr(error, "strerror", None) or str(error))
         except StoreUnavailable as error:
             cause = error
@@ -161,17 +181,21 @@ class Connection(asyncio.Protocol):
             connection.abort(cause)
         raise cause
 
-    # -- commands ------------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     async def execute(self, commands: Sequence[Command], *, deadline_s: float) -> list[Any]:
-        """Send commands in one batch and return their replies in order; errors of the server are returned in their places.
+        """Send commands in one batch and return their replies in order; errors of the server are
+        returned in their places.
 
         Raises ``StoreUnavailable`` when the connection ends or the deadline passes first.
         """
         return await self.request(commands, deadline_s=deadline_s)
 
-    def request(self, commands: Sequence[Command], *, deadline_s: float) -> "asyncio.Future[list[Any]]":
-        """Send commands as ``execute`` does, and return the future of their replies. The deadline begins when they leave.
+    def request(
+        self, commands: Sequence[Command], *, deadline_s: float
+    ) -> "asyncio.Future[list[Any]]":
+        """Send commands as ``execute`` does, and return the future of their replies. The deadline
+        begins when they leave.
 
         Raises ``StoreUnavailable`` at once when they cannot be sent. The future may be cancelled.
         """
@@ -183,33 +207,41 @@ class Connection(asyncio.Protocol):
         return future
 
     def send(self, commands: Sequence[Command]) -> None:
-        """Send commands whose replies nobody waits for; errors among them are counted. Raises ``StoreUnavailable``."""
+        """Send commands whose replies nobody waits for; errors among them are counted. Raises
+        ``StoreUnavailable``."""
         if commands:
             self._write(commands, None, inf)
 
     def soon(self, callback: Callable[[], None]) -> None:
         """Call back once, just before this tick's commands leave: what it sends leaves with them.
 
-        It is called also when the connection ends first. What it raises is logged. Raises ``StoreUnavailable`` after the end.
+        It is called also when the connection ends first. What it raises is logged. Raises
+        ``StoreUnavailable`` after the end.
         """
         if self._ended is not None:
             raise _again(self._ended)
         self._callbacks.append(callback)
         self._flush_soon()
 
-    def subscribe(self, channel: str, heard: Callable[[bytes], None], *, deadline_s: float) -> "asyncio.Future[list[Any]]":
-        """Ask for the messages of a channel, once in a connection's life; ``listening`` is true from the confirmation on.
+    def subscribe(
+        self, channel: str, heard: Callable[[bytes], None], *, deadline_s: float
+    ) -> "asyncio.Future[list[Any]]":
+        """Ask for the messages of a channel, once in a connection's life; ``listening`` is true
+        from the confirmation on.
 
-        ``heard`` is called before any reply that came after the message is delivered. What it raises is logged. The future
-        brings the server's error when it refuses. Raises ``StoreUnavailable`` as ``request`` does.
+        ``heard`` is called before any reply that came after the message is delivered. What it
+        raises is logged. The future brings the server's error when it refuses. Raises
+        ``StoreUnavailable`` as ``request`` does.
         """
-        # The confirmation is a push; only a refusal is a reply. PING's reply tells that the one or the other has come.
+        # The confirmation is a push; only a refusal is a reply. PING's reply tells that the one or
+        # the other has come.
         future = self.request([("SUBSCRIBE", channel), ("PING",)], deadline_s=deadline_s)
         self._subscription = Subscription(channel.encode(), heard, self._waiting[-1])
         return future
 
     def abort(self, cause: StoreUnavailable) -> None:
-        """End the connection now; everybody who waits gets ``StoreUnavailable``. What was sent before may still arrive."""
+        """End the connection now; everybody who waits gets ``StoreUnavailable``. What was sent
+        before may still arrive."""
         self._write_out()
         self._end(cause)
         if self._transport is not None:
@@ -219,9 +251,14 @@ class Connection(asyncio.Protocol):
         """Return when the socket is closed."""
         await asyncio.shield(self._closed)
 
-    # -- out -----------------------------------------------------------------------------------------------------------
+    # -- out ---------------------------------------------------------------------------------------
 
-    def _write(self, commands: Sequence[Command], future: "asyncio.Future[list[Any]] | None", deadline_s: float) -> None:
+    def _write(
+        self,
+        commands: Sequence[Command],
+        future: "asyncio.Future[list[Any]] | None",
+        deadline_s: float,
+    ) -> None:
         transport, write = self._transport, self._next
         if self._ended is not None or transport is None:
             raise _again(self._ended or StoreUnavailable("not connected"))
@@ -251,7 +288,8 @@ class Connection(asyncio.Protocol):
         finally:
             self._flushing = False
             self._write_out()
-            if self._callbacks:  # asked for by callbacks: for the next tick, or they could keep this one for ever
+            # asked for by callbacks: for the next tick, or they could keep this one for ever
+            if self._callbacks:
                 self._flush_soon()
 
     def _write_out(self) -> None:
@@ -260,11 +298,12 @@ class Connection(asyncio.Protocol):
             return
         self._next = Write()
         packed, write.packed = write.packed, []
-        write.at, write.received = time.monotonic(), self._received  # loop.time() of uvloop is that of the tick's beginning
+        # loop.time() of uvloop is that of the tick's beginning
+        write.at, write.received = time.monotonic(), self._received
         self._set_alarm(write.at + write.shortest_s)
         transport.write(b"".join(packed))
 
-    # -- asyncio.Protocol ----------------------------------------------------------------------------------------------
+    # -- asyncio.Protocol --------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport (asyncio.Protocol)."""
@@ -287,7 +326,7 @@ class Connection(asyncio.Protocol):
         if not self._closed.done():
             self._closed.set_result(None)
 
-    # -- in ------------------------------------------------------------------------------------------------------------
+    # -- in ----------------------------------------------------------------------------------------
 
     def _take(self, reply: Any) -> None:
         if isinstance(reply, hiredis.PushNotification):
@@ -297,7 +336,8 @@ class Connection(asyncio.Protocol):
         batch.replies.append(reply)
         self._unanswered -= 1
         if isinstance(reply, hiredis.ReplyError):
-            self.errors += not str(reply).startswith("NOSCRIPT")  # an answer, not a fault: the script is sent in full then
+            # an answer, not a fault: the script is sent in full then
+            self.errors += not str(reply).startswith("NOSCRIPT")
             if not self.identity or str(reply).startswith(FATAL_ERRORS):
                 self._loop.call_soon(self.abort, _refusal(reply))
         if len(batch.replies) == batch.expected:
@@ -308,7 +348,12 @@ class Connection(asyncio.Protocol):
 
     def _hear(self, push: "list[Any]") -> None:
         subscription = self._subscription
-        if subscription is None or self._ended is not None or len(push) != 3 or push[1] != subscription.channel:
+        if (
+            subscription is None
+            or self._ended is not None
+            or len(push) != 3
+            or push[1] != subscription.channel
+        ):
             return
         if push[0] == b"message":
             call_safely(subscription.heard, push[2])
@@ -323,7 +368,7 @@ class Connection(asyncio.Protocol):
         self._unanswered -= 1
         self.listening = True
 
-    # -- deadlines -----------------------------------------------------------------------------------------------------
+    # -- deadlines ---------------------------------------------------------------------------------
 
     def _set_alarm(self, at: float) -> None:
         """See to it that ``_look`` runs at this moment, or before."""
@@ -332,10 +377,13 @@ class Connection(asyncio.Protocol):
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm_at = at
-        self._alarm = self._loop.call_later(max(at - time.monotonic(), 0.001), self._look, context=self._context)
+        self._alarm = self._loop.call_later(
+            max(at - time.monotonic(), 0.001), self._look, context=self._context
+        )
 
     def _look(self) -> None:
-        """Find those whose deadline has passed, and set the alarm for the next of those that wait on; none, if none does."""
+        """Find those whose deadline has passed, and set the alarm for the next of those that wait
+        on; none, if none does."""
         self._alarm, self._alarm_at = None, inf
         now = time.monotonic()
         for batch in [batch for batch in self._waiting if batch.due() <= now]:
@@ -346,7 +394,8 @@ class Connection(asyncio.Protocol):
             self._set_alarm(max(min(batch.due() for batch in waiting), now + pause_s))
 
     def _late(self, batch: Batch, now: float) -> None:
-        """A deadline has passed: give the loop one more turn to read, then fail the caller, and the link if it is silent."""
+        """A deadline has passed: give the loop one more turn to read, then fail the caller, and the
+        link if it is silent."""
         future = batch.future
         if future is None or future.done():
             return
@@ -362,7 +411,7 @@ class Connection(asyncio.Protocol):
         elif self._late_in_a_row >= MAX_LATE_IN_A_ROW:
             self.abort(StoreUnavailable(f"{MAX_LATE_IN_A_ROW} replies in a row later than {late}"))
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _end(self, cause: StoreUnavailable) -> None:
         if self._ended is not None:
@@ -388,7 +437,8 @@ class Connection(asyncio.Protocol):
             if isinstance(reply, hiredis.ReplyError):
                 raise _refusal(reply)
         info = {**fields_of(replies[2]), **fields_of(replies[3])}
-        if info.get("loading") != "0":  # a server that loads its data answers INFO, and nothing that we need
+        # a server that loads its data answers INFO, and nothing that we need
+        if info.get("loading") != "0":
             raise Refused("the server is loading its data")
         if info.get("role") != "master" or not info.get("master_replid"):
             raise Refused(f"the server's role is {info.get('role')}, not master")
@@ -410,7 +460,8 @@ def call_safely(callback: Callable[..., None], *arguments: Any) -> None:
         callback(*arguments)
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:  # a CancelledError too: it is that of a future that the callback looked at
+    # a CancelledError too: it is that of a future that the callback looked at
+    except BaseException:
         log.exception("a callback failed")
 
 
@@ -425,18 +476,21 @@ def fields_of(info: Any) -> dict[str, str]:
 
 
 def _refusal(reply: Any) -> Refused:
-    """Say what the server said, without our arguments: a server that does not know HELLO repeats the password."""
+    """Say what the server said, without our arguments: a server that does not know HELLO repeats
+    the password."""
     return Refused(str(reply).partition(", with args")[0])
 
 
 def _again(error: StoreUnavailable) -> StoreUnavailable:
-    """Make a copy for one more caller: a raised exception collects the traceback of whoever raised it."""
+    """Make a copy for one more caller: a raised exception collects the traceback of whoever raised
+    it."""
     return type(error)(*error.args)
 
 
 @asynccontextmanager
 async def visit(url: ServerURL, *, deadline_s: float) -> AsyncIterator[Connection]:
-    """Connect for a few commands, then disconnect: for probes and tools. Raises ``StoreUnavailable``."""
+    """Connect for a few commands, then disconnect: for probes and tools. Raises
+    ``StoreUnavailable``."""
     connection = await Connection.open(url, deadline_s=deadline_s, lost=lambda *_: None)
     try:
         yield connection

@@ -13,7 +13,9 @@ _FORMS = {
     "rediss": "rediss://[user]:[password]@host[:port][/database][?ssl_ca_certs=path]",
     "unix": "unix://[user]:[password]@/path/to.sock[?db=database]",
 }
-_HINT = "check host, port and database; percent-encode '/', '#', '?', '@', ':' and '%' in the password"
+_HINT = (
+    "check host, port and database; percent-encode '/', '#', '?', '@', ':' and '%' in the password"
+)
 _PARAMETERS = {
     "redis": (),
     "rediss": ("ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile"),
@@ -24,7 +26,8 @@ _PARAMETERS = {
 
 @dataclass(frozen=True, slots=True)
 class ServerURL:
-    """Where a server listens and how to log in: ``redis://``, ``rediss://`` (TLS) or ``unix://`` (a socket's path).
+    """Where a server listens and how to log in: ``redis://``, ``rediss://`` (TLS) or ``unix://`` (a
+    socket's path).
 
     The certificates that a URL names are read once, when it is parsed.
     """
@@ -68,7 +71,8 @@ class ServerURL:
 
 
 def _names_a_place(parts: SplitResult, path: str) -> bool:
-    if parts.scheme not in _FORMS or "@" in parts.query or parts.fragment:  # the rest of a password that is not encoded
+    # the rest of a password that is not encoded
+    if parts.scheme not in _FORMS or "@" in parts.query or parts.fragment:
         return False
     if parts.scheme == "unix":
         return len(path) > 1 and "\0" not in path and not parts.hostname
@@ -80,21 +84,29 @@ def _options(parts: SplitResult, shown: str) -> dict[str, str]:
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     unknown = sorted({name for name, _ in pairs} - set(known))
     if unknown:
-        said = f"known for {parts.scheme}:// are {', '.join(known)}" if known else "redis:// has none"
+        said = (
+            f"known for {parts.scheme}:// are {', '.join(known)}" if known else "redis:// has none"
+        )
         raise ConfigurationError(
-            f"{shown!r} must have the form {_FORMS[parts.scheme]}; unknown query parameters: {', '.join(unknown)} ({said})"
+            f"{shown!r} must have the form {_FORMS[parts.scheme]}; unknown query parameters: "
+            f"{', '.join(unknown)} ({said})"
         )
     options = dict(pairs)
     if len(options) < len(pairs) or not all(options.values()):
-        raise ConfigurationError(f"{shown!r} cannot be read: each query parameter must have one value")
+        raise ConfigurationError(
+            f"{shown!r} cannot be read: each query parameter must have one value"
+        )
     return options
 
 
 def _tls(options: dict[str, str], shown: str) -> ssl.SSLContext:
-    """Read the certificates. Verified are the server's certificate and its name, unless ``ssl_cert_reqs=none``."""
+    """Read the certificates. Verified are the server's certificate and its name, unless
+    ``ssl_cert_reqs=none``."""
     required = options.get("ssl_cert_reqs", "required")
     if required not in ("none", "required"):
-        raise ConfigurationError(f"{shown!r}: ssl_cert_reqs must be 'none' or 'required', not {required!r}")
+        raise ConfigurationError(
+            f"{shown!r}: ssl_cert_reqs must be 'none' or 'required', not {required!r}"
+        )
     certificate, key = options.get("ssl_certfile"), options.get("ssl_keyfile")
     if key and not certificate:
         raise ConfigurationError(f"{shown!r} has ssl_keyfile without ssl_certfile")
@@ -104,8 +116,12 @@ def _tls(options: dict[str, str], shown: str) -> ssl.SSLContext:
             # a password: else OpenSSL asks for that of an encrypted key on the terminal, and waits
             context.load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:
-        files = ", ".join(f"{name}={value}" for name, value in options.items() if name != "ssl_cert_reqs")
-        raise ConfigurationError(f"{shown!r}: the certificates cannot be read ({files}): {error}") from None
+        files = ", ".join(
+            f"{name}={value}" for name, value in options.items() if name != "ssl_cert_reqs"
+        )
+        raise ConfigurationError(
+            f"{shown!r}: the certificates cannot be read ({files}): {error}"
+        ) from None
     if required == "none":
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -113,5 +129,10 @@ def _tls(options: dict[str, str], shown: str) -> ssl.SSLContext:
 
 
 def _without_secrets(url: str) -> str:
-    """Cut out all that could be a password, also one whose special characters are not encoded, and the query."""
-    return re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL).partition("?")[0].partition("#")[0]
+    """Cut out all that could be a password, also one whose special characters are not encoded, and
+    the query."""
+    return (
+        re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
+        .partition("?")[0]
+        .partition("#")[0]
+    )

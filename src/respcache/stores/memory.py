@@ -1,9 +1,11 @@
 """A store in the memory of one process: for tests, examples and applications of a single process.
 
-The same semantics as a server, time to live and eviction included; the contract tests hold both to it. It owns no tasks.
+The same semantics as a server, time to live and eviction included; the contract tests hold both to
+it. It owns no tasks.
 
-``MemoryServer`` is what a server does with a command, ``MemoryStore`` a client of it. Several clients may share one server, as
-processes share theirs; the simulator of ``tests/simulation`` puts a network between the two.
+``MemoryServer`` is what a server does with a command, ``MemoryStore`` a client of it. Several
+clients may share one server, as processes share theirs; the simulator of ``tests/simulation`` puts
+a network between the two.
 """
 
 import asyncio
@@ -15,7 +17,14 @@ from typing import Any
 
 from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreError, StoreUnavailable
-from respcache.core.generations import FLOOR, MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
+from respcache.core.generations import (
+    FLOOR,
+    MAX_FIELDS,
+    RING_ROWS,
+    Certificate,
+    Generation,
+    read_generation,
+)
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
 from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
 
@@ -23,27 +32,41 @@ MAX_KEYS = 10_000
 
 
 class MemoryServer:
-    """The keys and the identity of one server life; each method is one atomic command. Never waits, never raises.
+    """The keys and the identity of one server life; each method is one atomic command. Never waits,
+    never raises.
 
-    Keeps at most ``max_keys`` keys, least recently used out first. ``clock`` returns seconds and never goes back. ``prefix``
-    is that of the client's epoch, as in the scripts of ``lua/``.
+    Keeps at most ``max_keys`` keys, least recently used out first. ``clock`` returns seconds and
+    never goes back. ``prefix`` is that of the client's epoch, as in the scripts of ``lua/``.
     """
 
-    def __init__(self, *, max_keys: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, max_keys: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.identity = secrets.token_hex(8)
         self.values: OrderedDict[str, tuple[Any, float]] = OrderedDict()
-        """Of each key: its value and when it ends. Values are never changed in place, so a copy of this is a dump."""
+        """Of each key: its value and when it ends. Values are never changed in place, so a copy of
+        this is a dump."""
         self.listeners: list[Callable[[str], None]] = []
         """Called with the key of every generation that was bumped."""
         self.evicted = 0
         self._clock = clock
         self._max_keys = max_keys
 
-    def read(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]], *, server: str) -> Reading:
+    def read(
+        self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]], *, server: str
+    ) -> Reading:
         """See ``Store.read``. ``server`` is what the client's connection knows of us."""
         found = None if entry is None else self._get(entry)
-        remaining_ms = 0 if entry is None or found is None else int((self.values[entry][1] - self._clock()) * 1000)
-        return Reading(found, tuple(self.view(generation, tags, server=server) for generation, tags in wanted), remaining_ms)
+        remaining_ms = (
+            0
+            if entry is None or found is None
+            else int((self.values[entry][1] - self._clock()) * 1000)
+        )
+        return Reading(
+            found,
+            tuple(self.view(generation, tags, server=server) for generation, tags in wanted),
+            remaining_ms,
+        )
 
     def view(self, generation: str, tags: Sequence[str], *, server: str) -> Generation:
         """See ``Store.view``."""
@@ -58,7 +81,9 @@ class MemoryServer:
         self._set(generation, fields, ttl_ms)
         return self.view(generation, (), server=server)
 
-    def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str], prefix: str) -> Bumped:
+    def bump(
+        self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str], prefix: str
+    ) -> Bumped:
         """See ``Store.bump``."""
         server = prefix + self.identity
         fields = self._get(generation)
@@ -81,16 +106,22 @@ class MemoryServer:
         self.tell(generation)
         return Bumped(server, Certificate(fields["n"], int(fields["s"])))
 
-    def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+    def epoch(
+        self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0
+    ) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""
         record = self._get(EPOCH_KEY)
         held = decode_epoch(record) if isinstance(record, str) else None
-        if proposed is not None and (held is None or held.identity != self.identity or held.token == replacing):
+        if proposed is not None and (
+            held is None or held.identity != self.identity or held.token == replacing
+        ):
             self._set(EPOCH_KEY, proposed.encode(), ttl_ms)
             held = proposed
         return held, self.identity
 
-    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+    def put(
+        self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int
+    ) -> None:
         """See ``Store.put``."""
         self._set(entry, envelope, ttl_ms)
         fields = self._get(generation)
@@ -126,7 +157,8 @@ class MemoryServer:
         return ServerInfo(f"evicted_keys:{self.evicted}\r\n", f"keys:{len(self.values)}\r\n")
 
     def restart(self, *, keep_data: bool) -> None:
-        """Become another server life, with the old data or without: what a crash, a failover or a restored dump does."""
+        """Become another server life, with the old data or without: what a crash, a failover or a
+        restored dump does."""
         self.identity = secrets.token_hex(8)
         if not keep_data:
             self.values.clear()
@@ -141,7 +173,8 @@ class MemoryServer:
             heard(key)
 
     def look(self, key: str) -> tuple[Any, float]:
-        """Return a value, without using it, and for how many seconds it will live; None and 0 where there is none."""
+        """Return a value, without using it, and for how many seconds it will live; None and 0 where
+        there is none."""
         value, expires = self.values.get(key, (None, 0.0))
         left_s = expires - self._clock()
         return (value, left_s) if left_s > 0 else (None, 0.0)
@@ -165,10 +198,15 @@ class MemoryServer:
 
 
 class MemoryStore:
-    """A client of a server in memory: of its own, with ``max_keys`` and ``clock``, or of the one that is given."""
+    """A client of a server in memory: of its own, with ``max_keys`` and ``clock``, or of the one
+    that is given."""
 
     def __init__(
-        self, server: MemoryServer | None = None, *, max_keys: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic
+        self,
+        server: MemoryServer | None = None,
+        *,
+        max_keys: int = MAX_KEYS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server = MemoryServer(max_keys=max_keys, clock=clock) if server is None else server
         self._open = True
@@ -194,10 +232,15 @@ class MemoryStore:
         self._reach()
         asyncio.get_running_loop().call_soon(callback)
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
         """See ``Store.view``."""
         server = self._reach()
-        found, seen = server.view(generation, tags, server=self._prefix + server.identity), self._seen.get(generation)
+        found, seen = (
+            server.view(generation, tags, server=self._prefix + server.identity),
+            self._seen.get(generation),
+        )
         if found != seen:
             seen = self._seen[generation] = found
         asyncio.get_running_loop().call_soon(done, seen)
@@ -210,11 +253,17 @@ class MemoryStore:
         """See ``Store.open``."""
         return self._reach().open(generation, nonce=nonce, ttl_ms=ttl_ms, prefix=self._prefix)
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
+    async def bump(
+        self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()
+    ) -> Bumped:
         """See ``Store.bump``."""
-        return self._reach().bump(generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=self._prefix)
+        return self._reach().bump(
+            generation, tags=tags, ttl_ms=ttl_ms, rows=rows, prefix=self._prefix
+        )
 
-    async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+    async def epoch(
+        self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0
+    ) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""
         return self._reach().epoch(proposed, replacing=replacing, ttl_ms=ttl_ms)
 
@@ -222,12 +271,22 @@ class MemoryStore:
         """See ``Store.adopt``."""
         self._prefix = f"{token}:" if token else ""
 
-    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+    def put(
+        self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int
+    ) -> None:
         """See ``Store.put``."""
         if self._open:
-            self.server.put(entry, envelope, ttl_ms=ttl_ms, generation=generation, generation_ttl_ms=generation_ttl_ms)
+            self.server.put(
+                entry,
+                envelope,
+                ttl_ms=ttl_ms,
+                generation=generation,
+                generation_ttl_ms=generation_ttl_ms,
+            )
 
-    async def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None) -> Lease:
+    async def lease(
+        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
+    ) -> Lease:
         """See ``Store.lease``."""
         return self._reach().lease(key, lease, ttl_ms=ttl_ms, replacing=replacing)
 

@@ -1,8 +1,9 @@
 """The store on a Valkey or Redis server, 6.2 or newer.
 
-Hits are plain pipelined commands; what must be atomic is a script on one key (``lua/``). ``OPEN`` and ``BUMP`` ask the server
-for its identity themselves: a server whose first replica attaches changes it in the middle of a connection's life, and the
-connection is then dropped to learn it anew.
+Hits are plain pipelined commands; what must be atomic is a script on one key (``lua/``). ``OPEN``
+and ``BUMP`` ask the server for its identity themselves: a server whose first replica attaches
+changes it in the middle of a connection's life, and the connection is then dropped to learn it
+anew.
 """
 
 import asyncio
@@ -15,7 +16,13 @@ import hiredis
 
 from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import StoreError, StoreReplyError, StoreUnavailable
-from respcache.core.generations import MAX_FIELDS, RING_ROWS, Certificate, Generation, read_generation
+from respcache.core.generations import (
+    MAX_FIELDS,
+    RING_ROWS,
+    Certificate,
+    Generation,
+    read_generation,
+)
 from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, SWITCHES_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text, fields_of
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
@@ -32,19 +39,31 @@ class Script:
     __slots__ = ("digest", "text")
 
     def __init__(self, name: str) -> None:
-        self.text = resources.files("respcache.stores").joinpath("lua", f"{name}.lua").read_text("ascii")
+        self.text = (
+            resources.files("respcache.stores").joinpath("lua", f"{name}.lua").read_text("ascii")
+        )
         self.digest = hashlib.sha1(self.text.encode("ascii"), usedforsecurity=False).hexdigest()
 
 
 class RedisStore:
-    """Entries, generations and leases on one server. ``url``: ``redis://[user]:[password]@host[:port][/database]``."""
+    """Entries, generations and leases on one server. ``url``:
+    ``redis://[user]:[password]@host[:port][/database]``."""
 
-    def __init__(self, url: str, *, deadline_s: float = DEADLINE_S, connect_deadline_s: float = CONNECT_DEADLINE_S) -> None:
-        self._link = Link(ServerURL.parse(url), deadline_s=deadline_s, connect_deadline_s=connect_deadline_s)
+    def __init__(
+        self,
+        url: str,
+        *,
+        deadline_s: float = DEADLINE_S,
+        connect_deadline_s: float = CONNECT_DEADLINE_S,
+    ) -> None:
+        self._link = Link(
+            ServerURL.parse(url), deadline_s=deadline_s, connect_deadline_s=connect_deadline_s
+        )
         self._open, self._bump, self._epoch = map(Script, ("open", "bump", "epoch"))
         self._lease, self._release = map(Script, ("lease", "release"))
         self._prefix = ""
-        self._seen: dict[str, tuple[Sequence[str], list[Any], str, Generation]] = {}  # of each generation: the last view
+        # of each generation: the last view
+        self._seen: dict[str, tuple[Sequence[str], list[Any], str, Generation]] = {}
         self._heard: Callable[[str], None] = lambda generation: None
 
     def __repr__(self) -> str:
@@ -85,7 +104,8 @@ class RedisStore:
             found, remaining_ms = _ours(replies[0]), max(0, _good(replies[1]))
             del replies[:2]
         views = [
-            self._recognise(generation, tags, reply, server) for reply, (generation, tags) in zip(replies, wanted, strict=True)
+            self._recognise(generation, tags, reply, server)
+            for reply, (generation, tags) in zip(replies, wanted, strict=True)
         ]
         return Reading(found, tuple(views), remaining_ms)
 
@@ -93,8 +113,11 @@ class RedisStore:
         """See ``Store.soon``."""
         self._link.soon(callback)
 
-    def view(self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]) -> None:
-        """See ``Store.view``: HMGET. No generation is made of a reply that says what the last one said."""
+    def view(
+        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+    ) -> None:
+        """See ``Store.view``: HMGET. No generation is made of a reply that says what the last one
+        said."""
         prefix = self._prefix
         future, identity = self._link.request(("HMGET", generation, "n", "r", "s", *tags))
 
@@ -109,33 +132,56 @@ class RedisStore:
         future.add_done_callback(land)
 
     def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
-        """See ``Store.listen``: a channel on which ``BUMP`` publishes. Without the permission for it, only ours are heard."""
+        """See ``Store.listen``: a channel on which ``BUMP`` publishes. Without the permission for
+        it, only ours are heard."""
         self._heard = heard
-        self._link.listen(BUMPS_CHANNEL, lambda payload: heard(payload.decode("utf-8", "replace")), lost)
+        self._link.listen(
+            BUMPS_CHANNEL, lambda payload: heard(payload.decode("utf-8", "replace")), lost
+        )
 
     def watch(self, changed: Callable[[StoreUnavailable | None], None]) -> None:
-        """Have ``changed`` called when the server goes away, with what is wrong, and with None when it is back. One watcher."""
+        """Have ``changed`` called when the server goes away, with what is wrong, and with None when
+        it is back. One watcher."""
         self._link.watch(changed)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
         """See ``Store.open``."""
         prefix = self._prefix
-        (identity, found, sequence), learnt = await self._run(self._open, generation, prefix, nonce, ttl_ms)
+        (identity, found, sequence), learnt = await self._run(
+            self._open, generation, prefix, nonce, ttl_ms
+        )
         self._compare(as_text(identity), learnt)
         return Generation(prefix + learnt, found, prefix + as_text(identity), int(sequence))
 
-    async def bump(self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()) -> Bumped:
+    async def bump(
+        self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()
+    ) -> Bumped:
         """See ``Store.bump``."""
         prefix = self._prefix
-        self._heard(generation)  # what is read from now on is read after it; and again when it had to be sent twice
+        # what is read from now on is read after it; and again when it had to be sent twice
+        self._heard(generation)
         (identity, *reached), learnt = await self._run(
-            self._bump, generation, prefix, ttl_ms, MAX_FIELDS, RING_ROWS, len(rows), BUMPS_CHANNEL, *rows, *tags
+            self._bump,
+            generation,
+            prefix,
+            ttl_ms,
+            MAX_FIELDS,
+            RING_ROWS,
+            len(rows),
+            BUMPS_CHANNEL,
+            *rows,
+            *tags,
         )
         self._heard(generation)
         self._compare(as_text(identity), learnt)
-        return Bumped(prefix + as_text(identity), Certificate(reached[0], int(reached[1])) if reached else None)
+        return Bumped(
+            prefix + as_text(identity),
+            Certificate(reached[0], int(reached[1])) if reached else None,
+        )
 
-    async def epoch(self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0) -> tuple[Epoch | None, str]:
+    async def epoch(
+        self, proposed: Epoch | None = None, *, replacing: str = "", ttl_ms: int = 0
+    ) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``: INFO and GET, or one script."""
         if proposed is None:
             replies, learnt = await self._link.execute(("INFO", "replication"), ("GET", EPOCH_KEY))
@@ -143,7 +189,9 @@ class RedisStore:
             self._compare(identity, learnt)
             record = _ours(replies[1])
             return (None if record is None else decode_epoch(as_text(record))), identity
-        (named, record), learnt = await self._run(self._epoch, EPOCH_KEY, proposed.encode(), replacing, ttl_ms)
+        (named, record), learnt = await self._run(
+            self._epoch, EPOCH_KEY, proposed.encode(), replacing, ttl_ms
+        )
         self._compare(as_text(named), learnt)
         return decode_epoch(as_text(record)), as_text(named)
 
@@ -151,11 +199,17 @@ class RedisStore:
         """See ``Store.adopt``."""
         self._prefix = f"{token}:" if token else ""
 
-    def put(self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int) -> None:
+    def put(
+        self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int
+    ) -> None:
         """See ``Store.put``: SET and PEXPIRE."""
-        self._link.send(("SET", entry, envelope, "PX", ttl_ms), ("PEXPIRE", generation, generation_ttl_ms))
+        self._link.send(
+            ("SET", entry, envelope, "PX", ttl_ms), ("PEXPIRE", generation, generation_ttl_ms)
+        )
 
-    async def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None) -> Lease:
+    async def lease(
+        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
+    ) -> Lease:
         """See ``Store.lease``. The value: token, nonce and sequence, separated by blanks."""
         value = f"{lease.token} {lease.certificate.nonce.decode()} {lease.certificate.sequence}"
         held, _ = await self._run(self._lease, key, lease.token, value, ttl_ms, replacing or "")
@@ -166,12 +220,15 @@ class RedisStore:
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
-        self._link.send(("EVAL", self._release.text, 1, key, token))  # in full: nobody waits to send it again
+        # in full: nobody waits to send it again
+        self._link.send(("EVAL", self._release.text, 1, key, token))
 
     async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
-        """See ``Store.switch``: HSET or HDEL, and HKEYS, which counts as a use: LRU does not evict first what is looked at."""
+        """See ``Store.switch``: HSET or HDEL, and HKEYS, which counts as a use: LRU does not evict
+        first what is looked at."""
         commands: list[Command] = [
-            ("HSET", SWITCHES_KEY, name, "1") if off else ("HDEL", SWITCHES_KEY, name) for name, off in changes.items()
+            ("HSET", SWITCHES_KEY, name, "1") if off else ("HDEL", SWITCHES_KEY, name)
+            for name, off in changes.items()
         ]
         commands.append(("HKEYS", SWITCHES_KEY))
         replies, _ = await self._link.execute(*commands)
@@ -186,21 +243,32 @@ class RedisStore:
         replies, _ = await self._link.execute(("INFO", "stats"), ("INFO", "memory"))
         return ServerInfo(as_text(_good(replies[0])), as_text(_good(replies[1])))
 
-    async def _run(self, script: Script, key: str, *arguments: str | bytes | int) -> tuple[Any, str]:
-        """Run a script on one key; returns its reply and the identity of the connection it came over."""
+    async def _run(
+        self, script: Script, key: str, *arguments: str | bytes | int
+    ) -> tuple[Any, str]:
+        """Run a script on one key; returns its reply and the identity of the connection it came
+        over."""
         (reply,), server = await self._link.execute(("EVALSHA", script.digest, 1, key, *arguments))
         if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
             (reply,), server = await self._link.execute(("EVAL", script.text, 1, key, *arguments))
         return _good(reply), server
 
-    def _recognise(self, generation: str, tags: Sequence[str], reply: Any, server: str) -> Generation:
-        """Make a view of the reply to HMGET, or return the last one where the reply says the same."""
+    def _recognise(
+        self, generation: str, tags: Sequence[str], reply: Any, server: str
+    ) -> Generation:
+        """Make a view of the reply to HMGET, or return the last one where the reply says the
+        same."""
         found = _ours(reply) or [None] * (3 + len(tags))
         seen = self._seen.get(generation)
         if seen is None or seen[1] != found or seen[0] != tags or seen[2] != server:
             if len(self._seen) >= MAX_SEEN:
                 self._seen.clear()
-            seen = self._seen[generation] = tags, found, server, read_generation(found, tags, server=server)
+            seen = self._seen[generation] = (
+                tags,
+                found,
+                server,
+                read_generation(found, tags, server=server),
+            )
         return seen[3]
 
     def _compare(self, identity: str, server: str) -> None:
@@ -209,12 +277,18 @@ class RedisStore:
 
 
 def _ours(reply: Any) -> Any:
-    """Return a reply, or None for a foreign value under our key: as good as missing, and replaced when it is made anew."""
-    return None if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE") else _good(reply)
+    """Return a reply, or None for a foreign value under our key: as good as missing, and replaced
+    when it is made anew."""
+    return (
+        None
+        if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE")
+        else _good(reply)
+    )
 
 
 def _good(reply: Any) -> Any:
-    """Return a reply that is no error. Raises ``StoreUnavailable`` when the server cannot serve now, else ``StoreReplyError``."""
+    """Return a reply that is no error. Raises ``StoreUnavailable`` when the server cannot serve
+    now, else ``StoreReplyError``."""
     if isinstance(reply, hiredis.ReplyError):
         text = str(reply)
         raise StoreUnavailable(text) if text.startswith(FATAL_ERRORS) else StoreReplyError(text)

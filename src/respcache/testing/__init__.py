@@ -1,1 +1,2 @@
-"""For tests of any cache: record what happened (``history``), decide whether a read was stale (``checker``). docs/checker.md."""
+"""For tests of any cache: record what happened (``history``), decide whether a read was stale
+(``checker``). docs/checker.md."""

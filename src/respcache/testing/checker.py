@@ -1,26 +1,33 @@
-"""Decides whether a history is one of a cache that keeps its word: O(n log n), reads are streamed, never held.
+"""Decides whether a history is one of a cache that keeps its word: O(n log n), reads are streamed,
+never held.
 
-A read that began at ``start``, ended at ``end``, has the slack ``slack_s`` (0 unless it was recorded with one: a query that may
-be answered from a view of that age) and returned version v of a register violates
+A read that began at ``start``, ended at ``end``, has the slack ``slack_s`` (0 unless it was
+recorded with one: a query that may be answered from a view of that age) and returned version v of a
+register violates
 
 * I1, freshness, when a later version was acknowledged before ``start - slack_s``;
-* I3, the bound, when a later version was committed at or before ``start - slack_s - bound_s``, acknowledged or not;
-* I4, the session's own view, when a write of the same session that was acknowledged before ``start`` made a later version; or
-  when a read of that session that ended before ``start`` returned one, unless this read has a slack: it may be answered from an
-  older view than the one before it;
+* I3, the bound, when a later version was committed at or before ``start - slack_s - bound_s``,
+  acknowledged or not;
+* I4, the session's own view, when a write of the same session that was acknowledged before
+  ``start`` made a later version; or when a read of that session that ended before ``start``
+  returned one, unless this read has a slack: it may be answered from an older view than the one
+  before it;
 * I5, isolation, when the body is not what was asked for (``told != asked``);
 * invention, when v could not be there yet:
     - v, or a version before it, was made by a write that began only after ``end``; or
-    - no known write of v or a later version had begun by ``end``, and v is further above the highest known version below it
-      than there were attempts of unknown outcome by then (each makes one version at most; how many of them explain gaps
-      elsewhere is not counted, so leftover attempts only make this more lenient).
+    - no known write of v or a later version had begun by ``end``, and v is further above the
+      highest known version below it than there were attempts of unknown outcome by then (each makes
+      one version at most; how many of them explain gaps elsewhere is not counted, so leftover
+      attempts only make this more lenient).
 
-"Before" is strict where equal times would accuse: two moments with the same reading of the clock may be in either order.
+"Before" is strict where equal times would accuse: two moments with the same reading of the clock
+may be in either order.
 
-How: all writes to a register are sorted by version once. Then "a later version was acknowledged before ``start``" is one
-comparison with the earliest acknowledgement among all later versions; likewise for commits and beginnings. So each value
-that a read returned costs one binary search. What a session saw is kept as the steps at which it rose. Memory: some 100
-bytes for each write, and for each version that each session saw of each register; nothing for a read.
+How: all writes to a register are sorted by version once. Then "a later version was acknowledged
+before ``start``" is one comparison with the earliest acknowledgement among all later versions;
+likewise for commits and beginnings. So each value that a read returned costs one binary search.
+What a session saw is kept as the steps at which it rose. Memory: some 100 bytes for each write, and
+for each version that each session saw of each register; nothing for a read.
 """
 
 import argparse
@@ -45,14 +52,16 @@ OTHER_WORDS = "(others)"
 class Report:
     """What a check found. ``str()`` is a summary of a few lines.
 
-    ``writes`` counts distinct versions of registers, ``attempts`` writes whose version nobody knows. ``violations`` counts reads,
-    for each kind once however many registers a read had wrong; kinds without any are absent. ``violating_reads`` counts each of
-    these reads once, whatever it violated, so it is at most ``reads``. ``lost_invalidations`` counts the
-    distinct versions that some read did not return although they were committed ``bound_s`` (and its slack) before it began: the
-    writes that the cache has not heard of, for any reason. ``worst_staleness_s`` is the longest that a returned version had been
-    superseded (a later one committed, acknowledged or not) when the read began, less its slack, violation or not.
-    ``lenient_reads`` counts those that had a slack: what the others prove, they do not. ``late_reads`` are those of them that
-    used it: they returned less than was acknowledged before they began.
+    ``writes`` counts distinct versions of registers, ``attempts`` writes whose version nobody
+    knows. ``violations`` counts reads, for each kind once however many registers a read had wrong;
+    kinds without any are absent. ``violating_reads`` counts each of these reads once, whatever it
+    violated, so it is at most ``reads``. ``lost_invalidations`` counts the distinct versions that
+    some read did not return although they were committed ``bound_s`` (and its slack) before it
+    began: the writes that the cache has not heard of, for any reason. ``worst_staleness_s`` is the
+    longest that a returned version had been superseded (a later one committed, acknowledged or not)
+    when the read began, less its slack, violation or not. ``lenient_reads`` counts those that had a
+    slack: what the others prove, they do not. ``late_reads`` are those of them that used it: they
+    returned less than was acknowledged before they began.
     """
 
     reads: int
@@ -70,11 +79,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether something was read, and no read violated anything: a history without reads proves nothing."""
+        """Whether something was read, and no read violated anything: a history without reads proves
+        nothing."""
         return self.reads > 0 and not self.violations
 
     def excerpt(self, kind: Kind | None = None) -> str:
-        """Put the shortest proof of a violation into words: fewest operations, then the shortest time. Empty when there is none.
+        """Put the shortest proof of a violation into words: fewest operations, then the shortest
+        time. Empty when there is none.
 
         Of all violations that were found, or of one kind.
         """
@@ -83,24 +94,33 @@ class Report:
 
     def __str__(self) -> str:
         how = ", ".join(f"{word or '-'} {count}" for word, count in sorted(self.how.items()))
-        found = ", ".join(f"{kind}: {count} reads" for kind, count in self.violations.items()) or "none"
+        found = (
+            ", ".join(f"{kind}: {count} reads" for kind, count in self.violations.items()) or "none"
+        )
         found += f" ({self.violating_reads} distinct reads)" if len(self.violations) > 1 else ""
-        slack = f", {self.lenient_reads} of them with a slack, which {self.late_reads} used" if self.lenient_reads else ""
+        slack = (
+            f", {self.lenient_reads} of them with a slack, which {self.late_reads} used"
+            if self.lenient_reads
+            else ""
+        )
         lines = [
             f"{self.reads} reads ({how}){slack}",
             f"{self.writes} writes, {self.attempts} of unknown outcome, {self.torn} torn lines",
             f"violations: {found}",
-            f"lost invalidations: {self.lost_invalidations}; worst staleness: {self.worst_staleness_s:.3f} s",
+            f"lost invalidations: {self.lost_invalidations}; worst staleness: "
+            f"{self.worst_staleness_s:.3f} s",
             self.excerpt(),
         ]
         return "\n".join(lines).rstrip()
 
 
 def check(history: Iterable[Event], *, bound_s: float) -> Report:
-    """Judge every read of a history that can be iterated again and again: a list, or what ``load`` returns.
+    """Judge every read of a history that can be iterated again and again: a list, or what ``load``
+    returns.
 
-    ``bound_s`` is how long after its COMMIT a write may stay unseen although nobody acknowledged it (I3), in seconds; a read
-    with a slack has that, too. Raises ``ValueError`` for a bound or a slack below 0.
+    ``bound_s`` is how long after its COMMIT a write may stay unseen although nobody acknowledged it
+    (I3), in seconds; a read with a slack has that, too. Raises ``ValueError`` for a bound or a
+    slack below 0.
     """
     if isinstance(history, Iterator):
         raise TypeError("a history is iterated several times: give a list, or what load() returns")
@@ -128,9 +148,11 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
 
 
 class _Register:
-    """The writes to one register by version, and for each version the extremes of all before it and of all from it on.
+    """The writes to one register by version, and for each version the extremes of all before it and
+    of all from it on.
 
-    Positions are those of ``versions``; the one behind the last stands for "no such write" and has infinite times.
+    Positions are those of ``versions``; the one behind the last stands for "no such write" and has
+    infinite times.
     """
 
     def __init__(self) -> None:
@@ -179,10 +201,12 @@ class _Register:
 
 
 class _Seen:
-    """What one session saw and wrote, or wrote alone, of one register: the steps at which the highest version rose.
+    """What one session saw and wrote, or wrote alone, of one register: the steps at which the
+    highest version rose.
 
-    A step that comes in the order of time is only appended. Others are put to the end, and sorted in whenever so many came
-    that the list doubled, or when it is settled: it must be before it is asked.
+    A step that comes in the order of time is only appended. Others are put to the end, and sorted
+    in whenever so many came that the list doubled, or when it is settled: it must be before it is
+    asked.
     """
 
     __slots__ = ("_limit", "_sorted", "_times", "_versions")
@@ -223,7 +247,8 @@ class _Seen:
 
 
 class _Book:
-    """What must be known before the first read can be judged: all writes, what each session knew, and what of it it wrote."""
+    """What must be known before the first read can be judged: all writes, what each session knew,
+    and what of it it wrote."""
 
     def __init__(self, history: Iterable[Event]) -> None:
         self.registers: dict[str, _Register] = {}
@@ -259,10 +284,16 @@ class _Book:
 
 
 class _Judge:
-    """Looks at one read after the other, and keeps for each kind the violation whose proof is the shortest."""
+    """Looks at one read after the other, and keeps for each kind the violation whose proof is the
+    shortest."""
 
     def __init__(self, book: _Book, *, bound_s: float) -> None:
-        self._registers, self._known, self._wrote, self._bound_s = book.registers, book.known, book.wrote, bound_s
+        self._registers, self._known, self._wrote, self._bound_s = (
+            book.registers,
+            book.known,
+            book.wrote,
+            bound_s,
+        )
         self._unwritten = _Register()
         self._unwritten.settle()
         self._last_accused: dict[Kind | None, Read] = {}  # None: of any kind
@@ -278,9 +309,14 @@ class _Judge:
         self.reads += 1
         self.lenient += read.slack_s > 0
         if not read.slack_s >= 0:
-            raise ValueError(f"slack_s {read.slack_s!r} of a read of {read.asked} must be a number of seconds, 0 or more")
+            raise ValueError(
+                f"slack_s {read.slack_s!r} of a read of {read.asked} must be a number of seconds, "
+                f"0 or more"
+            )
         must_know, late = read.start - read.slack_s, False
-        self.how[read.how if read.how in self.how or len(self.how) < MAX_WORDS else OTHER_WORDS] += 1
+        self.how[
+            read.how if read.how in self.how or len(self.how) < MAX_WORDS else OTHER_WORDS
+        ] += 1
         if read.told != read.asked:
             self._accuse(Violation(Kind.ISOLATION, read, 1, read.end - read.start))
         for register, version in read.values.items():
@@ -313,10 +349,13 @@ class _Judge:
         begin = min(table.started[due], table.started[at - 1] if known else inf, read.start)
         since = table.acked[due] if kind is Kind.FRESHNESS else table.committed[due]
         committed, version = table.committed[due], table.versions[due]
-        self._accuse(Violation(kind, read, 2 + known, read.end - begin, register, version, since, committed))
+        self._accuse(
+            Violation(kind, read, 2 + known, read.end - begin, register, version, since, committed)
+        )
 
     def _age(self, read: Read, register: str, at: int) -> None:
-        """A later version was committed before: note how long ago, and whether that is beyond the bound."""
+        """A later version was committed before: note how long ago, and whether that is beyond the
+        bound."""
         table = self._registers[register]
         first = table.first_committed[at]
         must_know = read.start - read.slack_s
@@ -333,10 +372,15 @@ class _Judge:
         table = self._registers[register]
         late = table.last_started[at - 1]
         span = table.started[late] - read.start
-        self._accuse(Violation(Kind.INVENTION, read, 2, span, register, table.versions[late], table.started[late]))
+        self._accuse(
+            Violation(
+                Kind.INVENTION, read, 2, span, register, table.versions[late], table.started[late]
+            )
+        )
 
     def _unknown(self, read: Read, register: str, at: int) -> None:
-        """Nobody recorded a write of this version: something later was begun, or enough attempts of unknown outcome were."""
+        """Nobody recorded a write of this version: something later was begun, or enough attempts of
+        unknown outcome were."""
         table = self._registers.get(register, self._unwritten)
         above = read.values[register] - (table.versions[at - 1] if at else 0)
         begun = table.started[table.first_started[at]] <= read.end
@@ -386,16 +430,22 @@ def _last_until(times: "array[float]") -> "array[int]":
 def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m respcache.testing.checker",
-        description="Check recorded histories. Exit status: 0, 1 for violations, 2 when there is nothing to check or no history.",
+        description="Check recorded histories. Exit status: 0, 1 for violations, 2 when there is "
+        "nothing to check or no history.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument(
-        "--bound", type=float, required=True, metavar="S", help="seconds that an unacknowledged write may stay unseen"
+        "--bound",
+        type=float,
+        required=True,
+        metavar="S",
+        help="seconds that an unacknowledged write may stay unseen",
     )
     options = parser.parse_args()
     try:
         report = check(load(options.files), bound_s=options.bound)
-    except (OSError, ValueError) as error:  # no such file, a line that is no event: that is no verdict on any cache
+    # no such file, a line that is no event: that is no verdict on any cache
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     print(report)

@@ -1,4 +1,5 @@
-"""What proves a violation: the few operations that cannot all have happened, looked up in the history and put into words."""
+"""What proves a violation: the few operations that cannot all have happened, looked up in the
+history and put into words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ class Kind(StrEnum):
 class Violation:
     """A read that violates something, and what is needed to look up the proof.
 
-    ``due`` is the version that it had to return at least or, for an invention, the one that was begun too late. ``since`` is
-    when that was acknowledged (I1), committed (I3), seen by the session (I4) or begun (invention). ``operations`` and ``span``
-    (seconds) are the size of the proof.
+    ``due`` is the version that it had to return at least or, for an invention, the one that was
+    begun too late. ``since`` is when that was acknowledged (I1), committed (I3), seen by the
+    session (I4) or begun (invention). ``operations`` and ``span`` (seconds) are the size of the
+    proof.
     """
 
     kind: Kind
@@ -45,10 +47,12 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The operations that prove a violation, in the order in which they began; the offending read is among them.
+    """The operations that prove a violation, in the order in which they began; the offending read
+    is among them.
 
-    ``overtaken`` adds to the explanation, not to the proof: a read of the same query that returned the same version and was
-    under way when the missed one was committed. If the cache stored what that read saw, this is how the offender got it.
+    ``overtaken`` adds to the explanation, not to the proof: a read of the same query that returned
+    the same version and was under way when the missed one was committed. If the cache stored what
+    that read saw, this is how the offender got it.
     """
 
     violation: Violation
@@ -58,7 +62,9 @@ class Proof:
     def __str__(self) -> str:
         shown = [*self.operations, *([self.overtaken] if self.overtaken else [])]
         shown.sort(key=_begin)
-        return "\n".join([_headline(self.violation), *(self._line(event, _begin(shown[0])) for event in shown)])
+        return "\n".join(
+            [_headline(self.violation), *(self._line(event, _begin(shown[0])) for event in shown)]
+        )
 
     def _line(self, event: Event, origin: float) -> str:
         times = f"{_ms(_begin(event) - origin):>10} .. {_ms(_end(event) - origin):>8} ms"
@@ -79,7 +85,8 @@ class Proof:
 
 
 def find_proofs(history: Iterable[Event], violations: Iterable[Violation]) -> dict[Kind, Proof]:
-    """Look up the operations that prove violations (one of a kind), in one pass over the history."""
+    """Look up the operations that prove violations (one of a kind), in one pass over the
+    history."""
     searches = [_Search(violation) for violation in violations]
     for event in history if searches else ():
         for search in searches:
@@ -104,9 +111,16 @@ class _Search:
         """Keep an event if it is part of the proof."""
         found = self.violation
         if isinstance(event, Write):
-            if event.register == found.register and event.version is not None and event.version in self._wanted:
+            if (
+                event.register == found.register
+                and event.version is not None
+                and event.version in self._wanted
+            ):
                 known = self._writes.get(event.version)
-                if found.kind is not Kind.SESSION or (event.session, event.acked) == (found.read.session, found.since):
+                if found.kind is not Kind.SESSION or (event.session, event.acked) == (
+                    found.read.session,
+                    found.since,
+                ):
                     self._writes[event.version] = event if known is None else _merged(known, event)
         elif found.kind is Kind.SESSION:
             if self._is_earlier(event):
@@ -115,21 +129,31 @@ class _Search:
             self._overtaken = max(self._overtaken or event, event, key=_length)
 
     def proof(self) -> Proof:
-        """Return what was found. A session's own view needs no write when it read the version before."""
+        """Return what was found. A session's own view needs no write when it read the version
+        before."""
         operations: list[Event] = [self.violation.read]
         operations += [self._earlier] if self._earlier else self._writes.values()
         return Proof(self.violation, tuple(sorted(operations, key=_begin)), self._overtaken)
 
     def _is_earlier(self, read: Read) -> bool:
-        """Whether this is the read of the session that saw what was due: that binds none with a slack."""
+        """Whether this is the read of the session that saw what was due: that binds none with a
+        slack."""
         found = self.violation
-        same = read.session == found.read.session and read.end == found.since and read.values.get(found.register) == found.due
+        same = (
+            read.session == found.read.session
+            and read.end == found.since
+            and read.values.get(found.register) == found.due
+        )
         return same and not found.read.slack_s
 
     def _was_overtaken(self, read: Read) -> bool:
         found = self.violation
         under_way = read.start < found.committed < read.end
-        return under_way and read.asked == found.read.asked and read.values.get(found.register) == found.returned
+        return (
+            under_way
+            and read.asked == found.read.asked
+            and read.values.get(found.register) == found.returned
+        )
 
 
 def _merged(one: Write, other: Write) -> Write:
@@ -158,14 +182,33 @@ def _headline(found: Violation) -> str:
         return f"{returned} no write that can have made it was begun when it ended"
     if found.kind is Kind.INVENTION:
         return f"{returned} {due} was begun {_ms(found.since - read.end)} ms after it ended"
-    verb = {Kind.FRESHNESS: "acknowledged", Kind.BOUND: "committed", Kind.SESSION: f"known to session {read.session}"}
-    slack = f" (its slack is {_ms(read.slack_s)} ms)" if read.slack_s and found.kind is not Kind.SESSION else ""
-    return f"{returned} {due} was {verb[found.kind]} {_ms(read.start - found.since)} ms before it began{slack}"
+    verb = {
+        Kind.FRESHNESS: "acknowledged",
+        Kind.BOUND: "committed",
+        Kind.SESSION: f"known to session {read.session}",
+    }
+    slack = (
+        f" (its slack is {_ms(read.slack_s)} ms)"
+        if read.slack_s and found.kind is not Kind.SESSION
+        else ""
+    )
+    return (
+        f"{returned} {due} was {verb[found.kind]} {_ms(read.start - found.since)} ms before it "
+        f"began{slack}"
+    )
 
 
 def _write_words(write: Write, origin: float) -> str:
-    committed = "commit unknown" if write.committed is None else f"committed by {_ms(write.committed - origin)}"
-    acked = "never acknowledged" if write.acked is None else f"acknowledged at {_ms(write.acked - origin)}"
+    committed = (
+        "commit unknown"
+        if write.committed is None
+        else f"committed by {_ms(write.committed - origin)}"
+    )
+    acked = (
+        "never acknowledged"
+        if write.acked is None
+        else f"acknowledged at {_ms(write.acked - origin)}"
+    )
     return f"write {write.register} = {write.version}, {committed}, {acked}"
 
 

@@ -1,4 +1,5 @@
-"""Operations for alembic that install and remove the outbox, its triggers and the trail, and have ``--autogenerate`` write them.
+"""Operations for alembic that install and remove the outbox, its triggers and the trail, and have
+``--autogenerate`` write them.
 
 In ``env.py``::
 
@@ -17,18 +18,20 @@ A revision then says what is missing in the database and what is too much::
     op.create_respcache_outbox()
     op.watch_table("accounts", tenant_column="tenant_id", shared=False)
 
-An empty list has everything removed again, and so has ``respcache_trail=False`` with the trail (``ops/trail.py``); without the
-options nothing of it is compared. A table counts as watched when its
-four triggers are there, fire always, and run the very function that would be made today: so another tenant column shows,
-a trigger that was dropped or disabled, and also a release of this library that writes another function. ``watch_table``
-mends all of these.
+An empty list has everything removed again, and so has ``respcache_trail=False`` with the trail
+(``ops/trail.py``); without the options nothing of it is compared. A table counts as watched when
+its four triggers are there, fire always, and run the very function that would be made today: so
+another tenant column shows, a trigger that was dropped or disabled, and also a release of this
+library that writes another function. ``watch_table`` mends all of these.
 
-Tables are first unwatched and then dropped, first created and then watched; a downgrade is the reverse. Where the old
-function is not recognised, it ends unwatched instead: what reads the table is then not cached.
+Tables are first unwatched and then dropped, first created and then watched; a downgrade is the
+reverse. Where the old function is not recognised, it ends unwatched instead: what reads the table
+is then not cached.
 
-Outbox, fence and trail are in no metadata: alembic is kept from proposing to drop them, in every schema. ``include_name``
-spares it reading them at all, which SQLAlchemy warns of, as it does not know their types. Another schema than ``public``,
-for them and for the tables, is named by ``respcache_schema`` and by ``schema=`` of each operation.
+Outbox, fence and trail are in no metadata: alembic is kept from proposing to drop them, in every
+schema. ``include_name`` spares it reading them at all, which SQLAlchemy warns of, as it does not
+know their types. Another schema than ``public``, for them and for the tables, is named by
+``respcache_schema`` and by ``schema=`` of each operation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -68,7 +71,8 @@ class CreateOutbox(MigrateOperation):
 
     @classmethod
     def create_respcache_outbox(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Create the outbox and the fence; rights on them are the migration's to grant (``triggers.create_outbox``)."""
+        """Create the outbox and the fence; rights on them are the migration's to grant
+        (``triggers.create_outbox``)."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> "DropOutbox":
@@ -89,7 +93,8 @@ class DropOutbox(MigrateOperation):
 
     @classmethod
     def drop_respcache_outbox(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Drop the outbox and the fence, after the last table was unwatched: nothing is cached from then on."""
+        """Drop the outbox and the fence, after the last table was unwatched: nothing is cached from
+        then on."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> CreateOutbox:
@@ -120,7 +125,8 @@ class WatchTable(MigrateOperation):
         shared: bool = False,
         schema: str = PUBLIC,
     ) -> None:
-        """Create the triggers of a table, or replace them. The options are those of ``triggers.Watched``."""
+        """Create the triggers of a table, or replace them. The options are those of
+        ``triggers.Watched``."""
         operations.invoke(cls(Watched(table, tenant_column, shared), schema))
 
     def reverse(self) -> "WatchTable | UnwatchTable":
@@ -137,7 +143,8 @@ class WatchTable(MigrateOperation):
 @Operations.register_operation("unwatch_table")
 @dataclass(eq=False)
 class UnwatchTable(MigrateOperation):
-    """Have writes to a table leave nothing. ``before`` is how it was watched so far, None where that is unknown."""
+    """Have writes to a table leave nothing. ``before`` is how it was watched so far, None where
+    that is unknown."""
 
     table: str
     schema: str = PUBLIC
@@ -149,7 +156,8 @@ class UnwatchTable(MigrateOperation):
         operations.invoke(cls(table, schema))
 
     def reverse(self) -> "WatchTable | UnwatchTable":
-        """Return the operation that undoes this one; nobody can watch a table in a way that is not known."""
+        """Return the operation that undoes this one; nobody can watch a table in a way that is not
+        known."""
         return self if self.before is None else WatchTable(self.before, self.schema)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
@@ -166,7 +174,8 @@ class CreateTrail(MigrateOperation):
 
     @classmethod
     def create_respcache_trail(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Create the trail; rights on it are the migration's to grant (``ops.trail.create_trail``)."""
+        """Create the trail; rights on it are the migration's to grant
+        (``ops.trail.create_trail``)."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> "DropTrail":
@@ -247,7 +256,11 @@ def _render_drop_outbox(context: AutogenContext, operation: DropOutbox) -> str:
 @renderers.dispatch_for(WatchTable)
 def _render_watch_table(context: AutogenContext, operation: WatchTable) -> str:
     watched = operation.watched
-    options = [repr(watched.table), f"tenant_column={watched.tenant_column!r}", f"shared={watched.shared!r}"]
+    options = [
+        repr(watched.table),
+        f"tenant_column={watched.tenant_column!r}",
+        f"shared={watched.shared!r}",
+    ]
     return _line(context, "watch_table", options, operation.schema)
 
 
@@ -272,16 +285,23 @@ def _line(context: AutogenContext, name: str, arguments: list[str], schema: str)
     return f"{context.opts['alembic_module_prefix'] or ''}{name}({given})"
 
 
-@comparators.dispatch_for("autogenerate", qualifier="postgresql", priority=DispatchPriority.LAST, subgroup="respcache")
+@comparators.dispatch_for(
+    "autogenerate", qualifier="postgresql", priority=DispatchPriority.LAST, subgroup="respcache"
+)
 def _compare(context: AutogenContext, upgrade: UpgradeOps) -> PriorityDispatchResult:
-    """Put around alembic's own operations what the database lacks of outbox and triggers, or has too much."""
-    own = [operation for operation in upgrade.ops if getattr(operation, "table_name", None) not in OURS]
+    """Put around alembic's own operations what the database lacks of outbox and triggers, or has
+    too much."""
+    own = [
+        operation for operation in upgrade.ops if getattr(operation, "table_name", None) not in OURS
+    ]
     schema = context.opts.get("respcache_schema", PUBLIC)
     wanted: Iterable[Watched] | None = context.opts.get("respcache_tables")
     before: list[MigrateOperation] = []
     after: list[MigrateOperation] = []
     if wanted is not None:
-        before, after = _differences(context, {watched.table: watched for watched in wanted}, schema)
+        before, after = _differences(
+            context, {watched.table: watched for watched in wanted}, schema
+        )
     with_trail: bool | None = context.opts.get("respcache_trail")
     if with_trail is not None and with_trail != context.inspector.has_table(TRAIL, schema=schema):
         after.append(CreateTrail(schema) if with_trail else DropTrail(schema))
@@ -315,23 +335,31 @@ def _has_outbox(context: AutogenContext, schema: str) -> bool:
     there = {name: context.inspector.has_table(name, schema=schema) for name in (OUTBOX, FENCE)}
     if any(there.values()) and not all(there.values()):
         missing, other = sorted(there, key=there.__getitem__)
-        raise ConfigurationError(f"table {missing} is missing, but {other} is there: drop it, and it is proposed anew")
+        raise ConfigurationError(
+            f"table {missing} is missing, but {other} is there: drop it, and it is proposed anew"
+        )
     return all(there.values())
 
 
 def _installed(context: AutogenContext, schema: str) -> dict[str, tuple[str | None, bool]]:
-    """Return, for every table with a trigger of ours: the function (None for several), and whether all four fire always."""
+    """Return, for every table with a trigger of ours: the function (None for several), and whether
+    all four fire always."""
     assert context.connection is not None
     rows = context.connection.execute(text(_TRIGGERS), {"schema": schema})
     return {row.table: (row.source, row.firing == len(EVENTS)) for row in rows}
 
 
-def _recognised(context: AutogenContext, table: str, source: str | None, schema: str) -> Watched | None:
-    """Tell how a table is watched, from its function: the one that would be made for one of its columns, or else None."""
+def _recognised(
+    context: AutogenContext, table: str, source: str | None, schema: str
+) -> Watched | None:
+    """Tell how a table is watched, from its function: the one that would be made for one of its
+    columns, or else None."""
     if source is None:
         return None
     columns = [column["name"] for column in context.inspector.get_columns(table, schema=schema)]
-    possible = (Watched(table, column, shared) for column in (None, *columns) for shared in (False, True))
+    possible = (
+        Watched(table, column, shared) for column in (None, *columns) for shared in (False, True)
+    )
     return next((one for one in possible if triggers.body(one, schema=schema) == source), None)
 
 

@@ -1,7 +1,7 @@
 """Sends bumps: what the outbox, a hook or a hand demands for each tenant, as one command each.
 
-There may be thousands of tenants. They are sent in portions, so that the event loop gets round to others in between and no
-command waits behind a whole portion for longer than its deadline.
+There may be thousands of tenants. They are sent in portions, so that the event loop gets round to
+others in between and no command waits behind a whole portion for longer than its deadline.
 """
 
 import asyncio
@@ -29,11 +29,19 @@ class Bumps:
         tenants = list(due)
         for start in range(0, len(tenants), AT_ONCE):
             portion = tenants[start : start + AT_ONCE]
-            found.update(zip(portion, await asyncio.gather(*(self._one(tenant, due[tenant]) for tenant in portion)), strict=True))
+            found.update(
+                zip(
+                    portion,
+                    await asyncio.gather(*(self._one(tenant, due[tenant]) for tenant in portion)),
+                    strict=True,
+                )
+            )
         return found
 
     async def _one(self, tenant: str, due: Due) -> Bumped | StoreError:
         try:
-            return await self._store.bump(generation_key(tenant), tags=due.tags, ttl_ms=self._ttl_ms, rows=due.rows)
+            return await self._store.bump(
+                generation_key(tenant), tags=due.tags, ttl_ms=self._ttl_ms, rows=due.rows
+            )
         except StoreError as error:
             return error

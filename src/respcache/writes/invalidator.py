@@ -2,14 +2,16 @@
 
 A bump runs in a task of its own: a request that is cancelled after its COMMIT cannot take it along.
 
-With an outbox (``rounds``), a bump that was not confirmed need not be remembered: its rows are in the database, and nothing
-is served from the cache before a round has found them. The answer of the write waits for that, or until no fence is alive.
-The one exception is an invalidation by hand that could not leave its rows, because the database is away, and was not confirmed
-by the server that the fence names either: nobody else knows of it.
+With an outbox (``rounds``), a bump that was not confirmed need not be remembered: its rows are in
+the database, and nothing is served from the cache before a round has found them. The answer of the
+write waits for that, or until no fence is alive. The one exception is an invalidation by hand that
+could not leave its rows, because the database is away, and was not confirmed by the server that the
+fence names either: nobody else knows of it.
 
-For that, and without an outbox, a tenant whose bump was not confirmed is *vetoed*: this process neither serves nor stores
-anything of that tenant until the floor of its generation has been raised (with an outbox: until a row demands that), which is
-tried until it succeeds. Other processes may serve that tenant's old entries until then.
+For that, and without an outbox, a tenant whose bump was not confirmed is *vetoed*: this process
+neither serves nor stores anything of that tenant until the floor of its generation has been raised
+(with an outbox: until a row demands that), which is tried until it succeeds. Other processes may
+serve that tenant's old entries until then.
 """
 
 import asyncio
@@ -40,15 +42,21 @@ Changes = Mapping[str, Collection[str]]
 """Tags by tenant."""
 
 Told = Callable[[Rows, Outcome, float], None]
-"""Hears what was bumped (tenant, tag, id of the row or nothing), what came of it, and how many seconds after the COMMIT."""
+"""Hears what was bumped (tenant, tag, id of the row or nothing), what came of it, and how many
+seconds after the COMMIT."""
 
 
 class Invalidator:
-    """Bumps generations after commits. One per cache, bound to the event loop in which ``start`` was called."""
+    """Bumps generations after commits. One per cache, bound to the event loop in which ``start``
+    was called."""
 
-    def __init__(self, store: Store, *, generation_ttl_ms: int, stats: Stats, rounds: Rounds | None = None) -> None:
+    def __init__(
+        self, store: Store, *, generation_ttl_ms: int, stats: Stats, rounds: Rounds | None = None
+    ) -> None:
         self._store = store
-        self._bumps = Bumps(store, generation_ttl_ms=generation_ttl_ms) if rounds is None else rounds.bumps
+        self._bumps = (
+            Bumps(store, generation_ttl_ms=generation_ttl_ms) if rounds is None else rounds.bumps
+        )
         self._stats = stats
         self._rounds = rounds
         self.tracing = Tracing()
@@ -56,9 +64,11 @@ class Invalidator:
         self._tasks: set[asyncio.Future[Ack]] = set()
         self._lock = threading.Lock()
         self._in_flight = 0
-        self._pending: dict[str, int] = {}  # tenant -> how often it failed; bounded by the tenants that wrote in an outage
+        # tenant -> how often it failed; bounded by the tenants that wrote in an outage
+        self._pending: dict[str, int] = {}
         self.vetoes: Collection[str] = self._pending
-        """Tenants that this process must leave the cache alone for, now and whenever it is looked at."""
+        """Tenants that this process must leave the cache alone for, now and whenever it is looked
+        at."""
         self._retrying: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self.told: Told | None = None
@@ -85,10 +95,11 @@ class Invalidator:
             self._retry()
 
     def bump(self, changes: Changes) -> asyncio.Future[Ack] | None:
-        """Begin to bump, from any thread; await in the cache's loop what becomes of it. One round trip, all tenants at once.
+        """Begin to bump, from any thread; await in the cache's loop what becomes of it. One round
+        trip, all tenants at once.
 
-        With an outbox, rows are left there first. None without a running cache: the tenants then stay vetoed until there is
-        one.
+        With an outbox, rows are left there first. None without a running cache: the tenants then
+        stay vetoed until there is one.
         """
         tags = {tenant: collapse(names) for tenant, names in changes.items() if names}
         if not self._started():
@@ -97,15 +108,19 @@ class Invalidator:
                     self._pending[tenant] = self._pending.get(tenant, 0) + 1
             return None
         if self._rounds is None:
-            return self._begin(lambda: self._telling(_without_ids(tags), self._send(tags)), tenants=len(tags))
+            return self._begin(
+                lambda: self._telling(_without_ids(tags), self._send(tags)), tenants=len(tags)
+            )
         rounds = self._rounds
         return self._begin(lambda: self._note(rounds, tags), tenants=len(tags))
 
     def committed(self, rows: Rows | None) -> asyncio.Future[Ack] | None:
-        """Begin to bump what a transaction left in the outbox; to be called, from any thread, after its COMMIT returned.
+        """Begin to bump what a transaction left in the outbox; to be called, from any thread, after
+        its COMMIT returned.
 
-        None for ``rows`` means that they are not known (a COMMIT that raised, AUTOCOMMIT): a round has to find them. Without
-        a running cache there is nothing to do: the rows are in the outbox.
+        None for ``rows`` means that they are not known (a COMMIT that raised, AUTOCOMMIT): a round
+        has to find them. Without a running cache there is nothing to do: the rows are in the
+        outbox.
         """
         rounds = self._rounds
         assert rounds is not None
@@ -113,10 +128,13 @@ class Invalidator:
         if not self._started():
             return None
         tenants = None if rows is None else len({tenant for tenant, _, _ in rows})
-        return self._begin(lambda: self._telling(rows or (), self._apply(rounds, rows, since)), tenants=tenants)
+        return self._begin(
+            lambda: self._telling(rows or (), self._apply(rounds, rows, since)), tenants=tenants
+        )
 
     async def settled(self, *, timeout_s: float) -> None:
-        """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when that takes longer."""
+        """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when
+        that takes longer."""
         if self._in_flight == 0 and not self._pending:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -124,7 +142,9 @@ class Invalidator:
         try:
             await asyncio.wait_for(waiter, timeout_s)
         except TimeoutError:
-            raise InvalidationPending(f"not confirmed after {timeout_s} s for {len(self._pending)} tenant(s)") from None
+            raise InvalidationPending(
+                f"not confirmed after {timeout_s} s for {len(self._pending)} tenant(s)"
+            ) from None
 
     async def close(self, *, timeout_s: float = 1.0) -> None:
         """Drain for a bounded time, then stop; what is still unconfirmed is logged."""
@@ -134,20 +154,27 @@ class Invalidator:
         except InvalidationPending as error:
             if self._pending:
                 log.error(
-                    "closing with unconfirmed invalidations (%s): other processes may serve old data until it expires", error
+                    "closing with unconfirmed invalidations (%s): other processes may serve old "
+                    "data until it expires",
+                    error,
                 )
-        tasks: list[asyncio.Future[Any]] = [*self._tasks, *([self._retrying] if self._retrying else [])]
+        tasks: list[asyncio.Future[Any]] = [
+            *self._tasks,
+            *([self._retrying] if self._retrying else []),
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._loop = None
 
-    # -- tasks ---------------------------------------------------------------------------------------------------------
+    # -- tasks -------------------------------------------------------------------------------------
 
     def _started(self) -> bool:
         return self._loop is not None and not self._loop.is_closed()
 
-    def _begin(self, send: Callable[[], Awaitable[Ack]], *, tenants: int | None) -> asyncio.Future[Ack]:
+    def _begin(
+        self, send: Callable[[], Awaitable[Ack]], *, tenants: int | None
+    ) -> asyncio.Future[Ack]:
         loop = self._loop
         assert loop is not None
         with self._lock:
@@ -183,19 +210,26 @@ class Invalidator:
                 self._in_flight -= 1
             self._tell_waiters()
 
-    # -- with an outbox ------------------------------------------------------------------------------------------------
+    # -- with an outbox ----------------------------------------------------------------------------
 
     async def _note(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]]) -> Ack:
-        """Make bumps that no transaction has left rows for as durable as the others, then apply them."""
+        """Make bumps that no transaction has left rows for as durable as the others, then apply
+        them."""
         since = rounds.clock()
         try:
-            rows = await rounds.outbox.note([(tenant, tag) for tenant, names in tags.items() for tag in names])
+            rows = await rounds.outbox.note(
+                [(tenant, tag) for tenant, names in tags.items() for tag in names]
+            )
         except OutboxError as error:
             log.warning("an invalidation cannot be kept in the database (%s)", error)
-            return await self._telling(_without_ids(tags), self._bump_without_rows(rounds, tags, since))
+            return await self._telling(
+                _without_ids(tags), self._bump_without_rows(rounds, tags, since)
+            )
         return await self._telling(rows, self._apply(rounds, rows, rounds.clock()))
 
-    async def _bump_without_rows(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float) -> Ack:
+    async def _bump_without_rows(
+        self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float
+    ) -> Ack:
         """Bump what no round will ever find. Only the server that fences name can confirm it."""
         bumped = await self._bump_all({tenant: Due(names) for tenant, names in tags.items()})
         if not self._vouched(rounds, bumped):
@@ -206,8 +240,13 @@ class Invalidator:
         return Ack(Outcome.CONFIRMED, _token(bumped))
 
     async def _apply(self, rounds: Rounds, rows: Rows | None, since: float) -> Ack:
-        """Bump, and tell when the write may be acknowledged. ``since``: a moment after its COMMIT."""
-        if rows is not None and not too_many(rows) and not any(tenant == EVERYBODY for tenant, _, _ in rows):
+        """Bump, and tell when the write may be acknowledged. ``since``: a moment after its
+        COMMIT."""
+        if (
+            rows is not None
+            and not too_many(rows)
+            and not any(tenant == EVERYBODY for tenant, _, _ in rows)
+        ):
             bumped = await self._bump_all(by_tenant(rows))
             servers = {None if one is None else one.server for one in bumped.values()}
             if len(servers) == 1 and (server := servers.pop()) is not None:
@@ -219,11 +258,12 @@ class Invalidator:
         return Ack(await rounds.safe(since))
 
     def _vouched(self, rounds: Rounds, bumped: Mapping[str, Bumped | None]) -> bool:
-        """Whether all of these bumps were confirmed by the server that our fence names, while it stands."""
+        """Whether all of these bumps were confirmed by the server that our fence names, while it
+        stands."""
         fence, now = rounds.fence, rounds.clock()
         return all(one is not None and fence.allows(one.server, now) for one in bumped.values())
 
-    # -- without one ---------------------------------------------------------------------------------------------------
+    # -- without one -------------------------------------------------------------------------------
 
     async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> Ack:
         failed: Iterable[str] = tags
@@ -241,7 +281,11 @@ class Invalidator:
         for tenant, one in (await self._bumps.send(due)).items():
             if isinstance(one, StoreError):
                 if self._rounds is None and tenant not in self._pending:
-                    log.warning("invalidation of tenant %s is not confirmed (%s); bypassing it until it is", tenant, one)
+                    log.warning(
+                        "invalidation of tenant %s is not confirmed (%s); bypassing it until it is",
+                        tenant,
+                        one,
+                    )
                 found[tenant] = None
             else:
                 found[tenant] = one
@@ -255,7 +299,8 @@ class Invalidator:
         self._retry()
 
     async def _demand_floor(self, tenant: str) -> bool:
-        """Invalidate all of a tenant, so that it holds for all processes. Returns whether that succeeded."""
+        """Invalidate all of a tenant, so that it holds for all processes. Returns whether that
+        succeeded."""
         if self._rounds is None:
             return (await self._bump_all({tenant: Due((FLOOR,))}))[tenant] is not None
         try:
@@ -280,7 +325,8 @@ class Invalidator:
                 if not await self._demand_floor(tenant):
                     continue  # one key that the server refuses must not hold up the other tenants
                 delay = RETRY_FIRST_S
-                if self._pending.get(tenant) == failures:  # another write may have failed while this bump was on its way
+                # another write may have failed while this bump was on its way
+                if self._pending.get(tenant) == failures:
                     del self._pending[tenant]
                     log.info("invalidation of tenant %s is confirmed", tenant)
         self._tell_waiters()

@@ -1,21 +1,25 @@
-"""The outbox as a process sees it: what a round reads and changes in PostgreSQL. ``core/fence.py`` says why.
+"""The outbox as a process sees it: what a round reads and changes in PostgreSQL. ``core/fence.py``
+says why.
 
-Connections are of a pool of its own, with the settings of the application's engine: rounds must not wait for a free one.
-Each statement is its own transaction (AUTOCOMMIT), so PgBouncer in transaction mode is fine, and every call ends within
-``deadline_s`` or raises ``OutboxError``.
+Connections are of a pool of its own, with the settings of the application's engine: rounds must not
+wait for a free one. Each statement is its own transaction (AUTOCOMMIT), so PgBouncer in transaction
+mode is fine, and every call ends within ``deadline_s`` or raises ``OutboxError``.
 
-A *page* is one statement, so one snapshot: ``pg_current_snapshot()`` names exactly what the rows beside it were read from.
-The incarnation names what must not change unnoticed: the server's start, the last reset of its statistics (a crash of the
-server does that, and may lose what was committed asynchronously), the outbox, every trigger with its function, and every
-watched table with its partitions. Of these it has the version of their rows in ``pg_class``: a rename, a rewrite, an added
-column or a partition that is attached, detached or dropped changes what is read without firing a trigger.
+A *page* is one statement, so one snapshot: ``pg_current_snapshot()`` names exactly what the rows
+beside it were read from. The incarnation names what must not change unnoticed: the server's start,
+the last reset of its statistics (a crash of the server does that, and may lose what was committed
+asynchronously), the outbox, every trigger with its function, and every watched table with its
+partitions. Of these it has the version of their rows in ``pg_class``: a rename, a rewrite, an added
+column or a partition that is attached, detached or dropped changes what is read without firing a
+trigger.
 
-A table counts as watched only if its four triggers fire always, run the function that is named after it, so writes its tag
-(two tables may have exchanged their names), and see every row: not where it inherits or is inherited from, nor where it is a
-partition itself.
+A table counts as watched only if its four triggers fire always, run the function that is named
+after it, so writes its tag (two tables may have exchanged their names), and see every row: not
+where it inherits or is inherited from, nor where it is a partition itself.
 
-A dump may bring outbox and fence into a database that has not given their numbers yet. No statement here takes such a row for
-one that was written, nor deletes by such a number; ``prune`` clears both away.
+A dump may bring outbox and fence into a database that has not given their numbers yet. No statement
+here takes such a row for one that was written, nor deletes by such a number; ``prune`` clears both
+away.
 """
 
 import asyncio
@@ -49,8 +53,9 @@ UNDEFINED = ("42P01", "3F000")
 
 
 class OwnConnections:
-    """Connections to the database of an application's engine, with its settings, in a pool of their own: what is asked over them
-    waits for no request, and no hook of the application's engine sees it. Each statement is its own transaction."""
+    """Connections to the database of an application's engine, with its settings, in a pool of their
+    own: what is asked over them waits for no request, and no hook of the application's engine sees
+    it. Each statement is its own transaction."""
 
     def __init__(self, engine: AsyncEngine, *, deadline_s: float) -> None:
         self._shared = engine
@@ -79,21 +84,26 @@ class OwnConnections:
             await engine.dispose()
 
     async def _make_engine(self) -> AsyncEngine:
-        """Make an engine whose pool has the settings and listeners of the shared one, which is connected first.
+        """Make an engine whose pool has the settings and listeners of the shared one, which is
+        connected first.
 
-        The first connection of an engine sets up its dialect. A copy of the pool that connects before would do that in its
-        place, and what the application connects meanwhile would not wait for it and fail.
+        The first connection of an engine sets up its dialect. A copy of the pool that connects
+        before would do that in its place, and what the application connects meanwhile would not
+        wait for it and fail.
         """
         async with self._shared.connect():
             pass
         if self._engine is None:  # another call may have been faster
             pool = self._shared.sync_engine.pool.recreate()
-            self._engine = create_async_engine(self._shared.url, pool=pool, isolation_level="AUTOCOMMIT")
+            self._engine = create_async_engine(
+                self._shared.url, pool=pool, isolation_level="AUTOCOMMIT"
+            )
         return self._engine
 
 
 class PostgresOutbox:
-    """The outbox in the database of ``engine`` (see ``writes/triggers.py``), shared by all processes of an application.
+    """The outbox in the database of ``engine`` (see ``writes/triggers.py``), shared by all
+    processes of an application.
 
     ``lease_s`` must be the same in all of them.
     """
@@ -114,12 +124,21 @@ class PostgresOutbox:
         self._connections = OwnConnections(engine, deadline_s=deadline_s)
         outbox, fence = f'"{schema}".{OUTBOX}', f'"{schema}".{FENCE}'
         self.own_rows = f"SELECT current_setting('{setting(schema)}', true)"
-        """What a transaction asks before its COMMIT: what its own statements left. It needs no right and no outbox."""
-        names = {"outbox": outbox, "fence": fence, "schema": schema, "function": FUNCTION, "name_bytes": MAX_NAME_BYTES}
+        """What a transaction asks before its COMMIT: what its own statements left. It needs no
+        right and no outbox."""
+        names = {
+            "outbox": outbox,
+            "fence": fence,
+            "schema": schema,
+            "function": FUNCTION,
+            "name_bytes": MAX_NAME_BYTES,
+        }
         self._page = text(_PAGE.format(**names, first_oid=FIRST_OID))
         self._claim = text(_CLAIM.format(fence=fence))
         self._record = text(_RECORD.format(fence=fence))
-        self._remaining = text(f"SELECT extract(epoch FROM until - clock_timestamp())::float8 FROM {fence}")
+        self._remaining = text(
+            f"SELECT extract(epoch FROM until - clock_timestamp())::float8 FROM {fence}"
+        )
         self._note = text(_NOTE.format(outbox=outbox))
         self._backlog = text(_BACKLOG.format(outbox=outbox))
         self._move_horizon = text(_MOVE_HORIZON.format(fence=fence))
@@ -127,13 +146,22 @@ class PostgresOutbox:
         self._delete_foreign = text(_DELETE_FOREIGN.format(outbox=outbox))
 
     async def page(self, after: Cursor | None) -> Page:
-        """Read what came after the cursor (nothing for None), and everything that a round decides by. One round trip."""
-        given = {"after": None if after is None else after.snapshot, "limit": MAX_ROWS + 1, "lease": self.lease_s * DRIFT}
+        """Read what came after the cursor (nothing for None), and everything that a round decides
+        by. One round trip."""
+        given = {
+            "after": None if after is None else after.snapshot,
+            "limit": MAX_ROWS + 1,
+            "lease": self.lease_s * DRIFT,
+        }
         row = await self._one(self._page, given)
         if row.hidden is not None:
-            raise OutboxError(f"its policies hide rows: ALTER TABLE {row.hidden} DISABLE ROW LEVEL SECURITY")
+            raise OutboxError(
+                f"its policies hide rows: ALTER TABLE {row.hidden} DISABLE ROW LEVEL SECURITY"
+            )
         if row.pruned is None:
-            raise OutboxError(f"the table {FENCE} has lost its row: INSERT INTO {FENCE} DEFAULT VALUES")
+            raise OutboxError(
+                f"the table {FENCE} has lost its row: INSERT INTO {FENCE} DEFAULT VALUES"
+            )
         rows = msgspec.json.decode(row.rows, type=list[tuple[str, str, str]]) if row.rows else []
         return Page(
             cursor=Cursor(row.snapshot, row.taken_at),
@@ -153,42 +181,57 @@ class PostgresOutbox:
         )
 
     async def backlog(self, after: Cursor) -> tuple[int, float]:
-        """Count what came after the cursor, as far as a round would replay it, and tell how old the oldest of it is."""
+        """Count what came after the cursor, as far as a round would replay it, and tell how old the
+        oldest of it is."""
         row = await self._one(self._backlog, {"after": after.snapshot, "limit": MAX_ROWS + 1})
         return row.waiting, row.oldest_s or 0.0
 
     async def claim(self, identity: str, *, instead_of: str | None) -> None:
-        """Make a server the authority, if that is still the other one. It becomes effective when no fence can be alive."""
+        """Make a server the authority, if that is still the other one. It becomes effective when no
+        fence can be alive."""
         await self._run(self._claim, {"identity": identity, "instead_of": instead_of})
 
     async def record(self, identity: str) -> None:
-        """See to it that ``until`` is two leases ahead, as long as this server is the authority and effective."""
+        """See to it that ``until`` is two leases ahead, as long as this server is the authority and
+        effective."""
         await self._run(self._record, {"identity": identity, "lease": self.lease_s})
 
     async def remaining_s(self) -> float:
-        """Tell for how long any fence of any process can still be alive (below 0: none is). One round trip."""
+        """Tell for how long any fence of any process can still be alive (below 0: none is). One
+        round trip."""
         row = await self._one(self._remaining, {})
         if row is None:
             raise OutboxError(f"the table {FENCE} has lost its row")
         return float(row[0])
 
     async def note(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
-        """Leave rows for (tenant, tag) in a transaction of their own: for what no trigger sees. Returns (tenant, tag, id)."""
+        """Leave rows for (tenant, tag) in a transaction of their own: for what no trigger sees.
+        Returns (tenant, tag, id)."""
         found = []
         async with self._connections.connected() as connection:
             for tenant, tag in pairs:
-                found.append(tuple((await connection.execute(self._note, {"tenant": tenant, "tag": tag})).one()))
+                found.append(
+                    tuple(
+                        (await connection.execute(self._note, {"tenant": tenant, "tag": tag})).one()
+                    )
+                )
         return found
 
     async def prune(self) -> int:
-        """Delete some of the rows that everybody has read or need not read any more, or that came with a dump; return how many.
+        """Delete some of the rows that everybody has read or need not read any more, or that came
+        with a dump; return how many.
 
         Three round trips.
         """
         async with self._connections.connected() as connection:
             await connection.execute(self._move_horizon, {"retention": self._retention_s})
             deletes = (self._delete, self._delete_foreign)
-            return sum([(await connection.execute(delete, {"limit": MAX_DELETED})).rowcount for delete in deletes])
+            return sum(
+                [
+                    (await connection.execute(delete, {"limit": MAX_DELETED})).rowcount
+                    for delete in deletes
+                ]
+            )
 
     async def close(self) -> None:
         """Disconnect."""
@@ -248,7 +291,8 @@ SELECT CAST(pg_current_snapshot() AS text) AS snapshot,
                       FROM family JOIN pg_class c ON c.oid = family.member))) AS incarnation
 FROM (SELECT 1) AS always LEFT JOIN {fence} AS fence ON true
 """
-"""The version of a row in ``pg_class`` changes with everything that DDL does to the table; VACUUM and ANALYZE leave it."""
+"""The version of a row in ``pg_class`` changes with everything that DDL does to the table; VACUUM
+and ANALYZE leave it."""
 
 _BACKLOG = """
 SELECT count(*) AS waiting, CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8) AS oldest_s FROM (
@@ -279,8 +323,8 @@ UPDATE {fence} SET horizon = pg_snapshot_xmin(pg_current_snapshot()), horizon_at
 WHERE horizon_at < clock_timestamp() - make_interval(secs => CAST(:retention AS float8))
    OR pruned > pg_snapshot_xmax(pg_current_snapshot())
 """
-"""A number from the future stands for no row that was deleted here. In its place comes one that is not too low: to every
-cursor from before this moment it says that something may be missing."""
+"""A number from the future stands for no row that was deleted here. In its place comes one that is
+not too low: to every cursor from before this moment it says that something may be missing."""
 
 _DELETE = """
 DELETE FROM {outbox} WHERE (xid, tenant, tag) IN (

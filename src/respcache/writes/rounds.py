@@ -1,7 +1,9 @@
-"""Rounds: how this process proves, again and again, that it has seen every committed write. ``core/fence.py`` says why.
+"""Rounds: how this process proves, again and again, that it has seen every committed write.
+``core/fence.py`` says why.
 
-A round costs one round trip to the store and one to the database when nothing was written; what was written by others
-costs one bump per tenant more. Nothing in a request waits for a round, but a writer whose bump was not confirmed.
+A round costs one round trip to the store and one to the database when nothing was written; what was
+written by others costs one bump per tenant more. Nothing in a request waits for a round, but a
+writer whose bump was not confirmed.
 """
 
 import asyncio
@@ -17,7 +19,19 @@ from typing import Any, Protocol
 
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import OutboxError, OutboxMissing, StoreError, StoreUnavailable
-from respcache.core.fence import DRIFT, MAX_ROWS, PERIOD_S, Due, Fence, Outcome, Page, Step, by_tenant, next_step, outdated
+from respcache.core.fence import (
+    DRIFT,
+    MAX_ROWS,
+    PERIOD_S,
+    Due,
+    Fence,
+    Outcome,
+    Page,
+    Step,
+    by_tenant,
+    next_step,
+    outdated,
+)
 from respcache.ops.tracing import Tracing
 from respcache.stores.base import Store
 from respcache.writes.bumps import Bumps
@@ -25,17 +39,20 @@ from respcache.writes.bumps import Bumps
 log = logging.getLogger("respcache")
 
 SAVE_CURSOR_S = 30.0
-"""How old the cursor in the epoch's record may become: a process that starts replays what came after it."""
+"""How old the cursor in the epoch's record may become: a process that starts replays what came
+after it."""
 
 SOONER = 0.25
 """A round that failed is repeated after this share of the usual pause."""
 
 PRUNE_S = 5.0
 LOST_AUTHORITY_S = 30.0
-"""A server that was the authority and is it no more is not claimed again for this long: two servers must not alternate."""
+"""A server that was the authority and is it no more is not claimed again for this long: two servers
+must not alternate."""
 
 MAX_STEPS = 6
-"""Repetitions of a round that has changed what it is decided by (a new epoch, a claim, ``until``) before it gives up."""
+"""Repetitions of a round that has changed what it is decided by (a new epoch, a claim, ``until``)
+before it gives up."""
 
 BACKLOG_S = 0.5
 """How often the rows that wait are counted while the store is away."""
@@ -49,14 +66,17 @@ class Outbox(Protocol):
 
     lease_s: float
     own_rows: str
-    """SQL that yields one value: what a transaction has left, as JSON arrays [tenant, tag, id] between commas."""
+    """SQL that yields one value: what a transaction has left, as JSON arrays [tenant, tag, id]
+    between commas."""
 
     async def page(self, after: Cursor | None) -> Page:
-        """Read, in one snapshot, the rows that the cursor has not seen (none for None) and the fence row."""
+        """Read, in one snapshot, the rows that the cursor has not seen (none for None) and the
+        fence row."""
         ...
 
     async def backlog(self, after: Cursor) -> tuple[int, float]:
-        """Count the rows that the cursor has not seen, up to more than a round replays; tell how old the oldest is."""
+        """Count the rows that the cursor has not seen, up to more than a round replays; tell how
+        old the oldest is."""
         ...
 
     async def claim(self, identity: str, *, instead_of: str | None) -> None:
@@ -64,7 +84,8 @@ class Outbox(Protocol):
         ...
 
     async def record(self, identity: str) -> None:
-        """See to it that ``until`` is more than a lease ahead, as long as this server is the authority and effective."""
+        """See to it that ``until`` is more than a lease ahead, as long as this server is the
+        authority and effective."""
         ...
 
     async def remaining_s(self) -> float:
@@ -72,11 +93,13 @@ class Outbox(Protocol):
         ...
 
     async def note(self, pairs: Iterable[tuple[str, str]]) -> Rows:
-        """Leave rows for (tenant, tag), committed when this returns. Returns them with their ids."""
+        """Leave rows for (tenant, tag), committed when this returns. Returns them with their
+        ids."""
         ...
 
     async def prune(self) -> int:
-        """Delete some rows that nobody needs, and what came with the dump of another database; return how many."""
+        """Delete some rows that nobody needs, and what came with the dump of another database;
+        return how many."""
         ...
 
     async def close(self) -> None:
@@ -84,14 +107,17 @@ class Outbox(Protocol):
         ...
 
 
-boottime: Callable[[], float] = partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+boottime: Callable[[], float] = partial(
+    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+)
 """Seconds that run on while the machine is suspended, where the system has such a clock."""
 
 
 class Rounds:
     """The rounds of one process. ``fence`` and ``tables`` are read on the way of every request.
 
-    ``functions`` and ``deferred`` are of the last page too: what may write without a statement that says so.
+    ``functions`` and ``deferred`` are of the last page too: what may write without a statement that
+    says so.
     """
 
     def __init__(
@@ -130,15 +156,19 @@ class Rounds:
         self._adopted_at = float("-inf")
         self._cursor: Cursor | None = None
         self._vouched = float("-inf")  # m0 of the last round that was completed
-        self._applied: OrderedDict[str, None] = OrderedDict()  # ids of rows that were bumped here and no round has met yet
+        # ids of rows that were bumped here and no round has met yet
+        self._applied: OrderedDict[str, None] = OrderedDict()
         self._lost: tuple[str, float] = ("", float("-inf"))
         self._pruned_at = float("-inf")
         self._counted_at = float("-inf")
-        self._known_since: float | None = None  # since when this process knows which tables are covered
+        # since when this process knows which tables are covered
+        self._known_since: float | None = None
         self._missing_since: float | None = None  # since when there has been no outbox
-        self._covered_until: dict[str, float] = {}  # tables that were covered: until when others may think so
+        # tables that were covered: until when others may think so
+        self._covered_until: dict[str, float] = {}
         self._unsound: frozenset[str] = frozenset()
-        self._waiting: dict[asyncio.Future[None], float] = {}  # writers: each for a round that begins after its moment
+        # writers: each for a round that begins after its moment
+        self._waiting: dict[asyncio.Future[None], float] = {}
         self._hint = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
@@ -149,11 +179,13 @@ class Rounds:
 
     @property
     def age_s(self) -> float | None:
-        """Tell how long ago the moment is up to which this process has seen every write; None before the first round."""
+        """Tell how long ago the moment is up to which this process has seen every write; None
+        before the first round."""
         return self.clock() - self._vouched if self.completed else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures of the stats endpoint: the fence, what waits in the outbox, and what went wrong last."""
+        """Return the figures of the stats endpoint: the fence, what waits in the outbox, and what
+        went wrong last."""
         age_s = self.age_s
         return {
             "alive": self.alive,
@@ -174,9 +206,11 @@ class Rounds:
         return self.tables.issuperset(tables)
 
     def believed(self, table: str) -> bool:
-        """Whether some process may still believe that writes to this table leave rows, and serve what was read from it.
+        """Whether some process may still believe that writes to this table leave rows, and serve
+        what was read from it.
 
-        Not before a lease has gone by since this process learnt that they do not: then everybody has, or has no fence.
+        Not before a lease has gone by since this process learnt that they do not: then everybody
+        has, or has no fence.
         """
         if table in self.tables or self._known_since is None:
             return True
@@ -186,10 +220,13 @@ class Rounds:
         """Whether this may be so for any table at all."""
         if self.tables or self._known_since is None:
             return True
-        return self.clock() < max((self._known_since + self._lease_s, *self._covered_until.values()))
+        return self.clock() < max(
+            (self._known_since + self._lease_s, *self._covered_until.values())
+        )
 
     async def start(self) -> None:
-        """Run the first round, then go on in the background. Never raises because something is away."""
+        """Run the first round, then go on in the background. Never raises because something is
+        away."""
         await self._once()
         self._running = asyncio.create_task(self._run())
 
@@ -203,24 +240,30 @@ class Rounds:
         await self.outbox.close()
 
     def applied(self, rows: Rows, server: str) -> None:
-        """Note that these rows were bumped on this server life: the next round need not do it again."""
+        """Note that these rows were bumped on this server life: the next round need not do it
+        again."""
         if self._epoch is not None and server == self._epoch.server:
             self._applied.update((row, None) for _, _, row in rows)
-            while len(self._applied) > MAX_ROWS:  # the oldest were met by a round that was faster than this call
+            # the oldest were met by a round that was faster than this call
+            while len(self._applied) > MAX_ROWS:
                 self._applied.popitem(last=False)
 
     async def safe(self, since: float) -> Outcome:
-        """Return when no process can serve what was valid before ``since`` (a moment of ``clock`` after a COMMIT).
+        """Return when no process can serve what was valid before ``since`` (a moment of ``clock``
+        after a COMMIT).
 
-        That is when a round that began later has been completed here in an epoch that is older than a lease (it has bumped
-        the rows of that commit, or every fence that misses them has ended), or when no such fence can be alive: after a lease
-        at most, and at once when the store has been away for longer.
+        That is when a round that began later has been completed here in an epoch that is older than
+        a lease (it has bumped the rows of that commit, or every fence that misses them has ended),
+        or when no such fence can be alive: after a lease at most, and at once when the store has
+        been away for longer.
         """
         caught_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[caught_up] = since
         self._hint.set()
         try:
-            async with asyncio.timeout(max(0.0, since + self.outbox.lease_s * DRIFT - self.clock())):
+            async with asyncio.timeout(
+                max(0.0, since + self.outbox.lease_s * DRIFT - self.clock())
+            ):
                 remaining_s = await self._remaining_s()
                 await asyncio.wait({caught_up}, timeout=remaining_s * DRIFT)
         except TimeoutError:
@@ -230,7 +273,8 @@ class Rounds:
         return Outcome.CONFIRMED if caught_up.done() else Outcome.SAFE
 
     async def caught_up(self) -> None:
-        """Return when a round has been completed that began after this call: what is committed now has been bumped.
+        """Return when a round has been completed that began after this call: what is committed now
+        has been bumped.
 
         Without end while there is none.
         """
@@ -245,7 +289,11 @@ class Rounds:
         try:
             return max(0.0, await self.outbox.remaining_s())
         except OutboxMissing:  # nobody has completed a round since the first that found it missing
-            return self._lease_s if self._missing_since is None else max(0.0, self._missing_since + self._lease_s - self.clock())
+            return (
+                self._lease_s
+                if self._missing_since is None
+                else max(0.0, self._missing_since + self._lease_s - self.clock())
+            )
         except OutboxError:
             return self.outbox.lease_s
 
@@ -256,7 +304,9 @@ class Rounds:
 
     async def _run(self) -> None:
         while True:
-            pause_s = self._period_s * (0.8 + 0.4 * self._jitter()) * (SOONER if self.problem else 1)
+            pause_s = (
+                self._period_s * (0.8 + 0.4 * self._jitter()) * (SOONER if self.problem else 1)
+            )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hint.wait(), pause_s)
             self._hint.clear()
@@ -264,7 +314,8 @@ class Rounds:
             await self._housekeeping()
 
     async def _once(self) -> None:
-        """Run a round, and again when it has changed what it is decided by. Keeps what went wrong in ``problem``."""
+        """Run a round, and again when it has changed what it is decided by. Keeps what went wrong
+        in ``problem``."""
         try:
             for _ in range(MAX_STEPS):
                 if await self._round():
@@ -278,10 +329,14 @@ class Rounds:
         except Exception as error:
             self.failed += 1
             self.problem = f"{type(error).__name__}: {error}"
-            log.exception("a round failed in an unforeseen way; nothing is served from the cache until one succeeds")
+            log.exception(
+                "a round failed in an unforeseen way; nothing is served from the cache until one "
+                "succeeds"
+            )
 
     async def _round(self) -> bool:
-        """Take one step. Returns whether a fence was granted; False: try again at once. Raises when that is of no use."""
+        """Take one step. Returns whether a fence was granted; False: try again at once. Raises when
+        that is of no use."""
         m0 = self.clock()
         try:
             record, identity = await self._store.epoch()
@@ -331,8 +386,10 @@ class Rounds:
         self.pending_rows, self.pending_s = len(page.rows), page.oldest_s
         if page.unsound - self._unsound:
             log.warning(
-                "not cached: reads of %s, whose triggers do not fire always, write the tag of another table, or miss what is"
-                " written to a parent or child; watch_table (respcache.writes.alembic) mends all but the last",
+                "not cached: reads of %s, whose triggers do not fire always, write the tag of "
+                "another table, or miss what is"
+                " written to a parent or child; watch_table (respcache.writes.alembic) mends all "
+                "but the last",
                 ", ".join(sorted(page.unsound)),
             )
         self._unsound = page.unsound
@@ -344,7 +401,9 @@ class Rounds:
             self._known_since = now
         until = now + self._lease_s
         self._covered_until.update((table, until) for table in self.tables - tables)
-        self._covered_until = {table: end for table, end in self._covered_until.items() if end > now}
+        self._covered_until = {
+            table: end for table, end in self._covered_until.items() if end > now
+        }
         self.tables = tables
 
     async def _step(self, page: Page, identity: str, m0: float, record: Epoch | None) -> bool:
@@ -354,7 +413,9 @@ class Rounds:
             self.problem = "the authority was claimed"
             return False
         if step is Step.WAIT:
-            raise OutboxError("this server is the authority, but fences of the former one may be alive")
+            raise OutboxError(
+                "this server is the authority, but fences of the former one may be alive"
+            )
         if step is Step.RECORD:
             await self.outbox.record(identity)
             self.problem = "until was recorded"
@@ -375,7 +436,8 @@ class Rounds:
         self._vouched = max(self._vouched, m0)
         self.completed += 1
         self.problem = ""
-        # rows that are older than the epoch were not bumped: fences of the former epoch, of other processes, must have ended
+        # rows that are older than the epoch were not bumped: fences of the former epoch, of other
+        # processes, must have ended
         alone = self.clock() >= self._adopted_at + self.outbox.lease_s * DRIFT
         for future, since in self._waiting.items():
             if m0 < since:
@@ -385,7 +447,10 @@ class Rounds:
 
     def _adopt(self, epoch: Epoch) -> None:
         """Live in this epoch from now on, having seen what its cursor has seen."""
-        if self._epoch is None or (self._epoch.token, self._epoch.identity) != (epoch.token, epoch.identity):
+        if self._epoch is None or (self._epoch.token, self._epoch.identity) != (
+            epoch.token,
+            epoch.identity,
+        ):
             self._epoch, self._cursor = epoch, epoch.cursor
             self._adopted_at = self.clock()
             self._applied.clear()
@@ -394,16 +459,23 @@ class Rounds:
     async def _renew(self, old: Epoch | None, identity: str, page: Page, reason: str) -> bool:
         """Begin a new epoch from this page's snapshot, unless another process was faster."""
         mine = Epoch(self._token(), identity, page.incarnation, page.cursor)
-        held, named = await self._store.epoch(mine, replacing="" if old is None else old.token, ttl_ms=self._ttl_ms)
+        held, named = await self._store.epoch(
+            mine, replacing="" if old is None else old.token, ttl_ms=self._ttl_ms
+        )
         if held != mine or named != identity:
             return False
-        log.log(logging.INFO if old is None else logging.WARNING, "a new epoch begins, everything cached is invalid: %s", reason)
+        log.log(
+            logging.INFO if old is None else logging.WARNING,
+            "a new epoch begins, everything cached is invalid: %s",
+            reason,
+        )
         self.epochs += 1
         self._adopt(mine)
         return True
 
     async def _bump(self, due: Mapping[str, Due]) -> None:
-        """Bump what is due. Raises unless all of it was confirmed by this very server life, in this epoch."""
+        """Bump what is due. Raises unless all of it was confirmed by this very server life, in this
+        epoch."""
         assert self._epoch is not None
         if not due:
             return
@@ -417,7 +489,11 @@ class Rounds:
 
     async def _claim(self, page: Page, identity: str) -> None:
         now = self.clock()
-        if page.authority is not None and self.fence.server.endswith(f":{identity}") and self._lost[0] != identity:
+        if (
+            page.authority is not None
+            and self.fence.server.endswith(f":{identity}")
+            and self._lost[0] != identity
+        ):
             self._lost = (identity, now)
         if self._lost[0] == identity and now - self._lost[1] < LOST_AUTHORITY_S:
             raise OutboxError("another server has become the authority")
@@ -427,11 +503,14 @@ class Rounds:
     async def _save_cursor(self) -> None:
         assert self._epoch is not None
         assert self._cursor is not None
-        epoch = Epoch(self._epoch.token, self._epoch.identity, self._epoch.incarnation, self._cursor)
+        epoch = Epoch(
+            self._epoch.token, self._epoch.identity, self._epoch.incarnation, self._cursor
+        )
         await self._store.epoch(epoch, replacing=epoch.token, ttl_ms=self._ttl_ms)
 
     async def _look_at_backlog(self) -> None:
-        """Count what waits while the store is away, for those who look at it, and learn what has become of the triggers."""
+        """Count what waits while the store is away, for those who look at it, and learn what has
+        become of the triggers."""
         now = self.clock()
         if now - self._counted_at < BACKLOG_S:
             return

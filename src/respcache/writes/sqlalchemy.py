@@ -1,21 +1,27 @@
-"""Writes are seen, not remembered: hooks on a SQLAlchemy engine that tell the cache what each transaction changed.
+"""Writes are seen, not remembered: hooks on a SQLAlchemy engine that tell the cache what each
+transaction changed.
 
-Seen are the ORM's unit of work, bulk and Core statements of every session and connection of the watched engine. ``text()``
-that changes data is refused unless it says what it changes (``execution_options(respcache_writes=("accounts",),
-respcache_tenant=...)``). Not seen: other engines, COPY through the driver, functions that write when selected, psql.
+Seen are the ORM's unit of work, bulk and Core statements of every session and connection of the
+watched engine. ``text()`` that changes data is refused unless it says what it changes
+(``execution_options(respcache_writes=("accounts",), respcache_tenant=...)``). Not seen: other
+engines, COPY through the driver, functions that write when selected, psql.
 
-With an outbox (``Cache(outbox=...)``) the database's triggers see all of that, so no read is older than a lease; the hooks make
-the writer's own answer wait. They note *that* a transaction may write, and ask before COMMIT what its statements have left in
-the outbox. What they take for a write is text with a verb anywhere in it, a call of a volatile function of the database, and
-what says ``execution_options(respcache_writes=...)``. Where there may be more than a transaction can tell before COMMIT, a round
-has to find it: with deferrable constraint triggers, in AUTOCOMMIT, and where a table that others may still take for watched
-left nothing. What passes SQLAlchemy by (COPY through the driver), or calls a writing function through a view or an operator,
-delays no answer: say ``cache.committed(None)`` after its COMMIT.
+With an outbox (``Cache(outbox=...)``) the database's triggers see all of that, so no read is older
+than a lease; the hooks make the writer's own answer wait. They note *that* a transaction may write,
+and ask before COMMIT what its statements have left in the outbox. What they take for a write is
+text with a verb anywhere in it, a call of a volatile function of the database, and what says
+``execution_options(respcache_writes=...)``. Where there may be more than a transaction can tell
+before COMMIT, a round has to find it: with deferrable constraint triggers, in AUTOCOMMIT, and where
+a table that others may still take for watched left nothing. What passes SQLAlchemy by (COPY through
+the driver), or calls a writing function through a view or an operator, delays no answer: say
+``cache.committed(None)`` after its COMMIT.
 
-A change is told after the outermost COMMIT has returned, or has raised (its outcome is then unknown). SQLAlchemy's events do
-not offer that moment: the engine's ``commit`` is dispatched before the COMMIT is sent, the session's ``after_commit`` also
-for a savepoint and for a session that joined somebody else's transaction. So the dialect's own ``do_commit`` is wrapped:
-it is called exactly when a COMMIT is sent. Read in SQLAlchemy 2.1: ``engine/base.py`` ``Connection._commit_impl``.
+A change is told after the outermost COMMIT has returned, or has raised (its outcome is then
+unknown). SQLAlchemy's events do not offer that moment: the engine's ``commit`` is dispatched before
+the COMMIT is sent, the session's ``after_commit`` also for a savepoint and for a session that
+joined somebody else's transaction. So the dialect's own ``do_commit`` is wrapped:
+it is called exactly when a COMMIT is sent. Read in SQLAlchemy 2.1: ``engine/base.py``
+``Connection._commit_impl``.
 """
 
 import logging
@@ -58,7 +64,8 @@ MAX_FACTS = 4096
 class Transaction:
     """One database transaction: since when, and what it changed, by tenant.
 
-    With an outbox: ``doubtful`` when it may have written after all, and the tables that it says to have changed.
+    With an outbox: ``doubtful`` when it may have written after all, and the tables that it says to
+    have changed.
     """
 
     began: int = field(default_factory=tick)
@@ -77,20 +84,23 @@ class Transaction:
         self.touch()
 
     def touch(self) -> None:
-        """Remember that something may change; the answer of the current request has to wait for the end of this."""
+        """Remember that something may change; the answer of the current request has to wait for the
+        end of this."""
         self.wrote = True
         self.doubt()
         if self.record is not None:
             self.record.wrote = True
 
     def expect(self, targets: frozenset[str]) -> None:
-        """Remember which tables change, each of which leaves something in the outbox if it is watched; none: unknown ones."""
+        """Remember which tables change, each of which leaves something in the outbox if it is
+        watched; none: unknown ones."""
         self.touch()
         self.newest = (targets or UNKNOWN) - self.targets
         self.targets |= self.newest
 
     def doubt(self) -> None:
-        """Remember that something might: to be asked for before COMMIT, for which the answer waits too."""
+        """Remember that something might: to be asked for before COMMIT, for which the answer waits
+        too."""
         self.doubtful = True
         record = current.get()
         if record is not None:
@@ -109,10 +119,11 @@ def watch(
 ) -> "Watch":
     """Watch an engine on behalf of a cache. Returns the watch, whose ``close`` ends it.
 
-    ``tenant_column`` names the tenant in each table; ``tenant_is`` names another column for some (``{"tenants": "id"}``).
-    Rows whose tenant is NULL and rows of the ``shared`` tables also count as changes of data shared by all tenants
-    (``core.keys.SHARED``), which a resolver may take as the home of callers without a tenant. Cached reads may depend only
-    on tables with a tenant column.
+    ``tenant_column`` names the tenant in each table; ``tenant_is`` names another column for some
+    (``{"tenants": "id"}``). Rows whose tenant is NULL and rows of the ``shared`` tables also count
+    as changes of data shared by all tenants (``core.keys.SHARED``), which a resolver may take as
+    the home of callers without a tenant. Cached reads may depend only on tables with a tenant
+    column.
     """
     schema = Schema(metadata, tenant_column=tenant_column, tenant_is=tenant_is or {})
     sync = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
@@ -122,7 +133,9 @@ def watch(
 class Watch:
     """The hooks on one engine."""
 
-    def __init__(self, engine: Engine, cache: "Cache", schema: Schema, shared: frozenset[str]) -> None:
+    def __init__(
+        self, engine: Engine, cache: "Cache", schema: Schema, shared: frozenset[str]
+    ) -> None:
         self._engine = engine
         self._cache = cache
         self._schema = schema
@@ -155,7 +168,8 @@ class Watch:
             self._engine.dialect.__dict__.pop(name, None)
 
     def _wrap(self, name: str, *, committed: bool) -> None:
-        """Learn when a transaction has ended: replace one method of this engine's dialect by one that tells."""
+        """Learn when a transaction has ended: replace one method of this engine's dialect by one
+        that tells."""
         original = getattr(self._engine.dialect, name)
 
         def ended(connection: Any, *args: Any, **options: Any) -> Any:
@@ -164,7 +178,9 @@ class Watch:
             try:
                 left = self._own_rows(connection, transaction) if name == "do_commit" else None
                 result = original(connection, *args, **options)
-                rows = left  # only of a COMMIT that has returned: one whose outcome is unknown may still lie ahead
+                # only of a COMMIT that has returned: one whose outcome is unknown may still lie
+                # ahead
+                rows = left
             finally:
                 if transaction is not None:
                     self._ended(transaction, rows, committed=committed)
@@ -173,10 +189,12 @@ class Watch:
         setattr(self._engine.dialect, name, ended)
 
     def _own_rows(self, connection: Any, transaction: Transaction | None) -> Rows | None:
-        """Ask what the transaction has left in the outbox: one round trip, for those that may have written.
+        """Ask what the transaction has left in the outbox: one round trip, for those that may have
+        written.
 
-        None when that is not the whole of it, or cannot be known. The cursor is the driver's own, below all events. What it
-        raises must reach the application: the transaction is then aborted, and a COMMIT would roll it back without a word.
+        None when that is not the whole of it, or cannot be known. The cursor is the driver's own,
+        below all events. What it raises must reach the application: the transaction is then
+        aborted, and a COMMIT would roll it back without a word.
         """
         rounds = self._cache.rounds
         if rounds is None or transaction is None or not transaction.doubtful:
@@ -193,7 +211,10 @@ class Watch:
             return None
         tags = {tag for _, tag, _ in rows}
         silent = (table for table in transaction.targets if table_tag(table) not in tags)
-        if any(rounds.believed(table) if table else not rows and rounds.believed_any() for table in silent):
+        if any(
+            rounds.believed(table) if table else not rows and rounds.believed_any()
+            for table in silent
+        ):
             return None
         return rows
 
@@ -213,13 +234,19 @@ class Watch:
         elif changes:
             self._cache.changed(changes)
 
-    # -- engine events -------------------------------------------------------------------------------------------------
+    # -- engine events -----------------------------------------------------------------------------
 
     def _begin(self, connection: Connection) -> None:
         _info(connection)[_KEY] = Transaction()
 
     def _before_execute(
-        self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
+        self,
+        connection: Connection,
+        cursor: Any,
+        sql: str,
+        parameters: Any,
+        context: Any,
+        executemany: bool,
     ) -> None:
         facts = self._facts_of(sql, context)
         transaction: Transaction = _info(connection).setdefault(_KEY, Transaction())
@@ -239,15 +266,26 @@ class Watch:
             self._note_reads(record, transaction, facts, connection, context.execution_options)
 
     def _after_execute(
-        self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
+        self,
+        connection: Connection,
+        cursor: Any,
+        sql: str,
+        parameters: Any,
+        context: Any,
+        executemany: bool,
     ) -> None:
         transaction: Transaction | None = _info(connection).get(_KEY)
-        if transaction is not None and cursor.rowcount == 0 and self._facts_of(sql, context).counted:
+        if (
+            transaction is not None
+            and cursor.rowcount == 0
+            and self._facts_of(sql, context).counted
+        ):
             transaction.targets -= transaction.newest
         self._tell_in_autocommit(connection)
 
     def _failed(self, context: ExceptionContext) -> None:
-        """In AUTOCOMMIT a statement that raised may have been carried out: the connection broke before its answer came."""
+        """In AUTOCOMMIT a statement that raised may have been carried out: the connection broke
+        before its answer came."""
         if context.connection is not None and context.execution_context is not None:
             transaction: Transaction | None = _info(context.connection).get(_KEY)
             if transaction is not None:  # elsewhere it has changed nothing
@@ -257,7 +295,11 @@ class Watch:
     def _tell_in_autocommit(self, connection: Connection) -> None:
         """There a statement is its own transaction: whatever is rolled back later, it stays."""
         transaction: Transaction | None = _info(connection).get(_KEY)
-        if transaction is None or not transaction.doubtful or _isolation(connection) != "AUTOCOMMIT":
+        if (
+            transaction is None
+            or not transaction.doubtful
+            or _isolation(connection) != "AUTOCOMMIT"
+        ):
             return
         if self._cache.rounds is not None:  # without one, what is only doubtful is nothing
             transaction.touch()
@@ -278,7 +320,7 @@ class Watch:
                 facts = self._compiled[compiled] = self._schema.facts_of_compiled(compiled, sql)
         return facts
 
-    # -- changes -------------------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------
 
     def _note(self, transaction: Transaction, change: Change, sql: str, context: Any) -> None:
         tables = (change.table, *change.cascades)
@@ -293,24 +335,34 @@ class Watch:
             transaction.unresolved.add(change.table)
         else:
             raise UndeclaredWrite(
-                f"cannot tell whose rows of {change.table!r} this changes: demand {column} = ... in its WHERE clause, or say "
+                f"cannot tell whose rows of {change.table!r} this changes: demand {column} = ... "
+                f"in its WHERE clause, or say "
                 f"execution_options(respcache_tenant=...): {_shortened(sql)}"
             )
 
-    def _note_declared(self, transaction: Transaction, sql: str, options: Mapping[str, Any]) -> None:
+    def _note_declared(
+        self, transaction: Transaction, sql: str, options: Mapping[str, Any]
+    ) -> None:
         """Take the word of a statement that cannot be understood, or refuse it."""
         tables = options.get("respcache_writes")
         tenants = _declared_tenants(options)
         if tables is None or (tables and not tenants):
             raise UndeclaredWrite(
-                "cannot tell what this statement changes: say execution_options(respcache_writes=(tables...), "
-                f"respcache_tenant=...), or respcache_writes=() if it changes no rows: {_shortened(sql)}"
+                "cannot tell what this statement changes: say "
+                "execution_options(respcache_writes=(tables...), "
+                f"respcache_tenant=...), or respcache_writes=() if it changes no rows: "
+                f"{_shortened(sql)}"
             )
         for tenant in tenants if tables else ():
             transaction.note(tenant, tables)
 
     def _note_reads(
-        self, record: Record, transaction: Transaction, facts: Facts, connection: Connection, options: Mapping[str, Any]
+        self,
+        record: Record,
+        transaction: Transaction,
+        facts: Facts,
+        connection: Connection,
+        options: Mapping[str, Any],
     ) -> None:
         reads = record.reads
         assert reads is not None
@@ -326,14 +378,22 @@ class Watch:
         if transaction.began < reads.captured_at:
             session = transaction.session() if transaction.session is not None else None
             held = session is not None and len(session.identity_map) > 0
-            # in a transaction that may have written, rows are seen that nobody else will see if it is rolled back
-            reads.old_snapshot |= held or transaction.doubtful or _isolation(connection) in _OLD_SNAPSHOTS
+            # in a transaction that may have written, rows are seen that nobody else will see if it
+            # is rolled back
+            reads.old_snapshot |= (
+                held or transaction.doubtful or _isolation(connection) in _OLD_SNAPSHOTS
+            )
 
     def _say_misspelt(self, tenant: str, table: str) -> None:
         if self._cache.first_time(f"misspelt: {table}"):
-            log.warning("not cached: reads of %s for tenant %r, which its rows spell otherwise; mend Scope.tenant", table, tenant)
+            log.warning(
+                "not cached: reads of %s for tenant %r, which its rows spell otherwise; mend "
+                "Scope.tenant",
+                table,
+                tenant,
+            )
 
-    # -- session events: whose rows a flush changes ---------------------------------------------------------------------
+    # -- session events: whose rows a flush changes ------------------------------------------------
 
     def _session_begun(self, session: Session, _: Any, connection: Connection) -> None:
         transaction: Transaction | None = _info(connection).get(_KEY)
@@ -345,7 +405,8 @@ class Watch:
             record.sessions.append(transaction.session)
 
     def _before_flush(self, session: Session, flush_context: Any, instances: Any) -> None:
-        """Load the tenant of what changes while statements may still be sent: an expired object no longer knows it."""
+        """Load the tenant of what changes while statements may still be sent: an expired object no
+        longer knows it."""
         if self._cache.rounds is not None:
             return
         for instance in (*session.dirty, *session.deleted):
@@ -362,7 +423,10 @@ class Watch:
             if not list_only:
                 self._note_state(transaction, state, is_delete=is_delete)
         if transaction.unresolved:
-            raise UndeclaredWrite(f"cannot tell whose rows of {', '.join(sorted(transaction.unresolved))} were flushed")
+            raise UndeclaredWrite(
+                f"cannot tell whose rows of {', '.join(sorted(transaction.unresolved))} were "
+                f"flushed"
+            )
 
     def _after_rollback(self, session: Session, previous: Any) -> None:
         session.info.pop(_FLUSHING, None)
@@ -381,7 +445,8 @@ class Watch:
         for key, table in self._tenant_attributes(mapper):
             history = state.attrs[key].history
             tenants = {
-                str(value) if value is not None else SHARED for value in (*history.added, *history.unchanged, *history.deleted)
+                str(value) if value is not None else SHARED
+                for value in (*history.added, *history.unchanged, *history.deleted)
             }
             if not tenants:
                 continue
@@ -395,7 +460,9 @@ class Watch:
     def _tenant_attributes(self, mapper: Any) -> Iterable[tuple[str, str]]:
         """Yield (attribute, table) for each table of a mapper that has a tenant column."""
         for table in mapper.tables:
-            column = self._schema.tenant_column(table.key) if table.key in self._schema.tables else None
+            column = (
+                self._schema.tenant_column(table.key) if table.key in self._schema.tables else None
+            )
             if column is not None:
                 yield mapper.get_property_by_column(table.c[column]).key, table.key
 
@@ -404,15 +471,20 @@ class Watch:
         for table in tables:
             if table not in self._schema.tables:
                 known = ", ".join(sorted(self._schema.tables))
-                raise ConfigurationError(f"a cached read declares the table {table!r}, which does not exist; known are: {known}")
+                raise ConfigurationError(
+                    f"a cached read declares the table {table!r}, which does not exist; known "
+                    f"are: {known}"
+                )
             if by_tenant and self._schema.tenant_column(table) is None:
                 raise ConfigurationError(
-                    f"a cached read declares the table {table!r}, whose rows belong to no tenant: not supported"
+                    f"a cached read declares the table {table!r}, whose rows belong to no tenant: "
+                    f"not supported"
                 )
 
 
 def _left(setting: str | None) -> Rows | None:
-    """Read what a transaction has left from the value of its setting; None when that is too much, or nothing of ours."""
+    """Read what a transaction has left from the value of its setting; None when that is too much,
+    or nothing of ours."""
     try:
         return _ROWS.decode(f"[{setting or ''}]")
     except msgspec.DecodeError:
@@ -420,7 +492,8 @@ def _left(setting: str | None) -> Rows | None:
 
 
 def _info(connection: Any) -> dict[Any, Any]:
-    """Return the place for notes on a connection. The one on which a dialect is set up, before any other, has none."""
+    """Return the place for notes on a connection. The one on which a dialect is set up, before any
+    other, has none."""
     try:
         notes: dict[Any, Any] = connection.info
     except NotImplementedError:
@@ -429,7 +502,8 @@ def _info(connection: Any) -> dict[Any, Any]:
 
 
 def _tenants(change: Change, context: Any) -> set[str] | None:
-    """Look the tenants up in the parameters of this execution; None when they are not there. NULL stands for shared data."""
+    """Look the tenants up in the parameters of this execution; None when they are not there. NULL
+    stands for shared data."""
     if change.tenant_parameters is None:
         return None
     found: set[str] = set()
@@ -438,7 +512,11 @@ def _tenants(change: Change, context: Any) -> set[str] | None:
             if name in parameters:
                 values = [parameters[name]]
             else:  # the values of an IN have been spread over numbered parameters
-                values = [value for key, value in parameters.items() if re.fullmatch(rf"{re.escape(name)}_\d+", key)]
+                values = [
+                    value
+                    for key, value in parameters.items()
+                    if re.fullmatch(rf"{re.escape(name)}_\d+", key)
+                ]
             if not values:
                 return None
             found.update(SHARED if value is None else str(value) for value in values)
@@ -447,7 +525,11 @@ def _tenants(change: Change, context: Any) -> set[str] | None:
 
 def _declared_tenants(options: Mapping[str, Any]) -> tuple[str, ...]:
     value = options.get("respcache_tenant", ())
-    return tuple(map(str, value)) if isinstance(value, list | tuple | set | frozenset) else (str(value),)
+    return (
+        tuple(map(str, value))
+        if isinstance(value, list | tuple | set | frozenset)
+        else (str(value),)
+    )
 
 
 def _is_flushing(transaction: Transaction) -> bool:
@@ -456,10 +538,16 @@ def _is_flushing(transaction: Transaction) -> bool:
 
 
 def _isolation(connection: Connection) -> str:
-    """Return the isolation level without asking the server: as set on the connection, on the engine, or the server's default."""
+    """Return the isolation level without asking the server: as set on the connection, on the
+    engine, or the server's default."""
     level = connection.get_execution_options().get("isolation_level")
     dialect = connection.dialect
-    return str(level or getattr(dialect, "_on_connect_isolation_level", None) or dialect.default_isolation_level or "")
+    return str(
+        level
+        or getattr(dialect, "_on_connect_isolation_level", None)
+        or dialect.default_isolation_level
+        or ""
+    )
 
 
 def _shortened(sql: str) -> str:

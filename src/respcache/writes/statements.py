@@ -1,9 +1,11 @@
-"""What a SQL statement reads and changes: the tables, and the tenants whose rows it changes. No I/O.
+"""What a SQL statement reads and changes: the tables, and the tenants whose rows it changes. No
+I/O.
 
-Reads are found in the SQL text that is really sent, so that eager loads, loader criteria, unions and subqueries count: every
-known table's name that stands there as a name counts as read. That may name a table too many, never one too few; a name
-after FROM or JOIN that is no known table (a view, a raw table) makes the statement *undeclared*. Changes are taken from the
-statement's structure. Both depend on the statement alone and are computed once per compiled statement; only the tenants
+Reads are found in the SQL text that is really sent, so that eager loads, loader criteria, unions
+and subqueries count: every known table's name that stands there as a name counts as read. That may
+name a table too many, never one too few; a name after FROM or JOIN that is no known table (a view,
+a raw table) makes the statement *undeclared*. Changes are taken from the statement's structure.
+Both depend on the statement alone and are computed once per compiled statement; only the tenants
 are looked up in the parameters each time.
 """
 
@@ -16,7 +18,12 @@ from uuid import UUID
 from sqlalchemy import Column, Integer, MetaData, Table, Uuid
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.dml import Delete, Insert, Update
-from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ColumnElement
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    ColumnElement,
+)
 
 _HARMLESS = re.compile(
     r"\(*(SELECT|WITH|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|BEGIN|START|SAVEPOINT|RELEASE|ROLLBACK|LISTEN|UNLISTEN|NOTIFY|DISCARD"
@@ -26,28 +33,36 @@ _HARMLESS = re.compile(
 """First words of statements that change no rows, unless a verb below stands in them."""
 
 _LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.S)
-_VERB = re.compile(r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE|(?<!FOR )(?<!DO )(?<!KEY )UPDATE)\b", re.I)
+_VERB = re.compile(
+    r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE|(?<!FOR )(?<!DO )(?<!KEY )UPDATE)\b", re.I
+)
 _TARGET = re.compile(
-    r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE(?: TABLE)?|(?<!FOR )(?<!DO )(?<!KEY )UPDATE) (?:ONLY )?([\w.\"]+)", re.I
+    r"\b(?:INSERT INTO|DELETE FROM|MERGE INTO|TRUNCATE(?: TABLE)?|(?<!FOR )(?<!DO )(?<!KEY "
+    r")UPDATE) (?:ONLY )?([\w.\"]+)",
+    re.I,
 )
 _COUNTED = re.compile(r"(?:INSERT|DELETE|UPDATE)\b", re.I)
 _CALL = re.compile(r"\b(\w+)\"?\s*\(")
 _FROM = re.compile(r"\b(?:FROM|JOIN)\b", re.I)
 _IN_FROM = re.compile(
-    r"[(),]|\b(?:WHERE|GROUP|ORDER|LIMIT|HAVING|UNION|INTERSECT|EXCEPT|OFFSET|FETCH|FOR|WINDOW|RETURNING)\b", re.I
+    r"[(),]|\b(?:WHERE|GROUP|ORDER|LIMIT|HAVING|UNION|INTERSECT|EXCEPT|OFFSET|FETCH|FOR|WINDOW|RETURNING)\b",
+    re.I,
 )
 _SOURCE = re.compile(r"\s*(?:ONLY\s+|LATERAL\s+)?([\w.]+)\s*(\(?)", re.I)
 _CTE = re.compile(
-    r"(?:\bWITH\s+(?:RECURSIVE\s+)?|,\s*)\"?(\w+)\"?(?:\s*\([^()]*\))?\s+AS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(", re.I
+    r"(?:\bWITH\s+(?:RECURSIVE\s+)?|,\s*)\"?(\w+)\"?(?:\s*\([^()]*\))?\s+AS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(",
+    re.I,
 )
 _NOT_TABLES = re.compile(
-    r"\b(?:EXTRACT|SUBSTRING|TRIM|OVERLAY|POSITION)\s*\([^()]*\bFROM\b|\bIS\s+(?:NOT\s+)?DISTINCT\s+FROM\b", re.I
+    r"\b(?:EXTRACT|SUBSTRING|TRIM|OVERLAY|POSITION)\s*\([^()]*\bFROM\b|\bIS\s+(?:NOT\s+)?DISTINCT\s+FROM\b",
+    re.I,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One table that a statement changes, and where its tenants stand: names of parameters, or not to be told (None)."""
+    """One table that a statement changes, and where its tenants stand: names of parameters, or not
+    to be told (None)."""
 
     table: str
     tenant_parameters: tuple[str, ...] | None
@@ -56,11 +71,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a statement reads and changes. ``undeclared`` reads or ``raw`` changes cannot be told from it.
+    """What a statement reads and changes. ``undeclared`` reads or ``raw`` changes cannot be told
+    from it.
 
-    The others are for who can ask the database what a transaction has left: ``targets`` are the tables that it changes as far
-    as they can be told, ``counted`` says that it changes nothing if it tells that it changed no rows, ``doubtful`` that a verb
-    stands in what we take for a literal (which may be our mistake: escape strings, dollar quotes), and ``calls`` names functions.
+    The others are for who can ask the database what a transaction has left: ``targets`` are the
+    tables that it changes as far as they can be told, ``counted`` says that it changes nothing if
+    it tells that it changed no rows, ``doubtful`` that a verb stands in what we take for a literal
+    (which may be our mistake: escape strings, dollar quotes), and ``calls`` names functions.
     """
 
     reads: frozenset[str]
@@ -74,9 +91,12 @@ class Facts:
 
 
 class Schema:
-    """The tables that an application declares, and which column of each names the tenant of a row."""
+    """The tables that an application declares, and which column of each names the tenant of a
+    row."""
 
-    def __init__(self, metadata: MetaData, *, tenant_column: str, tenant_is: Mapping[str, str]) -> None:
+    def __init__(
+        self, metadata: MetaData, *, tenant_column: str, tenant_is: Mapping[str, str]
+    ) -> None:
         self.tables: dict[str, Table] = dict(metadata.tables)
         self._tenant_columns = {
             name: tenant_is.get(name, tenant_column)
@@ -87,11 +107,13 @@ class Schema:
         self._names = re.compile(rf"(?<![\w.])(?<!\bAS )({names})(?!\w)") if names else None
 
     def tenant_column(self, table: str) -> str | None:
-        """Name the column that holds the tenant of a row, or None for a table whose rows belong to no tenant."""
+        """Name the column that holds the tenant of a row, or None for a table whose rows belong to
+        no tenant."""
         return self._tenant_columns.get(table)
 
     def misspelt(self, tenant: str, tables: Iterable[str]) -> str | None:
-        """Name one of these tables in which this tenant stands under another spelling, by the type of its column.
+        """Name one of these tables in which this tenant stands under another spelling, by the type
+        of its column.
 
         Entries would then depend on a generation that no write to the table bumps.
         """
@@ -99,7 +121,13 @@ class Schema:
             column = self._tenant_columns.get(table)
             kind = None if column is None else self.tables[table].c[column].type
             try:
-                spelt = str(UUID(tenant)) if isinstance(kind, Uuid) else str(int(tenant)) if isinstance(kind, Integer) else tenant
+                spelt = (
+                    str(UUID(tenant))
+                    if isinstance(kind, Uuid)
+                    else str(int(tenant))
+                    if isinstance(kind, Integer)
+                    else tenant
+                )
             except ValueError:
                 return table
             if spelt != tenant:
@@ -107,12 +135,17 @@ class Schema:
         return None
 
     def cascades(self, table: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Name the tables that the database itself changes when rows of this one are deleted (ON DELETE ...)."""
+        """Name the tables that the database itself changes when rows of this one are deleted (ON
+        DELETE ...)."""
         found: set[str] = set()
         for name, other in self.tables.items():
             for key in other.foreign_keys:
                 action = (key.ondelete or "").upper()
-                if key.column.table.key == table and action in ("CASCADE", "SET NULL", "SET DEFAULT"):
+                if key.column.table.key == table and action in (
+                    "CASCADE",
+                    "SET NULL",
+                    "SET DEFAULT",
+                ):
                     found.add(name)
                     if action == "CASCADE" and name not in seen:
                         found |= self.cascades(name, seen | {table, name})
@@ -138,16 +171,29 @@ class Schema:
             return self._facts(sql, plain, reads, unknown, None, True)
         return self._facts(sql, plain, reads, unknown, self._change(final, compiled, plain), False)
 
-    def _facts(self, sql: str, plain: str, reads: frozenset[str], unknown: bool, change: Change | None, raw: bool) -> Facts:
+    def _facts(
+        self,
+        sql: str,
+        plain: str,
+        reads: frozenset[str],
+        unknown: bool,
+        change: Change | None,
+        raw: bool,
+    ) -> Facts:
         writes = raw or change is not None
-        targets = frozenset({change.table} if change is not None else map(_table, _TARGET.findall(plain)))
+        targets = frozenset(
+            {change.table} if change is not None else map(_table, _TARGET.findall(plain))
+        )
         return Facts(
             reads,
             unknown,
             change,
             raw,
             targets=targets if writes else frozenset(),
-            counted=writes and len(targets) == 1 and len(_VERB.findall(plain)) == 1 and _COUNTED.match(plain) is not None,
+            counted=writes
+            and len(targets) == 1
+            and len(_VERB.findall(plain)) == 1
+            and _COUNTED.match(plain) is not None,
             doubtful=not writes and _VERB.search(" ".join(sql.split())) is not None,
             calls=frozenset(name.lower() for name in _CALL.findall(plain)),
         )
@@ -157,7 +203,9 @@ class Schema:
         reads = frozenset(self._names.findall(text)) if self._names else frozenset()
         text = _NOT_TABLES.sub(" ", text)
         own = {name.lower() for name in _CTE.findall(text)}
-        return reads, any(name not in self.tables and name.lower() not in own for name in _sources(text))
+        return reads, any(
+            name not in self.tables and name.lower() not in own for name in _sources(text)
+        )
 
     def _change(self, statement: Insert | Update | Delete, compiled: Any, plain: str) -> Change:
         table = statement.table
@@ -168,9 +216,15 @@ class Schema:
             return Change(name, (), cascades)
         written = () if isinstance(statement, Delete) else _written(compiled, column)
         if isinstance(statement, Insert):
-            return Change(name, written if written and _stays_with_tenant(plain, column) else None, cascades)
+            return Change(
+                name, written if written and _stays_with_tenant(plain, column) else None, cascades
+            )
         keys = {bind.key: given for bind, given in compiled.bind_names.items()}
-        proven = [keys[bind.key] for bind in _equals(statement.whereclause, name, column) if bind.key in keys]
+        proven = [
+            keys[bind.key]
+            for bind in _equals(statement.whereclause, name, column)
+            if bind.key in keys
+        ]
         moves = isinstance(statement, Update) and _moves_to_unknown_tenant(statement, column)
         return Change(name, (*proven, *written) if proven and not moves else None, cascades)
 
@@ -187,13 +241,15 @@ def _table(name: str) -> str:
 
 
 def _written(compiled: Any, column: str) -> tuple[str, ...]:
-    """Name the parameters that give the column its value in INSERT or in the SET of UPDATE (``x``, or ``x_m1`` of many rows)."""
+    """Name the parameters that give the column its value in INSERT or in the SET of UPDATE (``x``,
+    or ``x_m1`` of many rows)."""
     pattern = re.compile(rf"{re.escape(column)}(?:_m\d+)?")
     return tuple(name for name in compiled.binds if pattern.fullmatch(name))
 
 
 def _stays_with_tenant(plain: str, column: str) -> bool:
-    """Whether an INSERT changes rows of the tenants in its values only: an upsert may hit a row of somebody else's.
+    """Whether an INSERT changes rows of the tenants in its values only: an upsert may hit a row of
+    somebody else's.
 
     It does where the tenant is part of the conflict's target and is not set to anything else.
     """
@@ -203,18 +259,27 @@ def _stays_with_tenant(plain: str, column: str) -> bool:
     found = re.search(r"\bON CONFLICT \(([^()]*)\)(.*)", text, re.I)
     if found is None or column not in re.split(r"[,\s]+", found[1]):
         return False
-    sets = re.findall(rf"\b{re.escape(column)} = (\S+)", re.split(r"\bDO UPDATE SET\b", found[2], flags=re.I)[-1])
-    return len(re.findall(r"\bDO UPDATE\b", text, re.I)) == 1 and set(sets) <= {f"excluded.{column}", f"excluded.{column},"}
+    sets = re.findall(
+        rf"\b{re.escape(column)} = (\S+)", re.split(r"\bDO UPDATE SET\b", found[2], flags=re.I)[-1]
+    )
+    return len(re.findall(r"\bDO UPDATE\b", text, re.I)) == 1 and set(sets) <= {
+        f"excluded.{column}",
+        f"excluded.{column},",
+    }
 
 
 def _moves_to_unknown_tenant(statement: Update, column: str) -> bool:
     """Whether an UPDATE computes the tenant in the database, where we do not see it."""
     values: Mapping[Any, Any] = statement._values or {}
-    return any(getattr(key, "key", key) == column and not isinstance(value, BindParameter) for key, value in values.items())
+    return any(
+        getattr(key, "key", key) == column and not isinstance(value, BindParameter)
+        for key, value in values.items()
+    )
 
 
 def _sources(text: str) -> Iterable[str]:
-    """Yield the names that stand in FROM clauses, after FROM, JOIN and each comma; not those of functions and subqueries."""
+    """Yield the names that stand in FROM clauses, after FROM, JOIN and each comma; not those of
+    functions and subqueries."""
     for start in _FROM.finditer(text):
         places, depth = [start.end()], 0
         for token in _IN_FROM.finditer(text, start.end()):
@@ -232,14 +297,24 @@ def _sources(text: str) -> Iterable[str]:
                 yield source[1]
 
 
-def _equals(clause: ColumnElement[Any] | None, table: str, column: str) -> Iterable[BindParameter[Any]]:
-    """Yield the values that a WHERE clause demands of the column: ``= value`` or ``IN (values)``, under AND only."""
+def _equals(
+    clause: ColumnElement[Any] | None, table: str, column: str
+) -> Iterable[BindParameter[Any]]:
+    """Yield the values that a WHERE clause demands of the column: ``= value`` or ``IN (values)``,
+    under AND only."""
     if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
         for part in clause.clauses:
             yield from _equals(part, table, column)
-    elif isinstance(clause, BinaryExpression) and clause.operator in (operators.eq, operators.in_op):
+    elif isinstance(clause, BinaryExpression) and clause.operator in (
+        operators.eq,
+        operators.in_op,
+    ):
         for side, other in ((clause.left, clause.right), (clause.right, clause.left)):
             owner = getattr(side, "table", None)
-            is_column = isinstance(side, Column) and side.name == column and getattr(owner, "key", None) == table
+            is_column = (
+                isinstance(side, Column)
+                and side.name == column
+                and getattr(owner, "key", None) == table
+            )
             if is_column and isinstance(other, BindParameter):
                 yield other

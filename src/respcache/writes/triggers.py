@@ -5,22 +5,25 @@
     from respcache.writes import triggers
 
     triggers.create_outbox(execute)
-    triggers.create_triggers(execute, [triggers.Watched("accounts"), triggers.Watched("tenants", tenant_column="id")])
-    ...
+    triggers.create_triggers(execute, [triggers.Watched("accounts"), triggers.Watched("tenants",
+    tenant_column="id")]) ...
     triggers.drop_triggers(execute, ["accounts", "tenants"])
     triggers.drop_outbox(execute)
 
-A statement that changes rows leaves one row per tenant, table and transaction, however many rows it changed: old and new
-tenant of an UPDATE, cascades included, and one row for everybody on TRUNCATE. A trigger names only its own table, so what
-depends on a table may change without a migration. The functions run with their owner's rights: who may write to a table
-needs no right on the outbox. The triggers fire also under ``session_replication_role = replica``, not after
-``ALTER TABLE ... DISABLE TRIGGER``, and not for rows written straight into a partition of the table.
+A statement that changes rows leaves one row per tenant, table and transaction, however many rows it
+changed: old and new tenant of an UPDATE, cascades included, and one row for everybody on TRUNCATE.
+A trigger names only its own table, so what depends on a table may change without a migration. The
+functions run with their owner's rights: who may write to a table needs no right on the outbox. The
+triggers fire also under ``session_replication_role = replica``, not after ``ALTER TABLE ... DISABLE
+TRIGGER``, and not for rows written straight into a partition of the table.
 
-What a transaction has left so far stands also in a setting of its own (``setting``), which ends with it and goes back with a
-savepoint. So whoever commits can ask for it in whatever role, without a right, and also when there is no outbox any more.
+What a transaction has left so far stands also in a setting of its own (``setting``), which ends
+with it and goes back with a savepoint. So whoever commits can ask for it in whatever role, without
+a right, and also when there is no outbox any more.
 
-A row that is met under the number of the running transaction is its own, unless it came with the dump of another database
-(``pg_dump`` carries the outbox): its version was then written by another transaction, and it gets an id that nobody knows.
+A row that is met under the number of the running transaction is its own, unless it came with the
+dump of another database (``pg_dump`` carries the outbox): its version was then written by another
+transaction, and it gets an id that nobody knows.
 
 ``writes/postgres.py`` reads the outbox and clears it; ``core/fence.py`` says what it is for.
 """
@@ -38,7 +41,8 @@ from respcache.core.keys import EVERYBODY, SHARED
 OUTBOX = "respcache_outbox"
 FENCE = "respcache_fence"
 FUNCTION = "respcache_note_"
-"""How the function of a table is called, and then the table's name, or its MD5 if that would be too long."""
+"""How the function of a table is called, and then the table's name, or its MD5 if that would be too
+long."""
 
 MAX_NAME_BYTES = 63
 """PostgreSQL cuts longer names off."""
@@ -60,8 +64,9 @@ Execute = Callable[[str], Any]
 class Watched:
     """A table whose writes leave rows in the outbox.
 
-    ``tenant_column`` names the tenant of a row (NULL counts as shared by all tenants), or is None for a table whose rows
-    belong to no tenant. ``shared`` rows also count as changes of data shared by all tenants.
+    ``tenant_column`` names the tenant of a row (NULL counts as shared by all tenants), or is None
+    for a table whose rows belong to no tenant. ``shared`` rows also count as changes of data shared
+    by all tenants.
     """
 
     table: str
@@ -77,25 +82,33 @@ def watched(
     tenant_is: Mapping[str, str] | None = None,
     shared: Collection[str] = (),
 ) -> list[Watched]:
-    """Say of each declared table how it is watched, by the same rules as ``writes.sqlalchemy.watch``.
+    """Say of each declared table how it is watched, by the same rules as
+    ``writes.sqlalchemy.watch``.
 
-    ``metadata`` is SQLAlchemy's. A table without the tenant column belongs to no tenant. Raises ``ConfigurationError`` for a
-    table that is not in the metadata.
+    ``metadata`` is SQLAlchemy's. A table without the tenant column belongs to no tenant. Raises
+    ``ConfigurationError`` for a table that is not in the metadata.
     """
     found = []
     for name in sorted(set(tables)):
         if name not in metadata.tables:
-            raise ConfigurationError(f"table {name!r} is declared by cached reads but is not in the metadata: mend its name")
+            raise ConfigurationError(
+                f"table {name!r} is declared by cached reads but is not in the metadata: mend its "
+                f"name"
+            )
         column = (tenant_is or {}).get(name, tenant_column)
-        found.append(Watched(name, column if column in metadata.tables[name].c else None, name in shared))
+        found.append(
+            Watched(name, column if column in metadata.tables[name].c else None, name in shared)
+        )
     return found
 
 
 def create_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Create the outbox (one row per transaction, tenant and tag, with an id of its own) and the one row of the fence.
+    """Create the outbox (one row per transaction, tenant and tag, with an id of its own) and the
+    one row of the fence.
 
-    Who runs the application needs SELECT, UPDATE (to lock) and DELETE on the outbox, SELECT and UPDATE on the fence; INSERT on
-    the outbox too where ``Cache.invalidate_*`` or ``invalidate_cache`` are used. An older server than PostgreSQL 14 refuses.
+    Who runs the application needs SELECT, UPDATE (to lock) and DELETE on the outbox, SELECT and
+    UPDATE on the fence; INSERT on the outbox too where ``Cache.invalidate_*`` or
+    ``invalidate_cache`` are used. An older server than PostgreSQL 14 refuses.
     """
     execute(f"""
         DO $$BEGIN
@@ -127,12 +140,14 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
 
 
 def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Drop outbox and fence: nothing is cached from then on. Drop the triggers first: they would make every write fail."""
+    """Drop outbox and fence: nothing is cached from then on. Drop the triggers first: they would
+    make every write fail."""
     execute(f"DROP TABLE {quoted(schema)}.{OUTBOX}, {quoted(schema)}.{FENCE}")
 
 
 def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
-    """Create the triggers of these tables; also to replace them when the tenant column of a table has changed."""
+    """Create the triggers of these tables; also to replace them when the tenant column of a table
+    has changed."""
     for watched in tables:
         function = f"{quoted(schema)}.{quoted(function_name(watched.table))}"
         execute(f"""
@@ -151,11 +166,14 @@ def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "pub
     for table in tables:
         for event in EVENTS:  # a table that was renamed runs the function of its former name
             execute(f"DROP TRIGGER IF EXISTS respcache_{event} ON {quoted(schema)}.{quoted(table)}")
-        execute(f"DROP FUNCTION IF EXISTS {quoted(schema)}.{quoted(function_name(table))}() CASCADE")
+        execute(
+            f"DROP FUNCTION IF EXISTS {quoted(schema)}.{quoted(function_name(table))}() CASCADE"
+        )
 
 
 def body(watched: Watched, *, schema: str = "public") -> str:
-    """Return the body of a table's function, by which a changed tenant column shows (``pg_proc.prosrc``)."""
+    """Return the body of a table's function, by which a changed tenant column shows
+    (``pg_proc.prosrc``)."""
     tag = _text(table_tag(watched.table))
 
     def note(*rows: str) -> str:
@@ -163,9 +181,15 @@ def body(watched: Watched, *, schema: str = "public") -> str:
             tenants = [f"SELECT {_text(SHARED)} AS tenant FROM {name}" for name in rows]
         else:
             column = quoted(watched.tenant_column)
-            tenants = [f"SELECT coalesce({column}::text, {_text(SHARED)}) AS tenant FROM {name}" for name in rows]
+            tenants = [
+                f"SELECT coalesce({column}::text, {_text(SHARED)}) AS tenant FROM {name}"
+                for name in rows
+            ]
             tenants += [f"SELECT {_text(SHARED)} FROM {name}" for name in rows if watched.shared]
-        return f"{insert} SELECT DISTINCT changed.tenant, {tag} FROM ({' UNION ALL '.join(tenants)}) AS changed {rest}"
+        return (
+            f"{insert} SELECT DISTINCT changed.tenant, {tag} FROM ({' UNION ALL '.join(tenants)}) "
+            f"AS changed {rest}"
+        )
 
     insert = f"WITH noted AS (INSERT INTO {quoted(schema)}.{OUTBOX} AS outbox (tenant, tag)"
     rest = """ON CONFLICT (xid, tenant, tag) DO UPDATE SET id = EXCLUDED.id, at = EXCLUDED.at
@@ -195,7 +219,8 @@ def body(watched: Watched, *, schema: str = "public") -> str:
 
 
 def setting(schema: str = "public") -> str:
-    """Name the setting that holds what the running transaction has left: JSON arrays [tenant, tag, id], between them commas."""
+    """Name the setting that holds what the running transaction has left: JSON arrays [tenant, tag,
+    id], between them commas."""
     return f"respcache.rows_{re.sub(r'[^A-Za-z0-9_]', '_', schema)}"
 
 
@@ -213,7 +238,8 @@ _TRANSITIONS = {
 
 
 def function_name(table: str) -> str:
-    """Name the function of a table; one that PostgreSQL would cut off might become that of another table."""
+    """Name the function of a table; one that PostgreSQL would cut off might become that of another
+    table."""
     name = FUNCTION + table
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name

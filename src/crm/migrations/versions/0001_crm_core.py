@@ -14,11 +14,26 @@ def upgrade() -> None:
         "tenants",
         sa.Column("slug", sa.String(length=63), nullable=False),
         sa.Column("name", sa.String(length=200), nullable=False),
-        sa.Column("settings", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "settings",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("status", sa.String(length=20), server_default="active", nullable=False),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tenants")),
         sa.UniqueConstraint("slug", name=op.f("uq_tenants_slug")),
     )
@@ -28,10 +43,27 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=200), nullable=False),
         sa.Column("parent_team_id", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["parent_team_id"], ["teams.id"], name=op.f("fk_teams_parent_team_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_teams_tenant_id"), ondelete="CASCADE"),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["parent_team_id"],
+            ["teams.id"],
+            name=op.f("fk_teams_parent_team_id"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_teams_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_teams")),
     )
     op.create_index(op.f("ix_teams_tenant_id"), "teams", ["tenant_id"], unique=False)
@@ -45,10 +77,24 @@ def upgrade() -> None:
         sa.Column("password_hash", sa.String(length=255), nullable=True),
         sa.Column("status", sa.String(length=20), server_default="active", nullable=False),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["team_id"], ["teams.id"], name=op.f("fk_employees_team_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_employees_tenant_id"), ondelete="CASCADE"),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["team_id"], ["teams.id"], name=op.f("fk_employees_team_id"), ondelete="SET NULL"
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_employees_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_employees")),
         sa.UniqueConstraint("email", name=op.f("uq_employees_email")),
     )
@@ -62,40 +108,76 @@ def upgrade() -> None:
         sa.Column("phone", sa.String(length=50), nullable=True),
         sa.Column("email", sa.String(length=254), nullable=True),
         sa.Column("description", sa.Text(), nullable=True),
-        sa.Column("annual_revenue", sa.Numeric(precision=15, scale=2, asdecimal=False), nullable=True),
+        sa.Column(
+            "annual_revenue", sa.Numeric(precision=15, scale=2, asdecimal=False), nullable=True
+        ),
         sa.Column("employee_count", sa.Integer(), nullable=True),
         sa.Column("street", sa.String(length=200), nullable=True),
         sa.Column("city", sa.String(length=100), nullable=True),
         sa.Column("state", sa.String(length=100), nullable=True),
         sa.Column("zip", sa.String(length=20), nullable=True),
         sa.Column("country", sa.String(length=100), nullable=True),
-        sa.Column("tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False
+        ),
         sa.Column("score", sa.Integer(), nullable=True),
         sa.Column("health_status", sa.String(length=20), server_default="unknown", nullable=False),
         sa.Column("next_action", sa.Text(), nullable=True),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("is_test_data", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "metadata",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("assigned_to", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.CheckConstraint("score BETWEEN 0 AND 100", name=op.f("ck_accounts_score")),
-        sa.ForeignKeyConstraint(["assigned_to"], ["employees.id"], name=op.f("fk_accounts_assigned_to"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_accounts_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["assigned_to"],
+            ["employees.id"],
+            name=op.f("fk_accounts_assigned_to"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_accounts_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_accounts")),
     )
     op.create_index(op.f("ix_accounts_assigned_to"), "accounts", ["assigned_to"], unique=False)
     op.create_index(
         "ix_accounts_by_assigned_to",
         "accounts",
-        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "assigned_to",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_accounts_by_industry",
         "accounts",
-        ["tenant_id", "industry", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "industry",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
@@ -104,7 +186,12 @@ def upgrade() -> None:
         ["tenant_id", "type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
-    op.create_index("ix_accounts_name", "accounts", ["tenant_id", sa.literal_column("lower(name)")], unique=False)
+    op.create_index(
+        "ix_accounts_name",
+        "accounts",
+        ["tenant_id", sa.literal_column("lower(name)")],
+        unique=False,
+    )
     op.create_index(
         "ix_accounts_newest",
         "accounts",
@@ -128,32 +215,69 @@ def upgrade() -> None:
         sa.Column("sentiment", sa.String(length=20), nullable=True),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("is_test_data", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "metadata",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("assigned_to", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["assigned_to"], ["employees.id"], name=op.f("fk_activities_assigned_to"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_activities_tenant_id"), ondelete="CASCADE"),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["assigned_to"],
+            ["employees.id"],
+            name=op.f("fk_activities_assigned_to"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_activities_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_activities")),
     )
     op.create_index(op.f("ix_activities_assigned_to"), "activities", ["assigned_to"], unique=False)
     op.create_index(
         "ix_activities_by_assigned_to",
         "activities",
-        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "assigned_to",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_activities_by_due_date",
         "activities",
-        ["tenant_id", "due_date", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "due_date",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_activities_by_related_id",
         "activities",
-        ["tenant_id", "related_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "related_id",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
@@ -184,15 +308,33 @@ def upgrade() -> None:
         sa.Column("to_id", sa.Uuid(), nullable=False),
         sa.Column("action", sa.String(length=20), nullable=False),
         sa.Column("performed_by", sa.Uuid(), nullable=True),
-        sa.Column("performed_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "performed_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("snapshot", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.ForeignKeyConstraint(
-            ["performed_by"], ["employees.id"], name=op.f("fk_entity_transitions_performed_by"), ondelete="SET NULL"
+            ["performed_by"],
+            ["employees.id"],
+            name=op.f("fk_entity_transitions_performed_by"),
+            ondelete="SET NULL",
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_entity_transitions_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.id"],
+            name=op.f("fk_entity_transitions_tenant_id"),
+            ondelete="CASCADE",
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_entity_transitions")),
     )
-    op.create_index("ix_entity_transitions_from", "entity_transitions", ["tenant_id", "from_table", "from_id"], unique=False)
+    op.create_index(
+        "ix_entity_transitions_from",
+        "entity_transitions",
+        ["tenant_id", "from_table", "from_id"],
+        unique=False,
+    )
     op.create_table(
         "bizdev_sources",
         sa.Column("source_name", sa.String(length=200), nullable=False),
@@ -205,7 +347,12 @@ def upgrade() -> None:
         sa.Column("priority", sa.String(length=20), server_default="medium", nullable=False),
         sa.Column("leads_generated", sa.Integer(), server_default="0", nullable=False),
         sa.Column("opportunities_created", sa.Integer(), server_default="0", nullable=False),
-        sa.Column("revenue_generated", sa.Numeric(precision=15, scale=2, asdecimal=False), server_default="0", nullable=False),
+        sa.Column(
+            "revenue_generated",
+            sa.Numeric(precision=15, scale=2, asdecimal=False),
+            server_default="0",
+            nullable=False,
+        ),
         sa.Column("company_name", sa.String(length=200), nullable=True),
         sa.Column("industry", sa.String(length=100), nullable=True),
         sa.Column("website", sa.String(length=500), nullable=True),
@@ -213,41 +360,90 @@ def upgrade() -> None:
         sa.Column("city", sa.String(length=100), nullable=True),
         sa.Column("state_province", sa.String(length=100), nullable=True),
         sa.Column("country", sa.String(length=100), nullable=True),
-        sa.Column("tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False
+        ),
         sa.Column("account_id", sa.Uuid(), nullable=True),
         sa.Column("archived_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("is_test_data", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "metadata",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("assigned_to", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_bizdev_sources_account_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(
-            ["assigned_to"], ["employees.id"], name=op.f("fk_bizdev_sources_assigned_to"), ondelete="SET NULL"
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
         ),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_bizdev_sources_tenant_id"), ondelete="CASCADE"),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["account_id"],
+            ["accounts.id"],
+            name=op.f("fk_bizdev_sources_account_id"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["assigned_to"],
+            ["employees.id"],
+            name=op.f("fk_bizdev_sources_assigned_to"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.id"],
+            name=op.f("fk_bizdev_sources_tenant_id"),
+            ondelete="CASCADE",
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_bizdev_sources")),
     )
-    op.create_index(op.f("ix_bizdev_sources_account_id"), "bizdev_sources", ["account_id"], unique=False)
-    op.create_index(op.f("ix_bizdev_sources_assigned_to"), "bizdev_sources", ["assigned_to"], unique=False)
+    op.create_index(
+        op.f("ix_bizdev_sources_account_id"), "bizdev_sources", ["account_id"], unique=False
+    )
+    op.create_index(
+        op.f("ix_bizdev_sources_assigned_to"), "bizdev_sources", ["assigned_to"], unique=False
+    )
     op.create_index(
         "ix_bizdev_sources_by_assigned_to",
         "bizdev_sources",
-        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "assigned_to",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_bizdev_sources_by_priority",
         "bizdev_sources",
-        ["tenant_id", "priority", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "priority",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_bizdev_sources_by_source_type",
         "bizdev_sources",
-        ["tenant_id", "source_type", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "source_type",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
@@ -280,17 +476,46 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=100), nullable=True),
         sa.Column("zip", sa.String(length=20), nullable=True),
         sa.Column("country", sa.String(length=100), nullable=True),
-        sa.Column("tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False
+        ),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("is_test_data", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "metadata",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("assigned_to", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_contacts_account_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["assigned_to"], ["employees.id"], name=op.f("fk_contacts_assigned_to"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_contacts_tenant_id"), ondelete="CASCADE"),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["account_id"],
+            ["accounts.id"],
+            name=op.f("fk_contacts_account_id"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["assigned_to"],
+            ["employees.id"],
+            name=op.f("fk_contacts_assigned_to"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_contacts_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_contacts")),
     )
     op.create_index(op.f("ix_contacts_account_id"), "contacts", ["account_id"], unique=False)
@@ -298,13 +523,23 @@ def upgrade() -> None:
     op.create_index(
         "ix_contacts_by_account_id",
         "contacts",
-        ["tenant_id", "account_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "account_id",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_contacts_by_assigned_to",
         "contacts",
-        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "assigned_to",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
@@ -337,7 +572,9 @@ def upgrade() -> None:
         sa.Column("source", sa.String(length=100), nullable=True),
         sa.Column("description", sa.Text(), nullable=True),
         sa.Column("account_id", sa.Uuid(), nullable=True),
-        sa.Column("estimated_value", sa.Numeric(precision=15, scale=2, asdecimal=False), nullable=True),
+        sa.Column(
+            "estimated_value", sa.Numeric(precision=15, scale=2, asdecimal=False), nullable=True
+        ),
         sa.Column("score", sa.Integer(), server_default="50", nullable=False),
         sa.Column("do_not_call", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("do_not_text", sa.Boolean(), server_default=sa.text("false"), nullable=False),
@@ -346,20 +583,50 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=100), nullable=True),
         sa.Column("zip", sa.String(length=20), nullable=True),
         sa.Column("country", sa.String(length=100), nullable=True),
-        sa.Column("tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
-        sa.Column("conversion_probability", sa.Numeric(precision=5, scale=2, asdecimal=False), nullable=True),
+        sa.Column(
+            "tags", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False
+        ),
+        sa.Column(
+            "conversion_probability",
+            sa.Numeric(precision=5, scale=2, asdecimal=False),
+            nullable=True,
+        ),
         sa.Column("last_contacted", sa.Date(), nullable=True),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("is_test_data", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "metadata",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("assigned_to", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.CheckConstraint("score BETWEEN 0 AND 100", name=op.f("ck_leads_score")),
-        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_leads_account_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["assigned_to"], ["employees.id"], name=op.f("fk_leads_assigned_to"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_leads_tenant_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["account_id"], ["accounts.id"], name=op.f("fk_leads_account_id"), ondelete="SET NULL"
+        ),
+        sa.ForeignKeyConstraint(
+            ["assigned_to"],
+            ["employees.id"],
+            name=op.f("fk_leads_assigned_to"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"], ["tenants.id"], name=op.f("fk_leads_tenant_id"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_leads")),
     )
     op.create_index(op.f("ix_leads_account_id"), "leads", ["account_id"], unique=False)
@@ -367,13 +634,23 @@ def upgrade() -> None:
     op.create_index(
         "ix_leads_by_account_id",
         "leads",
-        ["tenant_id", "account_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "account_id",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_leads_by_assigned_to",
         "leads",
-        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "assigned_to",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
@@ -409,44 +686,103 @@ def upgrade() -> None:
         sa.Column("source", sa.String(length=100), nullable=True),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("is_test_data", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "metadata",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'"),
+            nullable=False,
+        ),
         sa.Column("assigned_to", sa.Uuid(), nullable=True),
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_opportunities_account_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(
-            ["assigned_to"], ["employees.id"], name=op.f("fk_opportunities_assigned_to"), ondelete="SET NULL"
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
         ),
-        sa.ForeignKeyConstraint(["contact_id"], ["contacts.id"], name=op.f("fk_opportunities_contact_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["lead_id"], ["leads.id"], name=op.f("fk_opportunities_lead_id"), ondelete="SET NULL"),
-        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_opportunities_tenant_id"), ondelete="CASCADE"),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["account_id"],
+            ["accounts.id"],
+            name=op.f("fk_opportunities_account_id"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["assigned_to"],
+            ["employees.id"],
+            name=op.f("fk_opportunities_assigned_to"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["contact_id"],
+            ["contacts.id"],
+            name=op.f("fk_opportunities_contact_id"),
+            ondelete="SET NULL",
+        ),
+        sa.ForeignKeyConstraint(
+            ["lead_id"], ["leads.id"], name=op.f("fk_opportunities_lead_id"), ondelete="SET NULL"
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.id"],
+            name=op.f("fk_opportunities_tenant_id"),
+            ondelete="CASCADE",
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_opportunities")),
     )
-    op.create_index(op.f("ix_opportunities_account_id"), "opportunities", ["account_id"], unique=False)
-    op.create_index(op.f("ix_opportunities_assigned_to"), "opportunities", ["assigned_to"], unique=False)
+    op.create_index(
+        op.f("ix_opportunities_account_id"), "opportunities", ["account_id"], unique=False
+    )
+    op.create_index(
+        op.f("ix_opportunities_assigned_to"), "opportunities", ["assigned_to"], unique=False
+    )
     op.create_index(
         "ix_opportunities_by_account_id",
         "opportunities",
-        ["tenant_id", "account_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "account_id",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_opportunities_by_assigned_to",
         "opportunities",
-        ["tenant_id", "assigned_to", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "assigned_to",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_opportunities_by_contact_id",
         "opportunities",
-        ["tenant_id", "contact_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "contact_id",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
         "ix_opportunities_by_lead_id",
         "opportunities",
-        ["tenant_id", "lead_id", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
+        [
+            "tenant_id",
+            "lead_id",
+            sa.literal_column("created_at DESC"),
+            sa.literal_column("id DESC"),
+        ],
         unique=False,
     )
     op.create_index(
@@ -455,7 +791,9 @@ def upgrade() -> None:
         ["tenant_id", "stage", sa.literal_column("created_at DESC"), sa.literal_column("id DESC")],
         unique=False,
     )
-    op.create_index(op.f("ix_opportunities_contact_id"), "opportunities", ["contact_id"], unique=False)
+    op.create_index(
+        op.f("ix_opportunities_contact_id"), "opportunities", ["contact_id"], unique=False
+    )
     op.create_index(op.f("ix_opportunities_lead_id"), "opportunities", ["lead_id"], unique=False)
     op.create_index(
         "ix_opportunities_newest",

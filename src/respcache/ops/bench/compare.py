@@ -1,7 +1,9 @@
-"""An application measured with its cache, without it, and beside a bare ASGI application that sends the same bytes.
+"""An application measured with its cache, without it, and beside a bare ASGI application that sends
+the same bytes.
 
-The lanes take turns, in random order, in each round at each number of connections, so that whatever else the machine does meets
-all of them. Every answer is compared, unless it differs from one time to the next by itself.
+The lanes take turns, in random order, in each round at each number of connections, so that whatever
+else the machine does meets all of them. Every answer is compared, unless it differs from one time
+to the next by itself.
 """
 
 import contextlib
@@ -22,7 +24,19 @@ import msgspec
 
 from respcache.core.errors import ConfigurationError
 from respcache.ops.bench.load import Ask, WrongAnswer, drive, percentile
-from respcache.ops.bench.processes import READY, Cores, Failed, Prepared, cpu_ns, describe, end, family, pin, settle, tied_to_us
+from respcache.ops.bench.processes import (
+    READY,
+    Cores,
+    Failed,
+    Prepared,
+    cpu_ns,
+    describe,
+    end,
+    family,
+    pin,
+    settle,
+    tied_to_us,
+)
 
 MARK = b"respcache; hit"
 """In the head of a hit (``Cache-Status``), in lower case."""
@@ -38,7 +52,8 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Address:
-    """Where a lane answers. ``pids``: of its processes, where they are known; then its CPU time is measured."""
+    """Where a lane answers. ``pids``: of its processes, where they are known; then its CPU time is
+    measured."""
 
     host: str
     port: int
@@ -47,7 +62,8 @@ class Address:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long it takes: rounds, and the seconds of one lane in one round at one number of connections."""
+    """How long it takes: rounds, and the seconds of one lane in one round at one number of
+    connections."""
 
     rounds: int
     seconds: float
@@ -69,7 +85,8 @@ class Cell:
     latencies_ns: "array[int]" = field(default_factory=lambda: array("q"))
 
     def figures(self) -> dict[str, Any]:
-        """Return medians over the rounds, percentiles over all requests. ``cpu_us``: of the server, a request; None: unknown."""
+        """Return medians over the rounds, percentiles over all requests. ``cpu_us``: of the server,
+        a request; None: unknown."""
         requests = len(self.latencies_ns)
         return {
             "rps": round(percentile(self.rps, 50), 1),
@@ -91,7 +108,11 @@ class Request:
 
     def encode(self, host: str) -> bytes:
         """Return the bytes to send."""
-        lines = [f"GET {self.target} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in self.headers)]
+        lines = [
+            f"GET {self.target} HTTP/1.1",
+            f"Host: {host}",
+            *(f"{name}: {value}" for name, value in self.headers),
+        ]
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
@@ -107,7 +128,9 @@ class Bench:
         self._live = False  # others may write while it is measured
 
     def __enter__(self) -> "Bench":
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="respcache-bench-")))
+        self._folder = Path(
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="respcache-bench-"))
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -126,7 +149,8 @@ class Bench:
         self._lanes[way] = Address(address.host, address.port, tuple(sorted(pids)))
 
     def run(self, effort: Effort, tell: Tell) -> dict[str, Any]:
-        """Measure, and return figures by lane and number of connections. Raises ``Failed``, ``WrongAnswer`` and ``OSError``."""
+        """Measure, and return figures by lane and number of connections. Raises ``Failed``,
+        ``WrongAnswer`` and ``OSError``."""
         tell("looking at the answers", 0, 1)
         asks = self._asks()
         lanes = list(self._lanes)
@@ -135,15 +159,28 @@ class Bench:
         chance = random.Random(1)
         for way in lanes:
             tell(f"warming up: {way}", over, total)
-            drive(self._lanes[way].port, asks[way], host=self._lanes[way].host, connections=1, requests=max(32, len(asks[way])))
+            drive(
+                self._lanes[way].port,
+                asks[way],
+                host=self._lanes[way].host,
+                connections=1,
+                requests=max(32, len(asks[way])),
+            )
         for number in range(effort.rounds):
             for count in effort.connections:
                 for way in chance.sample(lanes, len(lanes)):
-                    tell(f"round {number + 1} of {effort.rounds}: {way}, {count} connections", over, total)
+                    tell(
+                        f"round {number + 1} of {effort.rounds}: {way}, {count} connections",
+                        over,
+                        total,
+                    )
                     self._stretch(cells[way, count], way, asks[way], count, effort.seconds)
                     over += 1
         tell("done", over, total)
-        result = {way: {f"c{count}": cells[way, count].figures() for count in effort.connections} for way in lanes}
+        result = {
+            way: {f"c{count}": cells[way, count].figures() for count in effort.connections}
+            for way in lanes
+        }
         for figures in result.values():
             for count in effort.connections:
                 _compare(figures[f"c{count}"], result["bare"][f"c{count}"])
@@ -153,13 +190,26 @@ class Bench:
         """Name the machine and who runs where."""
         if self._live:
             return f"{describe(self._cores)}; what ran already was not moved"
-        return f"{describe(self._cores)}; servers on core {self._cores.servers()[0]}, load on core {self._cores.generator()[0]}"
+        return (
+            f"{describe(self._cores)}; servers on core {self._cores.servers()[0]}, load on core "
+            f"{self._cores.generator()[0]}"
+        )
 
-    def _stretch(self, cell: Cell, way: str, asks: Sequence[Ask], connections: int, seconds: float) -> None:
+    def _stretch(
+        self, cell: Cell, way: str, asks: Sequence[Ask], connections: int, seconds: float
+    ) -> None:
         address = self._lanes[way]
         before = cpu_ns(address.pids)
         hit = b"" if way == "bare" else MARK  # it repeats a head of ours, as it came
-        sample = drive(address.port, asks, host=address.host, connections=connections, seconds=seconds, hit=hit, strict=False)
+        sample = drive(
+            address.port,
+            asks,
+            host=address.host,
+            connections=connections,
+            seconds=seconds,
+            hit=hit,
+            strict=False,
+        )
         settle()
         cell.rps.append(sample.rps)
         cell.busy.append(sample.busy)
@@ -169,16 +219,28 @@ class Bench:
             cell.cpu_us.append((cpu_ns(address.pids) - before) / 1000 / sample.requests)
 
     def _asks(self) -> dict[str, list[Ask]]:
-        """Ask everything twice everywhere, see what the answers have in common, and start the bare lane with them."""
-        seen = {way: [[_fetch(at, request) for _ in range(2)] for request in self._requests] for way, at in self._lanes.items()}
+        """Ask everything twice everywhere, see what the answers have in common, and start the bare
+        lane with them."""
+        seen = {
+            way: [[_fetch(at, request) for _ in range(2)] for request in self._requests]
+            for way, at in self._lanes.items()
+        }
         exact = []
         for number, request in enumerate(self._requests):
             bodies = {body for answers in seen.values() for _, body in answers[number]}
             exact.append(len(bodies) == 1 and not self._live)
             if len(bodies) > 1 and not self._live:
-                self.notes.append(f"{request.target}: its answer differs from one time to the next, so answers are not compared")
+                self.notes.append(
+                    f"{request.target}: its answer differs from one time to the next, so answers "
+                    f"are not compared"
+                )
         first = [answers[1] for answers in seen["with"]]
-        self._start_bare([Prepared(one.target, *answer) for one, answer in zip(self._requests, first, strict=True)])
+        self._start_bare(
+            [
+                Prepared(one.target, *answer)
+                for one, answer in zip(self._requests, first, strict=True)
+            ]
+        )
         asks = {}
         for way, at in self._lanes.items():
             found = first if way == "bare" else [answers[1] for answers in seen[way]]
@@ -199,7 +261,14 @@ class Bench:
             listening.listen(1024)
             listening.set_inheritable(True)
             process = subprocess.Popen(
-                [sys.executable, "-m", "respcache.ops.bench.serve", way, target, str(listening.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    "respcache.ops.bench.serve",
+                    way,
+                    target,
+                    str(listening.fileno()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -213,7 +282,9 @@ class Bench:
     def _ready(self, way: str, port: int, process: "subprocess.Popen[bytes]") -> Address:
         assert process.stdout is not None
         if READY not in iter(process.stdout.readline, b""):
-            said = (self._folder / f"{way}.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
+            said = (
+                (self._folder / f"{way}.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
+            )
             raise Failed("\n".join([f"the application, {way}, did not start:", *said]))
         pin(process.pid, self._cores.servers())
         return Address("127.0.0.1", port, (process.pid,))
@@ -231,7 +302,8 @@ def beside(cores: Cores) -> Iterator[None]:
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
-    """Return how many times as many requests a second, and which part of the CPU: with the cache against without it."""
+    """Return how many times as many requests a second, and which part of the CPU: with the cache
+    against without it."""
     found = {}
     for count, figures in result["with"].items():
         other = result.get("without", {}).get(count)
@@ -245,13 +317,19 @@ def ratios(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(figures: dict[str, Any], bare: dict[str, Any]) -> None:
-    """Add how it stands against bare ASGI: the share of its requests a second, and its CPU over ours."""
+    """Add how it stands against bare ASGI: the share of its requests a second, and its CPU over
+    ours."""
     figures["rps_ratio"] = round(figures["rps"] / bare["rps"], 3)
-    figures["cpu_ratio"] = round(bare["cpu_us"] / figures["cpu_us"], 3) if figures["cpu_us"] and bare["cpu_us"] else None
+    figures["cpu_ratio"] = (
+        round(bare["cpu_us"] / figures["cpu_us"], 3)
+        if figures["cpu_us"] and bare["cpu_us"]
+        else None
+    )
 
 
 def _fetch(address: Address, request: Request) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Ask once; return the headers and the body as they came. Raises ``WrongAnswer`` unless it is an answer to be measured."""
+    """Ask once; return the headers and the body as they came. Raises ``WrongAnswer`` unless it is
+    an answer to be measured."""
     connection = http.client.HTTPConnection(address.host, address.port, timeout=DEADLINE_S)
     try:
         connection.putrequest("GET", request.target, skip_accept_encoding=True)
@@ -266,10 +344,19 @@ def _fetch(address: Address, request: Request) -> tuple[list[tuple[bytes, bytes]
     finally:
         connection.close()
     if answer.status != 200:
-        raise WrongAnswer(f"{request.target} was answered with {answer.status}: {body[:200].decode(errors='replace')}")
+        raise WrongAnswer(
+            f"{request.target} was answered with {answer.status}: "
+            f"{body[:200].decode(errors='replace')}"
+        )
     if answer.getheader("content-length") is None:
-        raise WrongAnswer(f"{request.target} is answered without a content length: what is streamed is not cached")
-    kept = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers if name.lower() not in UNPREPARED]
+        raise WrongAnswer(
+            f"{request.target} is answered without a content length: what is streamed is not cached"
+        )
+    kept = [
+        (name.lower().encode(), value.encode("latin-1"))
+        for name, value in headers
+        if name.lower() not in UNPREPARED
+    ]
     return kept, body
 
 
@@ -277,7 +364,9 @@ def parse_connections(text: str) -> tuple[int, ...]:
     """Read ``1,16,64``. Raises ``ConfigurationError``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 0 < int(part) <= 1000 for part in parts):
-        raise ConfigurationError(f"--connections {text!r} must be numbers from 1 to 1000 between commas")
+        raise ConfigurationError(
+            f"--connections {text!r} must be numbers from 1 to 1000 between commas"
+        )
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -285,5 +374,7 @@ def check_pids(pids: Iterable[int]) -> tuple[int, ...]:
     """Return process ids whose CPU time can be read. Raises ``ConfigurationError``."""
     for pid in pids:
         if not Path(f"/proc/{pid}/task").is_dir():
-            raise ConfigurationError(f"no process {pid}: --pid and --without-pid are ids of processes on this machine")
+            raise ConfigurationError(
+                f"no process {pid}: --pid and --without-pid are ids of processes on this machine"
+            )
     return tuple(pids)

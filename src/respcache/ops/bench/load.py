@@ -1,12 +1,14 @@
-"""The load generator: kept connections that each send the next request when their answer is complete and was compared.
+"""The load generator: kept connections that each send the next request when their answer is
+complete and was compared.
 
-Why not wrk: it counts answers, it does not look at them (with a Lua callback for that it is slower than this), and it knows no
-fills, no hits and no CPU time. Here every answer must have status 200, the declared length, the very bytes of its page and,
-where the lane says so, the mark of a hit. That costs one epoll, one or two recv into a buffer that exists, one memcmp and one
-send, which the kernel's share outweighs: 20 to 28 us for 40 KB at 16 and 64 connections, beside 26 to 30 us of wrk with a Lua
-script for the pages, in turns on the same servers. Bare ASGI takes twice that, so this is not what limits it. Where it is the
-slower side after all (``busy`` near 1: nginx), throughput is a lower bound; the CPU time of the server, which counts, is not
-touched by that.
+Why not wrk: it counts answers, it does not look at them (with a Lua callback for that it is slower
+than this), and it knows no fills, no hits and no CPU time. Here every answer must have status 200,
+the declared length, the very bytes of its page and, where the lane says so, the mark of a hit. That
+costs one epoll, one or two recv into a buffer that exists, one memcmp and one send, which the
+kernel's share outweighs: 20 to 28 us for 40 KB at 16 and 64 connections, beside 26 to 30 us of wrk
+with a Lua script for the pages, in turns on the same servers. Bare ASGI takes twice that, so this
+is not what limits it. Where it is the slower side after all (``busy`` near 1: nginx), throughput is
+a lower bound; the CPU time of the server, which counts, is not touched by that.
 """
 
 import contextlib
@@ -29,14 +31,16 @@ class WrongAnswer(RuntimeError):
 
 
 class WrongWay(WrongAnswer):
-    """A right answer, but not the hit or the miss that is measured: once, that may be an accident of a busy machine."""
+    """A right answer, but not the hit or the miss that is measured: once, that may be an accident
+    of a busy machine."""
 
 
 @dataclass(frozen=True)
 class Ask:
     """A request and the body that must come back: all of it, or its length and what it begins with.
 
-    Not ``exact``: any body will do (of about that length), for answers that differ from one time to the next.
+    Not ``exact``: any body will do (of about that length), for answers that differ from one time to
+    the next.
     """
 
     request: bytes
@@ -78,7 +82,17 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 class _Connection:
-    __slots__ = ("ask", "body_at", "buffer", "filled", "needed", "number", "sent_at", "socket", "view")
+    __slots__ = (
+        "ask",
+        "body_at",
+        "buffer",
+        "filled",
+        "needed",
+        "number",
+        "sent_at",
+        "socket",
+        "view",
+    )
 
     def __init__(self, address: tuple[str, int], number: int, ask: Ask, size: int) -> None:
         self.socket = socket.create_connection(address, 10)
@@ -103,12 +117,16 @@ def drive(
     strict: bool = True,
     host: str = "127.0.0.1",
 ) -> Sample:
-    """Send for so many seconds, or so many requests, and compare every answer. Raises ``WrongAnswer`` and ``WrongWay``.
+    """Send for so many seconds, or so many requests, and compare every answer. Raises
+    ``WrongAnswer`` and ``WrongWay``.
 
-    ``hit`` is what the head of a hit holds, in lower case: that of every answer; or, not ``strict``, of those that are counted.
+    ``hit`` is what the head of a hit holds, in lower case: that of every answer; or, not
+    ``strict``, of those that are counted.
     """
     with contextlib.ExitStack() as stack:
-        size = HEAD_BYTES + max(ask.length if ask.exact else 2 * ask.length + SPARE_BYTES for ask in asks)
+        size = HEAD_BYTES + max(
+            ask.length if ask.exact else 2 * ask.length + SPARE_BYTES for ask in asks
+        )
         poll = stack.enter_context(select.epoll())
         opened: dict[int, _Connection] = {}
         for number in range(connections):
@@ -136,7 +154,8 @@ def _drive(
 ) -> Sample:
     """Loop. Local names and one level of calls: this shares the machine with what it measures."""
     clock, pages = time.perf_counter_ns, len(asks)
-    heads: dict[bytes, tuple[int, bool]] = {}  # those seen, with length and whether it is a hit: a new one comes once a second
+    # those seen, with length and whether it is a hit: a new one comes once a second
+    heads: dict[bytes, tuple[int, bool]] = {}
     sample = Sample()
     note = sample.latencies_ns.append
     left = -1 if requests is None else requests
@@ -196,7 +215,8 @@ def _drive(
 
 
 def _read_head(head: bytes, hit: bytes, strict: bool) -> tuple[int, bool]:
-    """Check the head of an answer; return its content length and whether it is a hit. Raises ``WrongAnswer`` and ``WrongWay``."""
+    """Check the head of an answer; return its content length and whether it is a hit. Raises
+    ``WrongAnswer`` and ``WrongWay``."""
     lower = head.lower()
     if not head.startswith(b"HTTP/1.1 200"):
         raise WrongAnswer(f"not answered with 200: {head[:200]!r}")
@@ -216,4 +236,7 @@ def _difference(ask: Ask, answer: bytes) -> str:
         return f"{line}: the connection was closed"
     pairs = enumerate(zip(ask.body, body, strict=False))
     same = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(ask.body), len(body)))
-    return f"{line}: {len(body)} bytes instead of {ask.length}, different from byte {same} on: {body[same : same + 40]!r}"
+    return (
+        f"{line}: {len(body)} bytes instead of {ask.length}, different from byte {same} on: "
+        f"{body[same : same + 40]!r}"
+    )

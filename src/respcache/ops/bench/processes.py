@@ -1,4 +1,5 @@
-"""Processes that are measured, and the machine they are measured on: which core does what, CPU time. Linux only."""
+"""Processes that are measured, and the machine they are measured on: which core does what, CPU
+time. Linux only."""
 
 import contextlib
 import ctypes
@@ -34,7 +35,8 @@ class Failed(RuntimeError):
 
 @dataclass(frozen=True)
 class Cores:
-    """Who runs where: the servers of lanes on the first cores, the load generator, Valkey and PostgreSQL on the last."""
+    """Who runs where: the servers of lanes on the first cores, the load generator, Valkey and
+    PostgreSQL on the last."""
 
     available: tuple[int, ...]
 
@@ -53,7 +55,10 @@ class Cores:
 
     def __str__(self) -> str:
         if len(self.available) == 1:
-            return "one core: servers, load generator and Valkey share it, so throughput is that of all of them together"
+            return (
+                "one core: servers, load generator and Valkey share it, so throughput is that of "
+                "all of them together"
+            )
         return (
             f"{len(self.available)} cores: a lane's server on core {self.servers()[0]}; "
             f"load generator, Valkey and PostgreSQL on core {self.generator()[0]}"
@@ -61,7 +66,8 @@ class Cores:
 
 
 def cpu_ns(pids: Iterable[int]) -> int:
-    """Return the CPU time of all threads of processes, in nanoseconds: what the scheduler counted, not ticks of 10 ms."""
+    """Return the CPU time of all threads of processes, in nanoseconds: what the scheduler counted,
+    not ticks of 10 ms."""
     total = 0
     for pid in pids:
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -76,7 +82,9 @@ def family(pid: int) -> tuple[int, ...]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(") ")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(") ")[2].split()[1]
+                )
     found = [pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
@@ -92,7 +100,10 @@ def pin(pid: int, cores: Iterable[int]) -> None:
 def describe(cores: Cores) -> str:
     """Name the machine."""
     with open("/proc/cpuinfo") as lines:
-        model = next((line.partition(": ")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        model = next(
+            (line.partition(": ")[2].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
     return f"{model}, {len(cores.available)} cores, Linux {platform.release()}"
 
 
@@ -114,7 +125,8 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def tied_to_us(cores: Iterable[int]) -> Callable[[], None]:
-    """Make the step, run in the child, that pins it and has the kernel end it when we die (prctl PR_SET_PDEATHSIG)."""
+    """Make the step, run in the child, that pins it and has the kernel end it when we die (prctl
+    PR_SET_PDEATHSIG)."""
     prctl, chosen = ctypes.CDLL(None).prctl, set(cores)
 
     def step() -> None:

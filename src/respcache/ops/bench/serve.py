@@ -1,7 +1,9 @@
-"""A process that is measured: uvicorn without an access log on a listening socket that was handed down.
+"""A process that is measured: uvicorn without an access log on a listening socket that was handed
+down.
 
-``python -m respcache.ops.bench.serve WAY TARGET DESCRIPTOR``. WAY is ``with`` (TARGET ``module:app`` as it is), ``without`` (the
-same with what its cache wraps in place of the wrapper) or ``bare`` (TARGET is a file of prepared answers).
+``python -m respcache.ops.bench.serve WAY TARGET DESCRIPTOR``. WAY is ``with`` (TARGET
+``module:app`` as it is), ``without`` (the same with what its cache wraps in place of the wrapper)
+or ``bare`` (TARGET is a file of prepared answers).
 """
 
 import asyncio
@@ -53,7 +55,8 @@ def bare(answers: list[Prepared]) -> App:
 
 
 def without_cache(app: Any) -> Any:
-    """Return an application with what its cache wraps in place of the wrapper, whatever stands around it."""
+    """Return an application with what its cache wraps in place of the wrapper, whatever stands
+    around it."""
     if isinstance(app, Wrapper):
         return app.app
     around = app
@@ -66,7 +69,11 @@ def without_cache(app: Any) -> Any:
 def main(way: str, target: str, descriptor: int) -> None:
     """Serve one of the three."""
     if way == "bare":
-        run(bare(msgspec.msgpack.decode(Path(target).read_bytes(), type=list[Prepared])), descriptor, lifespan="off")
+        run(
+            bare(msgspec.msgpack.decode(Path(target).read_bytes(), type=list[Prepared])),
+            descriptor,
+            lifespan="off",
+        )
         return
     app = load(target, Path.cwd()).app
     run(without_cache(app) if way == "without" else app, descriptor, lifespan="auto")

@@ -1,4 +1,5 @@
-"""The command ``respcache``. ``app.py`` lists its commands; each imports what it needs when it is run."""
+"""The command ``respcache``. ``app.py`` lists its commands; each imports what it needs when it is
+run."""
 
 import sys
 
@@ -10,6 +11,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "respcache":
             raise
-        print(f"respcache: {error.name} is not installed: pip install 'respcache[cli]'", file=sys.stderr)
+        print(
+            f"respcache: {error.name} is not installed: pip install 'respcache[cli]'",
+            file=sys.stderr,
+        )
         sys.exit(2)
     app()

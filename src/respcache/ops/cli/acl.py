@@ -20,7 +20,11 @@ def run(out: Output, *, role: str | None) -> Status:
         for known in chosen.values():
             out.say(f"# {known.about}", "dim")
             out.say(known.rule())
-        out.say("# put a password of yours in place of PASSWORD; ACL SAVE keeps it where the server has an aclfile", "dim")
+        out.say(
+            "# put a password of yours in place of PASSWORD; ACL SAVE keeps it where the server "
+            "has an aclfile",
+            "dim",
+        )
 
     out.emit(document, render)
     return Status.OK

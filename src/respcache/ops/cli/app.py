@@ -1,4 +1,5 @@
-"""The commands of ``respcache`` and their options. What they do is in the modules that they import when they run.
+"""The commands of ``respcache`` and their options. What they do is in the modules that they import
+when they run.
 
 ``respcache --help`` imports neither rich nor anything else of weight.
 """
@@ -20,7 +21,8 @@ MAX_KEYS = 100_000
 
 app = typer.Typer(
     name="respcache",
-    help="See and steer a response cache: what it holds, why it answers as it does, and whether its servers are set up right.",
+    help="See and steer a response cache: what it holds, why it answers as it does, and whether "
+    "its servers are set up right.",
     epilog=STATUSES,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -29,14 +31,27 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Url = Annotated[str, typer.Option("--url", metavar="URL", envvar="RESPCACHE_URL", help="where the dashboard is mounted")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", metavar="URL", envvar="RESPCACHE_URL", help="where the dashboard is mounted"
+    ),
+]
 TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", metavar="FILE", help="holds the token; -: standard input  [else: RESPCACHE_TOKEN]")
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="holds the token; -: standard input  [else: RESPCACHE_TOKEN]",
+    ),
 ]
 Tenant = Annotated[str | None, typer.Option("--tenant", help="only this one, by id or name")]
 Module = Annotated[str | None, typer.Option("--module", help="only this one")]
 Headers = Annotated[
-    list[str] | None, typer.Option("-H", "--header", metavar="'NAME: VALUE'", help="of the request; @FILE: one a line")
+    list[str] | None,
+    typer.Option(
+        "-H", "--header", metavar="'NAME: VALUE'", help="of the request; @FILE: one a line"
+    ),
 ]
 
 
@@ -49,7 +64,12 @@ def _run(as_json: bool, command: "Callable[[Output], int | None]") -> None:
         raise typer.Exit(command(out) or 0)
 
 
-def _ask(as_json: bool, url: str, token_file: Path | None, command: "Callable[[Output, Client], int | None]") -> None:
+def _ask(
+    as_json: bool,
+    url: str,
+    token_file: Path | None,
+    command: "Callable[[Output, Client], int | None]",
+) -> None:
     """Run a command that talks to the application."""
     from respcache.ops.cli.client import Client, read_token
 
@@ -91,14 +111,21 @@ def stats(
     """Print requests, hits and times by module, route or tenant."""
     from respcache.ops.cli import figures
 
-    _ask(as_json, url, token_file, lambda out, client: figures.stats(out, client, by=by, tenant=tenant, module=module))
+    _ask(
+        as_json,
+        url,
+        token_file,
+        lambda out, client: figures.stats(out, client, by=by, tenant=tenant, module=module),
+    )
 
 
 @app.command()
 def keys(
     tenant: Tenant = None,
     module: Module = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=MAX_KEYS, help="how many at most")] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, max=MAX_KEYS, help="how many at most")
+    ] = 100,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
@@ -106,13 +133,20 @@ def keys(
     """List stored answers of a tenant or a module."""
     from respcache.ops.cli import stored
 
-    _ask(as_json, url, token_file, lambda out, client: stored.keys(out, client, tenant=tenant, module=module, limit=limit))
+    _ask(
+        as_json,
+        url,
+        token_file,
+        lambda out, client: stored.keys(out, client, tenant=tenant, module=module, limit=limit),
+    )
 
 
 @app.command()
 def get(
     key: Annotated[str, typer.Argument(help="as `respcache keys` prints it")],
-    body: Annotated[bool, typer.Option("--body", help="print the body: this is written into the trail")] = False,
+    body: Annotated[
+        bool, typer.Option("--body", help="print the body: this is written into the trail")
+    ] = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
@@ -128,14 +162,17 @@ def explain(
     path: Annotated[str, typer.Argument(help="of a request, such as /api/leads?limit=50")],
     method: Annotated[str, typer.Option("--method", "-X")] = "GET",
     headers: Headers = None,
-    anonymous: Annotated[bool, typer.Option("--anonymous", help="without credentials  [else: of whoever asks]")] = False,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="without credentials  [else: of whoever asks]")
+    ] = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
     """Say why a request would be a hit, a miss or a bypass now.
 
-    Changes nothing. Without credentials in -H it is explained as a request of whoever the token belongs to.
+    Changes nothing. Without credentials in -H it is explained as a request of whoever the token
+    belongs to.
     """
     from respcache.ops.cli import explain as command
 
@@ -172,7 +209,9 @@ def purge(
 def tail(
     tenant: Tenant = None,
     module: Module = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=1000, help="how many of those before")] = 20,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, max=1000, help="how many of those before")
+    ] = 20,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="go on until Ctrl-C")] = True,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
@@ -193,7 +232,10 @@ def tail(
 @app.command()
 def config(
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", envvar="RESPCACHE_URL", help="asks the running application too")
+        str | None,
+        typer.Option(
+            "--url", metavar="URL", envvar="RESPCACHE_URL", help="asks the running application too"
+        ),
     ] = None,
     token_file: TokenFile = None,
     as_json: Json = False,
@@ -212,8 +254,13 @@ def config(
 
 @app.command()
 def doctor(
-    app: Annotated[str | None, typer.Option("--app", metavar="MODULE:APP", help="asks this application for its tables")] = None,
-    tables: Annotated[str | None, typer.Option("--tables", metavar="A,B", help="tables that cached reads declare")] = None,
+    app: Annotated[
+        str | None,
+        typer.Option("--app", metavar="MODULE:APP", help="asks this application for its tables"),
+    ] = None,
+    tables: Annotated[
+        str | None, typer.Option("--tables", metavar="A,B", help="tables that cached reads declare")
+    ] = None,
     schema: Annotated[str, typer.Option("--schema", help="where outbox and tables are")] = "public",
     as_json: Json = False,
 ) -> None:
@@ -242,20 +289,38 @@ def acl(
 @app.command()
 def bench(
     urls: Annotated[
-        list[str] | None, typer.Argument(metavar="[URL|PATH]...", help="of a running application, or with --app paths")
+        list[str] | None,
+        typer.Argument(
+            metavar="[URL|PATH]...", help="of a running application, or with --app paths"
+        ),
     ] = None,
     app: Annotated[
-        str | None, typer.Option("--app", metavar="MODULE:APP", help="starts it itself, with its cache and without")
+        str | None,
+        typer.Option(
+            "--app", metavar="MODULE:APP", help="starts it itself, with its cache and without"
+        ),
     ] = None,
-    path: Annotated[list[str] | None, typer.Option("--path", help="the same as an argument")] = None,
+    path: Annotated[
+        list[str] | None, typer.Option("--path", help="the same as an argument")
+    ] = None,
     headers: Headers = None,
     without: Annotated[
-        str | None, typer.Option("--without", metavar="URL", help="the same application, running without its cache")
+        str | None,
+        typer.Option(
+            "--without", metavar="URL", help="the same application, running without its cache"
+        ),
     ] = None,
-    pid: Annotated[list[int] | None, typer.Option("--pid", help="of a process of the running one: measures its CPU")] = None,
-    without_pid: Annotated[list[int] | None, typer.Option("--without-pid", help="of a process of the other")] = None,
+    pid: Annotated[
+        list[int] | None,
+        typer.Option("--pid", help="of a process of the running one: measures its CPU"),
+    ] = None,
+    without_pid: Annotated[
+        list[int] | None, typer.Option("--without-pid", help="of a process of the other")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000)] = 5,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.01, max=600, help="of a lane in a round")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.01, max=600, help="of a lane in a round")
+    ] = 1.0,
     connections: Annotated[str, typer.Option("--connections", metavar="N,N")] = "1,16",
     as_json: Json = False,
 ) -> None:

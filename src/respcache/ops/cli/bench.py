@@ -1,4 +1,5 @@
-"""``respcache bench``: what the cache brings to an application, measured side by side in one run."""
+"""``respcache bench``: what the cache brings to an application, measured side by side in one
+run."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from respcache.ops.bench.compare import Address, Bench, Effort, Request, Tell, beside, check_pids, parse_connections, ratios
+from respcache.ops.bench.compare import (
+    Address,
+    Bench,
+    Effort,
+    Request,
+    Tell,
+    beside,
+    check_pids,
+    parse_connections,
+    ratios,
+)
 from respcache.ops.bench.load import WrongAnswer
 from respcache.ops.bench.processes import Cores, Failed
 from respcache.ops.cli.headers import read_headers
@@ -42,11 +53,17 @@ def run(
     if sys.platform != "linux":
         raise Failure(Status.USAGE, "bench needs Linux: epoll, and CPU times from /proc")
     if not urls:
-        raise Failure(Status.USAGE, "name what to ask: http://localhost:4001/api/leads, or with --app: /api/leads")
+        raise Failure(
+            Status.USAGE,
+            "name what to ask: http://localhost:4001/api/leads, or with --app: /api/leads",
+        )
     given = tuple(read_headers(headers))
     effort = Effort(rounds, seconds, parse_connections(connections))
     cores = Cores.found()
-    with Bench([Request(_target(url), given) for url in urls], cores=cores) as bench, _progress(out) as tell:
+    with (
+        Bench([Request(_target(url), given) for url in urls], cores=cores) as bench,
+        _progress(out) as tell,
+    ):
         try:
             if app is not None:
                 _own(bench, app, urls, without, [*pids, *without_pids])
@@ -71,20 +88,38 @@ def run(
     return Status.OK
 
 
-def _own(bench: Bench, app: str, urls: Sequence[str], without: str | None, pids: Sequence[int]) -> None:
+def _own(
+    bench: Bench, app: str, urls: Sequence[str], without: str | None, pids: Sequence[int]
+) -> None:
     if without is not None or pids:
-        raise Failure(Status.USAGE, "--app starts the processes itself: leave --without, --pid and --without-pid out")
+        raise Failure(
+            Status.USAGE,
+            "--app starts the processes itself: leave --without, --pid and --without-pid out",
+        )
     for url in urls:
         if not url.startswith("/"):
-            raise Failure(Status.USAGE, f"{url!r} must be a path, such as /api/leads: --app starts the servers itself")
+            raise Failure(
+                Status.USAGE,
+                f"{url!r} must be a path, such as /api/leads: --app starts the servers itself",
+            )
     load(app, Path.cwd())  # a clear message now, not one of a child
     bench.add_application(app)
 
 
-def _running(bench: Bench, urls: Sequence[str], without: str | None, pids: Sequence[int], without_pids: Sequence[int]) -> None:
+def _running(
+    bench: Bench,
+    urls: Sequence[str],
+    without: str | None,
+    pids: Sequence[int],
+    without_pids: Sequence[int],
+) -> None:
     places = {_place(url) for url in urls}
     if len(places) > 1:
-        raise Failure(Status.USAGE, f"name one server: {' and '.join(sorted(f'{host}:{port}' for host, port in places))} are two")
+        raise Failure(
+            Status.USAGE,
+            f"name one server: {' and '.join(sorted(f'{host}:{port}' for host, port in places))} "
+            f"are two",
+        )
     bench.add_running("with", Address(*places.pop(), check_pids(pids)))
     if without is not None:
         bench.add_running("without", Address(*_place(without), check_pids(without_pids)))
@@ -99,7 +134,11 @@ def _place(url: str) -> tuple[str, int]:
     except ValueError:
         parts, port = urlsplit(""), 0
     if parts.scheme != "http" or not parts.hostname:
-        raise Failure(Status.USAGE, f"{url!r} must be like http://localhost:4001/api/leads; a path alone needs --app MODULE:APP")
+        raise Failure(
+            Status.USAGE,
+            f"{url!r} must be like http://localhost:4001/api/leads; a path alone needs --app "
+            f"MODULE:APP",
+        )
     return parts.hostname, port
 
 
@@ -116,7 +155,9 @@ def _progress(out: Output) -> Iterator[Tell]:
     """Show how far it is, on standard error, where somebody looks at it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("starting")
 
         def tell(what: str, over: int, total: int) -> None:
@@ -138,7 +179,16 @@ def _notes(lanes: Mapping[str, Any]) -> Iterator[str]:
 
 def _render(out: Output, document: Mapping[str, Any]) -> None:
     out.say(document["machine"], "dim")
-    columns = ("lane", "connections>", "requests/s>", "p50>", "p99>", "CPU/request>", "hits>", "CPU of bare / its own>")
+    columns = (
+        "lane",
+        "connections>",
+        "requests/s>",
+        "p50>",
+        "p99>",
+        "CPU/request>",
+        "hits>",
+        "CPU of bare / its own>",
+    )
     rows = [
         (
             LABELS[way], int(count[1:]), f"{cell['rps']:,.0f}", f"{cell['p50_ms']:.2f} ms", f"{cell['p99_ms']:.2f} ms",
@@ -150,6 +200,11 @@ def _render(out: Output, document: Mapping[str, Any]) -> None:
     out.table(columns, sorted(rows, key=lambda row: row[1]))
     for count, ratio in document["with_against_without"].items():
         cpu = "" if ratio["cpu"] is None else f", {ratio['cpu']:g} times less CPU a request"
-        out.say(Text.assemble((f"{ratio['rps']:g} times", "bold green"), f" the requests/s{cpu} at {count[1:]} connections"))
+        out.say(
+            Text.assemble(
+                (f"{ratio['rps']:g} times", "bold green"),
+                f" the requests/s{cpu} at {count[1:]} connections",
+            )
+        )
     for note in document["notes"]:
         out.say(f"note: {note}", "yellow")

@@ -1,4 +1,5 @@
-"""``respcache config``: settings with value and source, of this environment and, if it is asked, of the running application."""
+"""``respcache config``: settings with value and source, of this environment and, if it is asked, of
+the running application."""
 
 import os
 import re
@@ -33,7 +34,10 @@ def run(out: Output, client: Client | None) -> Status:
         out.table(columns, ((one["name"], one["value"], one["source"]) for one in local))
         if client is not None and remote is not None:
             out.say()
-            out.table((f"setting of {client.url}", *columns[1:]), ((one["name"], one["value"], one["source"]) for one in remote))
+            out.table(
+                (f"setting of {client.url}", *columns[1:]),
+                ((one["name"], one["value"], one["source"]) for one in remote),
+            )
 
     out.emit(document, render)
     return Status.OK
@@ -46,11 +50,16 @@ def _local() -> Iterator[dict[str, Any]]:
             shown: str | None = "set" if value else "not set"
         else:
             shown = default if value is None else without_password(value)
-        yield {"name": name, "value": shown or "not set", "source": "environment" if value else "default"}
+        yield {
+            "name": name,
+            "value": shown or "not set",
+            "source": "environment" if value else "default",
+        }
 
 
 def without_password(url: str) -> str:
-    """Return an address with its password, and what stands in its query, left out; also one that is not encoded rightly.
+    """Return an address with its password, and what stands in its query, left out; also one that is
+    not encoded rightly.
 
     Of what is no address (``host=h password=p``) nothing is returned but that it is set.
     """

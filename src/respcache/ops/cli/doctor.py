@@ -12,13 +12,19 @@ from respcache.ops.cli.output import Output
 from respcache.ops.doctor import Finding, Level, diagnose
 from respcache.ops.target import load
 
-MARKS = {Level.OK: ("ok", "green"), Level.WARNING: ("warning", "yellow"), Level.FAULT: ("FAULT", "bold red")}
+MARKS = {
+    Level.OK: ("ok", "green"),
+    Level.WARNING: ("warning", "yellow"),
+    Level.FAULT: ("FAULT", "bold red"),
+}
 
 
 def run(out: Output, *, app: str | None, tables: str | None, schema: str) -> Status:
     """Check everything, print it, and return FAILED where there is a fault."""
     if app is not None and tables is not None:
-        raise Failure(Status.USAGE, "--app and --tables both say which tables are declared: give one of them")
+        raise Failure(
+            Status.USAGE, "--app and --tables both say which tables are declared: give one of them"
+        )
     declared = _declared(app) if app is not None else _listed(tables)
     findings = diagnose(os.environ, schema=schema, tables=declared)
     faults = sum(finding.level is Level.FAULT for finding in findings)
@@ -42,7 +48,9 @@ def _listed(tables: str | None) -> set[str] | None:
         return None
     named = {table.strip() for table in tables.split(",") if table.strip()}
     if not named:
-        raise Failure(Status.USAGE, "--tables names none: give names between commas, such as accounts,leads")
+        raise Failure(
+            Status.USAGE, "--tables names none: give names between commas, such as accounts,leads"
+        )
     return named
 
 

@@ -1,4 +1,5 @@
-"""``respcache status`` and ``stats``: the state at a glance, and figures by tenant, module or route."""
+"""``respcache status`` and ``stats``: the state at a glance, and figures by tenant, module or
+route."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,31 +16,58 @@ Document = Mapping[str, Any]
 MAX_TENANTS = 1_000
 """The largest, if there are more."""
 
-COLUMNS = ("requests>", "hit ratio>", "hits>", "misses>", "bypasses>", "writes>", "hit p95>", "miss p95>", "saved>", "sent>")
+COLUMNS = (
+    "requests>",
+    "hit ratio>",
+    "hits>",
+    "misses>",
+    "bypasses>",
+    "writes>",
+    "hit p95>",
+    "miss p95>",
+    "saved>",
+    "sent>",
+)
 OF_PROCESSES = (
     "process", "in memory>", "of>", "entries>", "fence age>", "outbox waits>", "tenants pending>", "errors>", "audits>",
 )  # fmt: skip
 
 
 def status(out: Output, client: Client) -> Status:
-    """Print the state; FAILED where nothing is served from the cache, or what was served was not right."""
+    """Print the state; FAILED where nothing is served from the cache, or what was served was not
+    right."""
     overview = client.get("overview")
     problems = _problems(overview)
     out.emit({**overview, "problems": problems}, lambda: _render(out, client, overview, problems))
     return Status.FAILED if problems else Status.OK
 
 
-def stats(out: Output, client: Client, *, by: str, tenant: str | None, module: str | None) -> Status:
+def stats(
+    out: Output, client: Client, *, by: str, tenant: str | None, module: str | None
+) -> Status:
     """Print figures by tenant, module or route."""
     if by == "tenants":
         if module is not None:
-            raise Failure(Status.USAGE, "--by tenants adds all modules up: leave --module out, or take --by modules --tenant")
-        rows = client.get(by, limit=MAX_TENANTS) if tenant is None else [client.get(f"tenants/{quote(tenant, safe='')}")]
+            raise Failure(
+                Status.USAGE,
+                "--by tenants adds all modules up: leave --module out, or take --by modules "
+                "--tenant",
+            )
+        rows = (
+            client.get(by, limit=MAX_TENANTS)
+            if tenant is None
+            else [client.get(f"tenants/{quote(tenant, safe='')}")]
+        )
     else:
         rows = client.get(by, tenant=tenant)
     if module is not None:
         rows = [row for row in rows if (row["module"] or row["name"]) == module]
-    out.emit(rows, lambda: out.table((by.removesuffix("s"), *COLUMNS), map(_row, rows), empty="no figures yet"))
+    out.emit(
+        rows,
+        lambda: out.table(
+            (by.removesuffix("s"), *COLUMNS), map(_row, rows), empty="no figures yet"
+        ),
+    )
     return Status.OK
 
 
@@ -49,9 +77,17 @@ def _problems(overview: Document) -> list[str]:
     if not overview["available"]:
         found.append("the cache's server is away: everything comes from the handlers")
     if overview["switches"]["everything"]:
-        found.append("the cache is switched off for all processes: the dashboard, or POST api/switch, switches it on")
-    elif overview["available"] and not overview["switches"]["enabled"] and not overview["processes"]:
-        found.append("the process that answered serves nothing from the cache: it was started with enabled=False")
+        found.append(
+            "the cache is switched off for all processes: the dashboard, or POST api/switch, "
+            "switches it on"
+        )
+    elif (
+        overview["available"] and not overview["switches"]["enabled"] and not overview["processes"]
+    ):
+        found.append(
+            "the process that answered serves nothing from the cache: it was started with "
+            "enabled=False"
+        )
     if overview["tenant"] in overview["switches"]["tenants"]:
         found.append(f"tenant {overview['tenant']} is switched off")
     for process in overview["processes"]:
@@ -63,15 +99,25 @@ def _problems(overview: Document) -> list[str]:
                 found.append(f"{name} has no connection to the cache's server")
         elif fence is not None and not fence["alive"]:
             found.append(
-                f"{name} has no fence, so serves nothing from the cache: {fence['problem'] or 'no round is completed yet'}"
+                f"{name} has no fence, so serves nothing from the cache: "
+                f"{fence['problem'] or 'no round is completed yet'}"
             )
-    unsound = {table for process in overview["processes"] if process["fence"] for table in process["fence"]["unsound_tables"]}
+    unsound = {
+        table
+        for process in overview["processes"]
+        if process["fence"]
+        for table in process["fence"]["unsound_tables"]
+    }
     if unsound:
-        found.append(f"not cached, as their triggers are not sound: {', '.join(sorted(unsound))}; respcache doctor says why")
+        found.append(
+            f"not cached, as their triggers are not sound: {', '.join(sorted(unsound))}; "
+            f"respcache doctor says why"
+        )
     if overview["findings"]:
         last = overview["findings"][-1]
         found.append(
-            f"the audit found wrong answers ({len(overview['findings'])} are kept), the last one {last['kind']}: {last['route']} "
+            f"the audit found wrong answers ({len(overview['findings'])} are kept), the last one "
+            f"{last['kind']}: {last['route']} "
             f"of tenant {last['tenant']}, at {last['at'][:19]}; docs/operations.md says what now"
         )
     return found
@@ -79,23 +125,43 @@ def _problems(overview: Document) -> list[str]:
 
 def _render(out: Output, client: Client, overview: Document, problems: Sequence[str]) -> None:
     totals, switches, server = overview["totals"], overview["switches"], overview["server"]
-    off = [*(["everything"] if switches["everything"] else []), *switches["tenants"], *switches["modules"]]
+    off = [
+        *(["everything"] if switches["everything"] else []),
+        *switches["tenants"],
+        *switches["modules"],
+    ]
     why = f": {overview['problem']}" if overview["problem"] else ""
     pairs: list[tuple[str, Any]] = [
         ("application", f"{client.url}, figures of {overview['figures_of']}{why}"),
         ("server", _server(overview["available"], server)),
         ("switched off", ", ".join(off) or "nothing"),
-        ("requests", f"{totals['requests']:,}: {totals['hits']:,} hits, {totals['misses']:,} misses, "
+        ("requests", f"{totals['requests']:,}: {totals['hits']:,} hits, {totals['misses']:,} "
+                     f"misses, "
                      f"{sum(totals['bypasses'].values()):,} bypasses"),
         ("hit ratio", share(totals["hits"], totals["hits"] + totals["misses"])),
     ]  # fmt: skip
     if overview["tenant"] is None:
         pairs += [
-            ("hits", Text.assemble("p50 ", span(totals["hit_p50_s"]), ", p95 ", span(totals["hit_p95_s"]))),
-            ("misses", Text.assemble("p50 ", span(totals["miss_p50_s"]), ", p95 ", span(totals["miss_p95_s"]))),
+            (
+                "hits",
+                Text.assemble(
+                    "p50 ", span(totals["hit_p50_s"]), ", p95 ", span(totals["hit_p95_s"])
+                ),
+            ),
+            (
+                "misses",
+                Text.assemble(
+                    "p50 ", span(totals["miss_p50_s"]), ", p95 ", span(totals["miss_p95_s"])
+                ),
+            ),
             ("saved", Text.assemble(span(totals["saved_s"]), " of handlers' time, by estimate")),
         ]
-    pairs.append(("invalidations", f"{totals['invalidations']:,}; {len(overview['pending_tenants'])} tenants pending"))
+    pairs.append(
+        (
+            "invalidations",
+            f"{totals['invalidations']:,}; {len(overview['pending_tenants'])} tenants pending",
+        )
+    )
     out.pairs(pairs)
     if overview["processes"]:
         out.say()

@@ -1,4 +1,5 @@
-"""Headers of a request as curl takes them: ``-H 'Name: value'``, or ``-H @file`` with one a line, which no process list shows."""
+"""Headers of a request as curl takes them: ``-H 'Name: value'``, or ``-H @file`` with one a line,
+which no process list shows."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,7 +8,8 @@ from respcache.ops.cli.outcome import Failure, Status
 
 
 def read_headers(given: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield names (in lower case) and values. Raises ``Failure``, without the value: it may be a secret."""
+    """Yield names (in lower case) and values. Raises ``Failure``, without the value: it may be a
+    secret."""
     for header in given:
         if not header.startswith("@"):
             yield _read(header)
@@ -22,6 +24,11 @@ def read_headers(given: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _read(header: str) -> tuple[str, str]:
     name, separator, value = header.partition(":")
     name, value = name.strip(), value.strip()
-    if not separator or not name or not (name + value).isprintable() or not (name + value).isascii():
+    if (
+        not separator
+        or not name
+        or not (name + value).isprintable()
+        or not (name + value).isascii()
+    ):
         raise Failure(Status.USAGE, "-H must be 'Name: value', or @FILE with such lines")
     return name.lower(), value

@@ -17,7 +17,8 @@ class Status(IntEnum):
 
 
 class Failure(Exception):
-    """A command cannot go on; the message says why and what to do. Caught by ``output.Output.running``."""
+    """A command cannot go on; the message says why and what to do. Caught by
+    ``output.Output.running``."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)

@@ -1,7 +1,9 @@
-"""What a command prints: tables for people, one JSON document for programs (one a line where it does not end).
+"""What a command prints: tables for people, one JSON document for programs (one a line where it
+does not end).
 
-Colours only on a terminal, and not with NO_COLOR (https://no-color.org); in a pipe nothing is cut off and no line is broken.
-What was stored came from requests of others: control characters of it are shown as pictures, and never reach the terminal.
+Colours only on a terminal, and not with NO_COLOR (https://no-color.org); in a pipe nothing is cut
+off and no line is broken. What was stored came from requests of others: control characters of it
+are shown as pictures, and never reach the terminal.
 """
 
 import json
@@ -22,11 +24,16 @@ from respcache.ops.cli.outcome import Failure, Status
 UNBROKEN = 10_000
 """Columns of an output that is no terminal: more than any line has."""
 
-PICTURES = {**{code: 0x2400 + code for code in range(32)}, 127: 0x2421, **dict.fromkeys(range(128, 160), 0xFFFD)}
+PICTURES = {
+    **{code: 0x2400 + code for code in range(32)},
+    127: 0x2421,
+    **dict.fromkeys(range(128, 160), 0xFFFD),
+}
 """What stands for a control character."""
 
 ESCAPES = {code: f"\\u{code:04x}" for code in range(127, 160)}
-"""Of control characters that JSON leaves as they are (RFC 8259, section 7); U+009B begins a command as ESC [ does."""
+"""Of control characters that JSON leaves as they are (RFC 8259, section 7); U+009B begins a command
+as ESC [ does."""
 
 
 class Output:
@@ -72,7 +79,9 @@ class Output:
 
     def say(self, text: Text | str = "", style: str = "") -> None:
         """Print a line of text as it stands."""
-        self._console.print(harmless(Text(text, style) if isinstance(text, str) else text), soft_wrap=True)
+        self._console.print(
+            harmless(Text(text, style) if isinstance(text, str) else text), soft_wrap=True
+        )
         self._console.file.flush()
 
     def note(self, message: str) -> None:
@@ -81,7 +90,12 @@ class Output:
 
     def body(self, text: str) -> None:
         """Print a text of many lines: to a program exactly as it is."""
-        print("\n".join(line.translate(PICTURES) for line in text.split("\n")) if self.terminal else text, flush=True)
+        print(
+            "\n".join(line.translate(PICTURES) for line in text.split("\n"))
+            if self.terminal
+            else text,
+            flush=True,
+        )
 
     def pairs(self, rows: Iterable[tuple[str, Any]]) -> None:
         """Print names and values."""
@@ -90,12 +104,16 @@ class Output:
             grid.add_row(harmless(Text(name, "bold")), harmless(shown(value)))
         self._print(grid)
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing") -> None:
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "nothing"
+    ) -> None:
         """Print a table; columns whose name ends with ``>`` are aligned to the right."""
         made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for column in columns:
             right = column.endswith(">")
-            made.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
+            made.add_column(
+                column.rstrip(">"), justify="right" if right else "left", overflow="fold"
+            )
         for row in rows:
             made.add_row(*(harmless(shown(value)) for value in row))
         if made.row_count:
@@ -112,12 +130,17 @@ class Output:
 
     def _fail(self, status: Status, message: str) -> None:
         if self.as_json:
-            print(_json({"error": {"status": status.name.lower(), "message": message}}, indent=2), flush=True)
+            print(
+                _json({"error": {"status": status.name.lower(), "message": message}}, indent=2),
+                flush=True,
+            )
         self._complain(message, "bold red")
         raise typer.Exit(status)
 
     def _complain(self, message: str, style: str) -> None:
-        _console(sys.stderr).print(harmless(Text.assemble(("respcache: ", style), message)), soft_wrap=True)
+        _console(sys.stderr).print(
+            harmless(Text.assemble(("respcache: ", style), message)), soft_wrap=True
+        )
 
 
 def harmless(text: Text) -> Text:
@@ -181,4 +204,6 @@ def _console(file: Any) -> Console:
 
 
 def _json(document: Any, *, indent: int | None = None) -> str:
-    return json.dumps(msgspec.to_builtins(document), ensure_ascii=False, indent=indent).translate(ESCAPES)
+    return json.dumps(msgspec.to_builtins(document), ensure_ascii=False, indent=indent).translate(
+        ESCAPES
+    )

@@ -1,4 +1,5 @@
-"""``respcache keys``, ``get`` and ``purge``: what is stored, one entry of it, and invalidating it."""
+"""``respcache keys``, ``get`` and ``purge``: what is stored, one entry of it, and invalidating
+it."""
 
 import sys
 from collections.abc import Mapping
@@ -17,12 +18,16 @@ Document = Mapping[str, Any]
 MAX_PAGES = 1_000
 
 
-def keys(out: Output, client: Client, *, tenant: str | None, module: str | None, limit: int) -> Status:
+def keys(
+    out: Output, client: Client, *, tenant: str | None, module: str | None, limit: int
+) -> Status:
     """Search stored answers, page by page until ``limit`` are found or all keys were looked at."""
     found: dict[str, Document] = {}
     cursor, looked_at, total = "", 0, 0
     for _ in range(MAX_PAGES):
-        page = client.get("keys", tenant=tenant, module=module, cursor=cursor, limit=min(limit - len(found), 1000))
+        page = client.get(
+            "keys", tenant=tenant, module=module, cursor=cursor, limit=min(limit - len(found), 1000)
+        )
         found.update((one["key"], one) for one in page["keys"])
         cursor, total = page["cursor"], page["total"]
         looked_at += page["looked_at"]
@@ -35,12 +40,20 @@ def keys(out: Output, client: Client, *, tenant: str | None, module: str | None,
     def render() -> None:
         columns = ("key", "size>", "ttl left>", "age>", "fill>")
         rows = (
-            (one["key"], size(one["size_bytes"]), span(one["ttl_left_s"]), span(one["age_s"]), span(one["fill_ms"] / 1000))
+            (
+                one["key"],
+                size(one["size_bytes"]),
+                span(one["ttl_left_s"]),
+                span(one["age_s"]),
+                span(one["fill_ms"] / 1000),
+            )
             for one in chosen
         )
         out.table(columns, rows, empty="no stored answers")
         more = "that is all" if complete else f"there may be more: {_further(limit)}"
-        out.say(f"{len(chosen)} found in {looked_at:,} of {total:,} keys of the server; {more}", "dim")
+        out.say(
+            f"{len(chosen)} found in {looked_at:,} of {total:,} keys of the server; {more}", "dim"
+        )
 
     out.emit({"keys": chosen, "looked_at": looked_at, "total": total, "complete": complete}, render)
     return Status.OK
@@ -67,7 +80,8 @@ def purge(
     dry_run: bool,
     yes: bool,
 ) -> Status:
-    """Say what would be invalidated, have it confirmed, invalidate it. FAILED where it is not confirmed everywhere yet."""
+    """Say what would be invalidated, have it confirmed, invalidate it. FAILED where it is not
+    confirmed everywhere yet."""
     if (tenant is None) == (key is None):
         raise Failure(Status.USAGE, "give --tenant (and --module), or --key: one of them")
     if key is not None and module is not None:
@@ -75,7 +89,10 @@ def purge(
     asked = {"tenant": tenant, "module": module, "key": key}
     interactive = sys.stdin.isatty() and sys.stderr.isatty()
     if not dry_run and not yes and not interactive:
-        raise Failure(Status.REFUSED, "nobody is there to confirm it: give --yes, or --dry-run to see what it would do")
+        raise Failure(
+            Status.REFUSED,
+            "nobody is there to confirm it: give --yes, or --dry-run to see what it would do",
+        )
     if tenant is not None:
         _doubt(out, client, tenant)
     if dry_run or not yes:
@@ -90,11 +107,16 @@ def purge(
 
 
 def _further(limit: int) -> str:
-    return f"--limit {min(limit * 10, MAX_KEYS)}" if limit < MAX_KEYS else "--tenant and --module name fewer"
+    return (
+        f"--limit {min(limit * 10, MAX_KEYS)}"
+        if limit < MAX_KEYS
+        else "--tenant and --module name fewer"
+    )
 
 
 def _confirm(planned: str, tenant: str) -> None:
-    """Have the tenant's name typed: on the terminal, so that output stays clean. Raises ``Failure``."""
+    """Have the tenant's name typed: on the terminal, so that output stays clean. Raises
+    ``Failure``."""
     sys.stderr.write(f"{planned}\nType the tenant ({tenant}) to go on: ")
     sys.stderr.flush()
     if sys.stdin.readline().strip() != tenant:
@@ -102,9 +124,12 @@ def _confirm(planned: str, tenant: str) -> None:
 
 
 def _doubt(out: Output, client: Client, tenant: str) -> None:
-    """Tell of a tenant that has no name here: it may be misspelt, and a purge of nobody succeeds."""
+    """Tell of a tenant that has no name here: it may be misspelt, and a purge of nobody
+    succeeds."""
     known = client.get("me")["tenants"]
-    if known and tenant.strip().lower() not in {spelling.lower() for pair in known.items() for spelling in pair}:
+    if known and tenant.strip().lower() not in {
+        spelling.lower() for pair in known.items() for spelling in pair
+    }:
         out.note(f"the application names no tenant {tenant!r}: it is taken as an id")
 
 
@@ -139,7 +164,8 @@ def _render(out: Output, found: Document) -> None:
     out.pairs(
         [
             ("tenant", found["tenant"]), ("module", f"{found['module']}, {found['kind']}"),
-            ("route", found["route"] or f"one of {', '.join(found['routes']) or 'none that is known here'}"),
+            ("route", found["route"] or f"one of "
+                                        f"{', '.join(found['routes']) or 'none that is known here'}"),
             ("in memory here", found["held"]),
             *entry_pairs(found["entry"]), *generation_pairs(found["generation"]),
         ]

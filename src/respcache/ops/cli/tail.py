@@ -18,11 +18,17 @@ MAX_EVENTS = 1_000
 STYLES = {"confirmed": "green", "pending; safe": "yellow", "pending": "bold red"}
 
 
-def run(out: Output, client: Client, *, tenant: str | None, module: str | None, lines: int, follow: bool) -> Status:
-    """Print the last events, and, if asked to, those that follow until Ctrl-C. In JSON, one document a line."""
+def run(
+    out: Output, client: Client, *, tenant: str | None, module: str | None, lines: int, follow: bool
+) -> Status:
+    """Print the last events, and, if asked to, those that follow until Ctrl-C. In JSON, one
+    document a line."""
     feed = client.get("feed", tenant=tenant, limit=lines if module is None else MAX_EVENTS)
     if feed["processes"] != "all":
-        out.note("the cache's server is away or is none: these are the invalidations of the process that answered")
+        out.note(
+            "the cache's server is away or is none: these are the invalidations of the process "
+            "that answered"
+        )
     for event in _chosen(feed, module)[-lines:]:
         out.line(event, _line(event))
     while follow:
@@ -35,7 +41,11 @@ def run(out: Output, client: Client, *, tenant: str | None, module: str | None, 
 
 
 def _chosen(feed: Document, module: str | None) -> list[Document]:
-    return [event for event in feed["events"] if module is None or module in event["modules"] or event["everything"]]
+    return [
+        event
+        for event in feed["events"]
+        if module is None or module in event["modules"] or event["everything"]
+    ]
 
 
 def _line(event: Document) -> Text:

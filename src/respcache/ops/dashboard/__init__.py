@@ -1,4 +1,5 @@
-"""The dashboard: pages, JSON API and live figures for operators and tenant admins, as one ASGI application to be mounted.
+"""The dashboard: pages, JSON API and live figures for operators and tenant admins, as one ASGI
+application to be mounted.
 
 ``Dashboard(admin, gate)``; see docs/dashboard.md. It needs the extra ``dashboard``.
 """

@@ -1,6 +1,7 @@
 """The forms that do something: sign in and out, purge, switch, reveal, explain; and the colours.
 
-Every form carries the token of its session (``gate.py``); without it nothing is done. What is refused is said on the page.
+Every form carries the token of its session (``gate.py``); without it nothing is done. What is
+refused is said on the page.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from respcache.ops.dashboard.gate import Door, TooManyAttempts, Viewer
 from respcache.ops.dashboard.layout import THEMES, Addresses, Pages, theme_of
 from respcache.ops.dashboard.pages import Endpoint, Looks
 
-FORGED = "The form was not sent by a page of this session. Nothing was done: load the page anew and try again."
+FORGED = (
+    "The form was not sent by a page of this session. Nothing was done: load the page anew and "
+    "try again."
+)
 A_YEAR_S = 365 * 86400
 MAX_HEADERS = 50
 
@@ -37,7 +41,11 @@ class Acts:
 
     def routes(self) -> list[BaseRoute]:
         """Return their routes."""
-        shown: dict[str, Endpoint] = {"/purge": self.purge_page, "/switches": self.switches_page, "/explain": self.explain_page}
+        shown: dict[str, Endpoint] = {
+            "/purge": self.purge_page,
+            "/switches": self.switches_page,
+            "/explain": self.explain_page,
+        }
         done: dict[str, Any] = {
             "/purge": self.purge,
             "/switches": self.switch,
@@ -49,8 +57,14 @@ class Acts:
         return [
             Route("/sign-in", self.sign_in_page, methods=["GET"]),
             Route("/sign-in", self.sign_in, methods=["POST"]),
-            *(Route(path, self._looks.signed_in(endpoint), methods=["GET"]) for path, endpoint in shown.items()),
-            *(Route(path, self._looks.signed_in(self._genuine(act)), methods=["POST"]) for path, act in done.items()),
+            *(
+                Route(path, self._looks.signed_in(endpoint), methods=["GET"])
+                for path, endpoint in shown.items()
+            ),
+            *(
+                Route(path, self._looks.signed_in(self._genuine(act)), methods=["POST"])
+                for path, act in done.items()
+            ),
         ]
 
     def _genuine(self, act: Any) -> Endpoint:
@@ -65,7 +79,7 @@ class Acts:
 
         return respond
 
-    # -- who is there --------------------------------------------------------------------------------------------------
+    # -- who is there ------------------------------------------------------------------------------
 
     async def sign_in_page(self, request: Request) -> Response:
         """Ask for name and password."""
@@ -80,12 +94,18 @@ class Acts:
         secret = request.cookies.get(gate.SIGN_IN_COOKIE, "")
         if not gate.is_ours(form.get("csrf", ""), secret):
             return self._ask(
-                request, next_page=next_page, name=name, status=403, problem="This page had been open too long. Try again."
+                request,
+                next_page=next_page,
+                name=name,
+                status=403,
+                problem="This page had been open too long. Try again.",
             )
         try:
             token = await self._door.sign_in(request, name, form.get("password", ""))
         except TooManyAttempts as error:
-            answer = self._ask(request, next_page=next_page, name=name, status=429, problem=str(error))
+            answer = self._ask(
+                request, next_page=next_page, name=name, status=429, problem=str(error)
+            )
             answer.headers["retry-after"] = str(error.retry_after_s)
             return answer
         if token is None:
@@ -101,9 +121,22 @@ class Acts:
         gate.end_session(response, request)
         return response
 
-    def _ask(self, request: Request, *, next_page: str, name: str = "", status: int = 200, problem: str = "") -> Response:
+    def _ask(
+        self,
+        request: Request,
+        *,
+        next_page: str,
+        name: str = "",
+        status: int = 200,
+        problem: str = "",
+    ) -> Response:
         secret = gate.sign_in_secret(request)
-        shown = {"csrf": gate.form_token(secret), "next": next_page, "name": name, "problem": problem}
+        shown = {
+            "csrf": gate.form_token(secret),
+            "next": next_page,
+            "name": name,
+            "problem": problem,
+        }
         page = self._pages.page(request, "sign_in.html", viewer=None, status=status, **shown)
         gate.keep_sign_in_secret(page, request, secret)
         return page
@@ -111,12 +144,14 @@ class Acts:
     async def theme(self, request: Request, viewer: Viewer, form: Form) -> Response:
         """Take the next colours: as the system is, light, dark."""
         chosen = form.get("theme") or THEMES[(THEMES.index(theme_of(request)) + 1) % len(THEMES)]
-        response = RedirectResponse(_back(request, urlsplit(request.headers.get("referer", "")).path), 303)
+        response = RedirectResponse(
+            _back(request, urlsplit(request.headers.get("referer", "")).path), 303
+        )
         if chosen in THEMES:
             gate.remember(response, request, gate.THEME_COOKIE, chosen, max_age=A_YEAR_S)
         return response
 
-    # -- purge ---------------------------------------------------------------------------------------------------------
+    # -- purge -------------------------------------------------------------------------------------
 
     async def purge_page(self, request: Request, viewer: Viewer) -> Response:
         """Ask what to purge, count it, and ask for the confirmation."""
@@ -133,7 +168,9 @@ class Acts:
             return await self._purge_page(request, viewer, form, problem=error)
         return self._purge_answer(request, viewer, {}, done=done)
 
-    async def _purge_page(self, request: Request, viewer: Viewer, given: Form, *, problem: Exception | None = None) -> Response:
+    async def _purge_page(
+        self, request: Request, viewer: Viewer, given: Form, *, problem: Exception | None = None
+    ) -> Response:
         viewer.access.demand_operator("a purge")
         tenant, module, key = _target(viewer, given)
         counted = None
@@ -141,14 +178,21 @@ class Acts:
             counted = await self._counted(viewer, tenant=tenant, module=module, key=key)
         return self._purge_answer(request, viewer, given, counted=counted, problem=problem)
 
-    async def _counted(self, viewer: Viewer, *, tenant: str | None, module: str | None, key: str | None) -> Purge:
-        """Count what a purge concerns; where that cannot be known, a tenant can be purged all the same."""
+    async def _counted(
+        self, viewer: Viewer, *, tenant: str | None, module: str | None, key: str | None
+    ) -> Purge:
+        """Count what a purge concerns; where that cannot be known, a tenant can be purged all the
+        same."""
         try:
-            return await self._admin.purge(viewer.access, tenant=tenant, module=module, key=key, dry_run=True)
+            return await self._admin.purge(
+                viewer.access, tenant=tenant, module=module, key=key, dry_run=True
+            )
         except StoreError:
             if key is not None:
                 raise
-            return Purge(tenant=viewer.access.within(tenant) or "", module=module, key=None, dry_run=True)
+            return Purge(
+                tenant=viewer.access.within(tenant) or "", module=module, key=None, dry_run=True
+            )
 
     def _purge_answer(
         self,
@@ -173,12 +217,14 @@ class Acts:
         }
         return self._page(request, "purge", viewer, problem, **shown)
 
-    # -- switches ------------------------------------------------------------------------------------------------------
+    # -- switches ----------------------------------------------------------------------------------
 
     async def switches_page(self, request: Request, viewer: Viewer) -> Response:
         """Show what is switched off."""
         viewer.access.demand_operator("a switch")
-        return await self._switches_answer(request, viewer, await self._admin.switches(viewer.access))
+        return await self._switches_answer(
+            request, viewer, await self._admin.switches(viewer.access)
+        )
 
     async def switch(self, request: Request, viewer: Viewer, form: Form) -> Response:
         """Switch a tenant, a module or everything off or on."""
@@ -189,10 +235,17 @@ class Acts:
                 raise InvalidOperation("the confirmation was not typed as it stands there")
             if not everything and tenant is None and module is None:
                 raise InvalidOperation("name a tenant or a module")
-            switches = await self._admin.switch(viewer.access, off=off, tenant=tenant, module=module)
+            switches = await self._admin.switch(
+                viewer.access, off=off, tenant=tenant, module=module
+            )
         except (InvalidOperation, NotTrailed, StoreError) as error:
-            switches, typed = await self._admin.switches(viewer.access), form.get("confirmation", "")
-            return await self._switches_answer(request, viewer, switches, problem=error, typed=typed)
+            switches, typed = (
+                await self._admin.switches(viewer.access),
+                form.get("confirmation", ""),
+            )
+            return await self._switches_answer(
+                request, viewer, switches, problem=error, typed=typed
+            )
         return await self._switches_answer(request, viewer, switches, done="off" if off else "on")
 
     async def _switches_answer(
@@ -206,9 +259,18 @@ class Acts:
         problem: Exception | None = None,
     ) -> Response:
         modules = self._admin.module_names()
-        return self._page(request, "switches", viewer, problem, switches=switches, done=done, typed=typed, modules=modules)
+        return self._page(
+            request,
+            "switches",
+            viewer,
+            problem,
+            switches=switches,
+            done=done,
+            typed=typed,
+            modules=modules,
+        )
 
-    # -- looking closer ------------------------------------------------------------------------------------------------
+    # -- looking closer ----------------------------------------------------------------------------
 
     async def reveal(self, request: Request, viewer: Viewer, form: Form) -> Response:
         """Show the body of a stored answer."""
@@ -222,25 +284,45 @@ class Acts:
         return self._explained(request, viewer, {"method": "GET", "path": path, "headers": ""})
 
     async def explain(self, request: Request, viewer: Viewer, form: Form) -> Response:
-        """Say what would become of it. The form is a POST, so that credentials stand in no address."""
-        given = {"method": form.get("method", "GET"), "path": form.get("path", ""), "headers": form.get("headers", "")}
+        """Say what would become of it. The form is a POST, so that credentials stand in no
+        address."""
+        given = {
+            "method": form.get("method", "GET"),
+            "path": form.get("path", ""),
+            "headers": form.get("headers", ""),
+        }
         try:
             found = await self._admin.explain(
-                viewer.access, method=given["method"], path=given["path"], headers=_headers(given["headers"])
+                viewer.access,
+                method=given["method"],
+                path=given["path"],
+                headers=_headers(given["headers"]),
             )
         except (OperationError, StoreError) as error:
             return self._explained(request, viewer, given, problem=error)
         return self._explained(request, viewer, {**given, "headers": ""}, found=found)
 
     def _explained(
-        self, request: Request, viewer: Viewer, given: Form, *, found: Any = None, problem: Exception | None = None
+        self,
+        request: Request,
+        viewer: Viewer,
+        given: Form,
+        *,
+        found: Any = None,
+        problem: Exception | None = None,
     ) -> Response:
-        return self._page(request, "explain", viewer, problem, given=given, found=found, outcomes=words.OUTCOMES)
+        return self._page(
+            request, "explain", viewer, problem, given=given, found=found, outcomes=words.OUTCOMES
+        )
 
-    def _page(self, request: Request, name: str, viewer: Viewer, problem: Exception | None, **context: Any) -> Response:
+    def _page(
+        self, request: Request, name: str, viewer: Viewer, problem: Exception | None, **context: Any
+    ) -> Response:
         """Answer with a page that says what could not be done."""
         status, _, text = (200, "", "") if problem is None else refusal(problem, viewer.access)
-        return self._pages.page(request, f"{name}.html", viewer=viewer, at=name, status=status, problem=text, **context)
+        return self._pages.page(
+            request, f"{name}.html", viewer=viewer, at=name, status=status, problem=text, **context
+        )
 
 
 async def _form(request: Request) -> Form:
@@ -254,7 +336,11 @@ def _target(viewer: Viewer, given: Form) -> tuple[str | None, str | None, str | 
     key = given.get("key") or None
     if key is not None:
         return None, None, key
-    return viewer.tenant(given.get("tenant", "")) or viewer.access.tenant, given.get("module") or None, None
+    return (
+        viewer.tenant(given.get("tenant", "")) or viewer.access.tenant,
+        given.get("module") or None,
+        None,
+    )
 
 
 def _confirmation(viewer: Viewer, tenant: str | None, key: str | None) -> str:
@@ -279,5 +365,10 @@ def _headers(text: str) -> list[tuple[str, str]]:
 def _back(request: Request, page: str) -> str:
     """Return a page of ours to go to: what was asked for, if it is one."""
     to = Addresses(request)
-    ours = page.startswith(f"{to.root}/") and not page.startswith("//") and "\\" not in page and page.isprintable()
+    ours = (
+        page.startswith(f"{to.root}/")
+        and not page.startswith("//")
+        and "\\" not in page
+        and page.isprintable()
+    )
     return page if ours and not page.startswith(to("sign-in")) else to("")

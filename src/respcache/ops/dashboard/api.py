@@ -1,7 +1,8 @@
 """The JSON API: the methods of ``ops/admin.py`` over HTTP, for the command line and for programs.
 
-A request bears the gate's token (``Authorization: Bearer``). Answers are the facade's structs as JSON; a tenant may be called by
-its id or its name. What was refused is answered ``{"error": word, "message": text}``.
+A request bears the gate's token (``Authorization: Bearer``). Answers are the facade's structs as
+JSON; a tenant may be called by its id or its name. What was refused is answered ``{"error": word,
+"message": text}``.
 """
 
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from respcache.core.errors import AccessRefused, InvalidOperation, NotFound, NotTrailed, OperationError, StoreError
+from respcache.core.errors import (
+    AccessRefused,
+    InvalidOperation,
+    NotFound,
+    NotTrailed,
+    OperationError,
+    StoreError,
+)
 from respcache.ops.access import Access
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard.gate import Door, TooManyAttempts, Viewer
@@ -33,7 +41,8 @@ UNTOLD: dict[type[Exception], str] = {
     NotTrailed: "the trail cannot be reached just now, and what cannot be written down is not done",
     StoreError: "the cache's server cannot be asked just now",
 }
-"""What is said in place of what servers say, which names hosts, to whoever does not reach all tenants."""
+"""What is said in place of what servers say, which names hosts, to whoever does not reach all
+tenants."""
 
 
 class Credentials(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,7 +53,8 @@ class Credentials(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ExplainRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``explain``. ``headers``: of the request that is to be explained; ``path`` may carry the query."""
+    """The body of ``explain``. ``headers``: of the request that is to be explained; ``path`` may
+    carry the query."""
 
     path: str
     method: str = "GET"
@@ -100,13 +110,18 @@ class Asked:
         return self.viewer.tenant(self.text("tenant") or "")
 
     def number(self, name: str) -> dict[str, int]:
-        """Return a number of the query as an argument of that name, or none. Raises ``InvalidOperation``."""
+        """Return a number of the query as an argument of that name, or none. Raises
+        ``InvalidOperation``."""
         return numbers(self.request, name)
 
     def page(self) -> dict[str, Any]:
         """Return the order and the part of a list that the query asks for, as arguments."""
         order = self.text("order")
-        return {**({} if order is None else {"order": order}), **self.number("offset"), **self.number("limit")}
+        return {
+            **({} if order is None else {"order": order}),
+            **self.number("offset"),
+            **self.number("limit"),
+        }
 
     def body(self, kind: type[T]) -> T:
         """Return the body. Raises ``InvalidOperation``."""
@@ -129,16 +144,28 @@ class Api:
             "me": self.me,
             "overview": lambda a: self._admin.overview(a.access, **a.number("minutes")),
             "tenants": lambda a: self._admin.tenants(a.access, **a.page()),
-            "tenants/{tenant}": lambda a: self._admin.tenant(a.access, a.viewer.tenant(a.request.path_params["tenant"]) or ""),
+            "tenants/{tenant}": lambda a: self._admin.tenant(
+                a.access, a.viewer.tenant(a.request.path_params["tenant"]) or ""
+            ),
             "modules": lambda a: self._admin.modules(a.access, tenant=a.tenant()),
             "routes": lambda a: self._admin.routes(a.access, tenant=a.tenant()),
             "keys": lambda a: self._admin.keys(
-                a.access, tenant=a.tenant(), module=a.text("module"), cursor=a.text("cursor") or "", **a.number("limit")
+                a.access,
+                tenant=a.tenant(),
+                module=a.text("module"),
+                cursor=a.text("cursor") or "",
+                **a.number("limit"),
             ),
-            "sample": lambda a: self._admin.sample(a.access, tenant=a.tenant(), module=a.text("module")),
+            "sample": lambda a: self._admin.sample(
+                a.access, tenant=a.tenant(), module=a.text("module")
+            ),
             "key": lambda a: self._admin.inspect(a.access, a.text("key") or ""),
-            "feed": lambda a: self._admin.feed(a.access, after=a.text("after") or "", tenant=a.tenant(), **a.number("limit")),
-            "trail": lambda a: self._admin.trail(a.access, tenant=a.tenant(), **a.number("limit"), **a.number("before")),
+            "feed": lambda a: self._admin.feed(
+                a.access, after=a.text("after") or "", tenant=a.tenant(), **a.number("limit")
+            ),
+            "trail": lambda a: self._admin.trail(
+                a.access, tenant=a.tenant(), **a.number("limit"), **a.number("before")
+            ),
             "switches": lambda a: self._admin.switches(a.access),
             "configuration": lambda a: self._admin.configuration(a.access),
         }
@@ -150,8 +177,14 @@ class Api:
         }
         return [
             Route("/api/token", self.token, methods=["POST"]),
-            *(Route(f"/api/{path}", self._answering(answer), methods=["GET"]) for path, answer in reads.items()),
-            *(Route(f"/api/{path}", self._answering(answer), methods=["POST"]) for path, answer in acts.items()),
+            *(
+                Route(f"/api/{path}", self._answering(answer), methods=["GET"])
+                for path, answer in reads.items()
+            ),
+            *(
+                Route(f"/api/{path}", self._answering(answer), methods=["POST"])
+                for path, answer in acts.items()
+            ),
         ]
 
     async def token(self, request: Request) -> Response:
@@ -163,9 +196,15 @@ class Api:
         try:
             token = await self._door.sign_in(request, given.name, given.password)
         except TooManyAttempts as error:
-            return say_no(429, "too-many-attempts", str(error), {"retry-after": str(error.retry_after_s)})
+            return say_no(
+                429, "too-many-attempts", str(error), {"retry-after": str(error.retry_after_s)}
+            )
         if token is None:
-            return say_no(401, "unauthenticated", "Wrong name or password, or this person may not look at the cache")
+            return say_no(
+                401,
+                "unauthenticated",
+                "Wrong name or password, or this person may not look at the cache",
+            )
         return answer_json({"token": token})
 
     async def me(self, asked: Asked) -> Me:
@@ -176,26 +215,36 @@ class Api:
         """Explain a request."""
         given = asked.body(ExplainRequest)
         return await self._admin.explain(
-            asked.access, method=given.method, path=given.path, query=given.query, headers=given.headers
+            asked.access,
+            method=given.method,
+            path=given.path,
+            query=given.query,
+            headers=given.headers,
         )
 
     async def purge(self, asked: Asked) -> Any:
         """Purge, or count what would be."""
         given = asked.body(PurgeRequest)
         tenant = asked.viewer.tenant(given.tenant or "")
-        return await self._admin.purge(asked.access, tenant=tenant, module=given.module, key=given.key, dry_run=given.dry_run)
+        return await self._admin.purge(
+            asked.access, tenant=tenant, module=given.module, key=given.key, dry_run=given.dry_run
+        )
 
     async def switch(self, asked: Asked) -> Any:
         """Switch off or on."""
         given = asked.body(SwitchRequest)
         tenant = asked.viewer.tenant(given.tenant or "")
-        return await self._admin.switch(asked.access, off=given.off, tenant=tenant, module=given.module)
+        return await self._admin.switch(
+            asked.access, off=given.off, tenant=tenant, module=given.module
+        )
 
     def _answering(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
             viewer = await self._door.by_bearer(request)
             if viewer is None:
-                return say_no(401, "unauthenticated", "A valid token is needed: Authorization: Bearer ...")
+                return say_no(
+                    401, "unauthenticated", "A valid token is needed: Authorization: Bearer ..."
+                )
             try:
                 return answer_json(await answer(Asked(request, viewer, await request.body())))
             except (OperationError, StoreError) as error:
@@ -205,7 +254,8 @@ class Api:
 
 
 def numbers(request: Request, name: str) -> dict[str, int]:
-    """Return a number of the query as an argument of that name, or none. Raises ``InvalidOperation``."""
+    """Return a number of the query as an argument of that name, or none. Raises
+    ``InvalidOperation``."""
     given = request.query_params.get(name)
     if not given:
         return {}
@@ -216,9 +266,15 @@ def numbers(request: Request, name: str) -> dict[str, int]:
 
 def refusal(error: Exception, access: Access) -> tuple[int, str, str]:
     """Return status, word and text for what a method raised."""
-    status, word = next((found for kind, found in WORDS.items() if isinstance(error, kind)), (400, "invalid"))
+    status, word = next(
+        (found for kind, found in WORDS.items() if isinstance(error, kind)), (400, "invalid")
+    )
     untold = {} if access.tenant is None else UNTOLD
-    return status, word, next((text for kind, text in untold.items() if isinstance(error, kind)), str(error))
+    return (
+        status,
+        word,
+        next((text for kind, text in untold.items() if isinstance(error, kind)), str(error)),
+    )
 
 
 def say_no(status: int, word: str, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -1,6 +1,8 @@
-"""The dashboard as an ASGI application: its routes, the headers of all its answers, and what is answered when something fails.
+"""The dashboard as an ASGI application: its routes, the headers of all its answers, and what is
+answered when something fails.
 
-It can be mounted anywhere: every address that it writes begins with the ``root_path`` that it is given.
+It can be mounted anywhere: every address that it writes begins with the ``root_path`` that it is
+given.
 """
 
 import logging
@@ -25,7 +27,8 @@ from respcache.ops.dashboard.pages import Looks
 MAX_BODY = 64 * 1024
 
 CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; img-src 'self'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; img-src 'self'; "
+    "connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 """Nothing inline, nothing from elsewhere (W3C Content Security Policy 3)."""
@@ -46,7 +49,8 @@ log = logging.getLogger("respcache")
 
 
 class Dashboard:
-    """Pages, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted in an ASGI application."""
+    """Pages, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted
+    in an ASGI application."""
 
     def __init__(self, admin: Admin, gate: Gate) -> None:
         door, pages = Door(gate), Pages()
@@ -60,10 +64,15 @@ class Dashboard:
         ]
         app = Starlette(
             routes=self.routes,
-            exception_handlers={HTTPException: self._refused, GateAway: self._away, Exception: self._failed},
+            exception_handlers={
+                HTTPException: self._refused,
+                GateAway: self._away,
+                Exception: self._failed,
+            },
             max_body_size=MAX_BODY,
         )
-        self._safe = SafeHeaders(app)  # around all of it: also what a fault is answered with has them
+        # around all of it: also what a fault is answered with has them
+        self._safe = SafeHeaders(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI 3.0)."""
@@ -75,13 +84,19 @@ class Dashboard:
         return self._live.streams
 
     def close(self) -> None:
-        """End all live streams: call it when the server begins to shut down, so that it need not wait for them."""
+        """End all live streams: call it when the server begins to shut down, so that it need not
+        wait for them."""
         self._live.close()
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         word = "not-found" if error.status_code == 404 else "invalid"
-        return self._say(request, error.status_code, word, "There is no such page" if word == "not-found" else str(error.detail))
+        return self._say(
+            request,
+            error.status_code,
+            word,
+            "There is no such page" if word == "not-found" else str(error.detail),
+        )
 
     async def _away(self, request: Request, error: Exception) -> Response:
         return self._say(request, 503, "unavailable", str(error))
@@ -115,5 +130,9 @@ class SafeHeaders:
 def _complete(message: MutableMapping[str, Any]) -> None:
     given = message.get("headers", [])
     names = {name.lower() for name, _ in given}
-    missing = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in names]
+    missing = [
+        (name.encode(), value.encode())
+        for name, value in HEADERS.items()
+        if name.encode() not in names
+    ]
     message["headers"] = [*given, *missing]

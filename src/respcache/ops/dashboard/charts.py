@@ -1,4 +1,5 @@
-"""Pictures without a script: lines and histograms as the paths and rectangles of an SVG. Pure geometry.
+"""Pictures without a script: lines and histograms as the paths and rectangles of an SVG. Pure
+geometry.
 
 With JavaScript, lines are drawn anew by uPlot; histograms stay as they are.
 """
@@ -14,7 +15,8 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its class (a colour of the style sheet), and what goes into ``d`` of its path and of the area below it."""
+    """One line: its class (a colour of the style sheet), and what goes into ``d`` of its path and
+    of the area below it."""
 
     style: str
     path: str
@@ -31,7 +33,8 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a histogram, in per cent of the picture's width and height, and what it says."""
+    """One column of a histogram, in per cent of the picture's width and height, and what it
+    says."""
 
     x: float
     width: float
@@ -48,12 +51,18 @@ def picture(
     stacked: bool = False,
     area: bool = True,
 ) -> Picture:
-    """Draw series of one length into one picture; ``top``: what lies at its upper edge, if not the largest value.
+    """Draw series of one length into one picture; ``top``: what lies at its upper edge, if not the
+    largest value.
 
-    ``said`` writes a value. Stacked ones are drawn from the top of the pile down, so that each covers what is below it.
+    ``said`` writes a value. Stacked ones are drawn from the top of the pile down, so that each
+    covers what is below it.
     """
     piled = _piled(series) if stacked else [(style, list(values)) for style, values in series]
-    highest = top or max((value for _, values in piled for value in values if value is not None), default=0.0) or 1.0
+    highest = (
+        top
+        or max((value for _, values in piled for value in values if value is not None), default=0.0)
+        or 1.0
+    )
     drawn = [Line(style, *_line(values, highest)) for style, values in piled]
     if not area:
         drawn = [Line(line.style, line.path, "") for line in drawn]
@@ -97,5 +106,8 @@ def _line(values: Values, highest: float) -> tuple[str, str]:
             runs[-1].append(f"{position * step:.1f} {height:.1f}")
     drawn = [run for run in runs if run]
     path = "".join("M" + "L".join(run) for run in drawn)
-    area = "".join(f"M{run[0].split()[0]} {HEIGHT:.0f}L{'L'.join(run)}L{run[-1].split()[0]} {HEIGHT:.0f}Z" for run in drawn)
+    area = "".join(
+        f"M{run[0].split()[0]} {HEIGHT:.0f}L{'L'.join(run)}L{run[-1].split()[0]} {HEIGHT:.0f}Z"
+        for run in drawn
+    )
     return path, area

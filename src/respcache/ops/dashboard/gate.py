@@ -1,8 +1,10 @@
-"""Who is asking: what the application provides (``Gate``), session cookies, bearer tokens, tokens against forged requests.
+"""Who is asking: what the application provides (``Gate``), session cookies, bearer tokens, tokens
+against forged requests.
 
-The session cookie carries the gate's own token, so that a session ends when the gate says so and no worker remembers anything.
-A form carries a digest of that cookie, which nobody can know who cannot read it (OWASP CSRF cheat sheet: double submit, bound
-to the session); the cookie is HttpOnly and SameSite=Strict besides. The form to sign in has a cookie of its own for that.
+The session cookie carries the gate's own token, so that a session ends when the gate says so and no
+worker remembers anything. A form carries a digest of that cookie, which nobody can know who cannot
+read it (OWASP CSRF cheat sheet: double submit, bound to the session); the cookie is HttpOnly and
+SameSite=Strict besides. The form to sign in has a cookie of its own for that.
 """
 
 import hmac
@@ -47,21 +49,25 @@ class GateAway(Exception):
 
 
 class Gate(Protocol):
-    """What the application knows of people. Whatever it raises besides ``TooManyAttempts`` is answered with 503."""
+    """What the application knows of people. Whatever it raises besides ``TooManyAttempts`` is
+    answered with 503."""
 
     async def sign_in(self, name: str, password: str, address: str) -> str | None:
-        """Return a token of at most ``MAX_TOKEN`` characters for who may look at the cache, else None.
+        """Return a token of at most ``MAX_TOKEN`` characters for who may look at the cache, else
+        None.
 
         ``address`` is the client's, for slowing guessing down: raise ``TooManyAttempts``.
         """
         ...
 
     async def access(self, token: str) -> Access | None:
-        """Return what the holder of a token may do now, or None: it has ended, or the holder may do nothing. Asked every time."""
+        """Return what the holder of a token may do now, or None: it has ended, or the holder may do
+        nothing. Asked every time."""
         ...
 
     async def tenant_names(self) -> Mapping[str, str]:
-        """Return what people call the tenants, by their ids; those that are left out, or all, are called by their ids.
+        """Return what people call the tenants, by their ids; those that are left out, or all, are
+        called by their ids.
 
         So are those whose name could be taken for another tenant.
         """
@@ -90,7 +96,10 @@ class Viewer:
         wanted = called.strip()
         if not wanted or wanted in self.names:
             return wanted or None
-        return next((tenant for tenant, name in self.names.items() if name.lower() == wanted.lower()), wanted)
+        return next(
+            (tenant for tenant, name in self.names.items() if name.lower() == wanted.lower()),
+            wanted,
+        )
 
 
 class Door:
@@ -104,14 +113,17 @@ class Door:
 
     async def sign_in(self, request: Request, name: str, password: str) -> str | None:
         """Return the gate's token for a name and a password. Raises ``TooManyAttempts``."""
-        return await self._asked(self._gate.sign_in(name, password, request.client.host if request.client else ""))
+        return await self._asked(
+            self._gate.sign_in(name, password, request.client.host if request.client else "")
+        )
 
     async def by_cookie(self, request: Request) -> Viewer | None:
         """Return who has the session cookie."""
         return await self._viewer(request.cookies.get(SESSION_COOKIE, ""))
 
     async def by_bearer(self, request: Request) -> Viewer | None:
-        """Return whose token the request bears. Cookies do not count: so no page of others can use the API."""
+        """Return whose token the request bears. Cookies do not count: so no page of others can use
+        the API."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         return await self._viewer(token.strip() if scheme.lower() == "bearer" else "")
 
@@ -147,7 +159,8 @@ class Door:
 
 
 def unmistakable(names: Mapping[str, str]) -> dict[str, str]:
-    """Leave out the names by which somebody could mean another tenant: those of several, and the ids of others."""
+    """Leave out the names by which somebody could mean another tenant: those of several, and the
+    ids of others."""
     names = {tenant: name.strip() for tenant, name in names.items()}
     called = Counter(name.lower() for name in names.values())
     ids = {tenant.lower(): tenant for tenant in names}
@@ -159,7 +172,8 @@ def unmistakable(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def form_token(secret: str) -> str:
-    """Return what a form carries to show that it was sent by a page of ours. ``secret``: of a cookie that only we can read."""
+    """Return what a form carries to show that it was sent by a page of ours. ``secret``: of a
+    cookie that only we can read."""
     return blake2b(secret.encode(), digest_size=24, person=b"respcache-form").hexdigest()
 
 
@@ -189,10 +203,20 @@ def keep_sign_in_secret(response: Response, request: Request, secret: str) -> No
     remember(response, request, SIGN_IN_COOKIE, secret)
 
 
-def remember(response: Response, request: Request, name: str, value: str, *, max_age: int | None = None) -> None:
+def remember(
+    response: Response, request: Request, name: str, value: str, *, max_age: int | None = None
+) -> None:
     """Set a cookie of ours, which no script and no page of others can use."""
     secure = request.url.scheme == "https"
-    response.set_cookie(name, value, max_age=max_age, path=_path(request), httponly=True, samesite="strict", secure=secure)
+    response.set_cookie(
+        name,
+        value,
+        max_age=max_age,
+        path=_path(request),
+        httponly=True,
+        samesite="strict",
+        secure=secure,
+    )
 
 
 def _path(request: Request) -> str:

@@ -1,6 +1,7 @@
 """How pages are made: templates, navigation, the addresses of scripts and style sheets.
 
-Navigation shows what somebody may do; that they may do nothing else is enforced elsewhere (``ops/admin.py``).
+Navigation shows what somebody may do; that they may do nothing else is enforced elsewhere
+(``ops/admin.py``).
 """
 
 import mimetypes
@@ -115,15 +116,35 @@ class Pages:
         self._templates.globals["nobodys"] = words.NOBODYS
 
     def page(
-        self, request: Request, template: str, *, viewer: Viewer | None, at: str = "", status: int = 200, **context: Any
+        self,
+        request: Request,
+        template: str,
+        *,
+        viewer: Viewer | None,
+        at: str = "",
+        status: int = 200,
+        **context: Any,
     ) -> Response:
         """Answer with a page. ``at``: its name in the navigation."""
         return HTMLResponse(self.text(request, template, viewer=viewer, at=at, **context), status)
 
-    def text(self, request: Request, template: str, *, viewer: Viewer | None, at: str = "", **context: Any) -> str:
+    def text(
+        self,
+        request: Request,
+        template: str,
+        *,
+        viewer: Viewer | None,
+        at: str = "",
+        **context: Any,
+    ) -> str:
         """Write a page, or a part of one."""
         return self._templates.get_template(template).render(
-            viewer=viewer, at=at, to=Addresses(request), theme=theme_of(request), navigation=navigation(viewer), **context
+            viewer=viewer,
+            at=at,
+            to=Addresses(request),
+            theme=theme_of(request),
+            navigation=navigation(viewer),
+            **context,
         )
 
 
@@ -147,7 +168,10 @@ def navigation(viewer: Viewer | None) -> list[tuple[str, list[Place]]]:
     """Return the pages that somebody may see, by group."""
     if viewer is None:
         return []
-    groups = ((title, [place for place in places if place.visible(viewer.access)]) for title, places in NAVIGATION)
+    groups = (
+        (title, [place for place in places if place.visible(viewer.access)])
+        for title, places in NAVIGATION
+    )
     return [(title, places) for title, places in groups if places]
 
 
@@ -163,7 +187,11 @@ def assets() -> Mapping[str, Asset]:
     folder = files("respcache.ops.dashboard") / "static"
     found: dict[str, Asset] = {}
     for name, path in ASSETS.items():
-        kind = "font/woff2" if name.endswith(".woff2") else mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind = (
+            "font/woff2"
+            if name.endswith(".woff2")
+            else mimetypes.guess_type(name)[0] or "application/octet-stream"
+        )
         found[name] = Asset((folder / path).read_bytes(), kind)
     return found
 

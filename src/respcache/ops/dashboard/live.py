@@ -1,7 +1,9 @@
-"""Live figures: server-sent events (HTML Living Standard, section 9.2) for the overview, for a tenant, for the feed.
+"""Live figures: server-sent events (HTML Living Standard, section 9.2) for the overview, for a
+tenant, for the feed.
 
-A stream asks ``ops/admin.py`` as its viewer would, again and again, and asks the gate whether the viewer still may. It ends when
-the session has ended (event ``end``), and after ``MAX_S`` in any case: browsers come back by themselves.
+A stream asks ``ops/admin.py`` as its viewer would, again and again, and asks the gate whether the
+viewer still may. It ends when the session has ended (event ``end``), and after ``MAX_S`` in any
+case: browsers come back by themselves.
 """
 
 import asyncio
@@ -68,7 +70,7 @@ class Live:
         """Stream invalidations as rows of the feed, from ``after=`` on."""
         return await self._stream(request, self._feed_of, FEED_S)
 
-    # -- what is said --------------------------------------------------------------------------------------------------
+    # -- what is said ------------------------------------------------------------------------------
 
     def _figures_of(self, request: Request, viewer: Viewer) -> Step:
         tenant = viewer.tenant(request.query_params.get("tenant", "")) or viewer.access.tenant
@@ -93,28 +95,39 @@ class Live:
             row, now = await self._admin.tenant(viewer.access, tenant), time.time()
             columns = {} if before is None else _since(*before, row, now)
             before = (now, row)
-            return [("figures", _json({"text": view.texts(view.tenant_tiles(row)), "columns": columns}))]
+            return [
+                ("figures", _json({"text": view.texts(view.tenant_tiles(row)), "columns": columns}))
+            ]
 
         return step
 
     def _feed_of(self, request: Request, viewer: Viewer) -> Step:
-        tenant, after = viewer.tenant(request.query_params.get("tenant", "")), request.query_params.get("after", "")
+        tenant, after = (
+            viewer.tenant(request.query_params.get("tenant", "")),
+            request.query_params.get("after", ""),
+        )
         after = request.headers.get("last-event-id", after)
 
         async def step(viewer: Viewer) -> list[Event]:
             nonlocal after
-            feed = await self._admin.feed(viewer.access, after=after, tenant=tenant, limit=EVENTS_AT_ONCE)
+            feed = await self._admin.feed(
+                viewer.access, after=after, tenant=tenant, limit=EVENTS_AT_ONCE
+            )
             after = feed.last
             if not feed.events:
                 return []
-            rows = self._pages.text(request, "feed_rows.html", viewer=viewer, events=feed.events[::-1])
+            rows = self._pages.text(
+                request, "feed_rows.html", viewer=viewer, events=feed.events[::-1]
+            )
             return [("rows", _json({"html": rows, "last": feed.last}))]
 
         return step
 
-    # -- how it is said ------------------------------------------------------------------------------------------------
+    # -- how it is said ----------------------------------------------------------------------------
 
-    async def _stream(self, request: Request, begin: Callable[[Request, Viewer], Step], every_s: float) -> Response:
+    async def _stream(
+        self, request: Request, begin: Callable[[Request, Viewer], Step], every_s: float
+    ) -> Response:
         viewer = await self._door.by_cookie(request)
         if viewer is None:
             return say_no(401, "unauthenticated", "The session has ended")
@@ -127,7 +140,9 @@ class Live:
             return say_no(*refusal(error, viewer.access))
         headers = {"x-accel-buffering": "no"}
         return StreamingResponse(
-            self._events(request, viewer, step, first, every_s), media_type="text/event-stream", headers=headers
+            self._events(request, viewer, step, first, every_s),
+            media_type="text/event-stream",
+            headers=headers,
         )
 
     async def _events(
@@ -166,7 +181,8 @@ class Live:
 
 
 def _since(then: float, before: Row, row: Row, now: float) -> dict[str, view.Column]:
-    """Return what a tenant did since the last look, as rates per second; a worker that ended takes its figures along."""
+    """Return what a tenant did since the last look, as rates per second; a worker that ended takes
+    its figures along."""
     seconds = max(0.001, now - then)
 
     def rate(count: int, earlier: int) -> float:

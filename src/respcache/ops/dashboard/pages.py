@@ -1,4 +1,5 @@
-"""The pages that are looked at: each asks ``ops/admin.py`` as who is signed in, and changes nothing.
+"""The pages that are looked at: each asks ``ops/admin.py`` as who is signed in, and changes
+nothing.
 
 What changes something is in ``acts.py``.
 """
@@ -71,11 +72,15 @@ class Looks:
         }
         return [
             Route("/static/{fingerprint}/{name}", self.asset, methods=["GET"]),
-            *(Route(path, self.signed_in(endpoint), methods=["GET"]) for path, endpoint in shown.items()),
+            *(
+                Route(path, self.signed_in(endpoint), methods=["GET"])
+                for path, endpoint in shown.items()
+            ),
         ]
 
     def signed_in(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-        """Make an endpoint of what answers somebody who is signed in; others are sent to sign in, what is refused gets a page."""
+        """Make an endpoint of what answers somebody who is signed in; others are sent to sign in,
+        what is refused gets a page."""
 
         async def respond(request: Request) -> Response:
             viewer = await self._door.by_cookie(request)
@@ -89,26 +94,33 @@ class Looks:
 
         return respond
 
-    def problem(self, request: Request, viewer: Viewer | None, status: int, message: str) -> Response:
+    def problem(
+        self, request: Request, viewer: Viewer | None, status: int, message: str
+    ) -> Response:
         """Answer with a page that says what is wrong."""
         title = TITLES.get(status, TITLES[400])
-        return self._pages.page(request, "error.html", viewer=viewer, status=status, title=title, message=message)
+        return self._pages.page(
+            request, "error.html", viewer=viewer, status=status, title=title, message=message
+        )
 
     async def asset(self, request: Request) -> Response:
-        """Send a script, a style sheet or a font. Its address changes with it, so browsers may keep it."""
+        """Send a script, a style sheet or a font. Its address changes with it, so browsers may keep
+        it."""
         asset = assets().get(request.path_params["name"])
         if asset is None or request.path_params["fingerprint"] != fingerprint():
             raise HTTPException(404, "There is no such file")
         return Response(asset.body, media_type=asset.media_type, headers=FOREVER)
 
-    # -- figures -------------------------------------------------------------------------------------------------------
+    # -- figures -----------------------------------------------------------------------------------
 
     async def overview(self, request: Request, viewer: Viewer) -> Response:
         """Everything at a glance; to whom one tenant is within reach, that tenant."""
         if viewer.access.tenant is not None:
             return await self._one_tenant(request, viewer, viewer.access.tenant, at="overview")
         overview = await self._admin.overview(viewer.access)
-        routes = sorted(await self._admin.routes(viewer.access), key=lambda row: -row.requests)[:BUSIEST]
+        routes = sorted(await self._admin.routes(viewer.access), key=lambda row: -row.requests)[
+            :BUSIEST
+        ]
         drawn = view.columns(overview.series)
         tiles = view.tiles(overview)
         return self._pages.page(
@@ -122,7 +134,12 @@ class Looks:
             now=time.time(),
             shown=view.states(overview),
             stills=_stills(drawn),
-            sparks={tile.spark: charts.spark(drawn[tile.spark], top=100 if tile.spark == "ratio" else None) for tile in tiles},
+            sparks={
+                tile.spark: charts.spark(
+                    drawn[tile.spark], top=100 if tile.spark == "ratio" else None
+                )
+                for tile in tiles
+            },
         )
 
     async def tenants(self, request: Request, viewer: Viewer) -> Response:
@@ -135,7 +152,12 @@ class Looks:
         if q:
             rows = await self._found(viewer, q)
         else:
-            rows = await self._admin.tenants(access, order=order, offset=offset, limit=TENANTS_A_PAGE + 1)  # type: ignore[arg-type]
+            rows = await self._admin.tenants(
+                access,
+                order=order,  # type: ignore[arg-type]
+                offset=offset,
+                limit=TENANTS_A_PAGE + 1,
+            )
         overview = await self._admin.overview(access, minutes=1)
         return self._pages.page(
             request,
@@ -154,7 +176,9 @@ class Looks:
     async def tenant(self, request: Request, viewer: Viewer) -> Response:
         """One tenant."""
         tenant = viewer.tenant(request.path_params["tenant"]) or ""
-        return await self._one_tenant(request, viewer, tenant, at="tenants" if viewer.access.tenant is None else "overview")
+        return await self._one_tenant(
+            request, viewer, tenant, at="tenants" if viewer.access.tenant is None else "overview"
+        )
 
     async def modules(self, request: Request, viewer: Viewer) -> Response:
         """Modules and routes: of everybody, or of one tenant."""
@@ -179,7 +203,9 @@ class Looks:
         viewer.access.demand_everything("the times of all tenants")
         overview = await self._admin.overview(viewer.access, minutes=1)
         routes = [
-            row for row in await self._admin.routes(viewer.access) if row.miss_p50_s is not None or row.hit_p50_s is not None
+            row
+            for row in await self._admin.routes(viewer.access)
+            if row.miss_p50_s is not None or row.hit_p50_s is not None
         ]
         routes.sort(key=lambda row: -(row.miss_p95_s or 0.0))
         return self._pages.page(
@@ -198,16 +224,28 @@ class Looks:
         tenant = viewer.tenant(request.query_params.get("tenant", ""))
         feed = await self._admin.feed(viewer.access, tenant=tenant, limit=EVENTS_SHOWN)
         called = _called(viewer, tenant)
-        return self._pages.page(request, "feed.html", viewer=viewer, at="feed", feed=feed, tenant_called=called)
+        return self._pages.page(
+            request, "feed.html", viewer=viewer, at="feed", feed=feed, tenant_called=called
+        )
 
-    # -- what is stored ------------------------------------------------------------------------------------------------
+    # -- what is stored ----------------------------------------------------------------------------
 
     async def keys(self, request: Request, viewer: Viewer) -> Response:
         """What is stored: a sample of it, and the keys of a tenant or a module."""
         query = request.query_params
-        tenant, module, cursor = viewer.tenant(query.get("tenant", "")), query.get("module") or None, query.get("cursor", "")
-        page = await self._admin.keys(viewer.access, tenant=tenant, module=module, cursor=cursor, limit=KEYS_A_PAGE)
-        sample = None if cursor else await self._admin.sample(viewer.access, tenant=tenant, module=module)
+        tenant, module, cursor = (
+            viewer.tenant(query.get("tenant", "")),
+            query.get("module") or None,
+            query.get("cursor", ""),
+        )
+        page = await self._admin.keys(
+            viewer.access, tenant=tenant, module=module, cursor=cursor, limit=KEYS_A_PAGE
+        )
+        sample = (
+            None
+            if cursor
+            else await self._admin.sample(viewer.access, tenant=tenant, module=module)
+        )
         return self._pages.page(
             request,
             "keys.html",
@@ -219,35 +257,45 @@ class Looks:
             tenant_called=_called(viewer, tenant),
             modules=self._admin.module_names(),
             ttl=[] if sample is None else _by_ttl(sample.ttl),
-            sizes=[] if sample is None else sorted(sample.modules.items(), key=lambda item: -item[1]),
+            sizes=[]
+            if sample is None
+            else sorted(sample.modules.items(), key=lambda item: -item[1]),
         )
 
     async def key(self, request: Request, viewer: Viewer) -> Response:
         """One stored answer, without its body."""
         return await self.one_key(request, viewer, request.query_params.get("key", ""))
 
-    async def one_key(self, request: Request, viewer: Viewer, key: str, *, body: Any = None) -> Response:
+    async def one_key(
+        self, request: Request, viewer: Viewer, key: str, *, body: Any = None
+    ) -> Response:
         """Show one stored answer; ``body``: what was revealed."""
         one = await self._admin.inspect(viewer.access, key)
         return self._pages.page(request, "key.html", viewer=viewer, at="keys", one=one, body=body)
 
-    # -- the system ----------------------------------------------------------------------------------------------------
+    # -- the system --------------------------------------------------------------------------------
 
     async def configuration(self, request: Request, viewer: Viewer) -> Response:
         """What is in force, and from where."""
         settings = await self._admin.configuration(viewer.access)
-        return self._pages.page(request, "configuration.html", viewer=viewer, at="configuration", settings=settings)
+        return self._pages.page(
+            request, "configuration.html", viewer=viewer, at="configuration", settings=settings
+        )
 
     async def trail(self, request: Request, viewer: Viewer) -> Response:
         """Who did what."""
         before = numbers(request, "before").get("before")
         acts = await self._admin.trail(viewer.access, limit=ACTS_A_PAGE + 1, before=before)
         more = len(acts) > ACTS_A_PAGE
-        return self._pages.page(request, "trail.html", viewer=viewer, at="trail", acts=acts[:ACTS_A_PAGE], more=more)
+        return self._pages.page(
+            request, "trail.html", viewer=viewer, at="trail", acts=acts[:ACTS_A_PAGE], more=more
+        )
 
-    # -- parts ---------------------------------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------
 
-    async def _one_tenant(self, request: Request, viewer: Viewer, tenant: str, *, at: str) -> Response:
+    async def _one_tenant(
+        self, request: Request, viewer: Viewer, tenant: str, *, at: str
+    ) -> Response:
         access = viewer.access
         row = await self._admin.tenant(access, tenant)
         overview = await self._admin.overview(access, minutes=1)
@@ -270,7 +318,11 @@ class Looks:
     async def _found(self, viewer: Viewer, q: str) -> list[Row]:
         """Return the tenants whose name or id contains a text, as far as they have figures."""
         wanted = q.lower()
-        names = (tenant for tenant, name in viewer.names.items() if wanted in name.lower() or wanted in tenant.lower())
+        names = (
+            tenant
+            for tenant, name in viewer.names.items()
+            if wanted in name.lower() or wanted in tenant.lower()
+        )
         rows: list[Row] = []
         for tenant in [*dict.fromkeys([*names, q])][:MAX_FOUND]:
             try:
@@ -284,7 +336,9 @@ def to_sign_in(request: Request) -> Response:
     """Send somebody to sign in, and back again afterwards."""
     to = Addresses(request)
     back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    address = f"{to('sign-in')}?{urlencode({'next': back})}" if request.method == "GET" else to("sign-in")
+    address = (
+        f"{to('sign-in')}?{urlencode({'next': back})}" if request.method == "GET" else to("sign-in")
+    )
     if "hx-request" in request.headers:
         return Response(status_code=401, headers={"hx-redirect": to("sign-in")})
     return RedirectResponse(address, 303)
@@ -306,12 +360,21 @@ def _warnings(overview: Overview, tenant: str) -> list[tuple[str, str]]:
     if overview.switches.everything:
         found.append(("The cache is switched off", "every request is answered by the application"))
     if tenant in overview.switches.tenants:
-        found.append(("This tenant is switched off", "its requests are answered by the application"))
+        found.append(
+            ("This tenant is switched off", "its requests are answered by the application")
+        )
     if tenant in overview.pending_tenants:
-        found.append(("An invalidation is not confirmed yet", "this worker bypasses the tenant until it is"))
+        found.append(
+            ("An invalidation is not confirmed yet", "this worker bypasses the tenant until it is")
+        )
     stale = [finding for finding in overview.findings if finding.tenant == tenant]
     if stale:
-        found.append((f"The audit found {len(stale)} wrong answers", f"the last one at {stale[-1].at}, {stale[-1].route}"))
+        found.append(
+            (
+                f"The audit found {len(stale)} wrong answers",
+                f"the last one at {stale[-1].at}, {stale[-1].route}",
+            )
+        )
     return found
 
 
@@ -320,14 +383,20 @@ def _stills(drawn: dict[str, view.Column]) -> dict[str, charts.Picture]:
     names = ("hit_p50", "hit_p95", "miss_p50", "miss_p95")
     styles = ("c-hit", "c-time-2", "c-miss", "c-miss-2")
     decades = [
-        (style, [None if ms is None else _decades(ms) for ms in drawn[name]]) for style, name in zip(styles, names, strict=True)
+        (style, [None if ms is None else _decades(ms) for ms in drawn[name]])
+        for style, name in zip(styles, names, strict=True)
     ]
-    pile = [(style, _filled(drawn[name])) for style, name in (("c-hit", "hits"), ("c-miss", "misses"), ("c-bypass", "bypasses"))]
+    pile = [
+        (style, _filled(drawn[name]))
+        for style, name in (("c-hit", "hits"), ("c-miss", "misses"), ("c-bypass", "bypasses"))
+    ]
     work = [("c-miss", drawn["misses"]), ("c-time", drawn["invalidations"])]
     return {
         "requests": charts.picture(pile, words.rate, stacked=True),
         "ratio": charts.picture([("c-hit", drawn["ratio"])], words.rate, top=100),
-        "latency": charts.picture(decades, lambda top: words.span(10 ** (top - 5)), top=6, area=False),
+        "latency": charts.picture(
+            decades, lambda top: words.span(10 ** (top - 5)), top=6, area=False
+        ),
         "work": charts.picture(work, words.rate, area=False),
         "saved": charts.picture([("c-saved", drawn["saved"])], words.rate),
     }
@@ -350,5 +419,8 @@ def _by_time(taken: Histogram | None) -> list[charts.Column]:
 
 
 def _by_ttl(buckets: Sequence[Bucket]) -> list[charts.Column]:
-    labels = ["more" if bucket.below_s is None else f"< {words.bound(bucket.below_s)}" for bucket in buckets]
+    labels = [
+        "more" if bucket.below_s is None else f"< {words.bound(bucket.below_s)}"
+        for bucket in buckets
+    ]
     return charts.histogram([bucket.count for bucket in buckets], labels)

@@ -1,4 +1,5 @@
-"""How figures are written: numbers, bytes, times, shares, in as few characters as one reads at a glance. Pure."""
+"""How figures are written: numbers, bytes, times, shares, in as few characters as one reads at a
+glance. Pure."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -47,7 +48,13 @@ def rate(value: float | None) -> str:
     """Write something per second: 0.12, 4.5, 1,234."""
     if value is None:
         return NOTHING
-    return number(value) if value >= 100 else f"{value:.1f}" if value >= 10 or value == 0 else f"{value:.2f}"
+    return (
+        number(value)
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10 or value == 0
+        else f"{value:.2f}"
+    )
 
 
 def size(value: float | None) -> str:
@@ -70,7 +77,11 @@ def span(seconds: float | None) -> str:
     for length, unit in _SPANS:
         if seconds >= length or unit == "µs":
             value = seconds / length
-            return f"{value:.0f} {unit}" if length >= 1 and value == round(value) else f"{_figures(value)} {unit}"
+            return (
+                f"{value:.0f} {unit}"
+                if length >= 1 and value == round(value)
+                else f"{_figures(value)} {unit}"
+            )
     raise AssertionError("there is a smallest unit")
 
 
@@ -112,7 +123,8 @@ def time_of_day(when: datetime) -> str:
 
 
 def short_key(key: str) -> str:
-    """Shorten an entry's key to what tells it from its neighbours: module, kind and the begin of the digest."""
+    """Shorten an entry's key to what tells it from its neighbours: module, kind and the begin of
+    the digest."""
     return ":".join([*key.split(":")[2:-1], key.rpartition(":")[2][:10]])
 
 
@@ -131,7 +143,10 @@ def tag_words(tag: str) -> str:
 
 def reasons(counted: dict[str, int]) -> str:
     """Write counts by reason, the most frequent first."""
-    return ", ".join(f"{name} {number(count)}" for name, count in sorted(counted.items(), key=lambda item: -item[1]))
+    return ", ".join(
+        f"{name} {number(count)}"
+        for name, count in sorted(counted.items(), key=lambda item: -item[1])
+    )
 
 
 FILTERS: dict[str, Any] = {

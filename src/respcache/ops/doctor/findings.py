@@ -1,4 +1,5 @@
-"""What a check says: a verdict, what was found, and, unless all is well, why it matters and how to mend it."""
+"""What a check says: a verdict, what was found, and, unless all is well, why it matters and how to
+mend it."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +15,8 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check. ``about`` is what was looked at: cache, memory, database, application, environment."""
+    """The result of one check. ``about`` is what was looked at: cache, memory, database,
+    application, environment."""
 
     about: str
     check: str

@@ -1,4 +1,5 @@
-"""The dry check of an ACL: every right that a role needs is tried, by calls that change nothing (``ops/acl.py``)."""
+"""The dry check of an ACL: every right that a role needs is tried, by calls that change nothing
+(``ops/acl.py``)."""
 
 from typing import Any
 
@@ -17,16 +18,24 @@ def check(report: Report, client: redis.Redis, role: Role, *, user: str) -> None
         return
     rights = list(dict.fromkeys(lacking))
     quoted = " ".join(f"'{right}'" if right[0] in "~&" else right for right in rights)
-    why = "what a process may not do fails: the cache is bypassed, or invalidations are not confirmed"
+    why = (
+        "what a process may not do fails: the cache is bypassed, or invalidations are not confirmed"
+    )
     if all(right[0] == "&" or right in ("+publish", "+subscribe") for right in rights):
-        why = "what other processes write is noticed later: in memory by the next look at the server"
+        why = (
+            "what other processes write is noticed later: in memory by the next look at the server"
+        )
     report.fault(
-        "rights", f"user {user} lacks {' '.join(rights)}", why, f"valkey-cli -u ADMINISTRATOR_URL ACL SETUSER {user} {quoted}"
+        "rights",
+        f"user {user} lacks {' '.join(rights)}",
+        why,
+        f"valkey-cli -u ADMINISTRATOR_URL ACL SETUSER {user} {quoted}",
     )
 
 
 def _lacking(client: redis.Redis, probe: Probe) -> str | None:
-    """Try one right; return it, or the key pattern or channel, as it stands in a rule, where the server refuses."""
+    """Try one right; return it, or the key pattern or channel, as it stands in a rule, where the
+    server refuses."""
     asked: Any = client
     try:
         if probe.words[0] == "subscribe":

@@ -1,4 +1,5 @@
-"""Which passwords and secrets everybody would try first, and which addresses nobody else reaches."""
+"""Which passwords and secrets everybody would try first, and which addresses nobody else
+reaches."""
 
 import ipaddress
 

@@ -1,4 +1,5 @@
-"""Checks of the two servers: the cache, which must evict and may forget, and agent memory, which must do neither.
+"""Checks of the two servers: the cache, which must evict and may forget, and agent memory, which
+must do neither.
 
 Everything is read; nothing is changed. What a user of the server may not see is said to be unseen.
 """
@@ -46,7 +47,11 @@ class Server:
 
     def __post_init__(self) -> None:
         user = f" --user {self.url.user}" if self.url.user else ""
-        self.cli = f"valkey-cli -s {self.url.path}{user}" if self.url.path else f'valkey-cli -u "${self.variable}"'
+        self.cli = (
+            f"valkey-cli -s {self.url.path}{user}"
+            if self.url.path
+            else f'valkey-cli -u "${self.variable}"'
+        )
 
     @property
     def identity(self) -> str:
@@ -55,7 +60,8 @@ class Server:
 
     @property
     def version(self) -> str:
-        """Return the number of the version, of Valkey where it is one (which also gives a Redis number)."""
+        """Return the number of the version, of Valkey where it is one (which also gives a Redis
+        number)."""
         return str(self.info.get("valkey_version") or self.info.get("redis_version", "0"))
 
     def sets(self, name: str, value: str) -> str:
@@ -63,8 +69,11 @@ class Server:
         return f"{self.cli} CONFIG SET {name} {value}; {self.cli} CONFIG REWRITE"
 
 
-def examine(report: Report, url: str | None, *, variable: str, memory: bool, role: Role | None = None) -> Server | None:
-    """Check one server; return what it said, or None where it could not be asked. A handful of round trips."""
+def examine(
+    report: Report, url: str | None, *, variable: str, memory: bool, role: Role | None = None
+) -> Server | None:
+    """Check one server; return what it said, or None where it could not be asked. A handful of
+    round trips."""
     if url is None:
         _unset(report, variable, memory=memory)
         return None
@@ -99,13 +108,19 @@ def compare(report: Report, cache: Server | None, memory: Server | None) -> bool
     if cache.info.get("run_id") != memory.info.get("run_id"):
         report.ok("two servers", f"{cache.url} and {memory.url} are different processes")
         return False
-    where = "and one database" if cache.url.database == memory.url.database else "with two database numbers"
+    where = (
+        "and one database"
+        if cache.url.database == memory.url.database
+        else "with two database numbers"
+    )
     report.fault(
         "two servers",
         f"REDIS_CACHE_URL and REDIS_URL are one server {where}",
-        "memory limit, eviction and persistence are of a server, not of a database: what must not be lost is evicted with "
+        "memory limit, eviction and persistence are of a server, not of a database: what must not "
+        "be lost is evicted with "
         "the cache, or the cache fills up and refuses writes",
-        "start a second server for agent memory (maxmemory-policy noeviction, appendonly yes) and set REDIS_URL to it",
+        "start a second server for agent memory (maxmemory-policy noeviction, appendonly yes) and "
+        "set REDIS_URL to it",
     )
     return True
 
@@ -115,19 +130,35 @@ def _unset(report: Report, variable: str, *, memory: bool) -> None:
         report.ok("reachable", f"{variable} is not set: no agent memory to check")
     else:
         why = "without a server nothing is cached across processes"
-        report.fault("reachable", f"{variable} is not set", why, f"export {variable}=redis://:PASSWORD@HOST:6379/0")
+        report.fault(
+            "reachable",
+            f"{variable} is not set",
+            why,
+            f"export {variable}=redis://:PASSWORD@HOST:6379/0",
+        )
 
 
 @contextmanager
-def _connected(report: Report, url: str, parsed: ServerURL, variable: str) -> "Iterator[redis.Redis | None]":
+def _connected(
+    report: Report, url: str, parsed: ServerURL, variable: str
+) -> "Iterator[redis.Redis | None]":
     """Connect and log in, or say why that failed."""
-    why = "the application goes on without it, slower" if report.about == "cache" else "what agents remember cannot be reached"
+    why = (
+        "the application goes on without it, slower"
+        if report.about == "cache"
+        else "what agents remember cannot be reached"
+    )
     client = _client(url)
     try:
         client.ping()
     except redis.AuthenticationError as error:
         client.close()
-        report.fault("reachable", f"{parsed} refuses the login: {error}", why, f"set the right user and password in {variable}")
+        report.fault(
+            "reachable",
+            f"{parsed} refuses the login: {error}",
+            why,
+            f"set the right user and password in {variable}",
+        )
         yield None
         return
     except NoPermissionError:
@@ -135,7 +166,10 @@ def _connected(report: Report, url: str, parsed: ServerURL, variable: str) -> "I
     except redis.RedisError as error:
         client.close()
         said = str(error).rstrip(".") or type(error).__name__
-        mend = f'start the server, or mend host, port and scheme in {variable}; to try it: valkey-cli -u "${variable}" PING'
+        mend = (
+            f"start the server, or mend host, port and scheme in {variable}; to try it: "
+            f'valkey-cli -u "${variable}" PING'
+        )
         report.fault("reachable", f"{parsed} cannot be reached: {said}", why, mend)
         yield None
         return
@@ -166,7 +200,8 @@ def _ask(variable: str, url: ServerURL, client: redis.Redis) -> Server:
 
 
 def _skew_s(client: redis.Redis) -> float:
-    """Return how far the server's clock is ahead of ours, taking half of the round trip for its way here; 0 where unseen."""
+    """Return how far the server's clock is ahead of ours, taking half of the round trip for its way
+    here; 0 where unseen."""
     before = time.time()
     try:
         seconds, microseconds = client.time()
@@ -192,36 +227,58 @@ def _check_version(report: Report, server: Server) -> None:
     if number >= OLDEST_VERSION:
         report.ok("version", server.version)
     elif server.info:
-        report.fault("version", server.version, "RESP3 and the scripts need Redis 6.2, or any Valkey", "upgrade the server")
+        report.fault(
+            "version",
+            server.version,
+            "RESP3 and the scripts need Redis 6.2, or any Valkey",
+            "upgrade the server",
+        )
 
 
 def _check_role(report: Report, server: Server) -> None:
     role = server.info.get("role")
     if role == "slave":
         master = f"{server.info.get('master_host')}:{server.info.get('master_port')}"
-        report.fault("role", f"a replica of {master}", "it cannot be written to", f"use the address of the primary, {master}")
+        report.fault(
+            "role",
+            f"a replica of {master}",
+            "it cannot be written to",
+            f"use the address of the primary, {master}",
+        )
     elif server.info.get("cluster_enabled"):
         report.fault(
-            "role", "a cluster", "keys of one tenant would be on several servers", "use a server, with replicas if you like"
+            "role",
+            "a cluster",
+            "keys of one tenant would be on several servers",
+            "use a server, with replicas if you like",
         )
     elif role is not None:
         report.ok("role", f"primary with {server.info.get('connected_slaves', 0)} replicas")
 
 
 def _check_eviction(report: Report, server: Server, *, memory: bool) -> None:
-    policy, limit = str(server.info.get("maxmemory_policy", "")), int(server.info.get("maxmemory", 0))
+    policy, limit = (
+        str(server.info.get("maxmemory_policy", "")),
+        int(server.info.get("maxmemory", 0)),
+    )
     if not policy:
         return
     if memory and policy != "noeviction":
         why = "a full server drops what agents remember, without a word"
         report.fault("eviction", policy, why, server.sets("maxmemory-policy", "noeviction"))
     elif not memory and not policy.startswith(EVICTS):
-        why = "a full cache refuses writes, invalidations among them, and is bypassed until there is room"
+        why = (
+            "a full cache refuses writes, invalidations among them, and is bypassed until there "
+            "is room"
+        )
         report.fault("eviction", policy, why, server.sets("maxmemory-policy", "allkeys-lru"))
     else:
         report.ok("eviction", policy)
     if limit:
-        report.ok("maxmemory", f"{limit / 2**20:,.0f} MiB, {server.info.get('used_memory', 0) / 2**20:,.1f} MiB in use")
+        report.ok(
+            "maxmemory",
+            f"{limit / 2**20:,.0f} MiB, {server.info.get('used_memory', 0) / 2**20:,.1f} MiB in use",
+        )
     else:
         why = "it grows until the machine has no memory left, and is then killed"
         report.warn("maxmemory", "no limit", why, server.sets("maxmemory", "512mb"))
@@ -235,8 +292,16 @@ def _check_persistence(report: Report, server: Server, *, memory: bool) -> None:
         why = "after a restart agents remember nothing"
         report.warn("persistence", "off", why, server.sets("appendonly", "yes"))
     elif not memory and on:
-        why = "a cache that is written to disk costs forks and time, for answers that nobody may use after a restart"
-        mend = "; ".join([*([server.sets("appendonly", "no")] if aof else []), *([server.sets("save", '""')] if points else [])])
+        why = (
+            "a cache that is written to disk costs forks and time, for answers that nobody may "
+            "use after a restart"
+        )
+        mend = "; ".join(
+            [
+                *([server.sets("appendonly", "no")] if aof else []),
+                *([server.sets("save", '""')] if points else []),
+            ]
+        )
         report.warn("persistence", " and ".join(on), why, mend)
     elif server.config is not None or on:
         report.ok("persistence", " and ".join(on) or "off")
@@ -247,7 +312,12 @@ def _check_encryption(report: Report, server: Server, variable: str) -> None:
         report.ok("encryption", "TLS" if server.url.tls else "on this machine only")
     else:
         why = "answers of all tenants and the password cross the network in the clear"
-        report.warn("encryption", "none", why, f"give the server tls-port and a certificate, and write rediss:// in {variable}")
+        report.warn(
+            "encryption",
+            "none",
+            why,
+            f"give the server tls-port and a certificate, and write rediss:// in {variable}",
+        )
 
 
 def _check_password(report: Report, server: Server, variable: str) -> None:
@@ -257,19 +327,29 @@ def _check_password(report: Report, server: Server, variable: str) -> None:
         why = "whoever reaches the port reads the answers of all tenants"
         say("password", "none: it answers without one", why, server.sets("requirepass", "PASSWORD"))
     elif is_default(server.url.password):
-        say("password", "a well-known one", "it is the first that is tried", f"choose another one, and set {variable} to it")
+        say(
+            "password",
+            "a well-known one",
+            "it is the first that is tried",
+            f"choose another one, and set {variable} to it",
+        )
     else:
         report.ok("password", "needed, and not a well-known one")
 
 
 def _is_open(url: ServerURL) -> bool:
     """Whether somebody without a password gets an answer."""
-    place: dict[str, Any] = {"unix_socket_path": url.path} if url.path else {"host": url.host, "port": url.port}
+    place: dict[str, Any] = (
+        {"unix_socket_path": url.path} if url.path else {"host": url.host, "port": url.port}
+    )
     if url.tls is not None:
         place |= {"ssl": True, "ssl_cert_reqs": "none", "ssl_check_hostname": False}
     try:
         with redis.Redis(
-            **place, socket_timeout=DEADLINE_S, socket_connect_timeout=DEADLINE_S, retry=Retry(NoBackoff(), 0)
+            **place,
+            socket_timeout=DEADLINE_S,
+            socket_connect_timeout=DEADLINE_S,
+            retry=Retry(NoBackoff(), 0),
         ) as one:
             one.ping()
     except (redis.RedisError, OSError):
@@ -291,8 +371,17 @@ def _check_connections(report: Report, server: Server) -> None:
     hard = buffers.get("pubsub", LEAST_PUBSUB_BYTES)
     if hard == 0 or hard < LEAST_PUBSUB_BYTES:
         found = "pubsub without a limit" if hard == 0 else f"pubsub {hard} bytes"
-        why = "a process that reads slowly fills the server's memory" if hard == 0 else "every burst of writes drops connections"
-        report.warn("output buffers", found, why, server.sets("client-output-buffer-limit", '"pubsub 32mb 8mb 60"'))
+        why = (
+            "a process that reads slowly fills the server's memory"
+            if hard == 0
+            else "every burst of writes drops connections"
+        )
+        report.warn(
+            "output buffers",
+            found,
+            why,
+            server.sets("client-output-buffer-limit", '"pubsub 32mb 8mb 60"'),
+        )
     else:
         report.ok("output buffers", f"pubsub {hard / 2**20:,.0f} MiB")
     idle, alive = int(config.get("timeout", 0)), int(config.get("tcp-keepalive", 0))
@@ -318,5 +407,8 @@ def _check_clock(report: Report, server: Server) -> None:
     else:
         why = "nothing is served wrongly by it, but ages, logs and expiry times do not agree"
         report.warn(
-            "clock", f"{server.skew_s:+.0f} s from here", why, "run an NTP client on both machines: timedatectl set-ntp true"
+            "clock",
+            f"{server.skew_s:+.0f} s from here",
+            why,
+            "run an NTP client on both machines: timedatectl set-ntp true",
         )
