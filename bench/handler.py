@@ -30,7 +30,7 @@ AUTHORIZATION = "Bearer of-an-admin-at-acme"
 CALLERS = {AUTHORIZATION: TENANT}
 """Who may ask: every lane that checks its callers looks them up here, and does nothing else."""
 
-Page = dict[str, Any]
+OutboxPage = dict[str, Any]
 TEXT = (
     "pump valve motor offer visit contract price quote repair spare delivery crane sensor panel "
     "board cable order invoice "
@@ -59,7 +59,7 @@ def fills() -> int:
     return _counter[0]
 
 
-def page(number: int) -> Page:
+def page(number: int) -> OutboxPage:
     """Return the objects of a page."""
     return _page(number % PAGES)
 
@@ -70,14 +70,14 @@ def body(number: int) -> bytes:
     return _body(number % PAGES)
 
 
-async def fetch(number: int) -> Page:
+async def fetch(number: int) -> OutboxPage:
     """Be the handler: what a database would be asked for. Here it costs nothing, so that nothing
     hides what a cache costs."""
     _counter[0] += 1
     return page(number)
 
 
-async def fetch_slowly(number: int) -> Page:
+async def fetch_slowly(number: int) -> OutboxPage:
     """Be a handler that takes 200 ms."""
     await asyncio.sleep(SLOW_S)
     return await fetch(number)
@@ -109,7 +109,7 @@ def request(number: int, path: str = PATH) -> bytes:
 
 
 @cache
-def _page(number: int) -> Page:
+def _page(number: int) -> OutboxPage:
     chance = random.Random(number)
     rows = [_row(chance) for _ in range(ROWS)]
     made = {"status": "success", "data": {"items": rows, "total": PAGES * ROWS, "page": number}}
@@ -127,7 +127,7 @@ def _body(number: int) -> bytes:
     return encoded
 
 
-def _row(chance: random.Random) -> Page:
+def _row(chance: random.Random) -> OutboxPage:
     name = (
         f"{chance.choice(WORDS).title()} {chance.choice(WORDS).title()} "
         f"{chance.choice(('GmbH', 'SA', 'AB', 'Ltd', 'Lda'))}"
@@ -157,5 +157,5 @@ def _row(chance: random.Random) -> Page:
     }
 
 
-def _encode(made: Page) -> bytes:
+def _encode(made: OutboxPage) -> bytes:
     return json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode()

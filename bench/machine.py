@@ -18,9 +18,9 @@ from pathlib import Path
 
 from lanes import BY_NAME, Lane
 
-from crm.embedded import EmbeddedValkey
 from respcache.ops.bench.load import Ask
 from respcache.ops.bench.processes import Cores, Failed, cpu_ns, end, family, pin, tied_to_us
+from respcache.testing.servers import EmbeddedValkey
 
 SERVE = Path(__file__).with_name("serve.py")
 START_DEADLINE_S = 60.0

@@ -28,10 +28,10 @@ from lanes.exported import PATH, TOKEN
 from machine import Processes, Served, get, processes
 
 from respcache import Cache, MemoryStore, SingleTenant
+from respcache.integrations.prometheus import Endpoint
 from respcache.ops.bench.load import Ask, drive
 from respcache.ops.bench.processes import Cores, cpu_ns, describe
-from respcache.ops.board import Board
-from respcache.ops.prometheus import Endpoint
+from respcache.ops.publisher import StatsPublisher
 
 ROUTES, TENANTS, WORKERS = 26, 5_000, 4
 LANES = ("without", "exported", "scraped every second")
@@ -70,7 +70,7 @@ def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dic
     asks = [Ask(handler.request(page), handler.body(page)) for page in range(handler.PAGES)]
     for one in served:
         drive(one.port, asks, connections=1, requests=3 * len(asks))  # filled, recognised, warm
-    figures: dict[str, dict[str, list[float]]] = {
+    counters: dict[str, dict[str, list[float]]] = {
         name: {"rps": [], "cpu_us": [], "p50_ms": [], "p99_ms": []} for name in LANES
     }
     for number in range(rounds):
@@ -80,13 +80,13 @@ def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dic
             strict=True,
         ):
             with scraping(one.port, 1.0) if name == LANES[2] else contextlib.nullcontext():
-                note(figures[name], one, asks, connections=connections, seconds=seconds)
+                note(counters[name], one, asks, connections=connections, seconds=seconds)
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    return {name: summary(figures[name], figures[LANES[0]]) for name in LANES}
+    return {name: summary(counters[name], counters[LANES[0]]) for name in LANES}
 
 
 def note(
-    figures: dict[str, list[float]],
+    counters: dict[str, list[float]],
     one: Served,
     asks: list[Ask],
     *,
@@ -96,10 +96,10 @@ def note(
     """Drive one lane for one round."""
     before = cpu_ns(one.pids)
     sample = drive(one.port, asks, connections=connections, seconds=seconds, hit=MARK)
-    figures["cpu_us"].append((cpu_ns(one.pids) - before) / 1000 / sample.requests)
-    figures["rps"].append(sample.rps)
-    figures["p50_ms"].append(sample.percentile_ms(50))
-    figures["p99_ms"].append(sample.percentile_ms(99))
+    counters["cpu_us"].append((cpu_ns(one.pids) - before) / 1000 / sample.requests)
+    counters["rps"].append(sample.rps)
+    counters["p50_ms"].append(sample.percentile_ms(50))
+    counters["p99_ms"].append(sample.percentile_ms(99))
 
 
 def summary(mine: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
@@ -118,33 +118,38 @@ def crowd(cache: Cache, *, tenants: int) -> None:
     """Have a cache count something of every tenant and route, as far as they are kept apart."""
     for number in range(tenants):
         for route in range(ROUTES):
-            figures = cache.figures.at(
+            counters = cache.counters.at(
                 f"tenant-{number}",
                 f"module-{route % 10}",
                 f"/api/module-{route % 10}/{{item}}/part-{route}",
             )
-            figures.hits += number + 1
-            figures.misses += 1
+            counters.hits += number + 1
+            counters.misses += 1
             if number == 0:
-                figures.bypass("store")
-                figures.bypass("denied")
+                counters.bypass("store")
+                counters.bypass("denied")
                 for power in range(20):
-                    figures.times.hits.observe(2.0**-power)
-                    figures.times.misses.observe(2.0**-power)
+                    counters.times.hits.observe(2.0**-power)
+                    counters.times.misses.observe(2.0**-power)
 
 
 async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
     """Return what a scrape takes without tenants and with the 20 largest."""
     boards = []
     for _ in range(WORKERS):
-        board = Board(url)
+        publisher = StatsPublisher(url)
         crowd(
-            Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"), board=board),
+            Cache(
+                MemoryStore(),
+                secret=b"k" * 32,
+                resolver=SingleTenant("public"),
+                publisher=publisher,
+            ),
             tenants=tenants,
         )
         for _ in range(1 + tenants // 1000):  # a publication says 1,000 tenants anew
-            await board.publish()
-        boards.append(board)
+            await publisher.publish()
+        boards.append(publisher)
     found = {}
     for name, k in (("without tenants", 0), ("with the 20 largest", 20)):
         endpoint = Endpoint(boards[0], token=TOKEN, tenants=k)
@@ -165,8 +170,8 @@ async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
             "longest_hold_ms": round(statistics.median(held_ms), 2),
             "kib": round(size / 1024),
         }
-    for board in boards:
-        await board.close()
+    for publisher in boards:
+        await publisher.close()
     return found
 
 

@@ -28,8 +28,8 @@ from sqlalchemy import String, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey
 from respcache import Cache, RedisStore, SingleTenant
+from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch

@@ -26,7 +26,7 @@ from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from respcache.near.s3fifo import S3Fifo
+from respcache.read.s3fifo import S3Fifo
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRACE = REPOSITORY.parent / "shared" / "data" / "traces" / "orm-night.trace.xz"

@@ -22,10 +22,10 @@ import uvloop
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 
-from crm.embedded import EmbeddedValkey
 from respcache.resp.connection import Connection
 from respcache.resp.link import Link
 from respcache.resp.url import ServerURL
+from respcache.testing.servers import EmbeddedValkey
 
 CALLERS = (1, 16, 64)
 DEADLINE_S = 10.0

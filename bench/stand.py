@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crm.auth import development_token
-from crm.demo import seed_if_empty
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
+from crm.demo.seed import seed_if_empty
 from crm.migrations import upgrade
+from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey, free_port
 
 SECRET = "a secret of the benchmark alone, 40 chars"  # noqa: S105
 TICKS = os.sysconf("SC_CLK_TCK")

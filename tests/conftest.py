@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 import redis
 
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey
+from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ that is scraped."""
 from typing import Any
 
 from lanes import ours
-from respcache.ops.board import Board
-from respcache.ops.prometheus import Endpoint
+from respcache.integrations.prometheus import Endpoint
+from respcache.ops.publisher import StatsPublisher
 
 PATH = "/metrics"
 TOKEN = "scrape-token-of-the-benchmark"  # noqa: S105
@@ -13,7 +13,7 @@ TOKEN = "scrape-token-of-the-benchmark"  # noqa: S105
 
 def scraped(url: str) -> Any:
     """Make it."""
-    board = Board(url)
-    app = ours.wrapped(ours.make_cache(url, name="exported", board=board), "strict")
-    app.app.add_route(PATH, Endpoint(board, token=TOKEN))
+    publisher = StatsPublisher(url)
+    app = ours.wrapped(ours.make_cache(url, name="exported", publisher=publisher), "strict")
+    app.app.add_route(PATH, Endpoint(publisher, token=TOKEN))
     return app

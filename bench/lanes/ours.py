@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import handler
 from fastapi import Depends
 
-from respcache import Cache, Claim, Denied, Head, RedisStore, Scope, cache_list
+from respcache import Cache, Claim, Denied, RedisStore, RequestHead, Scope, cache_list
 
 NEAR_BYTES = 64 * 2**20
 SECRET = b"a secret of the benchmark alone, 40 chars"
@@ -30,7 +30,7 @@ class Callers:
     stands_for = frozenset({handler.caller})
     headers = ("authorization",)
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Look the token up."""
         token = head.header("authorization")
         tenant = handler.CALLERS.get(token or "")
@@ -40,7 +40,7 @@ class Callers:
 
     async def scope(self, claim: Claim) -> Scope:
         """Say what the caller sees: everything of the tenant."""
-        return Scope(claim.home, b"")
+        return Scope(claim.owner_tenant, b"")
 
     def permits(self, scope: Scope, rule: Any) -> bool:
         """Permit: there are no roles."""
@@ -69,7 +69,7 @@ def store(url: str) -> Any:
 
 def turbo(url: str) -> Any:
     """Make the lane below ASGI: the application, and the protocol class for uvicorn."""
-    from respcache.turbo import protocol
+    from respcache.integrations.uvicorn import protocol
 
     app = _wrapped(url, level="strict")
     return app, protocol(app)
@@ -79,8 +79,8 @@ def missing(factory: str) -> str | None:
     """Say what the library does not have yet of a lane."""
     if factory in ("near", "bounded") and not (LEVELS and NEAR):
         return "this version of the library has no levels or no near cache"
-    if factory == "turbo" and find_spec("respcache.turbo") is None:
-        return "this version of the library has no respcache.turbo"
+    if factory == "turbo" and find_spec("respcache.integrations.uvicorn") is None:
+        return "this version of the library has no respcache.integrations.uvicorn"
     return None
 
 

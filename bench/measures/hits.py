@@ -16,7 +16,7 @@ from lanes import BARE, Lane
 from machine import Processes, Served
 
 from respcache.core.encoding import compress
-from respcache.ops.bench.load import Ask, Sample, WrongAnswer, WrongWay, drive, percentile
+from respcache.ops.bench.load import Ask, LoadSample, WrongAnswer, WrongWay, drive, percentile
 from respcache.ops.bench.processes import Failed, cpu_ns, settle
 
 CONNECTIONS = (1, 16, 64)
@@ -202,7 +202,7 @@ def _stretch(
     store = on.valkey.process
     assert store is not None
     before, store_before = one.cpu_ns(), cpu_ns([store.pid])
-    sample: Sample = drive(
+    sample: LoadSample = drive(
         one.port,
         pages,
         connections=connections,

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from crm.commands import main
+    from crm.cli.commands import main
 
     sys.exit(main())
 except KeyboardInterrupt:  # while it was still importing

@@ -17,7 +17,7 @@ from crm.auth import CrmResolver
 from crm.bodies import BodyLimit
 from crm.caching import SHARED_TABLES, TENANT_IS
 from crm.models import Base
-from crm.operators import CrmGate
+from crm.operators import CrmAuthBackend
 from crm.routes import (
     accounts,
     activities,
@@ -36,12 +36,12 @@ from crm.routes import (
 )
 from crm.settings import Settings, shown
 from respcache import Cache, ConfigurationError, RedisStore
-from respcache.asgi import Wrapper
+from respcache.integrations.prometheus import Endpoint
+from respcache.middleware import CacheMiddleware
 from respcache.ops.admin import Admin
-from respcache.ops.board import Board
 from respcache.ops.dashboard import Dashboard
-from respcache.ops.postgres import PostgresTrail
-from respcache.ops.prometheus import Endpoint
+from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.ops.publisher import StatsPublisher
 from respcache.resp.url import ServerURL
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
@@ -65,7 +65,7 @@ def watched_cache(
     *,
     resolver: CrmResolver | None = None,
     strict_reads: bool = False,
-    board: Board | None = None,
+    publisher: StatsPublisher | None = None,
 ) -> tuple[Cache, Watch]:
     """Make the cache (no store for no URL or ``none``) and have it watch the engine: for the
     application and for scripts."""
@@ -79,23 +79,23 @@ def watched_cache(
         outbox=PostgresOutbox(engine),
         schema_version=SCHEMA_VERSION,
         enabled=settings.respcache_enabled,
-        audit_share=settings.respcache_audit_share,
+        verify_share=settings.respcache_audit_share,
         near_bytes=settings.respcache_near_bytes,
         strict_reads=strict_reads,
-        board=board,
+        publisher=publisher,
     )
     return cache, watch(
         engine, cache, metadata=Base.metadata, tenant_is=TENANT_IS, shared=SHARED_TABLES
     )
 
 
-def from_environment() -> Wrapper:
+def from_environment() -> CacheMiddleware:
     """Make the application as the environment says: for ``uvicorn --factory``, ``respcache doctor
     --app`` and ``bench --app``."""
     return create_app(Settings().with_secrets())
 
 
-def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
+def create_app(settings: Settings, *, strict_reads: bool = False) -> CacheMiddleware:
     """Make the application with the cache around it. Nothing is connected before its lifespan
     starts.
 
@@ -125,18 +125,18 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
     reading = engine.execution_options(isolation_level="AUTOCOMMIT")
     resolver = CrmResolver(reading, settings.jwt_secret.get_secret_value())
     url = None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
-    board = Board(None if url == "none" else url)
+    publisher = StatsPublisher(None if url == "none" else url)
     cache, watching = watched_cache(
-        settings, engine, url, resolver=resolver, strict_reads=strict_reads, board=board
+        settings, engine, url, resolver=resolver, strict_reads=strict_reads, publisher=publisher
     )
 
-    trail = PostgresTrail(engine)
+    audit_log = PostgresAuditLog(engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         watching.close()
-        await trail.close()
+        await audit_log.close()
         await engine.dispose()
 
     app = FastAPIOffline(
@@ -154,18 +154,20 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> Wrapper:
         system,
     ):  # fmt: skip
         app.include_router(routes.router)
-    gate = CrmGate(
+    cache_auth = CrmAuthBackend(
         reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours
     )
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
-    app.state.cache_admin = Admin(cache, board, trail, settings=shown(settings))
-    app.state.dashboard = Dashboard(app.state.cache_admin, gate)
+    app.state.cache_admin = Admin(cache, publisher, audit_log, settings=shown(settings))
+    app.state.dashboard = Dashboard(app.state.cache_admin, cache_auth)
     app.mount("/cache", app.state.dashboard)
     if cache.store is not None:
         token = (
             None if settings.metrics_token is None else settings.metrics_token.get_secret_value()
         )
-        metrics = Endpoint(board, token=token, gate=gate.access, tenants=settings.metrics_tenants)
+        metrics = Endpoint(
+            publisher, token=token, auth=cache_auth.access, tenants=settings.metrics_tenants
+        )
         app.add_route("/metrics", metrics, include_in_schema=False)
     return cache.wrap(app)
 

@@ -28,9 +28,9 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 
-from crm.errors import Refused
+from crm.errors import ErrorResponse
 from crm.models import ROLES, Employee, Team, Tenant, now
-from respcache import Claim, Head, Scope, bind_scope
+from respcache import Claim, RequestHead, Scope, bind_scope
 from respcache import current_scope as resolved_scope
 from respcache.core.keys import SHARED
 
@@ -103,7 +103,7 @@ class RoleGuard:
     async def __call__(self, scope: "CurrentScope") -> TenantScope:
         """Return the scope, or refuse."""
         if not self.allows(scope):
-            raise Refused(403, f"Access denied: this needs the role {self.role}", code="role")
+            raise ErrorResponse(403, f"Access denied: this needs the role {self.role}", code="role")
         return scope
 
     def allows(self, scope: TenantScope) -> bool:
@@ -124,7 +124,7 @@ class CrmResolver:
         self._secret = secret
         self.stands_for = frozenset({current_scope})
 
-    def claim(self, head: Head, tenant_in_body: str | None = None) -> Claim:
+    def claim(self, head: RequestHead, tenant_in_body: str | None = None) -> Claim:
         """Verify the token. The requested tenant, first found: body, query, path, header."""
         authorization = head.header("authorization") or ""
         scheme, _, token = authorization.partition(" ")
@@ -142,30 +142,34 @@ class CrmResolver:
     def claim_of(self, token: str | None, wanted: str | None = None) -> Claim:
         """Verify a token by itself. ``wanted``: the requested tenant."""
         payload = self._verify(token)
-        home = payload.get("tenant_id") or SHARED
+        owner_tenant = payload.get("tenant_id") or SHARED
         return Claim(
             (payload["sub"], payload.get("tenant_id"), wanted and wanted.lower()),
-            home,
+            owner_tenant,
             expires_at=payload["exp"],
         )
 
     async def scope(self, claim: Claim) -> TenantScope:
         """Read user, tenant and visible employees: one statement, up to three where visibility is
         hierarchical."""
-        subject, home, wanted = claim.key  # type: ignore[misc]
+        subject, owner_tenant, wanted = claim.key  # type: ignore[misc]
         async with self._engine.connect() as connection:
             user = (await connection.execute(_USER, {"user": UUID(subject)})).one_or_none()
-            if user is None or user.status != "active" or str(user.tenant_id or "") != (home or ""):
-                raise Refused(401, UNAUTHENTICATED)
+            if (
+                user is None
+                or user.status != "active"
+                or str(user.tenant_id or "") != (owner_tenant or "")
+            ):
+                raise ErrorResponse(401, UNAUTHENTICATED)
             tenant: Any = user
             if user.role == "superadmin":
                 tenant = await self._tenant(connection, wanted) if wanted else None
             elif user.tenant_id is None:
-                raise Refused(403, NO_TENANT)
+                raise ErrorResponse(403, NO_TENANT)
             elif user.tenant_status != "active" or (
                 wanted and wanted not in (str(user.tenant), user.slug.lower())
             ):
-                raise Refused(403, OTHER_TENANT)
+                raise ErrorResponse(403, OTHER_TENANT)
             visible = await self._visible(connection, user, tenant)
         return TenantScope(
             tenant=str(tenant.tenant) if tenant else None,
@@ -206,7 +210,7 @@ class CrmResolver:
             if payload.get("tenant_id") is not None:
                 UUID(payload["tenant_id"])
         except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
-            raise Refused(401, UNAUTHENTICATED) from None
+            raise ErrorResponse(401, UNAUTHENTICATED) from None
         if len(self._verified) >= MAX_VERIFIED:
             self._verified.clear()
         self._verified[token or ""] = payload
@@ -219,7 +223,7 @@ class CrmResolver:
         found = select(*_TENANT).where(match, tenants.status == "active")
         tenant = (await connection.execute(found)).one_or_none() if "\x00" not in wanted else None
         if tenant is None:
-            raise Refused(404, "Tenant not found")
+            raise ErrorResponse(404, "Tenant not found")
         return tenant
 
     async def _visible(
@@ -270,7 +274,7 @@ async def current_scope(
     if not isinstance(scope, TenantScope):
         resolver: CrmResolver = request.app.state.resolver
         scope = await resolver.scope(
-            resolver.claim(Head(request.scope), await _tenant_in_body(request))
+            resolver.claim(RequestHead(request.scope), await _tenant_in_body(request))
         )
         bind_scope(scope)
     return scope
@@ -282,7 +286,7 @@ CurrentScope = Annotated[TenantScope, Depends(current_scope)]
 async def writing_scope(scope: CurrentScope) -> TenantScope:
     """Return the scope of a caller who writes: it names one tenant."""
     if scope.tenant is None:
-        raise Refused(400, WRITE_NEEDS_TENANT, field="tenant_id")
+        raise ErrorResponse(400, WRITE_NEEDS_TENANT, field="tenant_id")
     return scope
 
 
@@ -301,7 +305,7 @@ async def log_in(sessions: Sessions, email: str, password: str) -> Employee:
     stored = user.password_hash if user is not None and user.password_hash else _DUMMY_HASH
     matches = await asyncio.to_thread(_matches, stored, password)
     if user is None or not matches or user.status != "active" or not user.password_hash:
-        raise Refused(401, WRONG_LOGIN)
+        raise ErrorResponse(401, WRONG_LOGIN)
     return user
 
 

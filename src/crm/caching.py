@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 from crm.auth import CrmResolver, TenantScope
 from crm.models import Base
-from respcache.fastapi import VariesBy, cache_count, cache_detail, cache_list, cache_settings
+from respcache.core.policy import VariesBy
+from respcache.decorators import (
+    cache_count,
+    cache_detail,
+    cache_list,
+    cache_settings,
+)
 from respcache.writes.triggers import Watched, watched
 
 E = TypeVar("E", bound=Callable[..., Any])

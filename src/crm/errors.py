@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from starlette.exceptions import HTTPException
 
 from respcache import Denied
-from respcache.core.errors import NotTrailed
+from respcache.core.errors import AuditLogUnavailable
 
 log = logging.getLogger("crm")
 
@@ -52,7 +52,7 @@ class ApiError(Exception):
         self.extra = extra
 
 
-class Refused(ApiError, Denied):
+class ErrorResponse(ApiError, Denied):
     """The caller is unknown (401) or may not do this (403, 404 for what he may not know of, 400 for
     a missing tenant)."""
 
@@ -142,8 +142,8 @@ def install(app: FastAPI) -> None:
         log.error("the database is away: %s", type(error).__name__)
         return fail(503, "Database unavailable")
 
-    @app.exception_handler(NotTrailed)
-    async def not_trailed(request: Request, error: NotTrailed) -> Response:
+    @app.exception_handler(AuditLogUnavailable)
+    async def not_trailed(request: Request, error: AuditLogUnavailable) -> Response:
         log.error("nothing was done, as it could not be written down who did it: %s", error)
         return fail(503, "Not done, as it cannot be written down just now who did it: try again")
 

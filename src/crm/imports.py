@@ -69,7 +69,7 @@ class WrongMapping(ValueError):
 
 
 @dataclass
-class Outcome:
+class ImportResult:
     """What became of the rows of a file."""
 
     read: int = 0
@@ -82,7 +82,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Known:
+class ExistingRecords:
     """The records of the tenant that rows refer to by name, in lower case without needless
     blanks."""
 
@@ -94,7 +94,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """How a file becomes rows of a table."""
 
     file: CsvFile
@@ -103,7 +103,7 @@ class Plan:
     identity: str | None
 
     @classmethod
-    def make(cls, file: CsvFile, kind: str, given: Mapping[str, str]) -> "Plan":
+    def make(cls, file: CsvFile, kind: str, given: Mapping[str, str]) -> "ImportPlan":
         """Guess the mapping, and overrule it by what was given (an empty field drops a column).
         Raises ``WrongMapping``."""
         fields = [*_columns(kind), *PSEUDO[kind]]
@@ -154,7 +154,10 @@ class Plan:
         }
 
     def records(
-        self, known: Known, outcome: Outcome, reject: Callable[[int, Sequence[str], str], None]
+        self,
+        known: ExistingRecords,
+        outcome: ImportResult,
+        reject: Callable[[int, Sequence[str], str], None],
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows to store; reject what does not fit."""
         seen: dict[UUID, int] = {}
@@ -173,7 +176,9 @@ class Plan:
             else:
                 yield record
 
-    def _record(self, cells: Sequence[str], known: Known, outcome: Outcome) -> dict[str, Any]:
+    def _record(
+        self, cells: Sequence[str], known: ExistingRecords, outcome: ImportResult
+    ) -> dict[str, Any]:
         if len(cells) > len(self.file.columns):
             raise ValueError(f"{len(cells)} cells in a file of {len(self.file.columns)} columns")
         given = {
@@ -204,8 +209,8 @@ class Plan:
         values: dict[str, Any],
         metadata: dict[str, Any],
         account: str | None,
-        known: Known,
-        outcome: Outcome,
+        known: ExistingRecords,
+        outcome: ImportResult,
     ) -> None:
         """Turn names of accounts and employees into references; keep names that nobody has as
         metadata."""
@@ -279,7 +284,11 @@ class Plan:
         return cell
 
     def _identity(
-        self, named: str | None, values: Mapping[str, Any], account: str | None, known: Known
+        self,
+        named: str | None,
+        values: Mapping[str, Any],
+        account: str | None,
+        known: ExistingRecords,
     ) -> UUID:
         """Return the id of a new row, which follows from what names it: the same in every
         import."""
@@ -305,7 +314,7 @@ async def tenant_of(engine: AsyncEngine, slug: str) -> UUID:
         return tenant
 
 
-async def look_up(engine: AsyncEngine, slug: str, kind: str) -> Known:
+async def look_up(engine: AsyncEngine, slug: str, kind: str) -> ExistingRecords:
     """Read what the rows of a kind may refer to. Raises ``LookupError`` for an unknown tenant."""
     tenant = await tenant_of(engine, slug)
     async with engine.connect() as connection:
@@ -327,11 +336,11 @@ async def look_up(engine: AsyncEngine, slug: str, kind: str) -> Known:
             ids[name] = frozenset(
                 await connection.scalars(select(model.id).where(model.tenant_id == tenant))
             )
-        return Known(tenant, by_name, people, ids)
+        return ExistingRecords(tenant, by_name, people, ids)
 
 
 async def store(
-    engine: AsyncEngine, kind: str, records: Sequence[dict[str, Any]], outcome: Outcome
+    engine: AsyncEngine, kind: str, records: Sequence[dict[str, Any]], outcome: ImportResult
 ) -> None:
     """Insert or update one batch in one transaction; activities about a row follow its new name."""
     table = MODULES[kind].model.__table__  # type: ignore[attr-defined]

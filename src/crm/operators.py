@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from crm.auth import CrmResolver, Sessions, TenantScope, log_in, tenants
-from crm.errors import ApiError, Refused
+from crm.errors import ApiError, ErrorResponse
 from crm.routes.auth import LoginLimit
 from respcache.ops.access import Access, Role
 from respcache.ops.dashboard import TooManyAttempts
@@ -18,7 +18,7 @@ from respcache.ops.dashboard import TooManyAttempts
 MAY = {"superadmin": Role.OPERATOR, "admin": Role.OPERATOR, "manager": Role.VIEWER}
 
 
-class CrmGate:
+class CrmAuthBackend:
     """The CRM's users, with the passwords and the tokens that they have anyway."""
 
     def __init__(
@@ -37,11 +37,11 @@ class CrmGate:
         self._token_hours = token_hours
 
     async def sign_in(self, name: str, password: str, address: str) -> str | None:
-        """See ``Gate.sign_in``."""
+        """See ``AuthBackend.sign_in``."""
         try:
             self._limit.attempt(address, name)
             user = await log_in(self._sessions, name.replace("\x00", ""), password)
-        except Refused:
+        except ErrorResponse:
             return None
         except ApiError as error:
             raise TooManyAttempts(error.extra["retry_after"]) from None
@@ -50,15 +50,15 @@ class CrmGate:
         return token if await self.access(token) else None
 
     async def access(self, token: str) -> Access | None:
-        """See ``Gate.access``. One statement."""
+        """See ``AuthBackend.access``. One statement."""
         try:
             scope = await self._resolver.scope(self._resolver.claim_of(token))
-        except Refused:
+        except ErrorResponse:
             return None
         return access_of(scope)
 
     async def tenant_names(self) -> Mapping[str, str]:
-        """See ``Gate.tenant_names``."""
+        """See ``AuthBackend.tenant_names``."""
         everyone = select(tenants.id, tenants.slug).order_by(tenants.slug)
         async with self._engine.connect() as connection:
             return {str(row.id): row.slug for row in await connection.execute(everyone)}

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from crm.embedded import write_private
 from respcache.core.errors import ConfigurationError
 from respcache.ops.configuration import Setting
+from respcache.testing.servers import write_private
 
 MIN_SECRET = 32
 MIN_DISTINCT = 10

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
+    from respcache.context import bind_scope, current_scope
     from respcache.core.errors import (
         ConfigurationError,
         Denied,
@@ -19,17 +20,16 @@ if TYPE_CHECKING:
         UndeclaredRead,
         UndeclaredWrite,
     )
-    from respcache.core.identity import Claim, Head, Resolver, Scope, SingleTenant
+    from respcache.core.identity import Claim, RequestHead, Resolver, Scope, SingleTenant
     from respcache.core.policy import Level, Parameter, Policy
-    from respcache.fastapi import (
+    from respcache.decorators import (
         cache_count,
         cache_detail,
         cache_list,
         cache_settings,
         invalidate_cache,
     )
-    from respcache.record import bind_scope, current_scope
-    from respcache.routing import Route
+    from respcache.routing.table import Route
     from respcache.stores.memory import MemoryStore
     from respcache.stores.redis import RedisStore
 
@@ -38,13 +38,13 @@ __all__ = [
     "Claim",
     "ConfigurationError",
     "Denied",
-    "Head",
     "InvalidationPending",
     "Level",
     "MemoryStore",
     "Parameter",
     "Policy",
     "RedisStore",
+    "RequestHead",
     "Resolver",
     "RespcacheError",
     "Route",
@@ -73,11 +73,17 @@ _HOMES = {
         "UndeclaredRead",
         "UndeclaredWrite",
     ),
-    "core.identity": ("Claim", "Head", "Resolver", "Scope", "SingleTenant"),
+    "core.identity": ("Claim", "RequestHead", "Resolver", "Scope", "SingleTenant"),
     "core.policy": ("Level", "Parameter", "Policy"),
-    "fastapi": ("cache_count", "cache_detail", "cache_list", "cache_settings", "invalidate_cache"),
-    "record": ("bind_scope", "current_scope"),
-    "routing": ("Route",),
+    "decorators": (
+        "cache_count",
+        "cache_detail",
+        "cache_list",
+        "cache_settings",
+        "invalidate_cache",
+    ),
+    "context": ("bind_scope", "current_scope"),
+    "routing.table": ("Route",),
     "stores.memory": ("MemoryStore",),
     "stores.redis": ("RedisStore",),
 }

@@ -6,35 +6,35 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from respcache.asgi import App, Wrapper
+from respcache.context import cause, current
 from respcache.core import keys, tokens
 from respcache.core.entry import Entry
 from respcache.core.errors import ConfigurationError
-from respcache.core.fence import Ack, Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
-from respcache.core.identity import Head, Resolver
+from respcache.core.identity import RequestHead, Resolver
 from respcache.core.policy import DEFAULT_BOUND_S, DEFAULT_TTL_S, MAX_TTL_S, Level, Policy
-from respcache.core.tokens import Token, both
-from respcache.fill.filler import Filler, Lead
-from respcache.identities import Identities
-from respcache.lookup import Bypass, Look, Lookup, Near
-from respcache.near.s3fifo import S3Fifo
-from respcache.near.views import Views
-from respcache.ops.audit import DEFAULT_SHARE, Audit, Rerun, check_share
-from respcache.ops.stats import Stats
-from respcache.ops.tracing import Tracing
-from respcache.plans import Aim, Memo, Plan
-from respcache.record import cause, current
-from respcache.routing import Route
+from respcache.core.serving_lease import Ack, Outcome
+from respcache.core.tokens import ConsistencyToken, both
+from respcache.middleware import App, CacheMiddleware
+from respcache.read.fills import Fill, Filler
+from respcache.read.lookup import Bypass, Lookup, LookupResult, Near
+from respcache.read.plans import Plan, PlanCache, ScopedPlan
+from respcache.read.s3fifo import S3Fifo
+from respcache.read.scopes import ScopeCache
+from respcache.read.values import Values
+from respcache.read.verifier import DEFAULT_SHARE, Verifier, VerifierExchange, check_share
+from respcache.read.views import ViewReader
+from respcache.routing.table import Route
 from respcache.stores.base import Store
-from respcache.switches import Switches
-from respcache.values import Values
+from respcache.telemetry.stats import Counters
+from respcache.telemetry.tracing import Tracing
 from respcache.writes.invalidator import Invalidator
-from respcache.writes.rounds import Outbox, Rounds, Rows, boottime
+from respcache.writes.relay import Outbox, OutboxRelay, Rows, boottime
+from respcache.writes.switches import Switches
 
 if TYPE_CHECKING:
-    from respcache.ops.board import Board
     from respcache.ops.feed import Reporter
+    from respcache.ops.publisher import StatsPublisher
 
 log = logging.getLogger("respcache")
 
@@ -65,9 +65,9 @@ class Cache:
     makes invalidations impossible to lose; without one, they end with the writing process.
     ``enabled=False`` serves nothing from the cache but still sends invalidations, for the processes
     that do. ``strict_reads`` turns an undeclared table into an error: for tests. ``audit_share`` of
-    all hits are made anew in the background and compared (``respcache.ops.audit``), 0: none.
+    all hits are made anew in the background and compared (``respcache.read.verifier``), 0: none.
     ``near_bytes`` bounds what each process keeps of its entries in memory, 0: nothing. ``board``
-    (``respcache.ops.board.Board``) is where its figures are published and those of all processes
+    (``respcache.ops.publisher.Board``) is where its figures are published and those of all processes
     are read.
     """
 
@@ -81,91 +81,91 @@ class Cache:
         schema_version: str = "1",
         enabled: bool = True,
         strict_reads: bool = False,
-        audit_share: float = DEFAULT_SHARE,
+        verify_share: float = DEFAULT_SHARE,
         near_bytes: int = DEFAULT_NEAR_BYTES,
-        board: "Board | None" = None,
+        publisher: "StatsPublisher | None" = None,
         clock: Callable[[], float] = boottime,
     ) -> None:
         self.store = store
         self.clock = clock
         self.resolver = resolver
-        self.figures = Stats()
+        self.counters = Counters()
         self.tracing = Tracing()
         self.strict_reads = strict_reads
         self.schema_version = schema_version
         self.near_bytes = near_bytes
-        self.audit_share = audit_share
-        self.board = board
+        self.verify_share = verify_share
+        self.publisher = publisher
         self.modules: set[str] = set()
         self.tables: set[str] = set()
         # of each table: the modules whose answers depend on it
         self._readers: dict[str, set[str]] = {}
         self.configured = enabled
         self._said: set[str] = set()
-        self._memos: list[Memo] = []
+        self._memos: list[PlanCache] = []
         self._checks: list[TableCheck] = []
-        self.wrapper: Wrapper | None = None
+        self.middleware: CacheMiddleware | None = None
         self.feed: Reporter | None = None
         self._connected = False
         digester = keys.Digester(secret, schema_version=schema_version)
-        self.rounds: Rounds | None = None
-        self.audit: Audit | None = None
+        self.relay: OutboxRelay | None = None
+        self.verifier: Verifier | None = None
         self.near: Near | None = None
-        self._identities: Identities | None = None
+        self._identities: ScopeCache | None = None
         self.switches: Switches | None = None
-        if board is not None:
-            board.attach(self)
-        if audit_share != 0:
-            check_share(audit_share)
+        if publisher is not None:
+            publisher.attach(self)
+        if verify_share != 0:
+            check_share(verify_share)
         if store is not None:
             self.switches = Switches(store)
             if outbox is not None:
-                self.rounds = Rounds(
+                self.relay = OutboxRelay(
                     store, outbox, generation_ttl_ms=GENERATION_TTL_MS, clock=clock
                 )
             self._invalidator = Invalidator(
-                store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.figures, rounds=self.rounds
+                store, generation_ttl_ms=GENERATION_TTL_MS, stats=self.counters, relay=self.relay
             )
             self.near = S3Fifo(near_bytes) if near_bytes > 0 else None
-            self._views = Views(store, clock=clock)
+            self._views = ViewReader(store, clock=clock)
             store.listen(self._heard, self._views.expire_all)
-            self._identities = Identities(resolver)
+            self._identities = ScopeCache(resolver)
             self._lookup = Lookup(
                 store,
                 digester=digester,
                 identities=self._identities,
                 invalidator=self._invalidator,
                 switches=self.switches,
-                rounds=self.rounds,
+                relay=self.relay,
                 near=self.near,
                 views=self._views,
                 clock=clock,
-                stats=self.figures,
+                stats=self.counters,
                 ttl_ms=GENERATION_TTL_MS,
             )
             # what the way of a hit calls, without a step in between
-            self.granted, self.candidate, self.prove = (
-                self._lookup.granted,
+            self.still_proven, self.candidate, self.prove = (
+                self._lookup.still_proven,
                 self._lookup.candidate,
                 self._lookup.prove,
             )
             self.wait_for_view = self._lookup.wait_for_view
-            self.read_view, self.variant, self.lasts = (
+            self.read_view, self.representation, self.needs_no_view = (
                 self._lookup.read_view,
-                self._lookup.variant,
-                self._lookup.lasts,
+                self._lookup.representation,
+                self._lookup.needs_no_view,
             )
-            self.heed = self._lookup.heed
+            self.require_token = self._lookup.require_token
             self._filler = Filler(store, generation_ttl_ms=GENERATION_TTL_MS, memory=self._lookup)
-            self._values = Values(self._lookup, self._filler, stats=self.figures, clock=clock)
-            if audit_share != 0:
-                self.audit = Audit(
-                    share=audit_share,
+            self._values = Values(self._lookup, self._filler, stats=self.counters, clock=clock)
+            if verify_share != 0:
+                self.verifier = Verifier(
+                    share=verify_share,
                     resolver=resolver,
                     lookup=self._lookup,
-                    rounds=self.rounds,
-                    stats=self.figures,
-                    invalidate=lambda tags: self._bump_now(tags, why="audit"),
+                    relay=self.relay,
+                    stats=self.counters,
+                    invalidate=lambda tags: self._bump_now(tags, why="verifier"),
                     enabled=lambda: self.enabled,
                 )
 
@@ -174,7 +174,7 @@ class Cache:
 
     # -- lifetime ----------------------------------------------------------------------------------
 
-    def wrap(self, app: App, routes: Sequence[Route] | None = None) -> Wrapper:
+    def wrap(self, app: App, routes: Sequence[Route] | None = None) -> CacheMiddleware:
         """Return the application with the cache around it. Make it the outermost layer.
 
         The routes of FastAPI and Starlette applications are found at start-up; give ``routes`` for
@@ -184,15 +184,15 @@ class Cache:
         def describe() -> list[Route]:
             if routes is not None:
                 return list(routes)
-            from respcache.fastapi import describe_routes
+            from respcache.routing.fastapi import describe_routes
 
             return describe_routes(app, self.resolver)
 
         state = getattr(app, "state", None)
         if state is not None:
             state.cache = self
-        self.wrapper = Wrapper(self, app, describe)
-        return self.wrapper
+        self.middleware = CacheMiddleware(self, app, describe)
+        return self.middleware
 
     async def connect(self) -> None:
         """Connect to the store, or begin to try. Never raises because the store is away. Repeating
@@ -202,14 +202,14 @@ class Cache:
         self._connected = True
         self._invalidator.start()
         await self.store.connect()
-        if self.rounds is not None:
-            await self.rounds.start()
+        if self.relay is not None:
+            await self.relay.start()
             self._say_uncovered()
         await self.switches.start()
-        if self.audit is not None:
-            self.audit.start()
-        if self.board is not None:
-            self.board.start()
+        if self.verifier is not None:
+            self.verifier.start()
+        if self.publisher is not None:
+            self.publisher.start()
 
     async def close(self) -> None:
         """Drain unconfirmed invalidations for a bounded time, then disconnect."""
@@ -218,14 +218,14 @@ class Cache:
         self._connected = False
         if self.feed is not None:
             await self.feed.close()
-        if self.board is not None:
-            await self.board.close()
+        if self.publisher is not None:
+            await self.publisher.close()
         await self.switches.close()
-        if self.audit is not None:
-            await self.audit.close()
+        if self.verifier is not None:
+            await self.verifier.close()
         await self._invalidator.close()
-        if self.rounds is not None:
-            await self.rounds.close()
+        if self.relay is not None:
+            await self.relay.close()
         await self.store.close()
         self.tracing.store(None)
 
@@ -236,11 +236,11 @@ class Cache:
         """Whether this process looks into the cache at all."""
         return self.configured and self.switches is not None and not self.switches.everything
 
-    def serves(self, aim: Aim) -> bool:
+    def serves(self, scoped: ScopedPlan) -> bool:
         """Whether this process looks into the cache for this tenant and module."""
         switches = self.switches
         return switches is not None and not (
-            switches.off and switches.closed(aim.tenant, aim.policy.module)
+            switches.off and switches.is_off(scoped.tenant, scoped.policy.module)
         )
 
     async def disable(self, *, tenant_id: str | None = None, module: str | None = None) -> bool:
@@ -300,8 +300,8 @@ class Cache:
         For credentials that are revoked by other means than a row of the resolver's tables; without
         it they are verified again within a minute.
         """
-        for memo in self._memos:
-            memo.forget()
+        for plan_cache in self._memos:
+            plan_cache.forget()
         if self._identities is not None:
             self._identities.forget()
         if self.near is not None:
@@ -333,7 +333,7 @@ class Cache:
         waits for it."""
         self._bump({tenant: {module_tag(module) for module in modules}})
         for module in modules:
-            self.figures.at(tenant, module).invalidations += 1
+            self.counters.at(tenant, module).invalidations += 1
 
     # -- values ------------------------------------------------------------------------------------
 
@@ -369,7 +369,7 @@ class Cache:
             outer.reads.modules.update(() if tables else (module,))
             # another tenant's generation does not cover what is made of this
             outer.reads.undeclared_sql |= outer.reads.tenant != tenant
-        if self.store is None or not self.enabled or isinstance(outer, Rerun):
+        if self.store is None or not self.enabled or isinstance(outer, VerifierExchange):
             return await make()
         if outer is not None:
             await outer.settle()  # what this request has written itself is seen
@@ -383,34 +383,34 @@ class Cache:
 
         Times are said of the routes only where it is all tenants.
         """
-        modules, routes = self.figures.modules(tenant), self.figures.routes(tenant)
+        modules, routes = self.counters.modules(tenant), self.counters.routes(tenant)
         return {
             "enabled": self.enabled,
             "available": self.store is not None and self.store.available,
-            "modules": {name: figures.to_dict() for name, figures in sorted(modules.items())},
+            "modules": {name: counters.to_dict() for name, counters in sorted(modules.items())},
             "routes": {
                 name: {
                     "module": module,
-                    **figures.to_dict(),
-                    **(self.figures.times(name).to_dict() if tenant is None else {}),
+                    **counters.to_dict(),
+                    **(self.counters.times(name).to_dict() if tenant is None else {}),
                 }
-                for name, (module, figures) in sorted(routes.items())
+                for name, (module, counters) in sorted(routes.items())
             },
-            "hits": sum(figures.hits for figures in modules.values()),
-            "misses": sum(figures.misses for figures in modules.values()),
-            "bypasses": sum(figures.bypassed for figures in modules.values()),
-            "stores": sum(figures.stores for figures in modules.values()),
-            "stores_refused": sum(figures.refused for figures in modules.values()),
-            "invalidations": sum(figures.invalidations for figures in modules.values()),
-            "bytes_served": sum(figures.bytes_served for figures in modules.values()),
-            "bytes_stored": sum(figures.bytes_stored for figures in modules.values()),
-            "stale_served": self.figures.stale_served,
-            "errors": self.figures.errors,
-            "unconfirmed_invalidations": self.figures.unconfirmed_invalidations,
-            "acknowledgements_delayed": self.figures.acknowledgements_delayed,
+            "hits": sum(counters.hits for counters in modules.values()),
+            "misses": sum(counters.misses for counters in modules.values()),
+            "bypasses": sum(counters.bypassed for counters in modules.values()),
+            "stores": sum(counters.stores for counters in modules.values()),
+            "stores_refused": sum(counters.refused for counters in modules.values()),
+            "invalidations": sum(counters.invalidations for counters in modules.values()),
+            "bytes_served": sum(counters.bytes_served for counters in modules.values()),
+            "bytes_stored": sum(counters.bytes_stored for counters in modules.values()),
+            "stale_served": self.counters.stale_served,
+            "errors": self.counters.errors,
+            "unconfirmed_invalidations": self.counters.unconfirmed_invalidations,
+            "acknowledgements_delayed": self.counters.acknowledgements_delayed,
             "pending_tenants": len(self.pending_tenants),
-            "fence": None if self.rounds is None else self.rounds.to_dict(),
-            "audit": None if self.audit is None else self.audit.to_dict(tenant),
+            "lease": None if self.relay is None else self.relay.to_dict(),
+            "verifier": None if self.verifier is None else self.verifier.to_dict(tenant),
         }
 
     # -- for the parts of the library --------------------------------------------------------------
@@ -438,12 +438,12 @@ class Cache:
 
     def trace(self, tracing: Tracing) -> None:
         """Tell a tracer of fills, invalidations and outages of the store from here on
-        (``respcache.ops.otel``)."""
+        (``respcache.integrations.otel``)."""
         self.tracing = tracing
         if self.store is not None:
             self._invalidator.tracing = self._values.tracing = tracing
-            if self.rounds is not None:
-                self.rounds.tracing = tracing
+            if self.relay is not None:
+                self.relay.tracing = tracing
             getattr(self.store, "watch", _unwatched)(tracing.store)
 
     def report(self, feed: "Reporter") -> None:
@@ -451,8 +451,8 @@ class Cache:
         self.feed = feed
         if self.store is not None:
             self._invalidator.told = feed.note
-        if self.rounds is not None:
-            self.rounds.told = feed.found
+        if self.relay is not None:
+            self.relay.told = feed.found
 
     def readers(self, tables: Iterable[str]) -> set[str]:
         """Return the modules whose answers depend on any of these tables."""
@@ -462,7 +462,7 @@ class Cache:
         """Have declared tables checked at start-up, by who knows the database."""
         self._checks.append(check)
 
-    def memo(self, routes: Sequence[Route]) -> Memo | None:
+    def plan_cache(self, routes: Sequence[Route]) -> PlanCache | None:
         """Make the memo of the plans for these routes, if the resolver says which headers it looks
         at."""
         headers: Collection[str] | None = getattr(self.resolver, "headers", None)
@@ -481,11 +481,15 @@ class Cache:
             others |= route.key_headers
             if any(parameter.place == "cookie" for parameter in route.parameters):
                 others.add(b"cookie")
-        memo = Memo((name.lower().encode("latin-1") for name in headers), others, clock=self.clock)
-        self._memos.append(memo)
-        return memo
+        plan_cache = PlanCache(
+            (name.lower().encode("latin-1") for name in headers), others, clock=self.clock
+        )
+        self._memos.append(plan_cache)
+        return plan_cache
 
-    async def look(self, plan: Plan, head: Head, *, sent: Token | None) -> Look | Bypass:
+    async def look(
+        self, plan: Plan, head: RequestHead, *, sent: ConsistencyToken | None
+    ) -> LookupResult | Bypass:
         """Look for the answer to a request that brings this token, or say why not."""
         if self.store is None:
             return Bypass("no-store")
@@ -495,9 +499,11 @@ class Cache:
             return Bypass("off")
         return await self._lookup.request(plan, head, sent=sent)
 
-    async def enter(self, look: Look) -> Entry | Lead | None:
+    async def enter(self, look: LookupResult) -> Entry | Fill | None:
         """Take part in the fill that follows a miss."""
-        return await self._filler.enter(look.target, view=look.view, certificate=look.certificate)
+        return await self._filler.enter(
+            look.cache_key, view=look.view, certificate=look.certificate
+        )
 
     def first_time(self, message: str) -> bool:
         """Whether this was not said before by this process."""
@@ -519,37 +525,37 @@ class Cache:
 
     def _await(self, sent: asyncio.Future[Ack] | None) -> None:
         """Have the answer of the current request wait for this; None: nothing could be sent."""
-        record = current.get()
-        if record is not None:
+        exchange = current.get()
+        if exchange is not None:
             if sent is None:
-                record.note(Ack(Outcome.PENDING))
+                exchange.note(Ack(Outcome.PENDING))
             else:
-                record.bumps.append(sent)
+                exchange.bumps.append(sent)
 
     async def _bump_now(self, tags: Mapping[str, list[str]], *, why: str | None = None) -> bool:
         if self.store is None:
             return True
         why_token = cause.set(why or cause.get())
         try:
-            sent, record = self._invalidator.bump(tags), current.get()
+            sent, exchange = self._invalidator.bump(tags), current.get()
         finally:
             cause.reset(why_token)
         ack = Ack(Outcome.PENDING) if sent is None else await asyncio.shield(sent)
-        if record is not None:  # whether it holds everywhere is for the caller to say
-            record.token = both(record.token, ack.token)
+        if exchange is not None:  # whether it holds everywhere is for the caller to say
+            exchange.token = both(exchange.token, ack.token)
         return ack.outcome is Outcome.CONFIRMED
 
     def _count_changes(self, tables: Mapping[str, Collection[str]]) -> None:
         for tenant, names in tables.items():
             for module in self.readers(names):
-                self.figures.at(tenant, module).invalidations += 1
+                self.counters.at(tenant, module).invalidations += 1
 
     def _say_uncovered(self) -> None:
         """Say which tables of cached reads leave no rows in the outbox: what reads them is not
         cached."""
-        if self.rounds is None or not self.rounds.completed:
+        if self.relay is None or not self.relay.completed:
             return
-        missing = sorted({*self.tables, *self.resolver.tables} - self.rounds.tables)
+        missing = sorted({*self.tables, *self.resolver.tables} - self.relay.tables)
         message = (
             f"not cached: reads of {', '.join(missing)}, which no sound triggers watch "
             "(op.watch_table, or triggers.create_triggers, mends it)"

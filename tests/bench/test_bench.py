@@ -28,9 +28,9 @@ def test_two_lanes_have_figures_at_every_number_of_connections(tmp_path: Path) -
     assert found["skipped"] == found["refused"] == {}
     for lane in ("bare", "strict"):
         assert set(found[lane]) == {"c1", "c16", "c64"}
-        for figures in found[lane].values():
-            assert figures.keys() >= FIGURES
-            assert all(math.isfinite(figures[name]) and figures[name] > 0 for name in FIGURES)
+        for counters in found[lane].values():
+            assert counters.keys() >= FIGURES
+            assert all(math.isfinite(counters[name]) and counters[name] > 0 for name in FIGURES)
     assert found["bare"]["c16"]["cpu_ratio"] == found["bare"]["c16"]["rps_ratio"] == 1
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from respcache.ops.acl import Role
+from respcache.ops.acl import AclRole
 
 COMMAND = str(Path(sys.executable).with_name("respcache"))
 OURS = re.compile(r"RESPCACHE_|REDIS_|DATABASE_URL|NO_COLOR|FORCE_COLOR|COLUMNS|TERM$")
@@ -53,7 +53,7 @@ def document(done: Done) -> Any:
     return json.loads(done.stdout)
 
 
-def log_in_as(url: str, role: Role, *, without: str | None = None) -> str:
+def log_in_as(url: str, role: AclRole, *, without: str | None = None) -> str:
     """Make the user of a role, less one part of its rule, and return the address to log in by."""
     words = [word for word in role.rule(password=PASSWORD).split() if word != without]
     with redis.Redis.from_url(url) as client:

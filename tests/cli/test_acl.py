@@ -9,26 +9,26 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError, RedisError
 
-from crm.embedded import EmbeddedValkey
 from respcache import Cache, SingleTenant
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
-from respcache.core.fence import Outcome
 from respcache.core.generations import Certificate
-from respcache.core.keys import PROCESSES_KEY, SWITCHES_KEY, entry_key, generation_key, lease_key
+from respcache.core.keys import PROCESSES_KEY, SWITCHES_KEY, entry_key, generation_key, lock_key
+from respcache.core.serving_lease import Outcome
 from respcache.ops.access import Access, Role
 from respcache.ops.acl import ADMINISTRATION, DATA_PLANE, ROLES
 from respcache.ops.admin import Admin
-from respcache.ops.board import Board
-from respcache.stores.base import Lease
+from respcache.ops.publisher import StatsPublisher
+from respcache.stores.base import FillLock
 from respcache.stores.redis import RedisStore
+from respcache.testing.servers import EmbeddedValkey
 
 from .conftest import Run, document, log_in_as
 
 HOUR_MS = 3_600_000
 LONG_S = 5.0
 GEN, ENTRY = generation_key("a"), entry_key("a", "accounts", "list", bytes(16))
-FILL = lease_key("a", "accounts", "list", bytes(16))
+FILL = lock_key("a", "accounts", "list", bytes(16))
 
 
 async def until(condition: Callable[[], object], seconds: float = 2.0) -> bool:
@@ -60,7 +60,7 @@ async def exercise(url: str, admin: redis.Redis) -> str:
             return "no message of a bump"
         store.put(ENTRY, b"x", ttl_ms=HOUR_MS, generation=GEN, generation_ttl_ms=HOUR_MS)
         await store.read(ENTRY, [(GEN, ["T:accounts"])])
-        await store.lease(FILL, Lease("token", Certificate(b"n", 1)), ttl_ms=HOUR_MS)
+        await store.lock(FILL, FillLock("token", Certificate(b"n", 1)), ttl_ms=HOUR_MS)
         store.release(FILL, "token")
         _, identity = await store.epoch()
         await store.epoch(Epoch("ab", identity, "x", Cursor("1:1:", 1.0)), ttl_ms=HOUR_MS)
@@ -141,13 +141,13 @@ def test_other_channels_are_refused_whatever_the_server_allows_by_itself(
 async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
     """Have a board and an ``Admin`` do everything that they do; return what went wrong, nothing if
     nothing did."""
-    board, other = (Board(as_user, deadline_s=LONG_S) for _ in range(2))
+    publisher, other = (StatsPublisher(as_user, deadline_s=LONG_S) for _ in range(2))
     cache, neighbour = (
         Cache(
             RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S),
-            secret=b"x" * 32, resolver=SingleTenant("public"), audit_share=0, board=one,
+            secret=b"x" * 32, resolver=SingleTenant("public"), verify_share=0, publisher=one,
         )
-        for one in (board, other)
+        for one in (publisher, other)
     )  # fmt: skip
     facade, root = Admin(cache), Access(name="root", role=Role.OPERATOR)
 
@@ -158,24 +158,24 @@ async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
     await neighbour.connect()
     try:
         await cache.get_or_set("public", "books", {"number": 1}, make)
-        for one in (board, other):
+        for one in (publisher, other):
             if not await one.publish():
                 return one.problem
         admin.sadd(PROCESSES_KEY, "0" * 16)  # one that has ended
-        await board._prune()
+        await publisher._prune()
         if admin.sismember(PROCESSES_KEY, "0" * 16):
             return "what has ended is not forgotten"
         for seen in (
-            await board.fleet(),
-            await board.tenant("public"),
-            await board.tenants(),
-            await board.series(1),
+            await publisher.fleet(),
+            await publisher.tenant("public"),
+            await publisher.tenants(),
+            await publisher.series(1),
         ):
             if seen.problem:
                 return seen.problem
         if (await facade.overview(root)).server is None:
             return "the server does not say how it is"
-        if len((await board.fleet()).processes) != 2:
+        if len((await publisher.fleet()).processes) != 2:
             return "the other process is not seen"
         keys = (await facade.keys(root, tenant="public")).keys
         if (

@@ -154,7 +154,7 @@ def test_explain_says_why(ask: Ask) -> None:
         "generation",
         "certificate",
         "verdict",
-        "fence",
+        "lease",
     ):
         assert re.search(rf"^{name} +\S", said, re.MULTILINE), name
     assert "eyJ" not in said

@@ -14,9 +14,9 @@ import httpx2
 import pytest
 from starlette.middleware.cors import CORSMiddleware
 
-from crm.embedded import free_port
+from respcache.ops.application import find_middleware
 from respcache.ops.bench.serve import without_cache
-from respcache.ops.target import find_wrapper
+from respcache.testing.servers import free_port
 
 from .conftest import Run, clean, document
 
@@ -113,9 +113,9 @@ def test_an_application_is_measured_with_its_cache_and_without(respcache: Run, s
     assert (done.returncode, done.stderr) == (0, "")
     report = document(done)
     assert set(report["lanes"]) == {"with", "without", "bare"}
-    for way, figures in report["lanes"].items():
-        assert set(figures) == {"c1", "c4"}
-        for cell in figures.values():
+    for way, counters in report["lanes"].items():
+        assert set(counters) == {"c1", "c4"}
+        for cell in counters.values():
             assert all(cell[name] > 0 for name in FIGURES)
             assert cell["hit_share"] == (1 if way == "with" else 0)
     assert report["lanes"]["bare"]["c1"]["cpu_ratio"] == 1
@@ -142,7 +142,7 @@ def test_running_servers_are_measured(respcache: Run, running: list[tuple[str, i
         "without": 0,
         "bare": 0,
     }
-    assert all(figures["c4"]["cpu_us"] > 0 for figures in report["lanes"].values())
+    assert all(counters["c4"]["cpu_us"] > 0 for counters in report["lanes"].values())
     report = document(respcache("bench", f"{cached}/books", *QUICK))
     assert report["lanes"]["with"]["c1"]["cpu_us"] is None
     assert "give --without URL" in report["notes"][-1]
@@ -233,7 +233,7 @@ def test_the_wrapper_is_taken_out_wherever_it_stands() -> None:
     around: Any = CORSMiddleware(CORSMiddleware(wrapped()))
     assert without_cache(around) is around
     assert around.app.app is api
-    assert find_wrapper(around) is None
+    assert find_middleware(around) is None
 
 
 def servers() -> list[str]:

@@ -12,15 +12,15 @@ import pytest
 import redis
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey
 from respcache.core.epochs import Epoch
-from respcache.core.fence import Page
 from respcache.core.keys import EPOCH_KEY
+from respcache.core.serving_lease import OutboxPage
 from respcache.ops.acl import DATA_PLANE
-from respcache.ops.doctor import Report, check_secret, servers
+from respcache.ops.doctor import DoctorReport, check_secret, servers
 from respcache.ops.doctor.secrets import is_local
-from respcache.ops.doctor.servers import Server
+from respcache.ops.doctor.servers import CheckedServer
 from respcache.resp.url import ServerURL
+from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.triggers import OUTBOX, Watched
@@ -93,7 +93,7 @@ def test_a_right_set_up_has_no_fault(respcache: Run, environment: Environment) -
     report = document(done)
     assert (done.returncode, report["faults"], done.stderr) == (0, 0, "")
     assert [(one["about"], one["check"]) for one in report["findings"] if one["level"] != "ok"] == [
-        ("database", "fence")
+        ("database", "lease")
     ]
     assert (
         finding(done, "database", "triggers", "ok")["found"] == "2 tables watched: accounts, leads"
@@ -258,8 +258,10 @@ def test_clocks_and_networks_are_judged() -> None:
     clear."""
 
     def judged(host: str, skew_s: float) -> dict[str, str]:
-        report = Report("cache")
-        server = Server("REDIS_CACHE_URL", ServerURL.parse(f"redis://:x@{host}"), {}, None, skew_s)
+        report = DoctorReport("cache")
+        server = CheckedServer(
+            "REDIS_CACHE_URL", ServerURL.parse(f"redis://:x@{host}"), {}, None, skew_s
+        )
         servers._check_clock(report, server)
         servers._check_encryption(report, server, "REDIS_CACHE_URL")
         return {one.check: one.level for one in report.findings}
@@ -296,8 +298,10 @@ def test_servers_of_other_kinds_are_judged(
     info: dict[str, Any], config: dict[str, str], check: str, level: str
 ) -> None:
     """Old ones, clusters, small output buffers: by what they say of themselves."""
-    report = Report("cache")
-    server = Server("REDIS_CACHE_URL", ServerURL.parse("redis://:x@127.0.0.1"), info, config, 0.0)
+    report = DoctorReport("cache")
+    server = CheckedServer(
+        "REDIS_CACHE_URL", ServerURL.parse("redis://:x@127.0.0.1"), info, config, 0.0
+    )
     servers._check_version(report, server)
     servers._check_role(report, server)
     servers._check_connections(report, server)
@@ -484,7 +488,7 @@ def test_invalidations_that_wait_are_warned_of(
     """A row after the cursor that the store keeps, older than that cursor gets while a process
     runs."""
 
-    async def look() -> Page:
+    async def look() -> OutboxPage:
         engine = create_async_engine(environment["DATABASE_URL"].replace("://", "+asyncpg://"))
         outbox = PostgresOutbox(engine)
         try:
@@ -517,10 +521,10 @@ def test_an_epoch_or_a_fence_of_somebody_else_is_a_fault(
     sql(f"UPDATE respcache_fence SET authority = '{identity}', until = now() + interval '1 minute'")
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
     assert "another database" in finding(done, "database", "one database", "fault")["found"]
-    finding(done, "database", "fence", "ok")
+    finding(done, "database", "lease", "ok")
     sql("UPDATE respcache_fence SET authority = 'abc'")
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
-    assert "another server" in finding(done, "database", "fence", "fault")["found"]
+    assert "another server" in finding(done, "database", "lease", "fault")["found"]
 
 
 # -- the rest --------------------------------------------------------------------------------------
@@ -538,7 +542,7 @@ def test_an_epoch_or_a_fence_of_somebody_else_is_a_fault(
 )
 def test_a_secret_that_everybody_knows_is_a_fault(secret: str | None, level: str) -> None:
     """That of the quickstart among them; it is never shown."""
-    report = Report("environment")
+    report = DoctorReport("environment")
     check_secret(report, secret)
     (found,) = report.findings
     assert found.level == level

@@ -10,19 +10,19 @@ import pytest
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
-from respcache.ops.audit import Finding
 from respcache.ops.cli.figures import _problems, _process, _row
 from respcache.ops.figures import Overview
-from respcache.ops.fleet import Fence, Process
+from respcache.ops.fleet import LeaseStats, Process
+from respcache.read.verifier import Mismatch
 
 pytestmark = pytest.mark.anyio
 ROOT = Access(name="root", role=Role.OPERATOR)
 OWN = Access(name="ann", role=Role.OPERATOR, tenant="acme")
-FENCE = Fence(
-    alive=False, age_s=None, lease_s=2.0, rounds=0, rounds_failed=1, epochs_begun=0, pending_rows=3, pending_s=4.5,
+FENCE = LeaseStats(
+    alive=False, age_s=None, lease_s=2.0, relay=0, rounds_failed=1, epochs_begun=0, pending_rows=3, pending_s=4.5,
     problem="the database is away", unsound_tables=["leads"],
 )  # fmt: skip
-FINDING = Finding(
+FINDING = Mismatch(
     at="2026-01-02T03:04:05+00:00", kind="stale", tenant="acme", module="leads", route="/api/leads", key="k", age_ms=1,
     certificate={}, served={}, confirmed={}, held="", found="",
 )  # fmt: skip
@@ -36,7 +36,7 @@ class Running:
             MemoryStore(),
             secret=b"k" * 32,
             resolver=SingleTenant("acme"),
-            audit_share=0,
+            verify_share=0,
             enabled=enabled,
         )
         self.admin = Admin(self.cache)
@@ -101,7 +101,7 @@ async def test_a_process_that_was_started_without_its_cache_is_named(
 async def test_a_store_that_is_away_is_one_problem(running: Running) -> None:
     """And not one more for what follows from it."""
     process = await running.process(
-        available=False, fence=msgspec.structs.replace(FENCE, unsound_tables=[])
+        available=False, lease=msgspec.structs.replace(FENCE, unsound_tables=[])
     )
     for access in (ROOT, OWN):
         (problem,) = _problems(await running.overview(access, available=False, processes=[process]))
@@ -112,7 +112,7 @@ async def test_a_store_that_is_away_is_one_problem(running: Running) -> None:
 
 async def test_a_process_without_a_fence_says_why(running: Running) -> None:
     """And which tables are not cached."""
-    process = await running.process(fence=FENCE)
+    process = await running.process(lease=FENCE)
     fenced, tables = _problems(await running.overview(ROOT, processes=[process]))
     assert "has no fence, so serves nothing from the cache: the database is away" in fenced
     assert "leads" in tables
@@ -130,10 +130,10 @@ async def test_the_last_wrong_answer_is_named(running: Running) -> None:
 async def test_rows_are_made_of_what_the_api_says(running: Running) -> None:
     """Of a process with a fence and without, and of modules."""
     await running.cache.get_or_set("acme", "leads", {}, _make)
-    for process in (await running.process(), await running.process(fence=FENCE, pending_tenants=7)):
+    for process in (await running.process(), await running.process(lease=FENCE, pending_tenants=7)):
         cells = [str(cell) for cell in _process(msgspec.to_builtins(process))]
-        assert ("3, for 4.5 s" in cells) == (process.fence is not None)
-        assert ("7" in cells) == (process.fence is not None)
+        assert ("3, for 4.5 s" in cells) == (process.lease is not None)
+        assert ("7" in cells) == (process.lease is not None)
     (row,) = msgspec.to_builtins(await running.admin.modules(ROOT))
     assert _row(row)[0] == "leads"
 

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import pytest
 import redis
 
-from crm.embedded import EmbeddedValkey
 from respcache.ops.acl import DATA_PLANE
 from respcache.stores.base import Store
 from respcache.stores.memory import MemoryStore
 from respcache.stores.redis import RedisStore
+from respcache.testing.servers import EmbeddedValkey
 
 LONG_S = 5.0
 """A deadline for tests that are not about deadlines, on a busy machine."""

@@ -12,11 +12,11 @@ from respcache.core.generations import (
     MAX_FIELDS,
     RING_ROWS,
     Certificate,
-    Generation,
+    GenerationView,
     Verdict,
 )
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
-from respcache.stores.base import Bumped, Lease, Store
+from respcache.stores.base import Bumped, FillLock, Store
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +27,7 @@ HOUR_MS = 3_600_000
 TAGS = ("M:accounts", "T:accounts", "T:leads", FLOOR)
 
 
-async def view(store: Store, tags: Sequence[str] = TAGS, generation: str = GEN) -> Generation:
+async def view(store: Store, tags: Sequence[str] = TAGS, generation: str = GEN) -> GenerationView:
     return (await store.read(None, [(generation, tags)])).generations[0]
 
 
@@ -363,14 +363,14 @@ async def test_entries_generations_and_leases_end_with_their_time_to_live(subjec
     """Each by itself."""
     store = subject.store
     put(store, b"x", ttl_ms=30)
-    await store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=40)
+    await store.lock(FILL, FillLock("mine", Certificate(N1, 0)), ttl_ms=40)
     await store.open(GEN, nonce=N1, ttl_ms=50)
     for key in (ENTRY, FILL, GEN):
         await subject.expire(key)
     reading = await store.read(ENTRY, [(GEN, TAGS)])
     assert (reading.entry, reading.generations[0].nonce) == (None, None)
-    yours = Lease("yours", Certificate(N2, 0))
-    assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == yours
+    yours = FillLock("yours", Certificate(N2, 0))
+    assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == yours
 
 
 async def test_every_key_has_a_time_to_live(subject) -> None:
@@ -380,8 +380,8 @@ async def test_every_key_has_a_time_to_live(subject) -> None:
     await bump(store, "T:accounts")
     await bump(store, "T:leads", generation=OTHER_GEN)
     put(store, b"x")
-    await store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS)
-    await store.lease(FILL, Lease("yours", Certificate(N1, 0)), ttl_ms=HOUR_MS, replacing="mine")
+    await store.lock(FILL, FillLock("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS)
+    await store.lock(FILL, FillLock("yours", Certificate(N1, 0)), ttl_ms=HOUR_MS, replacing="mine")
     await entry(store)
     assert subject.keys() == {GEN, ENTRY, FILL}
     assert all(0 < subject.ttl_ms(key) <= 2 * HOUR_MS for key in subject.keys())  # noqa: SIM118 - not a dict
@@ -392,48 +392,50 @@ async def test_every_key_has_a_time_to_live(subject) -> None:
 
 async def test_a_free_lease_is_taken_and_a_held_one_is_shown(store: Store) -> None:
     """Who comes second learns who fills, and under which certificate."""
-    mine, yours = Lease("mine", Certificate(N1, 41)), Lease("yours", Certificate(N2, 42))
-    assert await store.lease(FILL, mine, ttl_ms=HOUR_MS) == mine
-    assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == mine
-    assert await store.lease(FILL, mine, ttl_ms=HOUR_MS) == mine
+    mine, yours = FillLock("mine", Certificate(N1, 41)), FillLock("yours", Certificate(N2, 42))
+    assert await store.lock(FILL, mine, ttl_ms=HOUR_MS) == mine
+    assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == mine
+    assert await store.lock(FILL, mine, ttl_ms=HOUR_MS) == mine
 
 
 async def test_a_lease_is_taken_over_only_from_the_holder_that_is_named(store: Store) -> None:
     """Two who both want to replace the same dead holder: one wins, and the other learns it."""
-    dead, first, second = (Lease(name, Certificate(N1, 0)) for name in ("dead", "first", "second"))
-    await store.lease(FILL, dead, ttl_ms=HOUR_MS)
-    assert await store.lease(FILL, first, ttl_ms=HOUR_MS, replacing="nobody") == dead
-    assert await store.lease(FILL, first, ttl_ms=HOUR_MS, replacing="dea") == dead
-    assert await store.lease(FILL, first, ttl_ms=HOUR_MS, replacing="dead") == first
-    assert await store.lease(FILL, second, ttl_ms=HOUR_MS, replacing="dead") == first
+    dead, first, second = (
+        FillLock(name, Certificate(N1, 0)) for name in ("dead", "first", "second")
+    )
+    await store.lock(FILL, dead, ttl_ms=HOUR_MS)
+    assert await store.lock(FILL, first, ttl_ms=HOUR_MS, replacing="nobody") == dead
+    assert await store.lock(FILL, first, ttl_ms=HOUR_MS, replacing="dea") == dead
+    assert await store.lock(FILL, first, ttl_ms=HOUR_MS, replacing="dead") == first
+    assert await store.lock(FILL, second, ttl_ms=HOUR_MS, replacing="dead") == first
 
 
 async def test_a_free_lease_is_taken_also_by_who_wanted_to_replace(store: Store) -> None:
     """The one to be replaced may have released meanwhile."""
-    mine = Lease("mine", Certificate(N1, 0))
-    assert await store.lease(FILL, mine, ttl_ms=HOUR_MS, replacing="gone") == mine
+    mine = FillLock("mine", Certificate(N1, 0))
+    assert await store.lock(FILL, mine, ttl_ms=HOUR_MS, replacing="gone") == mine
 
 
 async def test_only_the_holder_releases(store: Store) -> None:
     """Who lost the lease to somebody else does not end theirs."""
-    mine, yours = Lease("mine", Certificate(N1, 0)), Lease("yours", Certificate(N1, 0))
-    await store.lease(FILL, mine, ttl_ms=HOUR_MS)
+    mine, yours = FillLock("mine", Certificate(N1, 0)), FillLock("yours", Certificate(N1, 0))
+    await store.lock(FILL, mine, ttl_ms=HOUR_MS)
     store.release(FILL, "yours")
     store.release(FILL, "min")
-    assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == mine
+    assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == mine
     store.release(FILL, "mine")
-    assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == yours
+    assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == yours
     store.release("tenant:a:~fill:accounts:list:ff", "mine")
 
 
 async def test_who_finds_the_lease_released_finds_the_entry_put_before(store: Store) -> None:
     """Release is sent after earlier puts, and nothing overtakes."""
-    mine, yours = Lease("mine", Certificate(N1, 0)), Lease("yours", Certificate(N1, 0))
+    mine, yours = FillLock("mine", Certificate(N1, 0)), FillLock("yours", Certificate(N1, 0))
     for number in range(50):
-        await store.lease(FILL, mine, ttl_ms=HOUR_MS)
+        await store.lock(FILL, mine, ttl_ms=HOUR_MS)
         put(store, b"%d" % number)
         store.release(FILL, "mine")
-        assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == yours
+        assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == yours
         assert await entry(store) == b"%d" % number
         store.release(FILL, "yours")
 
@@ -479,7 +481,7 @@ async def test_a_closed_store_is_unavailable_and_can_be_connected_again(store: S
         store.read(ENTRY, []),
         store.open(GEN, nonce=N1, ttl_ms=HOUR_MS),
         store.bump(GEN, tags=["T:accounts"], ttl_ms=HOUR_MS),
-        store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS),
+        store.lock(FILL, FillLock("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS),
         store.switch(),
         store.switch({"*": True}),
         store.info(),
@@ -528,14 +530,14 @@ async def test_losing_any_single_key_leaves_no_wrong_answer(subject) -> None:
     for key in (ENTRY, GEN, FILL):
         certificate = await opened(store, N1)
         put(store, b"x")
-        mine, yours = Lease("mine", certificate), Lease("yours", certificate)
-        await store.lease(FILL, mine, ttl_ms=HOUR_MS)
+        mine, yours = FillLock("mine", certificate), FillLock("yours", certificate)
+        await store.lock(FILL, mine, ttl_ms=HOUR_MS)
         subject.lose(key)
         reading = await store.read(ENTRY, [(GEN, TAGS)])
         assert reading.entry == (None if key == ENTRY else b"x")
         verdict = reading.generations[0].judge(certificate, TAGS)
         assert verdict is (Verdict.NO_GENERATION if key == GEN else Verdict.VALID)
-        assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == (yours if key == FILL else mine)
+        assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == (yours if key == FILL else mine)
         subject.lose_all()
 
 

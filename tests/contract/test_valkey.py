@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import redis
 
-from crm.embedded import EmbeddedValkey
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreReplyError, StoreUnavailable
 from respcache.core.generations import FLOOR, Certificate, Verdict
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
-from respcache.stores.base import Lease
+from respcache.stores.base import FillLock
 from respcache.stores.redis import RedisStore
+from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 
@@ -26,7 +26,7 @@ GEN, ENTRY, FILL = "tenant:a:~gen", "tenant:a:accounts:list:00", "tenant:a:~fill
 N1, N2 = b"0123456789abcdef", b"fedcba9876543210"
 HOUR_MS = 3_600_000
 LONG_S = 5.0
-SCRIPTS = ("open", "bump", "epoch", "lease", "release")
+SCRIPTS = ("open", "bump", "epoch", "lock", "release")
 SCRIPT_COMMANDS = {"INFO", "HMGET", "HSET", "HINCRBY", "HLEN", "GET", "SET", "DEL", "PEXPIRE"}
 """All in Redis 6.2."""
 
@@ -63,10 +63,10 @@ async def work(store: RedisStore, nonce: bytes = N1) -> None:
     assert found.judge(certificate, ["T:accounts"]) is Verdict.INVALIDATED
     epoch = Epoch("e" * 16, "d" * 40, "incarnation", Cursor("7:7:", 0.0))
     assert (await store.epoch(epoch, replacing=epoch.token, ttl_ms=HOUR_MS))[0] == epoch
-    mine, yours = Lease("mine", certificate), Lease("yours", certificate)
-    assert await store.lease(FILL, mine, ttl_ms=HOUR_MS) == mine
+    mine, yours = FillLock("mine", certificate), FillLock("yours", certificate)
+    assert await store.lock(FILL, mine, ttl_ms=HOUR_MS) == mine
     store.release(FILL, "mine")
-    assert await store.lease(FILL, yours, ttl_ms=HOUR_MS) == yours
+    assert await store.lock(FILL, yours, ttl_ms=HOUR_MS) == yours
     store.release(FILL, "yours")
 
 
@@ -197,7 +197,7 @@ async def test_a_foreign_value_in_place_of_a_lease_is_an_error_of_the_store(
             client.delete(FILL)
             put()
             with pytest.raises(StoreReplyError):
-                await store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS)
+                await store.lock(FILL, FillLock("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS)
     assert store.available
     # the other is one only to us, and a script that must be sent in full is none
     assert store.counters()["errors"] == 1
@@ -386,7 +386,7 @@ async def test_a_frozen_server_delays_nobody_for_longer_than_one_deadline(
         store.read(ENTRY, [(GEN, [])]),
         store.open(GEN, nonce=N1, ttl_ms=HOUR_MS),
         store.bump(GEN, tags=[FLOOR], ttl_ms=HOUR_MS),
-        store.lease(FILL, Lease("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS),
+        store.lock(FILL, FillLock("mine", Certificate(N1, 0)), ttl_ms=HOUR_MS),
         store.switch(),
         store.info(),
     ):

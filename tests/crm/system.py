@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx2
 
-from crm.embedded import EmbeddedPostgres, free_port
+from respcache.testing.servers import EmbeddedPostgres, free_port
 
 START_S = 60
 Start = Callable[..., "System"]

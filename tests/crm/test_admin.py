@@ -13,12 +13,12 @@ import pytest
 from crm.settings import Settings, shown
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.core.errors import AccessRefused, InvalidOperation, NotFound
-from respcache.core.fence import Outcome
 from respcache.core.keys import SHARED
+from respcache.core.serving_lease import Outcome
 from respcache.ops import admin as admins
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import MAX_ROWS, Admin
-from respcache.ops.audit import Finding
+from respcache.read.verifier import Mismatch
 
 from .conftest import MODULES, NEW, SECRET, Crm, hit
 
@@ -52,7 +52,7 @@ class Ground:
             page = await self.admin.keys(self.root, tenant=tenant, module="leads")
             self.key[tenant] = page.keys[0].key
             await self.admin.purge(self.root, tenant=tenant, module="contacts")
-            self.crm.cache.audit.findings.append(finding(tenant))
+            self.crm.cache.verifier.findings.append(finding(tenant))
             self.crm.cache._invalidator._pending[tenant] = 1
         await self.admin.switch(self.root, off=True, tenant=self.globex)
         async with asyncio.timeout(20):
@@ -67,8 +67,8 @@ class Ground:
         }
 
 
-def finding(tenant: str) -> Finding:
-    return Finding(
+def finding(tenant: str) -> Mismatch:
+    return Mismatch(
         at="now", kind="stale", tenant=tenant, module="leads", route="/api/leads", key="k", age_ms=1, certificate={}, served={},
         confirmed={}, held="a", found="b",
     )  # fmt: skip
@@ -98,7 +98,7 @@ def looks(
         "inspect": lambda access: admin.inspect(access, key),
         "explain": lambda access: admin.explain(access, **ground.request(who)),
         "feed": lambda access: admin.feed(access, **about),
-        "trail": lambda access: admin.trail(access, **about),
+        "trail": lambda access: admin.audit_log(access, **about),
         "switches": lambda access: admin.switches(access),
         "configuration": lambda access: admin.configuration(access),
         "dry run": lambda access: admin.purge(access, tenant=tenant or ground.acme, dry_run=True),
@@ -176,7 +176,7 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
 
 async def test_a_viewer_sees_everything_and_does_nothing(ground: Ground) -> None:
     """Neither is it trailed."""
-    trail = await ground.admin.trail(ground.root)
+    audit_log = await ground.admin.audit_log(ground.root)
     for tenant in (ground.acme, None):
         for name, look in looks(ground, tenant, ground.key[ground.acme], "abe").items():
             assert await look(ground.viewer) is not None, name
@@ -186,7 +186,7 @@ async def test_a_viewer_sees_everything_and_does_nothing(ground: Ground) -> None
         ).values():
             with pytest.raises(AccessRefused, match="operator"):
                 await deed(access)
-    assert await ground.admin.trail(ground.root) == trail
+    assert await ground.admin.audit_log(ground.root) == audit_log
 
 
 async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground: Ground) -> None:
@@ -198,7 +198,7 @@ async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground:
             await ground.crm.as_user("abe").get("/api/leads")
             await asyncio.sleep(0)
         assert await deed(ground.abe) is not None, name
-    acts = await ground.admin.trail(ground.abe)
+    acts = await ground.admin.audit_log(ground.abe)
     assert [act.act for act in acts if act.name == "abe"] == [
         "reveal",
         "switch",
@@ -215,7 +215,7 @@ async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground:
 
 async def test_an_operator_of_a_tenant_does_nothing_that_concerns_others(ground: Ground) -> None:
     """Another tenant is not found, whether it exists or not; what is for all is refused."""
-    trail = await ground.admin.trail(ground.root)
+    audit_log = await ground.admin.audit_log(ground.root)
     assert ground.crm.cache.switches is not None
     off = ground.crm.cache.switches.off
     for tenant, key in (
@@ -229,7 +229,7 @@ async def test_an_operator_of_a_tenant_does_nothing_that_concerns_others(ground:
     for deed in global_deeds(ground).values():
         with pytest.raises(AccessRefused, match="all tenants"):
             await deed(ground.abe)
-    assert await ground.admin.trail(ground.root) == trail
+    assert await ground.admin.audit_log(ground.root) == audit_log
     assert ground.crm.cache.switches.off == off
 
 
@@ -279,7 +279,7 @@ async def test_the_figures_of_a_tenant_are_its_own(ground: Ground) -> None:
             row.hit_p50_s is None and row.saved_s is None and row.fill_mean_s is None
             for row in rows
         )
-    assert await ground.crm.cache.board.publish()
+    assert await ground.crm.cache.publisher.publish()
     all_of_them = await ground.admin.tenants(ground.root)
     assert {row.name for row in all_of_them} == {ground.acme, ground.globex, SHARED}
     ordered = [row.name for row in await ground.admin.tenants(ground.root, order="tenant")]
@@ -305,7 +305,7 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     assert (await ground.admin.switches(ground.abe)).modules == said.modules
     await ground.admin.switch(ground.root, off=False, module=module)
     assert hit(await ground.crm.as_user("abe").get("/api/leads"))
-    last, first = (await ground.admin.trail(ground.root))[:2]
+    last, first = (await ground.admin.audit_log(ground.root))[:2]
     module_given = {"module": module} if module else {}
     assert [(act.act, act.tenant, act.details) for act in (first, last)] == [
         ("switch", None, {"off": True, **module_given}),
@@ -317,7 +317,7 @@ async def test_what_cannot_be_is_refused_by_name(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is trailed."""
-    trail = await ground.admin.trail(ground.root)
+    audit_log = await ground.admin.audit_log(ground.root)
     with pytest.raises(NotFound, match=r"no module 'nothing'; known are accounts"):
         await ground.admin.switch(ground.root, off=True, module="nothing")
     with pytest.raises(InvalidOperation, match="not both"):
@@ -332,7 +332,7 @@ async def test_what_cannot_be_is_refused_by_name(
             ground.admin.tenants,
             ground.admin.keys,
             ground.admin.feed,
-            ground.admin.trail,
+            ground.admin.audit_log,
         ):
             with pytest.raises(InvalidOperation, match=str(limit)):
                 await question(ground.root, limit=limit)
@@ -343,7 +343,7 @@ async def test_what_cannot_be_is_refused_by_name(
     monkeypatch.setattr(admins, "MAX_SWITCHES", 1)
     with pytest.raises(InvalidOperation, match="1 switches"):
         await ground.admin.switch(ground.root, off=True, tenant=ground.acme)
-    assert await ground.admin.trail(ground.root) == trail
+    assert await ground.admin.audit_log(ground.root) == audit_log
     assert (await ground.admin.switch(ground.root, off=True)).everything  # however many are off
 
 
@@ -416,11 +416,11 @@ def test_settings_of_the_environment_are_named_after_their_variables(
 
 async def test_without_a_server_the_figures_are_of_this_process() -> None:
     """And that is said."""
-    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0)
+    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0)
     admin = Admin(cache)
     root = Access(name="root", role=Role.OPERATOR)
     await cache.connect()
-    cache.figures.at("t", "things", "/things").hits += 3
+    cache.counters.at("t", "things", "/things").hits += 3
     overview = await admin.overview(root)
     assert (overview.figures_of, overview.totals.hits) == ("this process", 3)
     assert overview.problem

@@ -11,8 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from respcache.ops import audit as audits
-from respcache.ops.audit import DEFAULT_SHARE, Audit
+from respcache.read import verifier as verifiers
+from respcache.read.verifier import DEFAULT_SHARE, Verifier
 from respcache.stores.base import Bumped
 
 from .conftest import MODULES, NEW, SINGULAR, Crm
@@ -34,9 +34,9 @@ async def psql(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-def audit_of(crm: Crm) -> Audit:
-    assert crm.cache.audit is not None
-    return crm.cache.audit
+def audit_of(crm: Crm) -> Verifier:
+    assert crm.cache.verifier is not None
+    return crm.cache.verifier
 
 
 @asynccontextmanager
@@ -93,11 +93,11 @@ def writer(
 
 async def found(crm: Crm) -> float:
     """Wait for a finding; return how long that took."""
-    audit, began = audit_of(crm), time.monotonic()
-    most = audit.audits + FOUND_WITHIN
-    while not audit.findings and audit.audits < most:
+    verifier, began = audit_of(crm), time.monotonic()
+    most = verifier.verifiers + FOUND_WITHIN
+    while not verifier.findings and verifier.verifiers < most:
         await asyncio.sleep(0.02)
-    assert audit.findings, (audit.to_dict(), crm.cache.stats())
+    assert verifier.findings, (verifier.to_dict(), crm.cache.stats())
     return time.monotonic() - began
 
 
@@ -144,13 +144,13 @@ async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
 
 async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm) -> None:
     """The writer's and the rounds' alike, while everybody writes. At default settings."""
-    store, rounds = crm.cache.store, crm.cache.rounds
+    store, relay = crm.cache.store, crm.cache.relay
     assert store is not None
-    assert rounds is not None
+    assert relay is not None
     await crm.save(*(crm.account("acme", f"Acorn {number}") for number in range(5)))
 
     async def do_nothing(*_: Any, **__: Any) -> Bumped:
-        return Bumped(rounds.fence.server)
+        return Bumped(relay.lease.server)
 
     busy = [
         *(reader(crm, name, ["/api/accounts", "/api/leads", "/api/tasks"]) for name in READERS),
@@ -192,14 +192,14 @@ async def test_after_a_round_what_was_committed_before_is_bumped(
     crm: Crm, psql: asyncpg.Connection
 ) -> None:
     """That is what a suspicion waits for."""
-    assert crm.cache.rounds is not None
+    assert crm.cache.relay is not None
     await crm.save(crm.account("acme", "Acorn"))
     abe = crm.as_user("abe")
     for _ in range(2):
         answer = await abe.get("/api/accounts")
     assert "; hit" in answer.headers["cache-status"]
     await psql.execute(RENAME, crm.tenants["acme"].id, "Oak")
-    await crm.cache.rounds.caught_up()
+    await crm.cache.relay.caught_up()
     answer = await abe.get("/api/accounts")
     assert "Oak" in answer.text
     assert "fwd=stale" in answer.headers["cache-status"]
@@ -208,12 +208,12 @@ async def test_after_a_round_what_was_committed_before_is_bumped(
 async def test_there_are_no_false_alarms(
     crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everybody reads, writes and is moved between teams; psql writes too. As many audits as there
+    """Everybody reads, writes and is moved between teams; psql writes too. As many verifiers as there
     can be, none finds a thing."""
-    monkeypatch.setattr(audits, "LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(audits, "MOST_SHARE_OF_TIME", 0.999)
-    audit = audit_of(crm)
-    audit._interval = audit.countdown = 1
+    monkeypatch.setattr(verifiers, "LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(verifiers, "MOST_SHARE_OF_TIME", 0.999)
+    verifier = audit_of(crm)
+    verifier._interval = verifier.countdown = 1
     await crm.save(
         *(
             crm.account(tenant, f"Acorn {number}")
@@ -248,15 +248,15 @@ async def test_there_are_no_false_alarms(
         move,
     ]
     async with endlessly(*busy), asyncio.timeout(100):
-        while audit.audits < 100:
+        while verifier.verifiers < 100:
             await asyncio.sleep(0.1)
-    figures = audit.to_dict()
-    assert figures["equal"] > 20
-    assert figures["inconclusive"].keys() == {"overtaken"}
+    counters = verifier.to_dict()
+    assert counters["equal"] > 20
+    assert counters["inconclusive"].keys() == {"overtaken"}
     assert (
-        figures["findings"],
-        figures["stale"],
-        figures["leaks"],
-        figures["nondeterministic"],
+        counters["findings"],
+        counters["stale"],
+        counters["leaks"],
+        counters["nondeterministic"],
     ) == ([], 0, 0, 0)
-    assert figures["excluded_routes"] == []
+    assert counters["excluded_routes"] == []

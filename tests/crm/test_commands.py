@@ -14,8 +14,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from crm.cachecheck import MODULES as CHECKED
-from crm.embedded import free_port
+from crm.cli.cachecheck import MODULES as CHECKED
+from respcache.testing.servers import free_port
 
 from .system import Start, clean
 
@@ -206,7 +206,8 @@ def test_the_check_passes_on_a_right_system_and_fails_without_invalidation(
 
 BROKEN = """
 import sys, threading, time, uvicorn
-from crm import app as crm_app, commands
+from crm import app as crm_app
+from crm.cli import commands
 from crm.settings import Settings
 class Unwatched:
     def close(self): pass

@@ -17,12 +17,12 @@ import httpx2
 import pytest
 
 from crm.auth import issue_token
-from crm.commands import main
-from crm.demo_figures import Figures
-from crm.demo_memory import VERSION, Memory, stale_record, stale_rows
-from crm.demo_run import Outages
-from crm.demo_traffic import LOOKS, WRITES, Person, Traffic
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
+from crm.cli.commands import main
+from crm.demo.counters import DemoCounters
+from crm.demo.expected import VERSION, ExpectedRows, stale_record, stale_rows
+from crm.demo.run import Outages
+from crm.demo.traffic import LOOKS, WRITES, Traffic, Visitor
+from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey, free_port
 
 from .conftest import SECRET, Crm
 from .system import clean
@@ -210,13 +210,13 @@ def test_a_failed_request_or_a_stale_answer_is_exit_status_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: str, status: int
 ) -> None:
     """And is told in both forms of the summary."""
-    figures = Figures()
-    figures.answered("hit", 1.0, tenant="acme", outage=False)
+    counters = DemoCounters()
+    counters.answered("hit", 1.0, tenant="acme", outage=False)
     if wrong == "fail":
-        figures.fail("GET /x: 500", outage=True)
+        counters.fail("GET /x: 500", outage=True)
     elif wrong == "note_stale":
-        figures.note_stale("GET /x", ["leads a is missing"])
-    monkeypatch.setattr("crm.demo_run._run", lambda console, options: figures)
+        counters.note_stale("GET /x", ["leads a is missing"])
+    monkeypatch.setattr("crm.demo.run._run", lambda console, options: counters)
     assert main(["demo", "--json"]) == status
     assert len(json.loads(capsys.readouterr().out)["problems"]) == status
     assert main(["demo"]) == status
@@ -227,9 +227,9 @@ def test_an_outage_lasts_while_another_program_has_the_servers_port(
     make_valkey: Callable[..., EmbeddedValkey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said once, and the server is started when the port is free."""
-    monkeypatch.setattr("crm.demo_run.AGAIN_S", 0)
-    valkey, figures, said = make_valkey(), Figures(), list[str]()
-    outages = Outages(valkey, figures, first_s=0, every_s=1e6, length_s=0)
+    monkeypatch.setattr("crm.demo.run.AGAIN_S", 0)
+    valkey, counters, said = make_valkey(), DemoCounters(), list[str]()
+    outages = Outages(valkey, counters, first_s=0, every_s=1e6, length_s=0)
     outages.step(lambda style, text: said.append(text))
     assert not valkey.running
     with socket.socket() as other:
@@ -238,10 +238,10 @@ def test_an_outage_lasts_while_another_program_has_the_servers_port(
         other.listen()
         for _ in range(2):
             outages.step(lambda style, text: said.append(text))
-    assert figures.outage
+    assert counters.outage
     outages.step(lambda style, text: said.append(text))
     assert valkey.running
-    assert not figures.outage
+    assert not counters.outage
     assert ["taken" in text for text in said] == [False, True, False]
 
 
@@ -254,7 +254,7 @@ def row(name: str, made: str, version: int = 1) -> dict[str, Any]:
 
 def test_an_answer_older_than_a_confirmed_write_is_noticed() -> None:
     """A version, a new record, a deleted one; and nothing else is."""
-    memory = Memory()
+    memory = ExpectedRows()
     memory.add("leads", row("a", "t1"))
     memory.add("leads", row("b", "t2"))
     old = [row("b", "t2"), row("a", "t1")]
@@ -280,7 +280,7 @@ def test_an_answer_older_than_a_confirmed_write_is_noticed() -> None:
 def test_what_a_list_need_not_show_is_not_missed() -> None:
     """What is older than a full page, what is being deleted, and on pages that are not the first
     one."""
-    memory = Memory()
+    memory = ExpectedRows()
     memory.add("leads", row("a", "t1"))
     newer = [row("y", "t3"), row("x", "t2")]
     assert not [*stale_rows(memory.look("leads"), newer, first=2)]
@@ -303,25 +303,25 @@ async def test_traffic_notices_a_cache_that_is_not_told_of_writes(
 ) -> None:
     """Where writes are answered before the cache knows of them, answers are stale and counted; else
     none, whatever is done."""
-    monkeypatch.setattr("crm.demo_traffic.THINK_S", 0.02)
-    monkeypatch.setattr("crm.demo_traffic.WRITES", dict.fromkeys(WRITES, 4))
+    monkeypatch.setattr("crm.demo.traffic.THINK_S", 0.02)
+    monkeypatch.setattr("crm.demo.traffic.WRITES", dict.fromkeys(WRITES, 4))
     if not told:
         monkeypatch.setattr(crm.cache, "committed", lambda rows: None)
-    figures = Figures()
+    counters = DemoCounters()
     users = {
         "acme": [
-            Person("acme", name, issue_token(SECRET, crm.users[name], hours=1))
+            Visitor("acme", name, issue_token(SECRET, crm.users[name], hours=1))
             for name in ("abe", "ann")
         ]
     }
     transport = httpx2.ASGITransport(crm.app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://crm", timeout=30) as client:
-        traffic = Traffic(client, users, figures, rate=200, seed=1)
+        traffic = Traffic(client, users, counters, rate=200, seed=1)
         running = asyncio.create_task(traffic.run())
-        while figures.kinds.keys() < {*LOOKS, "home", *WRITTEN} and not figures.stale:
+        while counters.kinds.keys() < {*LOOKS, "home", *WRITTEN} and not counters.stale:
             await asyncio.sleep(0.01)
         traffic.stop()
         await running
-    assert figures.failed == 0, figures.problems
-    assert (figures.stale == 0) is told, figures.problems
-    assert figures.right is told
+    assert counters.failed == 0, counters.problems
+    assert (counters.stale == 0) is told, counters.problems
+    assert counters.right is told

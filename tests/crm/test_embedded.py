@@ -14,8 +14,8 @@ import asyncpg
 import pytest
 import redis
 
-from crm import embedded
-from crm.embedded import (
+from respcache.testing import servers as embedded
+from respcache.testing.servers import (
     EmbeddedPostgres,
     EmbeddedValkey,
     ServerFailed,

@@ -11,18 +11,18 @@ import pytest
 import redis
 
 from crm.app import create_app
-from crm.embedded import EmbeddedValkey
 from crm.settings import Settings
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.core.errors import InvalidOperation, NotFound
-from respcache.core.fence import Outcome
 from respcache.core.keys import FED_KEY, FEED_KEY
+from respcache.core.serving_lease import Outcome
 from respcache.ops import feed as feeds
 from respcache.ops.access import Access, Role
 from respcache.ops.acl import ADMINISTRATION
 from respcache.ops.admin import Admin
-from respcache.ops.board import Board
 from respcache.ops.feed import MAX_AT_ONCE, Event, Reporter
+from respcache.ops.publisher import StatsPublisher
+from respcache.testing.servers import EmbeddedValkey
 from tests.cli.conftest import log_in_as
 
 from .conftest import NEW, SECRET, Crm
@@ -118,11 +118,11 @@ async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
                 "INSERT INTO tasks (id, tenant_id, description) VALUES (gen_random_uuid(), $1, $2)"
             )
             await psql.execute(insert, crm.tenants["globex"].id, f"task {number}")
-            await asyncio.wait_for(crm.cache.rounds.caught_up(), 20)
-            await asyncio.wait_for(other.rounds.caught_up(), 20)
+            await asyncio.wait_for(crm.cache.relay.caught_up(), 20)
+            await asyncio.wait_for(other.relay.caught_up(), 20)
             await crm.as_user("abe").post("/api/leads", json=NEW["leads"])
-            await asyncio.wait_for(crm.cache.rounds.caught_up(), 20)
-            await asyncio.wait_for(other.rounds.caught_up(), 20)
+            await asyncio.wait_for(crm.cache.relay.caught_up(), 20)
+            await asyncio.wait_for(other.relay.caught_up(), 20)
         events = await caused(admin_of(crm), "outbox", 5)
         assert all(
             (event.tenant, event.tables) == (str(crm.tenants["globex"].id), ("tasks",))
@@ -167,16 +167,16 @@ async def test_what_the_audit_finds_is_told(crm: Crm, psql: asyncpg.Connection) 
         await psql.execute(
             "DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()"
         )
-    audit = crm.cache.audit
-    assert audit is not None
+    verifier = crm.cache.verifier
+    assert verifier is not None
 
     async def found() -> bool:
-        audit.countdown, audit._rest_until = 1, float("-inf")
+        verifier.countdown, verifier._rest_until = 1, float("-inf")
         await abe.get("/api/accounts")
-        return bool(audit.findings)
+        return bool(verifier.findings)
 
     await until(found)
-    events = await caused(admin_of(crm), "audit")
+    events = await caused(admin_of(crm), "verifier")
     assert {event.tenant for event in events} == {str(crm.tenants["acme"].id)}
     assert events[0].tables == ("accounts",)
     assert events[0].modules[0] == "accounts"
@@ -293,9 +293,9 @@ async def test_no_write_waits_for_the_feed(away: str) -> None:
     is said what is missing."""
     silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1] if away == "is silent" else 1
-    board = Board(f"redis://127.0.0.1:{port}/0", deadline_s=3600.0)
-    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0)
-    reporter = Reporter(cache, board)
+    publisher = StatsPublisher(f"redis://127.0.0.1:{port}/0", deadline_s=3600.0)
+    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0)
+    reporter = Reporter(cache, publisher)
     cache.report(reporter)
     await cache.connect()
     for number in range(100):
@@ -305,7 +305,7 @@ async def test_no_write_waits_for_the_feed(away: str) -> None:
             await asyncio.sleep(2 * feeds.PERIOD_S)
     if reporter._sending is not None:
         reporter._sending.cancel()
-    reporter._board = Board("redis://127.0.0.1:1/0")
+    reporter._publisher = StatsPublisher("redis://127.0.0.1:1/0")
     part = await reporter.read(tenant=None, after="", limit=10)
     assert (part.processes, len(part.events)) == ("this", 10)
     assert sum(event.skipped for event in part.events) > 0
@@ -320,9 +320,10 @@ async def test_what_could_not_be_sent_is_counted(
 ) -> None:
     """In the next event that can."""
     server = make_valkey()
-    board = Board(server.url)
+    publisher = StatsPublisher(server.url)
     reporter = Reporter(
-        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board
+        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0),
+        publisher,
     )
     server.stop()
     reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by="lost")
@@ -332,14 +333,15 @@ async def test_what_could_not_be_sent_is_counted(
     await reporter.close()
     events = (await reporter.read(tenant=None, after="", limit=10)).events
     assert [(event.cause, event.skipped) for event in events] == [("told", 1)]
-    await board.close()
+    await publisher.close()
 
 
 async def test_what_was_to_be_counted_is_counted_again(valkey_url: str) -> None:
     """Where the server refuses the event that said it."""
-    board = Board(log_in_as(valkey_url, ADMINISTRATION, without="+xadd"))
+    publisher = StatsPublisher(log_in_as(valkey_url, ADMINISTRATION, without="+xadd"))
     reporter = Reporter(
-        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), board
+        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0),
+        publisher,
     )
     reporter.note(
         [(f"t{number}", "*", "") for number in range(MAX_AT_ONCE + 5)],
@@ -353,13 +355,14 @@ async def test_what_was_to_be_counted_is_counted_again(valkey_url: str) -> None:
     await reporter.close()
     (event,) = (await reporter.read(tenant=None, after="", limit=10)).events
     assert (event.cause, event.skipped) == ("told", MAX_AT_ONCE + 5)
-    await board.close()
+    await publisher.close()
 
 
 async def test_without_a_server_a_bounded_number_is_remembered() -> None:
     """The last ones; of tenants in the order of their names."""
     reporter = Reporter(
-        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0), Board()
+        Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0),
+        StatsPublisher(),
     )
     for number in range(feeds.MAX_REMEMBERED + 10):
         reporter.note([("t", "*", "")], Outcome.CONFIRMED, 0.1, by=f"{number}")

@@ -262,7 +262,7 @@ async def test_visibility_never_lags_while_the_team_changes_under_load(crm: Crm)
     done.set()
     await asyncio.gather(*readers)
     assert wrong == []
-    assert crm.cache.figures.of(str(crm.tenants["globex"].id), "accounts").hits > 100
+    assert crm.cache.counters.of(str(crm.tenants["globex"].id), "accounts").hits > 100
 
 
 async def test_a_user_who_is_gone_is_refused_at_once(crm: Crm) -> None:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from crm.cli.transfer import export_module, import_files
 from crm.csv_files import CsvFile, UnreadableFile, date_format, guess_mapping, read_number
-from crm.imports import BATCH, Outcome, WrongMapping, store
+from crm.imports import BATCH, ImportResult, WrongMapping, store
 from crm.models import Account
 from crm.settings import Settings
-from crm.transfer import export_module, import_files
 
 from .conftest import NEW, SECRET, Crm, hit
 
@@ -245,7 +245,7 @@ async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(
     theirs = crm.account("globex", "Theirs")
     await crm.save(theirs)
     engine = create_async_engine(database_url)
-    outcome = Outcome()
+    outcome = ImportResult()
     record = {"id": theirs.id, "tenant_id": crm.tenants["acme"].id, "name": "Mine", "metadata": {}}
     await store(engine, "accounts", [record], outcome)
     await engine.dispose()

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from crm.app import create_app
 from crm.settings import Settings
-from respcache.asgi import Wrapper
+from respcache.middleware import CacheMiddleware
 
 from .conftest import SECRET, Crm
 
@@ -17,7 +17,7 @@ TOKEN = "0123456789abcdef" * 2
 
 
 @pytest.fixture
-async def scraped(database_url: str, valkey_url: str) -> AsyncIterator[Wrapper]:
+async def scraped(database_url: str, valkey_url: str) -> AsyncIterator[CacheMiddleware]:
     """The application with a scrape token."""
     app = create_app(
         Settings(
@@ -45,7 +45,7 @@ async def test_without_a_scrape_token_superadmins_alone_are_answered(crm: Crm) -
     assert "cache-status" not in answer.headers
 
 
-async def test_the_scrape_token_is_answered(scraped: Wrapper) -> None:
+async def test_the_scrape_token_is_answered(scraped: CacheMiddleware) -> None:
     """And nothing that resembles it."""
     async with httpx2.AsyncClient(
         transport=httpx2.ASGITransport(scraped), base_url="http://crm"

@@ -19,15 +19,15 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm import caching, migrations
 from crm.app import watched_cache
-from crm.embedded import EmbeddedPostgres
 from crm.migrations import configuration, upgrade
 from crm.settings import Settings
+from respcache.testing.servers import EmbeddedPostgres
 from respcache.writes import triggers
 from respcache.writes.alembic import (
+    CreateAuditLog,
     CreateOutbox,
-    CreateTrail,
+    DropAuditLog,
     DropOutbox,
-    DropTrail,
     UnwatchTable,
     WatchTable,
 )
@@ -180,8 +180,8 @@ def test_the_reference_names_the_operations_with_their_options() -> None:
         DropOutbox(),
         WatchTable(Watched("accounts")),
         UnwatchTable("accounts", before=Watched("accounts")),
-        CreateTrail(),
-        DropTrail(),
+        CreateAuditLog(),
+        DropAuditLog(),
     )
     names = (
         "create_respcache_outbox", "drop_respcache_outbox", "watch_table", "unwatch_table", "create_respcache_trail",

@@ -13,17 +13,17 @@ import pytest
 import redis
 
 import respcache
-from crm.commands import _parser
+from crm.cli.commands import _parser
 from crm.settings import Settings
 from respcache import Cache
 from respcache.core import errors, keys
 from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
+from respcache.integrations.prometheus import Endpoint
 from respcache.ops.admin import Admin
-from respcache.ops.board import Board
 from respcache.ops.cli.config import READ
-from respcache.ops.postgres import PostgresTrail
-from respcache.ops.prometheus import Endpoint
+from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.ops.publisher import StatsPublisher
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
 
@@ -35,8 +35,8 @@ PAGE = (ROOT / "docs" / "reference.md").read_text()
 DIGEST = bytes(range(16))
 OPTIONS = {
     "Cache": Cache, "RedisStore": respcache.RedisStore, "MemoryStore": respcache.MemoryStore, "cache_list": respcache.cache_list,
-    "Endpoint": Endpoint, "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": Board,
-    "Admin": Admin, "PostgresTrail": PostgresTrail,
+    "Endpoint": Endpoint, "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": StatsPublisher,
+    "Admin": Admin, "PostgresAuditLog": PostgresAuditLog,
 }  # fmt: skip
 OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORECASE)
 
@@ -97,10 +97,10 @@ def test_keys_are_those_that_the_code_builds() -> None:
     (listed,) = tables("## Keys")
     listed.pop("key", None)
     built = {
-        keys.entry_key("abc", "leads", "count", DIGEST), keys.lease_key("abc", "leads", "count", DIGEST),
+        keys.entry_key("abc", "leads", "count", DIGEST), keys.lock_key("abc", "leads", "count", DIGEST),
         keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY, keys.FEED_KEY,
         keys.FED_KEY,
-        keys.PROCESSES_KEY, keys.figures_key("0123456789abcdef"), keys.tenants_key("0123456789abcdef"),
+        keys.PROCESSES_KEY, keys.counters_key("0123456789abcdef"), keys.tenants_key("0123456789abcdef"),
         keys.routes_key("0123456789abcdef"), keys.series_key(7),
     }  # fmt: skip
     filled = set()
@@ -121,8 +121,8 @@ async def test_no_other_key_appears_on_the_server(crm: Crm, valkey_url: str) -> 
     await abe.post("/api/accounts", json={"name": "Acorn"})
     await crm.as_user("root").get("/api/accounts")
     await crm.cache.disable()
-    assert crm.cache.board is not None
-    await crm.cache.board.publish()
+    assert crm.cache.publisher is not None
+    await crm.cache.publisher.publish()
     (listed,) = tables("## Keys")
     patterns = [re.sub(r"\\\{\w+\\\}", r"[^:]+", re.escape(pattern)) for pattern in listed]
     with redis.Redis.from_url(valkey_url) as client:

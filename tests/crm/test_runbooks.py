@@ -17,8 +17,8 @@ import asyncpg
 import httpx2
 import pytest
 
-from crm.embedded import free_port
 from respcache.ops.cli.output import UNBROKEN
+from respcache.testing.servers import free_port
 
 from .system import System
 from .test_pages import END, commands, fits
@@ -140,7 +140,7 @@ def fill_up(stage: Stage) -> None:
     stage.valkey("CONFIG", "SET", "maxmemory-policy", "noeviction")
     stage.valkey("CONFIG", "SET", "maxmemory", "1mb")
     stage.write()
-    stage.until(lambda: "detail=fence" in stage.read())
+    stage.until(lambda: "detail=no-lease" in stage.read())
 
 
 def make_room(stage: Stage) -> None:

@@ -13,7 +13,7 @@ from respcache.core.keys import generation_key
 from respcache.ops import keyspace, search
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
-from respcache.ops.board import Board
+from respcache.ops.publisher import StatsPublisher
 
 from .conftest import MODULES, Crm, hit
 
@@ -150,10 +150,10 @@ async def test_one_command_goes_through_a_bounded_number_of_keys(
     monkeypatch.setattr(keyspace, "MOST_BATCH", 2)
     with redis.Redis.from_url(valkey_url) as client:
         client.mset({f"key {number}": "x" for number in range(500)})
-    board = Board(valkey_url)
-    walk = await keyspace.ServerKeys(board).walk("nothing", cursor="", enough=1, most=9)
+    publisher = StatsPublisher(valkey_url)
+    walk = await keyspace.ServerKeys(publisher).walk("nothing", cursor="", enough=1, most=9)
     assert (walk.looked_at, walk.cursor != "") == (9, True)
-    await board.close()
+    await publisher.close()
 
 
 async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(
@@ -267,7 +267,7 @@ async def test_a_body_is_shown_to_operators_and_that_is_trailed(stored: Stored) 
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
     with pytest.raises(AccessRefused):
         await stored.admin.reveal(VIEWER, key)
-    assert await stored.admin.trail(ROOT) == []
+    assert await stored.admin.audit_log(ROOT) == []
     body = await stored.admin.reveal(ROOT, key)
     assert (await stored.admin.inspect(VIEWER, key)).entry.coding == "zstd"
     assert body.text is not None
@@ -277,7 +277,7 @@ async def test_a_body_is_shown_to_operators_and_that_is_trailed(stored: Stored) 
         len(body.text),
         False,
     )
-    (act,) = await stored.admin.trail(ROOT)
+    (act,) = await stored.admin.audit_log(ROOT)
     assert (act.act, act.name, act.tenant, act.details) == (
         "reveal",
         "root",
@@ -332,7 +332,7 @@ async def test_a_dry_run_counts_and_changes_nothing(stored: Stored) -> None:
         for purge in (everything, module, one, none)
     )
     assert hit(await stored.crm.as_user("abe").get("/api/leads"))
-    assert await stored.admin.trail(ROOT) == []
+    assert await stored.admin.audit_log(ROOT) == []
 
 
 async def test_a_purge_of_a_module_or_a_tenant_is_one_bump(stored: Stored, valkey_url: str) -> None:
@@ -351,7 +351,7 @@ async def test_a_purge_of_a_module_or_a_tenant_is_one_bump(stored: Stored, valke
     assert (await stored.admin.purge(ROOT, tenant=stored.acme)).confirmed
     assert not hit(await abe.get("/api/contacts"))
     assert hit(await gus.get("/api/contacts"))
-    acts = await stored.admin.trail(ROOT)
+    acts = await stored.admin.audit_log(ROOT)
     assert [(act.act, act.tenant, act.details) for act in acts] == [
         ("purge", stored.acme, {}),
         ("purge", stored.acme, {"module": "leads"}),
@@ -365,7 +365,7 @@ async def test_a_purge_of_a_key_deletes_it_everywhere(stored: Stored, valkey_url
         type(stored.crm.cache.store)(valkey_url),
         secret=b"k" * 32,
         resolver=SingleTenant("x"),
-        audit_share=0,
+        verify_share=0,
     )
     await other.connect()
     assert other.near is not None
@@ -401,7 +401,7 @@ async def test_a_purge_of_what_cannot_be_is_refused(
     }
     with pytest.raises((NotFound, InvalidOperation)):
         await stored.admin.purge(ROOT, dry_run=dry_run, **given)
-    assert await stored.admin.trail(ROOT) == []
+    assert await stored.admin.audit_log(ROOT) == []
 
 
 # -- other servers ---------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ async def test_a_purge_of_what_cannot_be_is_refused(
 
 async def test_a_store_in_memory_is_searched_too() -> None:
     """For applications of one process."""
-    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0)
+    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0)
     admin = Admin(cache)
     await cache.connect()
 
@@ -443,10 +443,10 @@ async def test_without_its_server_the_keys_cannot_be_searched(
         type(stored.crm.cache.store)(valkey_url),
         secret=b"k" * 32,
         resolver=SingleTenant("x"),
-        audit_share=0,
+        verify_share=0,
     )
-    for board in (None, Board("redis://127.0.0.1:1/0")):
-        admin = Admin(cache, board)
+    for publisher in (None, StatsPublisher("redis://127.0.0.1:1/0")):
+        admin = Admin(cache, publisher)
         for question in (
             admin.keys(ROOT),
             admin.sample(ROOT),

@@ -12,16 +12,16 @@ from alembic import command
 from pydantic import SecretStr
 
 from crm.app import create_app
-from crm.demo import PASSWORD as DEMO_PASSWORD
-from crm.demo import seed_if_empty
-from crm.embedded import EmbeddedPostgres
+from crm.demo.seed import PASSWORD as DEMO_PASSWORD
+from crm.demo.seed import seed_if_empty
 from crm.errors import ApiError
 from crm.migrations import configuration
 from crm.routes.auth import LoginLimit
 from crm.settings import Settings
 from respcache import Claim, ConfigurationError
-from respcache.core.errors import NotTrailed
-from respcache.ops.postgres import PostgresTrail
+from respcache.core.errors import AuditLogUnavailable
+from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.testing.servers import EmbeddedPostgres
 
 from .conftest import MODULES, NEW, PASSWORD, SECRET, Crm, hit
 
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.anyio
 async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
     """The cache being away is said and is no failure."""
     http = crm.as_user(None)
-    assert crm.cache.rounds is not None
+    assert crm.cache.relay is not None
     async with asyncio.timeout(60):
-        await crm.cache.rounds.caught_up()  # with what made these people
+        await crm.cache.relay.caught_up()  # with what made these people
     assert (await http.get("/api/system/status")).json()["data"]["up"] is True
     health = (await http.get("/api/system/health")).json()["data"]
     assert 0 <= health.pop("fence_age_s") < 3600
@@ -215,9 +215,9 @@ async def test_what_is_done_to_the_cache_by_the_api_is_in_the_trail_too(
     ]
 
     async def fail(*_: object) -> None:
-        raise NotTrailed("the trail is away")
+        raise AuditLogUnavailable("the trail is away")
 
-    monkeypatch.setattr(PostgresTrail, "append", fail)
+    monkeypatch.setattr(PostgresAuditLog, "append", fail)
     for _ in range(2):
         await abe.get("/api/accounts")
     for http, path, body in (

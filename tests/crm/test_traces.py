@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from respcache.ops import otel
+from respcache.integrations import otel
 
 from .conftest import Crm
 
@@ -58,9 +58,9 @@ async def test_rounds_that_a_request_began_are_not_its_own(crm: Crm) -> None:
     spans, tracers = InMemorySpanExporter(), TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(spans))
     otel.instrument(crm.cache, tracer_provider=tracers)
-    assert crm.cache.rounds is not None
+    assert crm.cache.relay is not None
     with tracers.get_tracer("server").start_as_current_span("GET"):
-        with crm.cache.rounds.tracing.invalidation(tenants=1, cause="outbox"):
+        with crm.cache.relay.tracing.invalidation(tenants=1, cause="outbox"):
             assert trace.get_current_span().get_span_context().is_valid
     (found,) = [span for span in spans.get_finished_spans() if span.name == "invalidate"]
     assert found.parent is None

@@ -18,8 +18,8 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from crm.demo import PASSWORD
-from crm.embedded import free_port
+from crm.demo.seed import PASSWORD
+from respcache.testing.servers import free_port
 from tests.crm.conftest import crm
 from tests.crm.system import System
 

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from starlette.routing import Mount
 
-from respcache.ops.dashboard import api, gate, live
+from respcache.ops.dashboard import api, auth, live
 from respcache.ops.dashboard.app import HEADERS
 from tests.crm.conftest import PASSWORD, Crm
 
@@ -94,7 +94,7 @@ async def test_nobody_else_gets_anything(crm: Crm, who: str | None) -> None:
     assert (answer.status_code, answer.json()["error"]) == (401, "unauthenticated")
     assert answer.headers["www-authenticate"] == "Bearer"
     token = crm.as_user("root").headers["authorization"].split()[1]
-    cookie = {"cookie": f"{gate.SESSION_COOKIE}={token}; access_token={token}"}
+    cookie = {"cookie": f"{auth.SESSION_COOKIE}={token}; access_token={token}"}
     for headers in (
         cookie,
         {"authorization": "Bearer no-token"},
@@ -240,7 +240,7 @@ async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
     token = crm.as_user("root").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
     async with httpx2.AsyncClient(
-        transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}
+        transport=transport, base_url="http://crm", cookies={auth.SESSION_COOKIE: token}
     ) as client:
         stream = asyncio.create_task(client.get("/cache/live"))
         while not crm.app.app.state.dashboard.streams:
@@ -274,13 +274,13 @@ async def test_streams_of_a_tenants_admin_are_of_the_tenant(crm: Crm) -> None:
     transport = httpx2.ASGITransport(crm.app)
     crm.app.app.state.dashboard.close()  # so that each stream ends with what it begins with
     async with httpx2.AsyncClient(
-        transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}
+        transport=transport, base_url="http://crm", cookies={auth.SESSION_COOKIE: token}
     ) as client:
-        figures, feed = (
+        counters, feed = (
             (await client.get("/cache/live")).text,
             (await client.get("/cache/live/feed")).text,
         )
-    text = json.loads(figures.split("data: ")[1])["text"]
+    text = json.loads(counters.split("data: ")[1])["text"]
     assert text["requests"][0] == "1"
     assert "server" not in text
     rows = json.loads(feed.split("data: ")[1])["html"]
@@ -302,7 +302,7 @@ async def test_a_stream_ends_when_its_viewer_may_something_else(
     token = crm.as_user("abe").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
     async with httpx2.AsyncClient(
-        transport=transport, base_url="http://crm", cookies={gate.SESSION_COOKIE: token}
+        transport=transport, base_url="http://crm", cookies={auth.SESSION_COOKIE: token}
     ) as client:
         stream = asyncio.create_task(client.get("/cache/live"))
         while not crm.app.app.state.dashboard.streams:

@@ -11,14 +11,14 @@ import httpx2
 import pytest
 
 from crm.app import create_app
-from crm.embedded import EmbeddedValkey
 from crm.models import Tenant
 from crm.settings import Settings
-from respcache.core.errors import NotTrailed
+from respcache.core.errors import AuditLogUnavailable
 from respcache.ops.admin import Admin
-from respcache.ops.dashboard import gate, layout, live
+from respcache.ops.dashboard import auth, layout, live
 from respcache.ops.figures import Overview
-from respcache.ops.postgres import PostgresTrail
+from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.testing.servers import EmbeddedValkey
 from tests.crm.conftest import PASSWORD, SECRET, Crm, populate
 
 pytestmark = pytest.mark.anyio
@@ -103,7 +103,7 @@ async def test_cookies_are_for_this_dashboard_alone(crm: Crm, person: Person) ->
     (session,) = (
         line
         for line in answer.headers.get_list("set-cookie")
-        if line.startswith(gate.SESSION_COOKIE)
+        if line.startswith(auth.SESSION_COOKIE)
     )
     assert {"HttpOnly", "Path=/cache", "SameSite=strict"} <= set(session.split("; "))
     assert "Secure" not in session
@@ -126,7 +126,7 @@ async def test_who_may_not_look_is_told_what_a_wrong_password_is_told(person: Pe
     ]
     texts = {re.sub(r'value="[^"]*"', "", answer.text) for answer in said}
     assert ({answer.status_code for answer in said}, len(texts)) == ({401}, 1)
-    assert gate.SESSION_COOKIE not in person.http.cookies
+    assert auth.SESSION_COOKIE not in person.http.cookies
     assert (await person.get("")).headers["location"] == "/cache/sign-in?next=%2Fcache%2F"
 
 
@@ -138,7 +138,7 @@ async def test_signing_in_needs_the_form_that_was_sent(person: Person) -> None:
     token = await person.csrf("sign-in")
     person.http.cookies.clear()
     assert (await person.post("sign-in", csrf=token, **form)).status_code == 403
-    assert gate.SESSION_COOKIE not in person.http.cookies
+    assert auth.SESSION_COOKIE not in person.http.cookies
     answers = [await person.sign_in("abe", "wrong") for _ in range(11)]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429]
     assert int(answers[-1].headers["retry-after"]) > 0
@@ -188,7 +188,7 @@ async def test_a_form_without_the_token_of_its_session_does_nothing(
         assert "Nothing was done" in answer.text
     assert (await crm.as_user("root").get("/cache/api/trail")).json() == acts.json()
     assert (await person.get("")).status_code == 200
-    assert gate.THEME_COOKIE not in person.http.cookies
+    assert auth.THEME_COOKIE not in person.http.cookies
 
 
 @pytest.mark.parametrize("path", FORMS)
@@ -384,9 +384,9 @@ async def test_what_cannot_be_written_down_is_not_done(
     token = await person.csrf("purge")
 
     async def fail(*_: object) -> None:
-        raise NotTrailed("the trail: 127.0.0.1 is away")
+        raise AuditLogUnavailable("the trail: 127.0.0.1 is away")
 
-    monkeypatch.setattr(PostgresTrail, "append", fail)
+    monkeypatch.setattr(PostgresAuditLog, "append", fail)
     for path, form in (
         ("purge", {"module": "accounts", "confirmation": "acme"}),
         ("purge", {"key": key, "confirmation": key[-8:]}),

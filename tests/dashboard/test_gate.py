@@ -7,8 +7,8 @@ import pytest
 from starlette.requests import Request
 
 from respcache.ops.access import Access, Role
-from respcache.ops.dashboard.gate import Door, Viewer
-from respcache.ops.explain import Asked
+from respcache.ops.dashboard.auth import Authenticator, Viewer
+from respcache.ops.explain import ExplainedRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -31,7 +31,7 @@ class Named:
 
 async def viewer(names: Mapping[str, str]) -> Viewer:
     request = Request({"type": "http", "headers": [(b"authorization", b"Bearer root-token")]})
-    found = await Door(Named(names)).by_bearer(request)
+    found = await Authenticator(Named(names)).by_bearer(request)
     assert found is not None
     return found
 
@@ -64,5 +64,5 @@ async def test_credentials_are_in_no_repr() -> None:
     """So that no report of an error carries them."""
     assert "root-token" not in repr(await viewer({}))
     assert "root-token" not in repr(
-        Asked("GET", "/leads", headers=(("authorization", "Bearer root-token"),))
+        ExplainedRequest("GET", "/leads", headers=(("authorization", "Bearer root-token"),))
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from respcache.testing.checker import check
 from respcache.testing.history import load
-from respcache.testing.proofs import Kind
+from respcache.testing.proofs import ViolationKind
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "checker.md").read_text()
@@ -39,7 +39,7 @@ def test_what_the_program_recorded_is_judged_the_same_by_the_command(tmp_path: P
     shown = run("examples/check_history.py", str(path))
     again = run("-m", "respcache.testing.checker", str(path), "--bound", "2.5")
     assert (again.stdout, again.returncode) == (shown.stdout, 1)
-    assert check(load([path]), bound_s=2.5).violations == {Kind.FRESHNESS: 1}
+    assert check(load([path]), bound_s=2.5).violations == {ViolationKind.FRESHNESS: 1}
 
 
 def test_the_page_shows_the_program_and_names_every_violation() -> None:
@@ -49,4 +49,4 @@ def test_the_page_shows_the_program_and_names_every_violation() -> None:
         for line in filter(None, shown.splitlines()):
             assert line in program, line
     named = re.findall(r"^\| (\w+) \|", PAGE, re.MULTILINE)
-    assert named == ["violation", *Kind]
+    assert named == ["violation", *ViolationKind]

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from crm.embedded import free_port
+from respcache.testing.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from typing import Any
 import asyncpg
 import redis
 
-from respcache.core.fence import LEASE_S
+from respcache.core.serving_lease import LEASE_S
 from respcache.testing.history import now
 
 from .outsiders import AWAY, Outsiders

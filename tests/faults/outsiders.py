@@ -13,7 +13,7 @@ from typing import Any
 
 import asyncpg
 
-from respcache.core.fence import LEASE_S
+from respcache.core.serving_lease import LEASE_S
 from respcache.testing.history import Recorder, Write, now
 
 from .registers import (

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from respcache import Level
-from respcache.core.fence import DRIFT, LEASE_S
+from respcache.core.serving_lease import DRIFT, LEASE_S
 from respcache.testing.checker import Report, check
 from respcache.testing.history import load
 
@@ -170,42 +170,42 @@ def line(state: dict[str, Any]) -> dict[str, int]:
 
 def summary(state: dict[str, Any], *, command: str) -> str:
     """Put the totals into Markdown; ``command`` is the one that does."""
-    figures, how, seeds, aborted = (
+    counters, how, seeds, aborted = (
         line(state),
         state["how"],
         state["seeds"],
         state.get("aborted", {}),
     )
-    reads, served = figures["reads"], _count(how, "hit") + _count(how, "shared")
+    reads, served = counters["reads"], _count(how, "hit") + _count(how, "shared")
     lines = [
         "# Reads under faults",
         "",
-        f"{reads:,} reads and {figures['writes']:,} writes in {len(seeds) + len(aborted)} runs of "
+        f"{reads:,} reads and {counters['writes']:,} writes in {len(seeds) + len(aborted)} runs of "
         f"together "
-        f"{state['seconds']:,.0f} seconds, {figures['faults']:,} faults:",
+        f"{state['seconds']:,.0f} seconds, {counters['faults']:,} faults:",
         "",
         "| what | count |",
         "|---|---|",
-        f"| stale, foreign or invented reads | {figures['stale_reads']} |",
-        f"| lost invalidations | {figures['lost_invalidations']} |",
+        f"| stale, foreign or invented reads | {counters['stale_reads']} |",
+        f"| lost invalidations | {counters['lost_invalidations']} |",
         f"| requests that failed although the database could be reached | "
-        f"{figures['failed_requests']} |",
-        f"| wrong answers found by the cache's own audit | {figures['alarms']} |",
+        f"{counters['failed_requests']} |",
+        f"| wrong answers found by the cache's own audit | {counters['alarms']} |",
         "| runs in which nothing was read or served from the cache, or at whose end it did not "
         "serve again"
-        f"{_reasons(state, 'failed_runs')} | {figures['failed_runs']} |",
+        f"{_reasons(state, 'failed_runs')} | {counters['failed_runs']} |",
         f"| runs that were aborted; their histories were checked{_reasons(state, 'aborted')} | "
-        f"{figures['aborted']} |",
+        f"{counters['aborted']} |",
         f"| reads served from the cache | {served:,} ({served / max(1, reads):.0%}) |",
         *(
             f"| hits among the reads at level `{level}` | {_count(how, 'hit', level=level):,} of "
             f"{_count(how, level=level):,} |"
             for level in Level
         ),
-        f"| hits that were answered below ASGI (`respcache.turbo`) | "
+        f"| hits that were answered below ASGI (`respcache.integrations.uvicorn`) | "
         f"{_count(how, 'below ASGI'):,} |",
         f"| reads that missed an acknowledged write as level `bounded` or `ttl` allows | "
-        f"{figures['late_reads']:,} |",
+        f"{counters['late_reads']:,} |",
         f"| longest that an unacknowledged write was not seen | {state['worst_staleness_s']:.3f} "
         f"s (allowed: {BOUND_S:.2f} s) |",
         "",

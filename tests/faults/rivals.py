@@ -25,7 +25,7 @@ from aiocache.serializers import JsonSerializer
 
 from respcache.testing.checker import Report, check
 from respcache.testing.history import Read, Recorder, Write, load, now
-from respcache.testing.proofs import Kind
+from respcache.testing.proofs import ViolationKind
 
 TABLE = (
     "CREATE TABLE registers (tenant text, name text, version bigint NOT NULL DEFAULT 0, PRIMARY "
@@ -240,24 +240,24 @@ class Driver:
         self._processes = processes
         self._directory = directory
         self._randomness = randomness
-        self._rounds = 0
+        self._relay = 0
 
     async def until_flagged(self) -> Report:
         """Run rounds until a read was staler than an acknowledged write; return the report of that
         round."""
         async with asyncio.timeout(DEADLINE_S):
-            while self._rounds < MAX_ROUNDS:
+            while self._relay < MAX_ROUNDS:
                 report = await self.round()
-                if Kind.FRESHNESS in report.violations:
+                if ViolationKind.FRESHNESS in report.violations:
                     return report
         return report
 
     async def round(self) -> Report:
         """Have clients read and write new tenants, all at once, and judge what they recorded."""
-        self._rounds += 1
-        tenants = [f"t{self._rounds}-{number}" for number in range(TENANTS)]
+        self._relay += 1
+        tenants = [f"t{self._relay}-{number}" for number in range(TENANTS)]
         await next(iter(self._processes.values())).database.add(tenants)
-        path = self._directory / f"round-{self._rounds}"
+        path = self._directory / f"round-{self._relay}"
         with Recorder(path) as recorder:
             async with asyncio.TaskGroup() as clients:
                 for tenant in tenants:

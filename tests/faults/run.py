@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crm.embedded import ServerFailed
-from respcache.core.fence import LEASE_S
+from respcache.core.serving_lease import LEASE_S
 from respcache.testing.history import Recorder, now
+from respcache.testing.servers import ServerFailed
 
 from .faults import FAULTS, Fault, Scene
 from .outsiders import Outsiders

@@ -5,16 +5,16 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from respcache import turbo
 from respcache.core.errors import StoreError
-from respcache.core.fence import Fence, Outcome
-from respcache.core.generations import Generation, Verdict
-from respcache.near.held import Held
-from respcache.near.views import Tags, Views
-from respcache.plans import Aim, Plan
+from respcache.core.generations import GenerationView, Verdict
+from respcache.core.serving_lease import Outcome, ServingLease
+from respcache.integrations import uvicorn as turbo
+from respcache.read.memory import MemoryEntry
+from respcache.read.plans import Plan, ScopedPlan
+from respcache.read.views import Tags, ViewReader
 from respcache.resp.connection import Connection
 from respcache.stores.redis import RedisStore
-from respcache.writes.rounds import Rounds
+from respcache.writes.relay import OutboxRelay
 
 SOME_SERVER = "0" * 40
 
@@ -26,16 +26,16 @@ def commit(name: str) -> None:
 
 def _no_fence() -> None:
     """Serve for ever what the store holds."""
-    Fence.allows = lambda self, server, now: True  # type: ignore[method-assign]
+    ServingLease.allows = lambda self, server, now: True  # type: ignore[method-assign]
 
 
 def _ack_always() -> None:
     """Acknowledge a write whose bump was not confirmed at once."""
 
-    async def safe(self: Rounds, since: float) -> Outcome:
+    async def safe(self: OutboxRelay, since: float) -> Outcome:
         return Outcome.SAFE
 
-    Rounds.safe = safe  # type: ignore[method-assign]
+    OutboxRelay.safe = safe  # type: ignore[method-assign]
 
 
 def _no_identity() -> None:
@@ -69,58 +69,60 @@ def _no_identity() -> None:
 def _no_replay() -> None:
     """Let rounds pass over what they find in the outbox."""
 
-    async def bump(self: Rounds, due: Any) -> None:
+    async def bump(self: OutboxRelay, due: Any) -> None:
         return None
 
-    Rounds._bump = bump  # type: ignore[method-assign]
+    OutboxRelay._bump = bump  # type: ignore[method-assign]
 
 
 def _no_certificate() -> None:
     """Take every stored answer for a valid one."""
-    judge = Generation.judge
+    judge = GenerationView.judge
 
-    def judge_kindly(self: Generation, *args: Any) -> Verdict:
+    def judge_kindly(self: GenerationView, *args: Any) -> Verdict:
         judge(self, *args)
         return Verdict.VALID
 
-    Generation.judge = judge_kindly  # type: ignore[method-assign]
+    GenerationView.judge = judge_kindly  # type: ignore[method-assign]
 
 
 def _no_bound() -> None:
     """Let the last view of a tenant last: nobody looks at its age or hears of bumps."""
 
-    def last(self: Views, generation: str, tags: Tags, *, since: float) -> Generation | None:
+    def last(
+        self: ViewReader, generation: str, tags: Tags, *, since: float
+    ) -> GenerationView | None:
         group = self._groups.get(generation)
         return group.view if group is not None and tags in group.asked else None
 
-    Views.recent = last  # type: ignore[method-assign]
+    ViewReader.recent = last  # type: ignore[method-assign]
     _no_push()
 
 
 def _no_push() -> None:
     """Hear of no bump, of one's own process neither: views last as long as they may."""
-    Views.expire = lambda self, generation: None  # type: ignore[method-assign]
+    ViewReader.expire = lambda self, generation: None  # type: ignore[method-assign]
 
 
 def _no_view_below() -> None:
     """Send below ASGI what lies in memory, whatever the view says that was read for it."""
-    land = turbo._Turbo._land
+    complete = turbo.TurboProtocol._complete
 
     def land_unjudged(
         self: Any,
         request: Any,
         plan: Plan,
-        aim: Aim,
-        grant: Any,
-        held: Held,
-        fence: Any,
-        result: Generation | StoreError,
+        scoped: ScopedPlan,
+        proof: Any,
+        held: MemoryEntry,
+        lease: Any,
+        result: GenerationView | StoreError,
     ) -> None:
-        if isinstance(result, Generation):
-            held.proven = aim.proven = result
-        land(self, request, plan, aim, grant, held, fence, result)
+        if isinstance(result, GenerationView):
+            held.proven = scoped.proven = result
+        complete(self, request, plan, scoped, proof, held, lease, result)
 
-    turbo._Turbo._land = land_unjudged  # type: ignore[method-assign]
+    turbo.TurboProtocol._complete = land_unjudged  # type: ignore[method-assign]
 
 
 SABOTAGES: dict[str, Callable[[], None]] = {

@@ -27,9 +27,9 @@ import asyncpg
 import msgspec
 import redis.asyncio
 
-from crm.embedded import EmbeddedPostgres, EmbeddedValkey, ServerFailed
 from crm.migrations import upgrade
 from respcache.testing.history import now
+from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey, ServerFailed
 
 from .proxy import Link, Links
 from .registers import SECRET, furnish
@@ -138,7 +138,7 @@ class Worker:
     def __init__(self, stage: "Stage", orders: Orders) -> None:
         self.orders = orders
         self.lives = 0
-        self.figures: dict[str, Any] = {}
+        self.counters: dict[str, Any] = {}
         self.process: asyncio.subprocess.Process | None = None
         self.exited = asyncio.Event()
         self._stage = stage
@@ -156,7 +156,7 @@ class Worker:
         await self._launch()
         self._watching = asyncio.create_task(self._watch())
         async with asyncio.timeout(START_S):
-            while not self.figures.get("reads"):
+            while not self.counters.get("reads"):
                 await asyncio.sleep(0.05)
 
     def order(self, **what: Any) -> None:
@@ -191,7 +191,7 @@ class Worker:
         return self._past[what] + self._figure(what)
 
     def _figure(self, what: str) -> int:
-        return int(self.figures.get(what, 0))
+        return int(self.counters.get(what, 0))
 
     async def _launch(self) -> None:
         with (self._stage.folder / f"{self.name}.log").open("ab") as log:
@@ -212,10 +212,10 @@ class Worker:
             assert process.stdout is not None
             while line := await process.stdout.readline():
                 if line.endswith(b"\n"):
-                    self.figures = json.loads(line)
-                    self._stage.alarms.update(self.figures["alarms"])
+                    self.counters = json.loads(line)
+                    self._stage.alarms.update(self.counters["alarms"])
                     self._stage.problems += [
-                        Problem(self.name, *problem) for problem in self.figures["problems"]
+                        Problem(self.name, *problem) for problem in self.counters["problems"]
                     ]
             status = await process.wait()
             self.exited.set()
@@ -228,7 +228,7 @@ class Worker:
                 return
             for what in ("reads", "writes", "hits"):
                 self._past[what] += self._figure(what)
-            self.figures = {}
+            self.counters = {}
             await self._launch()
 
 

@@ -11,9 +11,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm.app import create_app
-from crm.embedded import EmbeddedPostgres
 from crm.settings import Settings
-from respcache.testing.proofs import Kind
+from respcache.testing.proofs import ViolationKind
+from respcache.testing.servers import EmbeddedPostgres
 from respcache.writes.postgres import PostgresOutbox
 
 from ..conftest import END_OTHERS, administer
@@ -57,14 +57,14 @@ async def test_no_promise_is_broken_while_everything_else_is(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rule", "writers", "seconds", "violated", "way"),
     [
-        ("no-replay", 0, 5.0, Kind.BOUND, "hit"),
-        ("no-certificate", 1, 5.0, Kind.FRESHNESS, "hit"),
-        ("no-view-below", 1, 5.0, Kind.FRESHNESS, "hit below ASGI"),
-        ("no-bound", 4, 3 * ALONE_S, Kind.FRESHNESS, "bounded hit"),
+        ("no-replay", 0, 5.0, ViolationKind.BOUND, "hit"),
+        ("no-certificate", 1, 5.0, ViolationKind.FRESHNESS, "hit"),
+        ("no-view-below", 1, 5.0, ViolationKind.FRESHNESS, "hit below ASGI"),
+        ("no-bound", 4, 3 * ALONE_S, ViolationKind.FRESHNESS, "bounded hit"),
     ],
 )
 async def test_a_missing_rule_is_noticed(
-    tmp_path: Path, rule: str, writers: int, seconds: float, violated: Kind, way: str
+    tmp_path: Path, rule: str, writers: int, seconds: float, violated: ViolationKind, way: str
 ) -> None:
     """Those for which no fault is needed: what psql writes is not seen within the lease; what was
     acknowledged is not seen."""
@@ -115,7 +115,7 @@ async def test_reads_are_judged_by_the_level_of_their_route(database_url: str) -
             assert policy is not None, path
             assert (policy.level, query.slack_s(headers)) == (
                 query.level,
-                policy.view_s(anonymous=False),
+                policy.max_view_age_s(anonymous=False),
             ), path
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from crm.embedded import ServerFailed
 from respcache.testing.history import Event, Read, Recorder, Write
-from respcache.testing.proofs import Kind
+from respcache.testing.proofs import ViolationKind
+from respcache.testing.servers import ServerFailed
 
 from . import run
 from .outsiders import Outsiders
@@ -113,15 +113,15 @@ def test_a_run_is_ok_when_it_served_from_the_cache_and_broke_nothing(
     """Whatever makes it not so is a figure of the last line, too."""
     found = result(tmp_path, *events, **more)
     assert found.ok is (broken is None)
-    figures = line(add({}, found))
-    assert broken is None or figures[broken] == 1
-    assert figures["aborted"] == bool(found.aborted)
+    counters = line(add({}, found))
+    assert broken is None or counters[broken] == 1
+    assert counters["aborted"] == bool(found.aborted)
 
 
 def test_a_read_that_violates_two_properties_is_one_stale_read(tmp_path: Path) -> None:
     """So there are never more of them than reads."""
     found = result(tmp_path, ONE, STALE)
-    assert found.report.violations == {Kind.FRESHNESS: 1, Kind.BOUND: 1}
+    assert found.report.violations == {ViolationKind.FRESHNESS: 1, ViolationKind.BOUND: 1}
     assert line(add({}, found))["stale_reads"] == line(add({}, found))["reads"] == 1
 
 
@@ -330,7 +330,9 @@ def test_the_page_counts_reads_by_level_and_hits_below_asgi(tmp_path: Path) -> N
     assert "\n| hits among the reads at level `strict` | 6 of 8 |\n" in page
     assert "\n| hits among the reads at level `bounded` | 2 of 3 |\n" in page
     assert "\n| hits among the reads at level `ttl` | 0 of 1 |\n" in page
-    assert "\n| hits that were answered below ASGI (`respcache.turbo`) | 2 |\n" in page
+    assert (
+        "\n| hits that were answered below ASGI (`respcache.integrations.uvicorn`) | 2 |\n" in page
+    )
 
 
 def test_the_page_says_which_commands_made_it_and_what_was_aborted(

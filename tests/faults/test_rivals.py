@@ -9,10 +9,10 @@ from random import Random
 import asyncpg
 import pytest
 
-from crm.embedded import EmbeddedValkey
 from respcache.testing.checker import check
 from respcache.testing.history import Recorder, load
-from respcache.testing.proofs import Kind
+from respcache.testing.proofs import ViolationKind
+from respcache.testing.servers import EmbeddedValkey
 
 from .rivals import (
     TABLE,
@@ -79,9 +79,12 @@ async def test_a_fill_that_a_write_overtakes_is_served_after_its_acknowledgement
     report = await drive(rival).until_flagged()
     print(f"\n{rival.__name__}\n{report}")
     # the latter on a very slow machine
-    assert report.violations.keys() in ({Kind.FRESHNESS}, {Kind.FRESHNESS, Kind.BOUND})
+    assert report.violations.keys() in (
+        {ViolationKind.FRESHNESS},
+        {ViolationKind.FRESHNESS, ViolationKind.BOUND},
+    )
     assert report.how["shared"] > 0
-    assert "<-- I1" in report.excerpt(Kind.FRESHNESS)
+    assert "<-- I1" in report.excerpt(ViolationKind.FRESHNESS)
 
 
 async def test_what_always_asks_the_database_is_not_flagged(
@@ -118,5 +121,5 @@ async def test_an_invalidation_during_an_outage_is_lost(
     report = check(load([path]), bound_s=0.0)
     print(f"\n{rival.__name__}\n{report}")
     assert report.how == {"fill": 1, "shared": 1}
-    assert report.violations == {Kind.FRESHNESS: 1, Kind.BOUND: 1}
+    assert report.violations == {ViolationKind.FRESHNESS: 1, ViolationKind.BOUND: 1}
     assert report.lost_invalidations == 1

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import uvicorn
 
 from respcache import Cache
-from respcache.asgi import Wrapper
+from respcache.middleware import CacheMiddleware
 from respcache.testing.history import now
 
 from .registers import User
@@ -69,10 +69,10 @@ class Points:
 
     def put_into(self, cache: Cache) -> None:
         """Replace the methods by which this cache passes the points."""
-        store, rounds = cache.store, cache.rounds
+        store, relay = cache.store, cache.relay
         assert store is not None
-        assert rounds is not None
-        committed, bump, page, put = cache.committed, store.bump, rounds.outbox.page, store.put
+        assert relay is not None
+        committed, bump, page, put = cache.committed, store.bump, relay.outbox.page, store.put
 
         def when_committed(rows: Any) -> None:
             self.reach("after COMMIT")
@@ -100,15 +100,15 @@ class Points:
 
         cache.committed = when_committed  # type: ignore[method-assign]
         store.bump, store.put = when_bumping, when_put  # type: ignore[method-assign]
-        rounds.outbox.page = when_paged  # type: ignore[method-assign]
+        relay.outbox.page = when_paged  # type: ignore[method-assign]
 
 
 class InProcess:
     """The application in this process, with as little as possible around it."""
 
-    def __init__(self, wrapper: Wrapper, points: Points) -> None:
-        self._cache = wrapper.cache
-        self._app = Passing(wrapper, lambda: points.reach("before the acknowledgement"))
+    def __init__(self, middleware: CacheMiddleware, points: Points) -> None:
+        self._cache = middleware.cache
+        self._app = Passing(middleware, lambda: points.reach("before the acknowledgement"))
         self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._said: asyncio.Queue[str] = asyncio.Queue()
         self._life: asyncio.Task[None] | None = None
@@ -248,11 +248,11 @@ class OverHttp:
 class Below(OverHttp):
     """The application in this process behind a server of its own, which answers hits below ASGI."""
 
-    def __init__(self, wrapper: Wrapper, points: Points) -> None:
+    def __init__(self, middleware: CacheMiddleware, points: Points) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         super().__init__(self._socket.getsockname()[1])
-        self._cache = wrapper.cache
-        app = Passing(wrapper, lambda: points.reach("before the acknowledgement"))
+        self._cache = middleware.cache
+        app = Passing(middleware, lambda: points.reach("before the acknowledgement"))
         self._server = uvicorn.Server(config(app, port=self._port, below=True))
         self._serving: asyncio.Task[None] | None = None
 
@@ -278,4 +278,4 @@ class Below(OverHttp):
 
 
 def _alarms(cache: Cache) -> list[str]:
-    return [] if cache.audit is None else [str(finding) for finding in cache.audit.findings]
+    return [] if cache.verifier is None else [str(finding) for finding in cache.verifier.findings]

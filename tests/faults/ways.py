@@ -2,7 +2,7 @@
 above ASGI or below it.
 
 ``python -m tests.faults.ways`` is ``python -m crm serve`` of that, told by the environment. With
-``--turbo`` hits are answered by ``respcache.turbo``, with ``--sabotage NAME`` a rule is missing.
+``--turbo`` hits are answered by ``respcache.integrations.uvicorn``, with ``--sabotage NAME`` a rule is missing.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from crm.db import ReadRows
 from crm.errors import respond
 from crm.models import Account
 from crm.settings import Settings
-from respcache import Level, turbo
-from respcache.asgi import Wrapper
-from respcache.fastapi import describe_routes
-from respcache.routing import Route
+from respcache import Level
+from respcache.integrations import uvicorn as turbo
+from respcache.middleware import CacheMiddleware
+from respcache.routing.fastapi import describe_routes
+from respcache.routing.table import Route
 from respcache.testing.history import now
 
 from . import sabotage
@@ -51,7 +52,7 @@ class Passing:
     """The outermost layer: marks what passes it, and tells when the answer to a write is about to
     leave."""
 
-    def __init__(self, app: Wrapper, leaves: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: CacheMiddleware, leaves: Callable[[], None] = lambda: None) -> None:
         self.app = app
         self._leaves = leaves
 
@@ -68,7 +69,7 @@ class Passing:
         await self.app(scope, receive, mark if scope["type"] == "http" else send)
 
 
-def application(settings: Settings) -> Wrapper:
+def application(settings: Settings) -> CacheMiddleware:
     """Make the CRM with its routes at their levels."""
     made = create_app(settings)
     app: Any = made.app

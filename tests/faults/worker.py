@@ -26,7 +26,7 @@ import uvloop
 import crm.db
 from crm.settings import Settings
 from respcache import Level
-from respcache.asgi import Wrapper
+from respcache.middleware import CacheMiddleware
 from respcache.testing.history import Read, Recorder, Write, now
 
 from . import sabotage
@@ -113,15 +113,15 @@ class Slowness:
         return slowed
 
 
-def _application(orders: Orders, points: Points) -> Wrapper:
+def _application(orders: Orders, points: Points) -> CacheMiddleware:
     """Make the application for this process, that it may die in it."""
     settings = Settings(
         database_url=orders.database_url, redis_cache_url=orders.cache_url, jwt_secret=SECRET, respcache_key=SECRET,
         **({} if orders.sabotage is None else {"respcache_audit_share": 0}),
     )  # fmt: skip
-    wrapper = application(settings)
-    points.put_into(wrapper.cache)
-    return wrapper
+    middleware = application(settings)
+    points.put_into(middleware.cache)
+    return middleware
 
 
 # -- clients ---------------------------------------------------------------------------------------

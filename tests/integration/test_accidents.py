@@ -10,11 +10,11 @@ import pytest
 import redis
 from fastapi import FastAPI
 
-from crm.embedded import EmbeddedValkey
 from respcache import Cache, RedisStore, SingleTenant, cache_list, invalidate_cache
 from respcache.core.generations import Certificate
 from respcache.core.keys import generation_key
-from respcache.stores.base import Lease
+from respcache.stores.base import FillLock
+from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 TENANT = "public"
@@ -241,8 +241,8 @@ async def test_the_followers_of_a_dead_process_are_served(valkey_url: str) -> No
             assert certificate is not None
             client.delete(entry)
             world.cache.forget()
-            lease = entry.replace(":values:", ":~fill:values:")
-            await world.store.lease(lease, Lease("dead", certificate), ttl_ms=3_600_000)
+            lock = entry.replace(":values:", ":~fill:values:")
+            await world.store.lock(lock, FillLock("dead", certificate), ttl_ms=3_600_000)
             async with asyncio.timeout(60):  # without the cap, it would be an hour
                 assert "stored" in (await world.get())[1]
             assert "; hit" in (await world.get())[1]
@@ -262,9 +262,9 @@ async def test_a_lease_from_before_a_write_is_not_waited_for(valkey_url: str) ->
             entry = await world.entry(client)
             view = (await world.store.read(None, [(generation_key(TENANT), ["*"])])).generations[0]
             assert view.nonce is not None
-            old = Lease("slow", Certificate(view.nonce, view.sequence))
+            old = FillLock("slow", Certificate(view.nonce, view.sequence))
             await world.http.post("/value")
-            await world.store.lease(entry.replace(":values:", ":~fill:values:"), old, ttl_ms=60_000)
+            await world.store.lock(entry.replace(":values:", ":~fill:values:"), old, ttl_ms=60_000)
             calls, commands = world.calls, world.store.counters()["commands"]
             assert (await world.get())[0] == 1
             assert world.calls == calls + 1

@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from crm.migrations import configuration
 from respcache.core.errors import ConfigurationError
 from respcache.core.keys import SHARED
-from respcache.ops.trail import create_trail
+from respcache.ops.audit_log import create_audit_log
 from respcache.writes import triggers
 from respcache.writes.alembic import include_name
 from respcache.writes.postgres import PostgresOutbox
@@ -565,7 +565,7 @@ async def test_the_rights_in_the_reference_are_enough(empty_database_url: str) -
     statements: list[str] = []
     triggers.create_outbox(statements.append)
     triggers.create_triggers(statements.append, [Watched("accounts")])
-    create_trail(statements.append)
+    create_audit_log(statements.append)
     for statement in (
         "CREATE ROLE app LOGIN PASSWORD 'only-for-tests'",
         "GRANT USAGE ON SCHEMA public TO app; GRANT INSERT ON accounts TO app",

@@ -12,16 +12,16 @@ import msgspec
 import pytest
 import redis
 
-from crm.embedded import EmbeddedValkey, free_port
 from respcache import Cache, ConfigurationError, MemoryStore, RedisStore, SingleTenant
 from respcache.core import keys
-from respcache.ops import board as module
 from respcache.ops import fleet
-from respcache.ops.audit import Finding
-from respcache.ops.board import Board
+from respcache.ops import publisher as module
 from respcache.ops.fleet import BUCKET_S
-from respcache.ops.process import CHUNK, survey_of
-from respcache.ops.stats import OTHER
+from respcache.ops.process import CHUNK, summary_of
+from respcache.ops.publisher import StatsPublisher
+from respcache.read.verifier import Mismatch
+from respcache.telemetry.stats import OTHER
+from respcache.testing.servers import EmbeddedValkey, free_port
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
@@ -31,9 +31,9 @@ class Worker:
     """A cache with a board that publishes only when it is told to."""
 
     def __init__(self, url: str | None, **options: Any) -> None:
-        self.board = Board(url, **options)
+        self.publisher = StatsPublisher(url, **options)
         self.cache = Cache(
-            MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=self.board
+            MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), publisher=self.publisher
         )
 
     def count(
@@ -46,9 +46,9 @@ class Worker:
         module: str = "things",
     ) -> None:
         """Have some requests."""
-        figures = self.cache.figures.at(tenant, module, route)
-        figures.hits += hits
-        figures.misses += misses
+        counters = self.cache.counters.at(tenant, module, route)
+        counters.hits += hits
+        counters.misses += misses
 
 
 class ClockOf:
@@ -71,7 +71,7 @@ async def workers(*urls: str | None, **options: Any) -> AsyncIterator[list[Worke
         yield made
     finally:
         for worker in made:
-            await worker.board.close()
+            await worker.publisher.close()
 
 
 @pytest.fixture
@@ -85,19 +85,22 @@ def client(valkey_url: str) -> Any:
 
 async def test_figures_of_processes_add_up(valkey_url: str) -> None:
     """By process, route, module and tenant, whoever is asked: one of them, or who only reads."""
-    reader = Board(valkey_url)
+    reader = StatsPublisher(valkey_url)
     async with workers(valkey_url, valkey_url) as (one, two):
         one.count("acme", hits=5, misses=1)
         two.count("acme", hits=2, misses=1)
         two.count("globex", misses=3, route="/others", module="others")
-        two.cache.figures.at("acme", "things").invalidations += 4
-        two.cache.figures.at("acme", "things", "/things").times.misses.observe(0.2)
+        two.cache.counters.at("acme", "things").invalidations += 4
+        two.cache.counters.at("acme", "things", "/things").times.misses.observe(0.2)
         for worker in (one, two):
-            assert await worker.board.publish()
-        for board in (one.board, two.board, reader):
-            found = await board.fleet()
+            assert await worker.publisher.publish()
+        for publisher in (one.publisher, two.publisher, reader):
+            found = await publisher.fleet()
             assert (found.alone, found.problem) == (False, "")
-            assert {process.id for process in found.processes} == {one.board.id, two.board.id}
+            assert {process.id for process in found.processes} == {
+                one.publisher.id,
+                two.publisher.id,
+            }
             assert (found.totals.hits, found.totals.misses, found.totals.invalidations) == (7, 5, 4)
             assert {route.route: route.totals.hits for route in found.routes} == {
                 "/things": 7,
@@ -114,14 +117,14 @@ async def test_figures_of_processes_add_up(valkey_url: str) -> None:
                 found.server.version > "",
                 found.server.keys > 0,
             ) == (True, True, True)
-            acme = await board.tenant("acme")
+            acme = await publisher.tenant("acme")
             assert (
                 acme.totals.hits,
                 acme.totals.misses,
                 acme.totals.invalidations,
                 acme.alone,
             ) == (7, 2, 4, False)
-            points = (await board.series(2)).points
+            points = (await publisher.series(2)).points
             assert len(points) == 12
             assert (sum(point.hits for point in points), sum(point.misses for point in points)) == (
                 7,
@@ -136,8 +139,8 @@ async def test_a_tenants_figures_are_found_by_whoever_asks_for_that_tenant(valke
         one.count("acme", hits=5)
         one.count("globex", hits=50, route="/secret", module="secrets")
         one.count(None, hits=500)
-        await one.board.publish()
-        acme = await two.board.tenant("acme")
+        await one.publisher.publish()
+        acme = await two.publisher.tenant("acme")
         assert (acme.tenant, acme.totals.hits) == ("acme", 5)
         assert [(route.route, route.totals.hits, route.times) for route in acme.routes] == [
             ("/things", 5, None)
@@ -145,9 +148,9 @@ async def test_a_tenants_figures_are_found_by_whoever_asks_for_that_tenant(valke
         assert [(found.module, found.totals.hits, found.times) for found in acme.modules] == [
             ("things", 5, None)
         ]
-        nobody = await two.board.tenant("initech")
+        nobody = await two.publisher.tenant("initech")
         assert (nobody.totals.requests, nobody.routes, nobody.modules) == (0, [], [])
-        assert (await two.board.tenant(OTHER)).totals.hits == 500
+        assert (await two.publisher.tenant(OTHER)).totals.hits == 500
 
 
 async def test_tenants_come_in_the_order_that_is_asked_for(valkey_url: str) -> None:
@@ -157,8 +160,8 @@ async def test_tenants_come_in_the_order_that_is_asked_for(valkey_url: str) -> N
             one.count(f"t{number:02}", hits=number)
             two.count(f"t{number:02}", misses=60)
         for worker in (one, two):
-            await worker.board.publish()
-        found = await one.board.tenants(limit=2)
+            await worker.publisher.publish()
+        found = await one.publisher.tenants(limit=2)
         assert ([row.tenant for row in found.tenants], found.count, found.alone) == (
             ["t59", "t58"],
             60,
@@ -166,16 +169,16 @@ async def test_tenants_come_in_the_order_that_is_asked_for(valkey_url: str) -> N
         )
         assert [
             row.tenant
-            for row in (await two.board.tenants(order="hit_ratio", offset=1, limit=2)).tenants
+            for row in (await two.publisher.tenants(order="hit_ratio", offset=1, limit=2)).tenants
         ] == ["t58", "t57"]
         assert [
-            row.tenant for row in (await two.board.tenants(order="tenant", limit=2)).tenants
+            row.tenant for row in (await two.publisher.tenants(order="tenant", limit=2)).tenants
         ] == ["t00", "t01"]
 
 
 async def test_a_process_says_how_it_is(valkey_url: str) -> None:
     """Its memory, its breaker, its age, and what its audit has found."""
-    finding = Finding(
+    finding = Mismatch(
         "2026-01-01",
         "stale",
         "acme",
@@ -190,27 +193,31 @@ async def test_a_process_says_how_it_is(valkey_url: str) -> None:
         "b",
     )
     store = RedisStore(f"redis://127.0.0.1:{free_port()}")
-    board, reader = Board(valkey_url), Board(valkey_url)
+    publisher, reader = StatsPublisher(valkey_url), StatsPublisher(valkey_url)
     cache = Cache(
-        store, secret=SECRET, resolver=SingleTenant("public"), board=board, near_bytes=1_000_000
+        store,
+        secret=SECRET,
+        resolver=SingleTenant("public"),
+        publisher=publisher,
+        near_bytes=1_000_000,
     )
-    assert cache.audit is not None
-    cache.audit.findings.append(finding)
-    await board.publish()
+    assert cache.verifier is not None
+    cache.verifier.findings.append(finding)
+    await publisher.publish()
     found = await reader.fleet()
     (process,) = found.processes
     assert (process.id, process.available, process.enabled, process.near_limit_bytes) == (
-        board.id,
+        publisher.id,
         False,
         True,
         1_000_000,
     )
     assert process.commands == store.counters()
     assert 0 <= process.age_s < 30
-    assert (process.fence, process.audit is not None and process.audit.stale) == (None, 0)
+    assert (process.lease, process.verifier is not None and process.verifier.stale) == (None, 0)
     assert found.findings == [finding]
     assert msgspec.json.decode(msgspec.json.encode(found))["totals"]["hits"] == 0
-    await board.close()
+    await publisher.close()
     await reader.close()
 
 
@@ -225,36 +232,38 @@ async def test_a_process_that_ends_is_gone_at_once_and_one_that_died_after_30_se
         two, dead = Worker(valkey_url), Worker(valkey_url)
         for worker in (one, two, dead):
             worker.count("acme", hits=1)
-            await worker.board.publish()
-        assert len((await one.board.fleet()).processes) == 3
-        await two.board.close()
-        assert {process.id for process in (await one.board.fleet()).processes} == {
-            one.board.id,
-            dead.board.id,
+            await worker.publisher.publish()
+        assert len((await one.publisher.fleet()).processes) == 3
+        await two.publisher.close()
+        assert {process.id for process in (await one.publisher.fleet()).processes} == {
+            one.publisher.id,
+            dead.publisher.id,
         }
         assert (
             client.exists(
-                keys.figures_key(two.board.id),
-                keys.tenants_key(two.board.id),
-                keys.routes_key(two.board.id),
+                keys.counters_key(two.publisher.id),
+                keys.tenants_key(two.publisher.id),
+                keys.routes_key(two.publisher.id),
             )
             == 0
         )
-        key = keys.figures_key(dead.board.id)
+        key = keys.counters_key(dead.publisher.id)
         client.pexpire(key, 31_000)  # as if it had been silent for 29 seconds
-        found = {process.id: process.age_s for process in (await one.board.fleet()).processes}
-        assert found[dead.board.id] == pytest.approx(29, abs=1)
+        found = {process.id: process.age_s for process in (await one.publisher.fleet()).processes}
+        assert found[dead.publisher.id] == pytest.approx(29, abs=1)
         client.pexpire(key, 30_000)
-        assert {process.id for process in (await one.board.fleet()).processes} == {one.board.id}
-        assert (await one.board.tenant("acme")).totals.hits == 1
-        assert [row.totals.hits for row in (await one.board.tenants()).tenants] == [1]
+        assert {process.id for process in (await one.publisher.fleet()).processes} == {
+            one.publisher.id
+        }
+        assert (await one.publisher.tenant("acme")).totals.hits == 1
+        assert [row.totals.hits for row in (await one.publisher.tenants()).tenants] == [1]
         client.delete(key)
-        one.board.publications = module.PRUNE_EVERY
-        await one.board.publish()
-        assert {name.decode() for name in client.smembers(keys.PROCESSES_KEY)} == {one.board.id}
-        await dead.board.publish()
-        assert len((await one.board.fleet()).processes) == 2
-        await dead.board.close()
+        one.publisher.publications = module.PRUNE_EVERY
+        await one.publisher.publish()
+        assert {name.decode() for name in client.smembers(keys.PROCESSES_KEY)} == {one.publisher.id}
+        await dead.publisher.publish()
+        assert len((await one.publisher.fleet()).processes) == 2
+        await dead.publisher.close()
 
 
 async def test_figures_come_back_with_the_server(
@@ -267,22 +276,22 @@ async def test_figures_come_back_with_the_server(
         for worker in (one, two):
             worker.count("acme", hits=5)
             worker.count("globex", hits=1)
-            assert await worker.board.publish()
+            assert await worker.publisher.publish()
         server.kill()
         one.count("acme", hits=100)
-        assert not await one.board.publish()
-        found = await one.board.fleet()
+        assert not await one.publisher.publish()
+        found = await one.publisher.fleet()
         assert (found.alone, found.server, [process.id for process in found.processes]) == (
             True,
             None,
-            [one.board.id],
+            [one.publisher.id],
         )
         assert server.url.rpartition("@")[2].partition("/")[0] in found.problem
         assert found.totals.hits == 106
         acme, tenants, series = (
-            await one.board.tenant("acme"),
-            await one.board.tenants(),
-            await one.board.series(),
+            await one.publisher.tenant("acme"),
+            await one.publisher.tenants(),
+            await one.publisher.series(),
         )
         assert (acme.totals.hits, acme.alone, tenants.alone, series.alone) == (
             105,
@@ -297,12 +306,12 @@ async def test_figures_come_back_with_the_server(
         assert sum(point.hits for point in series.points) == 106
         server.start()
         for worker in (one, two):
-            assert await worker.board.publish()
-        found = await two.board.fleet()
+            assert await worker.publisher.publish()
+        found = await two.publisher.fleet()
         assert (found.alone, found.totals.hits, len(found.processes)) == (False, 112, 2)
-        assert (await two.board.tenant("globex")).totals.hits == 2
-        assert [row.totals.hits for row in (await two.board.tenants()).tenants] == [110, 2]
-        assert sum(point.hits for point in (await two.board.series()).points) == 100, (
+        assert (await two.publisher.tenant("globex")).totals.hits == 2
+        assert [row.totals.hits for row in (await two.publisher.tenants()).tenants] == [110, 2]
+        assert sum(point.hits for point in (await two.publisher.series()).points) == 100, (
             "what the server had not been told"
         )
 
@@ -315,17 +324,19 @@ async def test_what_happens_during_an_outage_is_in_the_series_when_it_happened(
     server, began = make_valkey(), int(time.time())
     async with workers(server.url, server.url, deadline_s=0.1) as (one, two):
         one.count("acme", hits=5)
-        assert await one.board.publish()
+        assert await one.publisher.publish()
         server.freeze()
         for worker, ago_s, hits in ((one, 60, 10), (two, 120, 20)):
             with monkeypatch.context() as patch:
                 patch.setattr(module, "time", ClockOf(began - ago_s))
                 worker.count("acme", hits=hits)
-                assert not await worker.board.publish()
+                assert not await worker.publisher.publish()
         server.thaw()
         for worker in (one, two) * 2:
-            assert await worker.board.publish()
-        found = {point.at: point.hits for point in (await two.board.series()).points if point.hits}
+            assert await worker.publisher.publish()
+        found = {
+            point.at: point.hits for point in (await two.publisher.series()).points if point.hits
+        }
         assert {
             ago_s: found.pop((began - ago_s) // BUCKET_S * BUCKET_S) for ago_s in (60, 120)
         } == {60: 10, 120: 20}
@@ -345,11 +356,11 @@ async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
     server = make_valkey()
     async with workers(server.url, deadline_s=0.05) as (one,):
         server.freeze()
-        one.board.start()
+        one.publisher.start()
         for number in range(3):
             one.count("acme", hits=1)
             async with asyncio.timeout(30):
-                while sum(point.hits for point in (await one.board.series()).points) <= number:
+                while sum(point.hits for point in (await one.publisher.series()).points) <= number:
                     sum(range(10_000))
 
 
@@ -360,29 +371,31 @@ async def test_a_frozen_server_holds_up_nobody_but_who_asks(
     server = make_valkey()
     async with workers(server.url, deadline_s=0.1) as (one,):
         one.count("acme", hits=1)
-        waits = one.board.client.get_connection_kwargs()
+        waits = one.publisher.client.get_connection_kwargs()
         assert (waits["socket_timeout"], waits["socket_connect_timeout"]) == (0.1, 0.1)
-        assert await one.board.publish()
+        assert await one.publisher.publish()
         server.freeze()
-        assert not await one.board.publish()
-        assert one.board.problem
-        assert (await one.board.fleet()).alone
+        assert not await one.publisher.publish()
+        assert one.publisher.problem
+        assert (await one.publisher.fleet()).alone
         server.thaw()
-        assert await one.board.publish()
-        assert one.board.problem == ""
-        assert not (await one.board.fleet()).alone
+        assert await one.publisher.publish()
+        assert one.publisher.problem == ""
+        assert not (await one.publisher.fleet()).alone
 
 
 async def test_a_cache_publishes_by_itself_and_stops_when_it_is_closed(
     valkey_url: str, client: Any
 ) -> None:
     """Nothing to be called; nothing is left behind."""
-    board = Board(valkey_url)
-    cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=board)
-    cache.figures.at("acme", "things", "/things").hits += 3
+    publisher = StatsPublisher(valkey_url)
+    cache = Cache(
+        MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), publisher=publisher
+    )
+    cache.counters.at("acme", "things", "/things").hits += 3
     await cache.connect()
-    while not client.exists(keys.figures_key(board.id)) or not client.exists(
-        keys.routes_key(board.id)
+    while not client.exists(keys.counters_key(publisher.id)) or not client.exists(
+        keys.routes_key(publisher.id)
     ):
         await asyncio.sleep(0.01)
     await cache.close()
@@ -393,17 +406,19 @@ async def test_a_cache_publishes_by_itself_and_stops_when_it_is_closed(
 async def test_a_cache_with_a_board_starts_and_ends_without_the_server() -> None:
     """And with a board that was given none."""
     for url in (f"redis://:secret@127.0.0.1:{free_port()}", None):
-        board = Board(url)
-        cache = Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=board)
-        cache.figures.at("acme", "things", "/things").hits += 3
+        publisher = StatsPublisher(url)
+        cache = Cache(
+            MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), publisher=publisher
+        )
+        cache.counters.at("acme", "things", "/things").hits += 3
         await cache.connect()
-        found = await board.fleet()
-        assert (found.alone, found.totals.hits, (await board.tenants()).tenants[0].tenant) == (
+        found = await publisher.fleet()
+        assert (found.alone, found.totals.hits, (await publisher.tenants()).tenants[0].tenant) == (
             True,
             3,
             "acme",
         )
-        assert "secret" not in f"{found.problem} {board!r}"
+        assert "secret" not in f"{found.problem} {publisher!r}"
         assert found.problem
         await cache.close()
 
@@ -415,27 +430,27 @@ async def test_only_tenants_that_changed_are_said_anew(valkey_url: str, client: 
     """Whatever of theirs it is that changed."""
     async with workers(valkey_url) as (one,):
         changes: dict[str, Callable[[Any], object]] = {
-            "hit": lambda figures: setattr(figures, "hits", figures.hits + 1),
-            "miss": lambda figures: setattr(figures, "misses", figures.misses + 1),
-            "collapse": lambda figures: setattr(figures, "collapsed", figures.collapsed + 1),
-            "store": lambda figures: figures.store(size_bytes=0, seconds=0.0),
-            "bypass": lambda figures: figures.bypass("off"),
-            "refusal": lambda figures: figures.refuse("vary"),
-            "invalidation": lambda figures: setattr(
-                figures, "invalidations", figures.invalidations + 1
+            "hit": lambda counters: setattr(counters, "hits", counters.hits + 1),
+            "miss": lambda counters: setattr(counters, "misses", counters.misses + 1),
+            "collapse": lambda counters: setattr(counters, "collapsed", counters.collapsed + 1),
+            "store": lambda counters: counters.store(size_bytes=0, seconds=0.0),
+            "bypass": lambda counters: counters.bypass("off"),
+            "refusal": lambda counters: counters.refuse("vary"),
+            "invalidation": lambda counters: setattr(
+                counters, "invalidations", counters.invalidations + 1
             ),
         }
         for tenant in (*changes, "quiet"):
             one.count(tenant, hits=1, misses=1)
-        await one.board.publish()
-        there = [keys.tenants_key(one.board.id), keys.routes_key(one.board.id)]
+        await one.publisher.publish()
+        there = [keys.tenants_key(one.publisher.id), keys.routes_key(one.publisher.id)]
         assert all(client.hlen(key) == len(changes) + 1 for key in there)
         for key in there:
             client.hdel(key, *changes, "quiet")
             client.hset(key, "keeps", "the key")
         for tenant, change in changes.items():
-            change(one.cache.figures.at(tenant, "things", "/things"))
-        await one.board.publish()
+            change(one.cache.counters.at(tenant, "things", "/things"))
+        await one.publisher.publish()
         for key in there:
             assert {name.decode() for name in client.hkeys(key)} == {*changes, "keeps"}
 
@@ -450,15 +465,15 @@ async def test_of_many_changed_tenants_those_that_wait_longest_come_first(
         for turn in range(3):
             for number in range(100):
                 one.count(f"t{number}", hits=1)
-            client.delete(keys.tenants_key(one.board.id)) if turn == 0 else client.hset(
-                keys.tenants_key(one.board.id), "x", "y"
+            client.delete(keys.tenants_key(one.publisher.id)) if turn == 0 else client.hset(
+                keys.tenants_key(one.publisher.id), "x", "y"
             )
-            await one.board.publish()
-            now = set(client.hkeys(keys.tenants_key(one.board.id)))
+            await one.publisher.publish()
+            now = set(client.hkeys(keys.tenants_key(one.publisher.id)))
             assert len(now - said - {b"x"}) in (40, 20)
             said |= now
         assert len(said - {b"x"}) == 100
-        assert (await one.board.tenants()).count == 100
+        assert (await one.publisher.tenants()).count == 100
 
 
 async def test_what_another_release_publishes_is_left_out(valkey_url: str, client: Any) -> None:
@@ -466,27 +481,27 @@ async def test_what_another_release_publishes_is_left_out(valkey_url: str, clien
     async with workers(valkey_url, valkey_url) as (one, two):
         two.count("acme", hits=1)
         for data in (msgspec.msgpack.encode((fleet.VERSION + 1, {})), b"\xff", b""):
-            await two.board.publish()
-            client.set(keys.figures_key(two.board.id), data, ex=60)
-            client.hset(keys.tenants_key(two.board.id), "acme", data)
-            client.hset(keys.routes_key(two.board.id), "acme", data)
+            await two.publisher.publish()
+            client.set(keys.counters_key(two.publisher.id), data, ex=60)
+            client.hset(keys.tenants_key(two.publisher.id), "acme", data)
+            client.hset(keys.routes_key(two.publisher.id), "acme", data)
             one.count("acme", hits=1)
-            await one.board.publish()
-            found = await one.board.fleet()
+            await one.publisher.publish()
+            found = await one.publisher.fleet()
             assert ([process.id for process in found.processes], found.alone) == (
-                [one.board.id],
+                [one.publisher.id],
                 False,
             )
-            own = one.cache.figures.of("acme", "things").hits
-            assert (await one.board.tenant("acme")).totals.hits == own
-            assert [row.totals.hits for row in (await one.board.tenants()).tenants] == [own]
+            own = one.cache.counters.of("acme", "things").hits
+            assert (await one.publisher.tenant("acme")).totals.hits == own
+            assert [row.totals.hits for row in (await one.publisher.tenants()).tenants] == [own]
 
 
 async def test_every_key_has_a_time_to_live(valkey_url: str, client: Any) -> None:
     """Whatever process is killed, at whatever moment."""
     async with workers(valkey_url) as (one,):
         one.count("acme", hits=1)
-        await one.board.publish()
+        await one.publisher.publish()
         found = {key.decode(): client.ttl(key) for key in client.scan_iter("*")}
         assert len(found) == 5
         assert all(0 < ttl <= (4200 if ":~series:" in key else 60) for key, ttl in found.items()), (
@@ -501,8 +516,8 @@ async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.Monk
         for at in (start - 2 * module.SERIES_TTL_S, start):
             monkeypatch.setattr(module, "time", ClockOf(at))
             one.count("acme", hits=1)
-            await one.board.publish()
-        assert list(one.board._own) == [int(start) // BUCKET_S]
+            await one.publisher.publish()
+        assert list(one.publisher._own) == [int(start) // BUCKET_S]
 
 
 def test_who_has_much_to_publish_publishes_less_often() -> None:
@@ -525,13 +540,13 @@ async def test_the_process_is_left_its_time(valkey_url: str) -> None:
                 await asyncio.sleep(0)
 
         running = asyncio.create_task(others())
-        await survey_of(one.cache.figures)
+        await summary_of(one.cache.counters)
         assert turns >= 1_000 / CHUNK
         turns = 0
-        await one.board.publish()
+        await one.publisher.publish()
         running.cancel()
         assert turns >= 2 * 1_000 / CHUNK
-        assert (await one.board.tenants()).count == 1_000
+        assert (await one.publisher.tenants()).count == 1_000
 
 
 # -- how it is set up ------------------------------------------------------------------------------
@@ -549,8 +564,8 @@ async def test_a_server_that_refuses_info_still_gives_figures(
     place = server.url.rpartition("@")[2]
     async with workers(f"redis://board:word@{place}") as (one,):
         one.count("acme", hits=1)
-        assert await one.board.publish()
-        found = await one.board.fleet()
+        assert await one.publisher.publish()
+        found = await one.publisher.fleet()
         assert (found.server, found.alone, found.totals.hits) == (None, False, 1)
 
 
@@ -565,8 +580,8 @@ async def test_a_server_that_refuses_everything_is_a_problem_and_no_more(
     for user in ("other:word", "other:wrong"):
         async with workers(f"redis://{user}@{place}") as (one,):
             one.count("acme", hits=1)
-            assert not await one.board.publish()
-            found = await one.board.fleet()
+            assert not await one.publisher.publish()
+            found = await one.publisher.fleet()
             assert (found.alone, found.totals.hits, bool(found.problem)) == (True, 1, True)
             assert "wrong" not in found.problem.replace("WRONGPASS", "")
 
@@ -576,16 +591,21 @@ async def test_a_board_is_set_up_with_care(monkeypatch: pytest.MonkeyPatch) -> N
     kept."""
     worker = Worker(None)
     with pytest.raises(ConfigurationError, match="one Cache"):
-        Cache(MemoryStore(), secret=SECRET, resolver=SingleTenant("public"), board=worker.board)
+        Cache(
+            MemoryStore(),
+            secret=SECRET,
+            resolver=SingleTenant("public"),
+            publisher=worker.publisher,
+        )
     with pytest.raises(ConfigurationError, match="redis://"):
-        Board("http://127.0.0.1")
+        StatsPublisher("http://127.0.0.1")
     for minutes in (0, 61):
         with pytest.raises(ValueError, match="1 to 60"):
-            await worker.board.series(minutes)
+            await worker.publisher.series(minutes)
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     with pytest.raises(ConfigurationError, match=r"respcache\[dashboard\]"):
-        Board("redis://127.0.0.1")
-    Board(None)
+        StatsPublisher("redis://127.0.0.1")
+    StatsPublisher(None)
 
 
 async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the_end(
@@ -595,7 +615,7 @@ async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the
     go on for ever."""
     begun = asyncio.Event()
 
-    async def publish(self: Board) -> bool:
+    async def publish(self: StatsPublisher) -> bool:
         begun.set()
         try:
             await asyncio.sleep(3600)
@@ -603,9 +623,9 @@ async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the
             return True
         return False
 
-    monkeypatch.setattr(Board, "publish", publish)
+    monkeypatch.setattr(StatsPublisher, "publish", publish)
     worker = Worker(None)
-    worker.board.start()
+    worker.publisher.start()
     await begun.wait()
     async with asyncio.timeout(20):
-        await worker.board.close()
+        await worker.publisher.close()

@@ -30,11 +30,11 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crm.embedded import EmbeddedServer, EmbeddedValkey
 from respcache.core.errors import StoreUnavailable
 from respcache.resp import connection as connection_module
-from respcache.resp.connection import Connection, Refused
+from respcache.resp.connection import Connection, HandshakeRefused
 from respcache.resp.url import ServerURL
+from respcache.testing.servers import EmbeddedServer, EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 
@@ -232,7 +232,7 @@ async def test_a_wrong_password_is_a_refusal_that_does_not_repeat_it(valkey_url:
     """The caller learns WRONGPASS, nobody learns what was tried."""
     good = ServerURL.parse(valkey_url)
     url = ServerURL(good.host, good.port, 0, None, "not-the-password")
-    with pytest.raises(Refused, match="WRONGPASS") as error:
+    with pytest.raises(HandshakeRefused, match="WRONGPASS") as error:
         await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
     assert "not-the-password" not in str(error.value)
 
@@ -260,7 +260,7 @@ async def test_servers_that_cannot_serve_us_are_refused(
     """A replica, a server that loads its data, one without RESP3, one without room: no connection,
     and a reason."""
     _, url = await listen(answer)
-    with pytest.raises(Refused, match=message) as error:
+    with pytest.raises(HandshakeRefused, match=message) as error:
         await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
     assert "`pw`" not in str(error.value)
 
@@ -1029,7 +1029,7 @@ async def test_a_reply_that_says_the_server_cannot_serve_ends_the_connection(
     peer.say(reply)
     assert isinstance((await waiting)[0], hiredis.ReplyError)
     await until(lambda: bool(lost))
-    assert isinstance(lost[0], Refused)
+    assert isinstance(lost[0], HandshakeRefused)
 
 
 @pytest.mark.parametrize(
@@ -1277,7 +1277,7 @@ async def test_a_user_who_may_not_do_the_handshake_is_refused_with_the_reason(
 ) -> None:
     """The message names the command."""
     url = allow(strict_server, "~*", "+@all", "-info")
-    with pytest.raises(Refused, match=r"NOPERM .*'info") as error:
+    with pytest.raises(HandshakeRefused, match=r"NOPERM .*'info") as error:
         await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
     assert "p@:w" not in str(error.value)
 
@@ -1457,7 +1457,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
     tls_url: str, certificates: Path
 ) -> None:
     """By default: only ``ssl_cert_reqs=none`` takes any."""
-    with pytest.raises(Refused, match="self-signed certificate"):
+    with pytest.raises(HandshakeRefused, match="self-signed certificate"):
         await Connection.open(ServerURL.parse(tls_url), deadline_s=LONG_S, lost=lambda _, __: None)
     client = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/client.key"
     async with connected(ServerURL.parse(f"{tls_url}?ssl_cert_reqs=none&{client}")) as connection:
@@ -1467,7 +1467,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
 async def test_a_certificate_for_another_name_is_refused(tls_url: str, certificates: Path) -> None:
     """The server is trusted, and is not the one that the URL names."""
     url = trusting(tls_url.replace("127.0.0.1", "localhost"), certificates)
-    with pytest.raises(Refused, match="not valid for 'localhost'"):
+    with pytest.raises(HandshakeRefused, match="not valid for 'localhost'"):
         await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
 
 

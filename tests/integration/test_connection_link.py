@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import redis
 
-from crm.embedded import EmbeddedValkey
 from respcache.core.errors import StoreUnavailable
 from respcache.resp.link import Link
 from respcache.resp.url import ServerURL
+from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 
@@ -166,13 +166,13 @@ async def test_a_wrong_password_is_logged_once_and_retried(
     password is logged."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
-    rounds: list[None] = []
+    relay: list[None] = []
     link = link_to(
         server.url.replace(server.password, "wanted-by-us"),
-        jitter=lambda: rounds.append(None) or 0.1,
+        jitter=lambda: relay.append(None) or 0.1,
     )
     await connect(link)
-    await until(lambda: len(rounds) > 3)
+    await until(lambda: len(relay) > 3)
     assert [level for level, _ in lines(caplog)] == ["WARNING"]
     assert "WRONGPASS" in caplog.text
     with redis.Redis.from_url(server.url) as client:
@@ -187,16 +187,16 @@ async def test_a_password_that_became_wrong_in_an_outage_is_said_too(
 ) -> None:
     """'Down' was logged already, but somebody must mend this: it is logged once more, once."""
     server: EmbeddedValkey = make_valkey()
-    rounds: list[None] = []
-    link = link_to(server.url, jitter=lambda: rounds.append(None) or 0.1)
+    relay: list[None] = []
+    link = link_to(server.url, jitter=lambda: relay.append(None) or 0.1)
     await connect(link)
     server.kill()
     await until(lambda: not link.up)
     server.password = "changed"
     server.start()
     await until(lambda: "WRONGPASS" in caplog.text)
-    seen = len(rounds)
-    await until(lambda: len(rounds) > seen + 2)
+    seen = len(relay)
+    await until(lambda: len(relay) > seen + 2)
     assert [level for level, _ in lines(caplog)] == ["WARNING", "WARNING"]
 
 
@@ -288,15 +288,15 @@ async def test_pauses_are_jittered_and_capped(
 
     monkeypatch.setattr(link_module, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(link_module, "MOST_PAUSE_S", 0.004)
-    rounds: list[float] = []
+    relay: list[float] = []
     server = await asyncio.start_server(lambda _, __: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     server.close()
     link = link_to(
-        f"redis://127.0.0.1:{port}", jitter=lambda: rounds.append(time.monotonic()) or 1.0
+        f"redis://127.0.0.1:{port}", jitter=lambda: relay.append(time.monotonic()) or 1.0
     )
     await connect(link)
-    await until(lambda: len(rounds) > 30)  # doubled without a cap, thirty pauses would take days
+    await until(lambda: len(relay) > 30)  # doubled without a cap, thirty pauses would take days
     assert not link.up
 
 

@@ -14,14 +14,14 @@ from fastapi import Depends, FastAPI, Header
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from crm.embedded import EmbeddedValkey
-from respcache import Cache, Claim, Denied, Head, RedisStore, Scope, cache_list
+from respcache import Cache, Claim, Denied, RedisStore, RequestHead, Scope, cache_list
 from respcache.core import entry as entries
 from respcache.core.errors import InvalidOperation, NotFound
 from respcache.core.keys import EPOCH_KEY, generation_key
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
 from respcache.ops.explain import Explanation
+from respcache.testing.servers import EmbeddedValkey
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
 
@@ -52,15 +52,15 @@ class People:
         self._engine = engine
         self.broken = False
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Believe the header."""
         name = head.header("x-user")
         if name is None:
             raise Denied("nobody")
         if self.broken:
             raise RuntimeError("broken")
-        home = {"ann": "acme", "abe": "acme", "gus": "globex"}.get(name, "~shared")
-        return Claim((name, head.header("x-tenant")), home)
+        owner_tenant = {"ann": "acme", "abe": "acme", "gus": "globex"}.get(name, "~shared")
+        return Claim((name, head.header("x-tenant")), owner_tenant)
 
     async def scope(self, claim: Claim) -> Scope:
         """Ask the database."""
@@ -87,7 +87,7 @@ class World:
         self.outbox = PostgresOutbox(self.engine)
         self.day = "monday"
         self.cache = Cache(
-            self.store, secret=b"k" * 32, resolver=self.resolver, outbox=self.outbox, audit_share=0
+            self.store, secret=b"k" * 32, resolver=self.resolver, outbox=self.outbox, verify_share=0
         )
         self.app = FastAPI()
         self._add("/things", tables=["things"])
@@ -161,9 +161,9 @@ class World:
 
     async def stop_rounds(self) -> None:
         """Have the fence end with its lease."""
-        assert self.cache.rounds is not None
-        assert self.cache.rounds._running is not None
-        self.cache.rounds._running.cancel()
+        assert self.cache.relay is not None
+        assert self.cache.relay._running is not None
+        self.cache.relay._running.cancel()
 
 
 @asynccontextmanager
@@ -248,7 +248,12 @@ async def test_what_is_said_of_a_hit(world: World, valkey_url: str) -> None:
                                                                                          "declared",
     ]  # fmt: skip
     assert said.caller is not None
-    assert (said.caller.tenant, said.caller.home, said.caller.tables, said.caller.remembered) == (
+    assert (
+        said.caller.tenant,
+        said.caller.owner_tenant,
+        said.caller.tables,
+        said.caller.remembered,
+    ) == (
         "acme",
         "acme",
         ("people",),
@@ -261,8 +266,8 @@ async def test_what_is_said_of_a_hit(world: World, valkey_url: str) -> None:
         said.generation.connected,
         said.entry.nonce,
     )
-    assert said.fence is not None
-    assert said.fence.alive
+    assert said.lease is not None
+    assert said.lease.alive
     assert (said.entry.verdict, said.entry.status, said.entry.coding) == ("valid", 200, "zstd")
     with redis.Redis.from_url(valkey_url) as client:
         assert client.strlen(said.key) == said.entry.size_bytes
@@ -356,9 +361,9 @@ async def test_an_entry_that_is_not_valid_any_more(
             client.hset(generation_key("acme"), "r", server.rpartition(":")[0] + ":" + "0" * 40)
         elif accident == "another epoch":
             client.delete(EPOCH_KEY)
-            epochs = world.cache.rounds.epochs
+            epochs = world.cache.relay.epochs
             async with asyncio.timeout(20):
-                while world.cache.rounds.epochs == epochs:
+                while world.cache.relay.epochs == epochs:
                     await asyncio.sleep(0.01)
     if accident == "table":
         async with asyncio.timeout(20):
@@ -499,11 +504,11 @@ async def test_no_fence(world: World, warm: bool) -> None:
         await world.served()
     await world.stop_rounds()
     async with asyncio.timeout(20):
-        while world.cache.rounds.alive:
+        while world.cache.relay.alive:
             await asyncio.sleep(0.01)
-    said = await world.agree("bypass", "fence")
-    assert said.fence is not None
-    assert not said.fence.alive
+    said = await world.agree("bypass", "no-lease")
+    assert said.lease is not None
+    assert not said.lease.alive
 
 
 async def test_no_fence_and_no_server(world: World) -> None:
@@ -513,7 +518,7 @@ async def test_no_fence_and_no_server(world: World) -> None:
     world.forget_entries()
     await world.store.close()
     async with asyncio.timeout(20):
-        while world.cache.rounds.alive:
+        while world.cache.relay.alive:
             await asyncio.sleep(0.01)
     said = await world.explain()
     assert f"detail={said.reason}" in await world.get()
@@ -523,11 +528,11 @@ async def test_a_fence_for_another_server(world: World) -> None:
     """It does not vouch for the one that answers."""
     await world.served()
     await world.stop_rounds()
-    fence = world.cache.rounds.fence
-    world.cache.rounds.fence = type(fence)("another", fence.until)
-    await world.agree("bypass", "fence")
+    lease = world.cache.relay.lease
+    world.cache.relay.lease = type(lease)("another", lease.until)
+    await world.agree("bypass", "no-lease")
     world.forget_entries()
-    await world.agree("bypass", "fence")
+    await world.agree("bypass", "no-lease")
 
 
 async def test_no_store(
@@ -596,9 +601,9 @@ async def test_explaining_changes_nothing(world: World, valkey_url: str) -> None
     await world.served()
     await world.get("/bounded")
     await world.stop_rounds()
-    near, memo = world.cache.near, world.wrapped.memo
+    near, plan_cache = world.cache.near, world.wrapped.plan_cache
     assert near is not None
-    assert memo is not None
+    assert plan_cache is not None
 
     def state() -> Any:
         with redis.Redis.from_url(valkey_url) as client:
@@ -608,7 +613,9 @@ async def test_explaining_changes_nothing(world: World, valkey_url: str) -> None
                 if not key.startswith(b"respcache:~")
             }
         uses = {
-            key: slot.frequency for fifo in (near, memo._plans) for key, slot in fifo._slots.items()
+            key: slot.frequency
+            for fifo in (near, plan_cache._plans)
+            for key, slot in fifo._slots.items()
         }
         known = list(world.cache._lookup._identities._known)
         return (
@@ -617,7 +624,7 @@ async def test_explaining_changes_nothing(world: World, valkey_url: str) -> None
             known,
             world.cache._views.reads,
             world.cache.stats()["modules"],
-            list(world.cache.figures.tenants()),
+            list(world.cache.counters.tenants()),
         )
 
     near._slots[(await world.explain()).key].frequency = 0
@@ -663,7 +670,7 @@ async def test_a_tenants_admin_gets_requests_of_the_own_tenant_explained_only(wo
         assert (await explained("ann")).switches == ()
         await world.cache.enable(tenant_id="globex")
     said = await explained("root", **{"x-tenant": "acme"})
-    assert (said.caller is not None and said.caller.tenant, said.home) == ("acme", None)
+    assert (said.caller is not None and said.caller.tenant, said.owner_tenant) == ("acme", None)
 
 
 @pytest.mark.parametrize(("path", "query"), [("things", ""), ("/things", "q=\u20ac"), ("", "")])

@@ -16,10 +16,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from crm.embedded import EmbeddedValkey
 from respcache import Cache, RedisStore, SingleTenant, cache_list, invalidate_cache
 from respcache.core.errors import StoreUnavailable
-from respcache.ops import metrics, otel
+from respcache.integrations import otel
+from respcache.ops import metrics
+from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 SECRET_TEXT = "rows of somebody"

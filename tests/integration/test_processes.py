@@ -18,11 +18,11 @@ import redis
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from crm.auth import issue_token
-from crm.embedded import EmbeddedValkey, free_port
 from crm.models import Account, Employee, Tenant
-from respcache.core.keys import figures_key
-from respcache.ops.board import Board
+from respcache.core.keys import counters_key
 from respcache.ops.fleet import Fleet
+from respcache.ops.publisher import StatsPublisher
+from respcache.testing.servers import EmbeddedValkey, free_port
 
 pytestmark = pytest.mark.anyio
 SECRET = "a secret for these tests alone, 40 chars"
@@ -240,11 +240,11 @@ async def test_figures_of_workers_add_up_and_go_with_them(
         "DATABASE_URL": database_url, "REDIS_CACHE_URL": valkey.url, "JWT_SECRET": SECRET, "RESPCACHE_KEY": SECRET,
         "LOG_LEVEL": "error",
     }  # fmt: skip
-    board = Board(valkey.url)
+    publisher = StatsPublisher(valkey.url)
 
     async def until(wanted: Callable[[Fleet], bool]) -> Fleet:
         async with asyncio.timeout(60):
-            while not wanted(found := await board.fleet()):
+            while not wanted(found := await publisher.fleet()):
                 await asyncio.sleep(0.05)
             return found
 
@@ -267,16 +267,16 @@ async def test_figures_of_workers_add_up_and_go_with_them(
         assert routes["/api/accounts"].times is not None
         assert routes["/api/accounts"].times.misses.count == routes["/api/accounts"].totals.misses
         assert all(
-            process.available and process.fence is not None and process.fence.alive
+            process.available and process.lease is not None and process.lease.alive
             for process in found.processes
         )
-        (tenant,) = (await board.tenants()).tenants
+        (tenant,) = (await publisher.tenants()).tenants
         assert tenant.totals.requests == 14
-        assert (await board.tenant(tenant.tenant)).totals == tenant.totals
+        assert (await publisher.tenant(tenant.tenant)).totals == tenant.totals
         assert (
             sum(
                 point.hits + point.misses + point.bypasses
-                for point in (await board.series()).points
+                for point in (await publisher.series()).points
             )
             == 14
         )
@@ -285,12 +285,12 @@ async def test_figures_of_workers_add_up_and_go_with_them(
         os.kill(killed.pid, signal.SIGKILL)
         with redis.Redis.from_url(valkey.url) as client:
             # as if it had been dead for half a minute
-            assert client.pexpire(figures_key(killed.id), 30_000)
-        left = await board.fleet()
+            assert client.pexpire(counters_key(killed.id), 30_000)
+        left = await publisher.fleet()
         assert [process.pid for process in left.processes] == [alive.pid]
         assert left.totals.requests in (6, 8)
         valkey.kill()
-        assert (await board.fleet()).alone
+        assert (await publisher.fleet()).alone
         valkey.start()
         back = await until(lambda fleet: not fleet.alone and bool(fleet.processes))
         assert ([process.pid for process in back.processes], back.totals.requests) == (
@@ -298,8 +298,8 @@ async def test_figures_of_workers_add_up_and_go_with_them(
             left.totals.requests,
         )
         async with asyncio.timeout(60):
-            while not (rows := (await board.tenants()).tenants):
+            while not (rows := (await publisher.tenants()).tenants):
                 await asyncio.sleep(0.05)
-        assert (await board.tenant(tenant.tenant)).totals == rows[0].totals
-    assert (await board.fleet()).processes == []
-    await board.close()
+        assert (await publisher.tenant(tenant.tenant)).totals == rows[0].totals
+    assert (await publisher.fleet()).processes == []
+    await publisher.close()

@@ -14,19 +14,21 @@ import redis
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from crm.embedded import EmbeddedValkey
 from respcache import Cache, MemoryStore, RedisStore, SingleTenant
 from respcache.core.errors import ConfigurationError
+from respcache.integrations.prometheus import PORTION, Collector, Endpoint
 from respcache.ops.access import Access, Role
-from respcache.ops.board import Board
-from respcache.ops.prometheus import PORTION, Collector, Endpoint
+from respcache.ops.publisher import StatsPublisher
+from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 TOKEN = "scrape-token-of-these-tests"
 
 
-def make_cache(board: Board | None = None) -> Cache:
-    return Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"), board=board)
+def make_cache(publisher: StatsPublisher | None = None) -> Cache:
+    return Cache(
+        MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"), publisher=publisher
+    )
 
 
 async def scrape(
@@ -62,23 +64,23 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
 
 
 def fill(cache: Cache) -> None:
-    figures = cache.figures.at("acme", "leads", '/leads/{id}\\"\n')
-    figures.hits, figures.misses, figures.bytes_served = 7, 3, 9000
-    figures.times.misses.observe(0.0004)
-    figures.times.misses.observe(0.0005)
-    figures.times.misses.observe(60)
-    figures.store(size_bytes=100, seconds=0.25)
-    figures.bypass("store")
-    cache.figures.at("acme", "leads").invalidations += 2
-    cache.figures.errors += 5
+    counters = cache.counters.at("acme", "leads", '/leads/{id}\\"\n')
+    counters.hits, counters.misses, counters.bytes_served = 7, 3, 9000
+    counters.times.misses.observe(0.0004)
+    counters.times.misses.observe(0.0005)
+    counters.times.misses.observe(60)
+    counters.store(size_bytes=100, seconds=0.25)
+    counters.bypass("store")
+    cache.counters.at("acme", "leads").invalidations += 2
+    cache.counters.errors += 5
 
 
 async def test_a_scrape_reports_what_was_counted() -> None:
     """With labels escaped, histograms cumulative, and one worker whose board has no server."""
-    board = Board(None)
-    cache = make_cache(board)
+    publisher = StatsPublisher(None)
+    cache = make_cache(publisher)
     fill(cache)
-    status, headers, body = await scrape(Endpoint(board, token=TOKEN))
+    status, headers, body = await scrape(Endpoint(publisher, token=TOKEN))
     assert (status, headers[b"content-type"]) == (200, b"text/plain; version=0.0.4; charset=utf-8")
     assert (headers[b"cache-control"], int(headers[b"content-length"])) == (b"no-store", len(body))
     found, route = samples(body), '/leads/{id}\\"\n'
@@ -108,13 +110,13 @@ async def test_a_scrape_reports_what_was_counted() -> None:
 
 async def test_tenants_are_reported_where_they_are_asked_for() -> None:
     """The largest by each figure, and the rest."""
-    board = Board(None)
-    cache = make_cache(board)
+    publisher = StatsPublisher(None)
+    cache = make_cache(publisher)
     for number in range(5):
-        cache.figures.at(f"t{number}", "leads", "/leads").hits += number
-        cache.figures.at(f"t{number}", "leads", "/leads").misses += 5 - number
-    cache.figures.at(None, "leads", "/leads").bypass("denied")
-    found = samples((await scrape(Endpoint(board, token=TOKEN, tenants=2)))[2])
+        cache.counters.at(f"t{number}", "leads", "/leads").hits += number
+        cache.counters.at(f"t{number}", "leads", "/leads").misses += 5 - number
+    cache.counters.at(None, "leads", "/leads").bypass("denied")
+    found = samples((await scrape(Endpoint(publisher, token=TOKEN, tenants=2)))[2])
     hits = {
         key[1]: value for key, value in found.items() if key[0] == "respcache_tenant_hits_total"
     }
@@ -127,12 +129,12 @@ async def test_tenants_are_reported_where_they_are_asked_for() -> None:
 
 async def test_a_metric_of_many_portions_has_one_head() -> None:
     """The exposition allows HELP and TYPE once, before all samples of the metric."""
-    board = Board(None)
-    cache = make_cache(board)
+    publisher = StatsPublisher(None)
+    cache = make_cache(publisher)
     count = 2 * PORTION + 1
     for number in range(count):
-        cache.figures.at("acme", "leads", f"/leads/{number}").hits += 1
-    body = (await scrape(Endpoint(board, token=TOKEN)))[2]
+        cache.counters.at("acme", "leads", f"/leads/{number}").hits += 1
+    body = (await scrape(Endpoint(publisher, token=TOKEN)))[2]
     assert body.count("# TYPE respcache_hits_total counter\n") == 1
     assert body.count("# HELP respcache_hits_total ") == 1
     assert sum(line.startswith("respcache_hits_total{") for line in body.splitlines()) == count
@@ -158,7 +160,7 @@ def test_a_registry_collects_this_process() -> None:
 # -- who may scrape --------------------------------------------------------------------------------
 
 
-def gate(**known: Access) -> Callable[[str], Awaitable[Access | None]]:
+def auth(**known: Access) -> Callable[[str], Awaitable[Access | None]]:
     async def access(token: str) -> Access | None:
         if token == "broken":
             raise OSError("the database is away")
@@ -186,14 +188,14 @@ async def test_only_the_scrape_token_and_those_who_reach_all_tenants_are_answere
     token: str | None, status: int, said: str
 ) -> None:
     """What is refused says why, and shows nothing."""
-    board = Board(None)
-    fill(make_cache(board))
+    publisher = StatsPublisher(None)
+    fill(make_cache(publisher))
     people = {
         "root": Access(name="root", role=Role.OPERATOR),
         "viewer": Access(name="viewer", role=Role.VIEWER),
         "admin-of-acme": Access(name="abe", role=Role.OPERATOR, tenant="acme"),
     }
-    got, headers, body = await scrape(Endpoint(board, token=TOKEN, gate=gate(**people)), token)
+    got, headers, body = await scrape(Endpoint(publisher, token=TOKEN, auth=auth(**people)), token)
     assert (got, said in body) == (status, True)
     assert (b"www-authenticate" in headers) == (status == 401)
     assert ("respcache_hits_total" in body) == (status == 200)
@@ -201,12 +203,12 @@ async def test_only_the_scrape_token_and_those_who_reach_all_tenants_are_answere
 
 async def test_without_a_token_of_its_own_nobody_but_people_are_answered() -> None:
     """And without people either, nobody at all."""
-    board = Board(None)
-    make_cache(board)
-    people = gate(root=Access(name="root", role=Role.OPERATOR))
-    assert (await scrape(Endpoint(board, gate=people), "root"))[0] == 200
-    assert (await scrape(Endpoint(board, gate=people), ""))[0] == 401
-    assert [(await scrape(Endpoint(board), token))[0] for token in (TOKEN, "", None)] == [
+    publisher = StatsPublisher(None)
+    make_cache(publisher)
+    people = auth(root=Access(name="root", role=Role.OPERATOR))
+    assert (await scrape(Endpoint(publisher, auth=people), "root"))[0] == 200
+    assert (await scrape(Endpoint(publisher, auth=people), ""))[0] == 401
+    assert [(await scrape(Endpoint(publisher), token))[0] for token in (TOKEN, "", None)] == [
         403,
         403,
         403,
@@ -215,9 +217,9 @@ async def test_without_a_token_of_its_own_nobody_but_people_are_answered() -> No
 
 async def test_other_methods_are_refused() -> None:
     """HEAD is GET without the body."""
-    board = Board(None)
-    make_cache(board)
-    endpoint = Endpoint(board, token=TOKEN)
+    publisher = StatsPublisher(None)
+    make_cache(publisher)
+    endpoint = Endpoint(publisher, token=TOKEN)
     status, headers, body = await scrape(endpoint, method="HEAD")
     assert (status, body, int(headers[b"content-length"]) > 0) == (200, "", True)
     status, headers, _ = await scrape(endpoint, method="POST")
@@ -231,30 +233,32 @@ async def test_other_methods_are_refused() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     """The message names the fix, and never the token."""
     with pytest.raises(ConfigurationError, match=said) as error:
-        Endpoint(Board(None), **options)
+        Endpoint(StatsPublisher(None), **options)
     assert options.get("token", "~") not in str(error.value)
-    assert TOKEN not in repr(Endpoint(Board(None), token=TOKEN))
+    assert TOKEN not in repr(Endpoint(StatsPublisher(None), token=TOKEN))
 
 
 # -- several processes -----------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def process(url: str) -> AsyncIterator[tuple[Cache, Board]]:
+async def process(url: str) -> AsyncIterator[tuple[Cache, StatsPublisher]]:
     """Run a cache whose board publishes only when it is told to."""
-    board = Board(url)
-    cache = Cache(RedisStore(url), secret=b"k" * 32, resolver=SingleTenant("public"), board=board)
+    publisher = StatsPublisher(url)
+    cache = Cache(
+        RedisStore(url), secret=b"k" * 32, resolver=SingleTenant("public"), publisher=publisher
+    )
     assert cache.store is not None
     await cache.store.connect()
     try:
-        yield cache, board
+        yield cache, publisher
     finally:
-        await board.close()
+        await publisher.close()
         await cache.store.close()
 
 
-async def page_of(board: Board, tenants: int = 0) -> str:
-    status, _, body = await scrape(Endpoint(board, token=TOKEN, tenants=tenants))
+async def page_of(publisher: StatsPublisher, tenants: int = 0) -> str:
+    status, _, body = await scrape(Endpoint(publisher, token=TOKEN, tenants=tenants))
     assert status == 200
     return body
 
@@ -262,12 +266,12 @@ async def page_of(board: Board, tenants: int = 0) -> str:
 async def test_any_process_reports_all_of_them(valkey_url: str) -> None:
     """Each under a label of its own, with what the server says of itself, and tenants by
     process."""
-    async with process(valkey_url) as (one, board), process(valkey_url) as (two, other):
+    async with process(valkey_url) as (one, publisher), process(valkey_url) as (two, other):
         fill(one)
-        two.figures.at("globex", "tasks", "/tasks").hits += 5
-        assert await board.publish()
+        two.counters.at("globex", "tasks", "/tasks").hits += 5
+        assert await publisher.publish()
         assert await other.publish()
-        first, second = await page_of(board, 1), await page_of(other, 1)
+        first, second = await page_of(publisher, 1), await page_of(other, 1)
     for body in (first, second):
         found = samples(body)
         assert found[("respcache_workers",)] == 2
@@ -290,13 +294,13 @@ async def test_while_the_server_is_away_a_process_reports_itself(
 ) -> None:
     """And that these are not all; with tenants too."""
     server = make_valkey()
-    async with process(server.url) as (one, board), process(server.url) as (_, other):
+    async with process(server.url) as (one, publisher), process(server.url) as (_, other):
         fill(one)
-        assert await board.publish()
+        assert await publisher.publish()
         assert await other.publish()
-        assert samples(await page_of(board))[("respcache_fleet_complete",)] == 1
+        assert samples(await page_of(publisher))[("respcache_fleet_complete",)] == 1
         server.stop()
-        found = samples(await page_of(board, 1))
+        found = samples(await page_of(publisher, 1))
         assert found[("respcache_fleet_complete",)] == 0
         assert found[("respcache_workers",)] == 1
         assert found["respcache_tenant_misses_total", "acme"] == 3
@@ -320,13 +324,13 @@ async def test_a_server_that_says_nothing_of_itself_is_left_out(
     async with process(server.url) as (one, publishing):
         fill(one)
         assert await publishing.publish()
-        board = Board(
+        publisher = StatsPublisher(
             f"redis://metrics:pass@{server.url.rpartition('@')[2].removeprefix('redis://')}"
         )
         try:
-            found = samples(await page_of(board))
+            found = samples(await page_of(publisher))
         finally:
-            await board.close()
+            await publisher.close()
     assert found["respcache_hits_total", "leads", '/leads/{id}\\"\n'] == 7
     assert ("respcache_server_memory_bytes",) not in found
 
@@ -337,9 +341,9 @@ async def test_a_server_that_says_nothing_of_itself_is_left_out(
 )
 async def test_promtool_finds_nothing_to_complain_of(valkey_url: str) -> None:
     """Names, units, help and syntax, as Prometheus itself would have them."""
-    async with process(valkey_url) as (one, board):
+    async with process(valkey_url) as (one, publisher):
         fill(one)
-        body = await page_of(board, 3)
+        body = await page_of(publisher, 3)
     command = ["promtool", "check", "metrics"]
     done = await asyncio.to_thread(
         subprocess.run, command, input=body, capture_output=True, text=True, check=False

@@ -19,15 +19,15 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from crm.embedded import EmbeddedValkey
 from respcache import Cache, RedisStore, SingleTenant, cache_list
 from respcache.core.errors import OutboxError, StoreUnavailable
-from respcache.core.fence import DRIFT, MAX_ROWS, MAX_TENANTS
 from respcache.core.keys import EPOCH_KEY, generation_key
+from respcache.core.serving_lease import DRIFT, MAX_ROWS, MAX_TENANTS
 from respcache.stores.base import Bumped
+from respcache.testing.servers import EmbeddedValkey
 from respcache.writes import triggers
 from respcache.writes.postgres import PostgresOutbox
-from respcache.writes.rounds import BACKLOG_S, Rounds, boottime
+from respcache.writes.relay import BACKLOG_S, OutboxRelay, boottime
 from respcache.writes.sqlalchemy import watch
 
 pytestmark = pytest.mark.anyio
@@ -98,9 +98,9 @@ class Process:
         self.http = httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     @property
-    def rounds(self) -> Rounds:
-        assert self.cache.rounds is not None
-        return self.cache.rounds
+    def relay(self) -> OutboxRelay:
+        assert self.cache.relay is not None
+        return self.cache.relay
 
     async def names(self) -> list[str]:
         names: list[str] = (await self.http.get("/things")).json()
@@ -120,8 +120,8 @@ class Process:
 
     async def stop_rounds(self) -> None:
         """Leave everything to the writers from here on; the fence is still alive."""
-        assert self.rounds._running is not None
-        self.rounds._running.cancel()
+        assert self.relay._running is not None
+        self.relay._running.cancel()
 
     async def _is(self, what: str) -> bool:
         return what in await self.said()
@@ -210,17 +210,17 @@ async def test_a_write_by_psql_is_never_missed_for_longer_than_a_lease(
 async def test_copy_by_another_service_is_seen(one: Process, psql: asyncpg.Connection) -> None:
     """It is a statement like any other to a trigger."""
     await psql.copy_records_to_table("things", records=[(3, TENANT, "copied")])
-    await one.rounds.safe(one.rounds.clock())
+    await one.relay.safe(one.relay.clock())
     assert await one.names() == ["old", "old", "copied"]
 
 
 async def test_truncate_makes_everything_invalid(one: Process, psql: asyncpg.Connection) -> None:
     """Nobody knows whose rows there were: a new epoch."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     await psql.execute("TRUNCATE things")
-    await one.rounds.safe(one.rounds.clock())
+    await one.relay.safe(one.relay.clock())
     assert await one.names() == []
-    assert one.rounds.epochs == before + 1
+    assert one.relay.epochs == before + 1
     await one.warm()
 
 
@@ -236,11 +236,11 @@ async def test_a_transaction_that_commits_after_a_younger_one_is_not_missed(
         await older.start()
         await other.execute("UPDATE things SET name = 'older' WHERE id = 1")
         await psql.execute("UPDATE things SET name = 'younger' WHERE id = 2")
-        await one.rounds.safe(one.rounds.clock())
+        await one.relay.safe(one.relay.clock())
         assert await one.names() == ["old", "younger"]
         await one.warm()
         await older.commit()
-        await one.rounds.safe(one.rounds.clock())
+        await one.relay.safe(one.relay.clock())
         assert await one.names() == ["older", "younger"]
     finally:
         await other.close()
@@ -255,10 +255,10 @@ async def test_a_writer_bumps_the_rows_that_its_transaction_left(one: Process) -
     await one.stop_rounds()
     answer = await one.http.post("/rename", params={"to": "new"})
     assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
-    assert one.cache.figures.acknowledgements_delayed == 0
-    assert one.rounds.alive, "the fence ended before the test did"
+    assert one.cache.counters.acknowledgements_delayed == 0
+    assert one.relay.alive, "the fence ended before the test did"
     assert await one.names() == ["new", "new"]
-    assert one.cache.figures.of(TENANT, "things").invalidations == 1
+    assert one.cache.counters.of(TENANT, "things").invalidations == 1
 
 
 async def test_the_answer_of_a_write_names_what_its_bump_has_reached(
@@ -287,7 +287,7 @@ async def test_text_that_nobody_understands_needs_no_declaration(
 ) -> None:
     """The database says what it changed; in AUTOCOMMIT, where there is no moment to ask, a round
     finds out."""
-    one.rounds._adopted_at = float("-inf")  # no other process has lived in an epoch before this one
+    one.relay._adopted_at = float("-inf")  # no other process has lived in an epoch before this one
     sql = "DO $$ BEGIN EXECUTE 'UPDATE things SET name = ''new'''; END $$"
     answer = await one.http.post("/run", params={"sql": sql, "autocommit": autocommit})
     assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
@@ -300,7 +300,7 @@ async def test_a_transaction_that_changed_nothing_delays_nobody(one: Process) ->
         "/run", params={"sql": "UPDATE things SET name = 'new' WHERE id = 999"}
     )
     assert answer.status_code == 200
-    assert one.cache.figures.acknowledgements_delayed == 0
+    assert one.cache.counters.acknowledgements_delayed == 0
     assert "; hit" in await one.said()
 
 
@@ -333,7 +333,7 @@ async def test_many_processes_bump_a_row_once(
         await processes[0].warm()
         await psql.execute(RENAME)
         for process in processes:
-            await process.rounds.safe(process.rounds.clock())
+            await process.relay.safe(process.relay.clock())
         with redis.Redis.from_url(valkey_url) as client:
             assert client.hget(generation_key(TENANT), "s") == b"1"
 
@@ -343,7 +343,7 @@ async def test_another_tenants_write_invalidates_nothing(
 ) -> None:
     """The row names its tenant."""
     await psql.execute("UPDATE things SET name = 'new' WHERE tenant_id = 'other'")
-    await one.rounds.safe(one.rounds.clock())
+    await one.relay.safe(one.relay.clock())
     assert "; hit" in await one.said()
 
 
@@ -352,7 +352,7 @@ async def test_a_round_in_a_new_epoch_does_not_vouch_for_the_fences_of_the_forme
 ) -> None:
     """It bumped nothing that is older than the epoch; another process may still serve in the epoch
     before."""
-    one.rounds._adopted_at = one.rounds.clock()
+    one.relay._adopted_at = one.relay.clock()
     answer = await one.http.post("/run", params={"sql": RENAME, "autocommit": True})
     assert answer.headers["x-cache-invalidation"] == "pending; safe"
 
@@ -379,7 +379,7 @@ async def test_a_write_during_an_outage_is_answered_when_no_fence_is_alive(
         assert await reader.names() == ["new", "new"]
         await reader.warm()
         assert await reader.names() == ["new", "new"]
-        assert await writer.said() == "respcache; fwd=bypass; detail=fence"
+        assert await writer.said() == "respcache; fwd=bypass; detail=no-lease"
 
 
 async def test_in_a_long_outage_writes_do_not_wait(
@@ -416,14 +416,14 @@ async def test_what_was_written_in_an_outage_is_bumped_before_anything_is_served
         valkey.freeze()
         answer = await process.http.post("/rename", params={"to": "new"})
         assert answer.headers["x-cache-invalidation"] == "pending; safe"
-        assert process.cache.stats()["fence"]["problem"]
-        await until(lambda: asyncio.sleep(0, process.rounds.pending_rows > 0))
-        assert process.rounds.pending_s > 0
+        assert process.cache.stats()["lease"]["problem"]
+        await until(lambda: asyncio.sleep(0, process.relay.pending_rows > 0))
+        assert process.relay.pending_s > 0
         valkey.thaw()
         while "; hit" not in await process.said():
             assert await process.names() == ["new", "new"]
         assert await process.names() == ["new", "new"]
-        assert process.rounds.pending_rows == 0
+        assert process.relay.pending_rows == 0
 
 
 async def test_an_invalidation_by_hand_survives_outage_and_process(
@@ -437,7 +437,7 @@ async def test_an_invalidation_by_hand_survives_outage_and_process(
         await first.store.close()
         assert await first.cache.invalidate_tenant_cache(TENANT, "things") is False
     async with running(second):
-        await until(lambda: asyncio.sleep(0, second.rounds.alive))
+        await until(lambda: asyncio.sleep(0, second.relay.alive))
         assert "; hit" not in await second.said()
 
 
@@ -455,7 +455,7 @@ async def test_without_rounds_nothing_is_served_after_a_lease(
         lock = psql.transaction()
         await lock.start()
         await psql.execute(f"LOCK TABLE {triggers.FENCE} IN ACCESS EXCLUSIVE MODE")
-        await process.cold("fence")
+        await process.cold("no-lease")
         await lock.rollback()
         await process.warm()
 
@@ -489,34 +489,34 @@ async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(
     one: Process, where: str
 ) -> None:
     """What counts is the fence held before, at the moment of the reply."""
-    one.rounds.fence = type(one.rounds.fence)(one.rounds.fence.server, one.rounds.clock() + 3600)
+    one.relay.lease = type(one.relay.lease)(one.relay.lease.server, one.relay.clock() + 3600)
     await one.stop_rounds()
     late = 0.0
-    one.rounds.clock = one.cache.clock = one.cache._lookup._clock = lambda: boottime() + late
+    one.relay.clock = one.cache.clock = one.cache._lookup._clock = lambda: boottime() + late
 
     async def end() -> None:
         nonlocal late
         late = 1e9
 
     interpose(one, where, end)
-    assert await one.said() == "respcache; fwd=bypass; detail=fence"
+    assert await one.said() == "respcache; fwd=bypass; detail=no-lease"
 
 
-@pytest.mark.parametrize(("lost", "why"), [("fence", "fence"), ("tables", "no-trigger")])
+@pytest.mark.parametrize(("lost", "why"), [("lease", "no-lease"), ("tables", "no-trigger")])
 async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(
     one: Process, lost: str, why: str
 ) -> None:
     """The view is still the one of the proof, and the fence of the proof would have lasted."""
     await one.stop_rounds()
-    rounds, granted = one.rounds, one.rounds.fence
-    rounds.fence = type(granted)(granted.server, rounds.clock() + 3600)
+    relay, still_proven = one.relay, one.relay.lease
+    relay.lease = type(still_proven)(still_proven.server, relay.clock() + 3600)
     assert all(["; hit" in await one.said() for _ in range(2)])
-    (aim,) = (plan.aim for plan in one.app.memo.plans())
-    assert one.cache.granted(aim, one.cache.clock()) is aim.grant is not None
-    if lost == "fence":
-        rounds.fence = type(granted)()
+    (scoped,) = (plan.scoped for plan in one.app.plan_cache.plans())
+    assert one.cache.still_proven(scoped, one.cache.clock()) is scoped.proof is not None
+    if lost == "lease":
+        relay.lease = type(still_proven)()
     else:
-        rounds._cover(frozenset())
+        relay._cover(frozenset())
     assert await one.said() == f"respcache; fwd=bypass; detail={why}"
 
 
@@ -526,20 +526,20 @@ async def test_a_fence_granted_while_the_store_is_asked_does_not_count(
 ) -> None:
     """It knows of writes that the reply does not."""
     await one.stop_rounds()
-    granted = one.rounds.fence
-    one.rounds.fence = type(granted)(granted.server, one.rounds.clock() + 0.2)
+    still_proven = one.relay.lease
+    one.relay.lease = type(still_proven)(still_proven.server, one.relay.clock() + 0.2)
 
-    async def grant() -> None:
-        while one.rounds.alive:
+    async def proof() -> None:
+        while one.relay.alive:
             await asyncio.sleep(0.01)
-        one.rounds.fence = type(granted)(granted.server, one.rounds.clock() + 3600)
+        one.relay.lease = type(still_proven)(still_proven.server, one.relay.clock() + 3600)
 
-    interpose(one, where, grant)
+    interpose(one, where, proof)
     if where == "store":
-        assert await one.said() == "respcache; fwd=bypass; detail=fence"
+        assert await one.said() == "respcache; fwd=bypass; detail=no-lease"
     else:
-        (plan,) = (slot.value for slot in one.app.memo._plans._slots.values())
-        assert await one.cache._lookup.hit(plan.aim) is None
+        (plan,) = (slot.value for slot in one.app.plan_cache._plans._slots.values())
+        assert await one.cache._lookup.hit(plan.scoped) is None
 
 
 async def test_only_the_authority_is_served(
@@ -555,13 +555,13 @@ async def test_only_the_authority_is_served(
     async with running(first):
         await first.warm()
         async with running(second):
-            assert await second.said() == "respcache; fwd=bypass; detail=fence"
+            assert await second.said() == "respcache; fwd=bypass; detail=no-lease"
             await second.warm()
-            assert await first.said() == "respcache; fwd=bypass; detail=fence"
+            assert await first.said() == "respcache; fwd=bypass; detail=no-lease"
             answer = await first.http.post("/rename", params={"to": "new"})
             assert answer.status_code == 200
             assert await second.names() == ["new", "new"]
-            assert first.rounds.problem == "another server has become the authority"
+            assert first.relay.problem == "another server has become the authority"
 
 
 async def test_a_claim_is_effective_when_the_fences_of_the_former_authority_have_ended(
@@ -596,8 +596,8 @@ async def test_a_second_process_joins_the_epoch(
     """It begins where the record's cursor stands, and what is cached stays valid."""
     second = Process(empty_database_url, valkey_url)
     async with running(second):
-        assert second.rounds._epoch == one.rounds._epoch
-        assert second.rounds.epochs == 0
+        assert second.relay._epoch == one.relay._epoch
+        assert second.relay.epochs == 0
         assert "; hit" in await second.said()
 
 
@@ -605,9 +605,9 @@ async def test_a_lost_epoch_is_made_anew(one: Process, valkey_url: str) -> None:
     """By one process; everything cached before is invalid."""
     with redis.Redis.from_url(valkey_url) as client:
         client.delete(EPOCH_KEY)
-    before = one.rounds.epochs
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs == before + 1
+    before = one.relay.epochs
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs == before + 1
     assert "; hit" not in await one.said()
     await one.warm()
 
@@ -616,14 +616,14 @@ async def test_more_rows_than_can_be_replayed_are_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """A full outbox costs one write to the store, whatever is in it."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     await psql.execute(
         f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM "
         f"generate_series(1, $1::int) number",
         MAX_ROWS + 1,
     )
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs == before + 1
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs == before + 1
     await one.warm()
 
 
@@ -631,12 +631,12 @@ async def test_a_cursor_from_before_the_horizon_is_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """Rows that it has not seen may have been deleted."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     await psql.execute(
         f"UPDATE {triggers.FENCE} SET pruned = (pg_current_xact_id()::text::bigint + 1)::text::xid8"
     )
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs > before
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs > before
 
 
 async def test_rows_are_deleted_once_everybody_may_have_read_them(
@@ -647,7 +647,7 @@ async def test_rows_are_deleted_once_everybody_may_have_read_them(
     async with running(process):
         await process.warm()
         await psql.execute(RENAME)
-        await process.rounds.safe(process.rounds.clock())
+        await process.relay.safe(process.relay.clock())
         await process.stop_rounds()
         count = f"SELECT count(*) FROM {triggers.OUTBOX}"
         await psql.execute(RENAME)
@@ -660,7 +660,7 @@ async def test_rows_are_deleted_once_everybody_may_have_read_them(
 
 async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
     """Its outbox is another one, whatever is in it, and its rows are from another time."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     statements: list[str] = [f"DROP TABLE {triggers.OUTBOX}, {triggers.FENCE}, things"]
     statements += [
         "CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"
@@ -671,7 +671,7 @@ async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connec
     async with psql.transaction():
         for statement in statements:
             await psql.execute(statement)
-    await until(lambda: asyncio.sleep(0, one.rounds.epochs > before))
+    await until(lambda: asyncio.sleep(0, one.relay.epochs > before))
     await one.warm()
     assert await one.names() == ["restored"]
 
@@ -711,13 +711,13 @@ async def test_a_trigger_disabled_within_one_transaction_is_noticed(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """No round sees it disabled; the trigger's life tells."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     async with psql.transaction():
         await psql.execute("ALTER TABLE things DISABLE TRIGGER respcache_update")
         await psql.execute(RENAME)
         await psql.execute("ALTER TABLE things ENABLE ALWAYS TRIGGER respcache_update")
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs == before + 1
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs == before + 1
     assert await one.names() == ["new", "new"]
 
 
@@ -735,7 +735,7 @@ async def test_a_database_without_outbox_is_served_without_the_cache(
         assert "fwd=bypass" in await process.said()
         assert (await process.http.post("/rename", params={"to": "new"})).status_code == 200
         assert await process.names() == ["new", "new"]
-        assert triggers.OUTBOX in process.cache.stats()["fence"]["problem"]
+        assert triggers.OUTBOX in process.cache.stats()["lease"]["problem"]
         statements: list[str] = []
         await psql.execute(f"DROP TABLE {triggers.FENCE}")
         triggers.create_outbox(statements.append)
@@ -802,18 +802,18 @@ async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """They are nobody's writes; the cache stays warm."""
-    xid, before = await present_xid(psql) + 10_000, one.rounds.epochs
+    xid, before = await present_xid(psql) + 10_000, one.relay.epochs
     rows = (
         f"SELECT number::text::xid8, '{TENANT}', 'T:things' FROM generate_series({xid}, "
         f"{xid + 9}) AS number"
     )
     await psql.execute(f"INSERT INTO {triggers.OUTBOX} (xid, tenant, tag) {rows}")
     # the round that meets them does not leave them to the housekeeping
-    one.rounds._pruned_at = one.rounds.clock() + 3600
+    one.relay._pruned_at = one.relay.clock() + 3600
     for _ in range(2):
-        await one.rounds.caught_up()
+        await one.relay.caught_up()
     assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid >= '{xid}'") == 0
-    assert one.rounds.epochs == before
+    assert one.relay.epochs == before
     assert "; hit" in await one.said()
 
 
@@ -850,8 +850,8 @@ async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
 ) -> None:
     """It lies in the future: by it every cursor would have missed something, for ever."""
     # the round that meets it does not leave it to the housekeeping
-    one.rounds._pruned_at = one.rounds.clock() + 3600
-    before = one.rounds.epochs
+    one.relay._pruned_at = one.relay.clock() + 3600
+    before = one.relay.epochs
     ahead = await present_xid(psql) + 1_000_000
     await psql.execute(f"UPDATE {triggers.FENCE} SET {column} = '{ahead}'")
     if column == "horizon":  # it becomes the other when it is moved
@@ -862,8 +862,8 @@ async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
     await until(lambda: _is_past(psql))
     await one.warm()
     for _ in range(3):
-        await one.rounds.caught_up()
-    assert one.rounds.epochs <= before + 1
+        await one.relay.caught_up()
+    assert one.relay.epochs <= before + 1
 
 
 async def _is_past(psql: asyncpg.Connection) -> bool:
@@ -947,7 +947,7 @@ async def test_tables_that_exchange_their_names_are_noticed(
         await psql.execute(statement)
     await one.warm()
     await psql.execute("UPDATE things SET name = 'later'")
-    await one.rounds.safe(one.rounds.clock())
+    await one.relay.safe(one.relay.clock())
     assert (await one.names())[0] == "later"
 
 
@@ -955,11 +955,11 @@ async def test_a_table_that_was_renamed_to_and_fro_is_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """Meanwhile another one may have had its name, and been read."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     async with psql.transaction():
         await psql.execute("ALTER TABLE things RENAME TO other; ALTER TABLE other RENAME TO things")
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs == before + 1
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs == before + 1
 
 
 async def test_ordinary_triggers_are_not_enough(
@@ -1008,7 +1008,7 @@ async def test_ddl_that_changes_what_is_read_is_a_new_epoch(
     async with running(process):
         await process.warm()
         await psql.execute(change)
-        await process.rounds.safe(process.rounds.clock())
+        await process.relay.safe(process.relay.clock())
         assert await process.names() == rows
         await process.warm()
 
@@ -1017,14 +1017,14 @@ async def test_what_changes_nothing_that_is_read_keeps_the_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """Maintenance, and tables that nobody watches."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     await psql.execute("VACUUM things")
     await psql.execute("ANALYZE things")
     await psql.execute(
         "CREATE TABLE others (id int); ALTER TABLE others ADD COLUMN name text; DROP TABLE others"
     )
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs == before
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs == before
 
 
 @pytest.mark.parametrize(
@@ -1061,7 +1061,7 @@ async def test_a_transaction_asks_what_it_has_left_in_any_role(
             await session.execute(update(Thing).values(name="new"))
         await one.cache.settled()
         assert await one.names() == ["new", "new"]
-        assert one.cache.figures.acknowledgements_delayed == 0
+        assert one.cache.counters.acknowledgements_delayed == 0
     finally:
         await psql.execute("DROP OWNED BY respcache_tenant; DROP ROLE respcache_tenant")
 
@@ -1087,11 +1087,11 @@ async def test_an_outbox_that_is_removed_fails_no_write(
         for name in ("a", "b", "c"):
             assert (await process.http.post("/rename", params={"to": name})).status_code == 200
             assert await process.names() == [name, name]
-        await until(lambda: asyncio.sleep(0, not process.rounds.believed_any()))
-        before = process.cache.figures.acknowledgements_delayed
+        await until(lambda: asyncio.sleep(0, not process.relay.believed_any()))
+        before = process.cache.counters.acknowledgements_delayed
         answer = await process.http.post("/rename", params={"to": "new"})
         assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
-        assert process.cache.figures.acknowledgements_delayed == before
+        assert process.cache.counters.acknowledgements_delayed == before
 
 
 async def test_without_an_outbox_nobody_waits_for_long(
@@ -1105,9 +1105,9 @@ async def test_without_an_outbox_nobody_waits_for_long(
     )
     process = Process(empty_database_url, valkey_url, lease_s=0.6)
     async with running(process):
-        await until(lambda: asyncio.sleep(0, not process.rounds.believed_any()))
+        await until(lambda: asyncio.sleep(0, not process.relay.believed_any()))
         process.outbox.lease_s = 3600  # what a wait would now be
-        process.rounds._missing_since = process.rounds.clock() - 4000
+        process.relay._missing_since = process.relay.clock() - 4000
         for autocommit in (False, True):
             async with asyncio.timeout(10):
                 answer = await process.http.post(
@@ -1127,20 +1127,20 @@ async def test_a_write_to_a_table_that_was_just_unwatched_waits_for_the_others(
     async with running(writer, reader):
         await writer.warm()
         await reader.warm()
-        await until(lambda: asyncio.sleep(0, not writer.rounds.believed("unwatched")))
+        await until(lambda: asyncio.sleep(0, not writer.relay.believed("unwatched")))
         await writer.http.post("/run", params={"sql": "UPDATE unwatched SET id = 2"})
-        assert writer.cache.figures.acknowledgements_delayed == 0
+        assert writer.cache.counters.acknowledgements_delayed == 0
         statements: list[str] = []
         triggers.drop_triggers(statements.append, ["things"])
         for statement in statements:
             await psql.execute(statement)
         await writer.http.post("/rename", params={"to": "new"})
-        assert writer.cache.figures.acknowledgements_delayed == 1
+        assert writer.cache.counters.acknowledgements_delayed == 1
         assert await reader.names() == ["new", "new"]
-        await until(lambda: asyncio.sleep(0, "things" not in writer.rounds.tables))
-        writer.rounds._covered_until["things"] += 60  # however slowly this test runs
+        await until(lambda: asyncio.sleep(0, "things" not in writer.relay.tables))
+        writer.relay._covered_until["things"] += 60  # however slowly this test runs
         await writer.http.post("/rename", params={"to": "newer"})
-        assert writer.cache.figures.acknowledgements_delayed == 2
+        assert writer.cache.counters.acknowledgements_delayed == 2
 
 
 async def test_a_table_of_any_name_counts_as_watched(
@@ -1179,13 +1179,13 @@ async def test_the_answer_of_a_hidden_write_waits_too(
     is asked."""
     await psql.execute("""
         CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
-    await until(lambda: asyncio.sleep(0, "rename" in one.rounds.functions))
+    await until(lambda: asyncio.sleep(0, "rename" in one.relay.functions))
     await one.warm()
     await one.stop_rounds()
     answer = await one.http.post("/run", params={"sql": sql})
     assert answer.status_code == 200
     assert await one.names() == ["new", "new"]
-    assert one.cache.figures.of(TENANT, "things").invalidations == 1
+    assert one.cache.counters.of(TENANT, "things").invalidations == 1
 
 
 async def test_a_read_that_only_looks_like_a_write_stays_a_read(one: Process) -> None:
@@ -1205,7 +1205,7 @@ async def test_a_read_that_only_looks_like_a_write_stays_a_read(one: Process) ->
     for _ in range(2):
         await one.cache.get_or_set(TENANT, "things", {"q": 1}, make, tables=["things"])
     assert made == 1
-    assert one.cache.figures.acknowledgements_delayed == 0
+    assert one.cache.counters.acknowledgements_delayed == 0
 
 
 async def test_a_statement_may_say_that_it_writes(one: Process, psql: asyncpg.Connection) -> None:
@@ -1221,7 +1221,7 @@ async def test_a_statement_may_say_that_it_writes(one: Process, psql: asyncpg.Co
         )
     await one.cache.settled()
     assert await one.names() == ["new", "new"]
-    assert one.cache.figures.acknowledgements_delayed == 0
+    assert one.cache.counters.acknowledgements_delayed == 0
 
 
 @pytest.mark.parametrize(
@@ -1236,7 +1236,7 @@ async def test_a_statement_that_failed_in_a_savepoint_delays_nobody(
             async with session.begin_nested():
                 await session.execute(text(failing))
     await one.cache.settled()
-    assert one.cache.figures.acknowledgements_delayed == 0
+    assert one.cache.counters.acknowledgements_delayed == 0
     assert "; hit" in await one.said()
 
 
@@ -1250,7 +1250,7 @@ async def test_what_deferred_triggers_write_is_waited_for(
             $$ BEGIN UPDATE things SET name = 'deferred ' || NEW.id; RETURN NULL; END $$;
         CREATE CONSTRAINT TRIGGER later AFTER INSERT ON orders
             DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION later()""")
-    await until(lambda: asyncio.sleep(0, one.rounds.deferred))
+    await until(lambda: asyncio.sleep(0, one.relay.deferred))
     for number in range(5):
         await one.warm()
         assert (
@@ -1267,7 +1267,7 @@ async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
     await psql.execute("""
         INSERT INTO things SELECT n, 'tenant number ' || n, 'old' FROM generate_series(100, 3000) n;
         CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
-    await until(lambda: asyncio.sleep(0, "rename" in one.rounds.functions))
+    await until(lambda: asyncio.sleep(0, "rename" in one.relay.functions))
     await one.warm()
     async with one.engine.begin() as connection:
         await connection.execute(text(sql))
@@ -1276,7 +1276,7 @@ async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
         ).scalar_one() == triggers.TOO_MANY
     await one.cache.settled()
     assert await one.names() == ["new", "new"]
-    assert one.cache.figures.acknowledgements_delayed == 1
+    assert one.cache.counters.acknowledgements_delayed == 1
 
 
 @pytest.mark.parametrize("forged", ["", "nonsense", '["a"]', "[1, 2, 3]"])
@@ -1350,7 +1350,7 @@ async def test_the_backlog_of_an_outage_is_counted_now_and_then(
         backlog, page = process.outbox.backlog, process.outbox.page
 
         async def counted(*given: Any) -> Any:
-            asked.append(process.rounds.clock())
+            asked.append(process.relay.clock())
             return await backlog(*given)
 
         async def no_rows(after: Any) -> Any:
@@ -1364,37 +1364,37 @@ async def test_the_backlog_of_an_outage_is_counted_now_and_then(
             f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || n, 'T:things' FROM "
             f"generate_series(1, 100) n"
         )
-        failed = process.rounds.failed
-        await until(lambda: asyncio.sleep(0, process.rounds.pending_rows == 100))
-        await until(lambda: asyncio.sleep(0, process.rounds.failed > failed + 6))
+        failed = process.relay.failed
+        await until(lambda: asyncio.sleep(0, process.relay.pending_rows == 100))
+        await until(lambda: asyncio.sleep(0, process.relay.failed > failed + 6))
         assert all(later - earlier >= BACKLOG_S * 0.95 for earlier, later in pairwise(asked))
 
 
 async def test_ids_of_rows_that_a_round_was_faster_with_do_not_pile_up(one: Process) -> None:
     """The oldest give way."""
-    server = one.rounds.fence.server
+    server = one.relay.lease.server
     await one.stop_rounds()
     for number in range(3):
-        one.rounds.applied(
+        one.relay.applied(
             [(TENANT, "T:x", f"{number}-{row}") for row in range(MAX_ROWS // 2)], server
         )
-    assert len(one.rounds._applied) == MAX_ROWS
-    assert "2-0" in one.rounds._applied
-    assert "0-0" not in one.rounds._applied
+    assert len(one.relay._applied) == MAX_ROWS
+    assert "2-0" in one.relay._applied
+    assert "0-0" not in one.relay._applied
 
 
 async def test_a_write_for_thousands_of_tenants_is_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """One command to the store instead of one a tenant, for the writer and for every round."""
-    before = one.rounds.epochs
+    before = one.relay.epochs
     await psql.execute(
         f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM "
         f"generate_series(1, $1::int) number",
         MAX_TENANTS + 1,
     )
-    await one.rounds.safe(one.rounds.clock())
-    assert one.rounds.epochs == before + 1
+    await one.relay.safe(one.relay.clock())
+    assert one.relay.epochs == before + 1
 
 
 async def test_a_writer_does_not_bump_thousands_of_tenants_one_by_one(one: Process) -> None:
@@ -1405,7 +1405,7 @@ async def test_a_writer_does_not_bump_thousands_of_tenants_one_by_one(one: Proce
         [(f"t{number}", "T:things", str(number)) for number in range(MAX_TENANTS + 1)]
     )
     await one.cache.settled()
-    assert one.cache.figures.acknowledgements_delayed == 1
+    assert one.cache.counters.acknowledgements_delayed == 1
 
 
 # -- by hand ---------------------------------------------------------------------------------------
@@ -1451,7 +1451,7 @@ async def test_an_invalidation_by_hand_that_reaches_nobody_is_not_confirmed_and_
         assert "; hit" in await second.said()
         first.outbox.note = note  # type: ignore[method-assign]
         await first.cache.settled()
-        await second.rounds.safe(second.rounds.clock())
+        await second.relay.safe(second.relay.clock())
         assert "; hit" not in await second.said()
         first.store.bump = bump  # type: ignore[method-assign]
         await first.warm()

@@ -38,8 +38,8 @@ from sqlalchemy.orm import (
 )
 
 from respcache import Cache, ConfigurationError, MemoryStore, SingleTenant, UndeclaredWrite
+from respcache.context import Exchange, ReadSet, current
 from respcache.core.keys import SHARED
-from respcache.record import Reads, Record, current
 from respcache.writes.sqlalchemy import Watch, watch
 
 pytestmark = pytest.mark.anyio
@@ -545,15 +545,15 @@ async def test_a_cancelled_request_cannot_take_its_bump_along(
 
 async def reads_of(
     engine: AsyncEngine, statement: Any, *, began_before: bool = False, level: str | None = None
-) -> Reads:
-    record = Record()
+) -> ReadSet:
+    record = Exchange()
     token = current.set(record)
     try:
         made = engine.execution_options(isolation_level=level) if level else engine
         async with AsyncSession(made) as session:
             if began_before:
                 await session.connection()
-            record.reads = Reads()
+            record.reads = ReadSet()
             await session.execute(statement)
         return record.reads
     finally:
@@ -631,12 +631,12 @@ async def test_a_snapshot_older_than_the_capture_is_not_stored(engine: AsyncEngi
 
 async def test_objects_loaded_before_the_capture_are_not_stored(engine: AsyncEngine) -> None:
     """The identity map gives them out again as they were, with or without a statement."""
-    record = Record()
+    record = Exchange()
     token = current.set(record)
     try:
         async with AsyncSession(engine) as session:
             held = await session.get(Account, 1)
-            record.reads = Reads()
+            record.reads = ReadSet()
             await session.execute(select(Account))
             assert record.reads.old_snapshot
             inner = record.nested("t")

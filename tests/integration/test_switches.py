@@ -10,7 +10,7 @@ from tests.cli.conftest import log_in_as
 
 from respcache import RedisStore
 from respcache.ops.acl import DATA_PLANE
-from respcache.switches import Switches
+from respcache.writes.switches import Switches
 
 pytestmark = pytest.mark.anyio
 A = "tenant:a"

@@ -11,10 +11,19 @@ import pytest
 import redis
 from fastapi import FastAPI
 
-from crm.embedded import EmbeddedValkey
-from respcache import Cache, Claim, Denied, Head, RedisStore, Scope, cache_list, invalidate_cache
+from respcache import (
+    Cache,
+    Claim,
+    Denied,
+    RedisStore,
+    RequestHead,
+    Scope,
+    cache_list,
+    invalidate_cache,
+)
 from respcache.core.keys import generation_key
 from respcache.resp.connection import Command
+from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
 TENANT, OTHER = "red", "blue"
@@ -29,7 +38,7 @@ class Tenants:
     stands_for = frozenset[Any]()
     headers = ("x-tenant",)
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Believe it."""
         name = head.header("x-tenant")
         if name not in (TENANT, OTHER):
@@ -50,7 +59,7 @@ class Process:
 
     def __init__(self, url: str, numbers: dict[str, int]) -> None:
         self.store = RedisStore(url, deadline_s=5.0)
-        self.cache = Cache(self.store, secret=b"k" * 32, resolver=Tenants(), audit_share=0)
+        self.cache = Cache(self.store, secret=b"k" * 32, resolver=Tenants(), verify_share=0)
         app = FastAPI()
 
         @app.get("/number")

@@ -9,30 +9,30 @@ import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from crm.embedded import EmbeddedPostgres
 from respcache import Cache, ConfigurationError, MemoryStore, SingleTenant
-from respcache.core.errors import NotTrailed
+from respcache.core.errors import AuditLogUnavailable
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
-from respcache.ops.postgres import PostgresTrail
-from respcache.ops.trail import (
+from respcache.ops.audit_log import (
+    AUDIT_LOG,
     MAX_REMEMBERED,
-    TRAIL,
-    Act,
-    LogTrail,
-    Trail,
-    create_trail,
-    drop_trail,
+    AuditEvent,
+    AuditLog,
+    LoggingAuditLog,
+    create_audit_log,
+    drop_audit_log,
 )
+from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.testing.servers import EmbeddedPostgres
 
 pytestmark = pytest.mark.anyio
 ROOT = Access(name="root", role=Role.OPERATOR)
-ROWS = f"SELECT string_agg({TRAIL}::text, ' ' ORDER BY id) FROM {TRAIL}"  # noqa: S608 - our own name
+ROWS = f"SELECT string_agg({AUDIT_LOG}::text, ' ' ORDER BY id) FROM {AUDIT_LOG}"  # noqa: S608 - our own name
 
 
 def statements(*, schema: str = "public") -> list[str]:
     found: list[str] = []
-    create_trail(found.append, schema=schema)
+    create_audit_log(found.append, schema=schema)
     return found
 
 
@@ -53,14 +53,14 @@ async def engine(empty_database_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture
-async def kept(psql: asyncpg.Connection, engine: AsyncEngine) -> AsyncIterator[PostgresTrail]:
-    made = PostgresTrail(engine)
+async def kept(psql: asyncpg.Connection, engine: AsyncEngine) -> AsyncIterator[PostgresAuditLog]:
+    made = PostgresAuditLog(engine)
     yield made
     await made.close()
 
 
-def act(number: int, tenant: str | None = None) -> Act:
-    return Act(
+def act(number: int, tenant: str | None = None) -> AuditEvent:
+    return AuditEvent(
         act="purge",
         name=f"somebody {number}",
         role="operator",
@@ -69,7 +69,7 @@ def act(number: int, tenant: str | None = None) -> Act:
     )
 
 
-async def test_acts_come_back_as_they_were_with_number_and_time(kept: PostgresTrail) -> None:
+async def test_acts_come_back_as_they_were_with_number_and_time(kept: PostgresAuditLog) -> None:
     """The newest first."""
     for number in range(3):
         await kept.append(act(number))
@@ -86,23 +86,24 @@ async def test_acts_come_back_as_they_were_with_number_and_time(kept: PostgresTr
 
 
 @pytest.mark.parametrize("where", ["database", "log"])
-async def test_a_part_of_the_trail(where: str, kept: PostgresTrail) -> None:
+async def test_a_part_of_the_trail(where: str, kept: PostgresAuditLog) -> None:
     """Of one tenant, so many, before an act: the same in the database and in the log."""
-    trail: Trail = kept if where == "database" else LogTrail()
+    audit_log: AuditLog = kept if where == "database" else LoggingAuditLog()
     for number in range(6):
-        await trail.append(act(number, tenant=("acme", "globex", None)[number % 3]))
-    everything = await trail.latest(tenant=None, limit=10, before=None)
+        await audit_log.append(act(number, tenant=("acme", "globex", None)[number % 3]))
+    everything = await audit_log.latest(tenant=None, limit=10, before=None)
     assert [one.details["number"] for one in everything] == [5, 4, 3, 2, 1, 0]
     assert [
-        one.details["number"] for one in await trail.latest(tenant="acme", limit=10, before=None)
+        one.details["number"]
+        for one in await audit_log.latest(tenant="acme", limit=10, before=None)
     ] == [3, 0]
     assert [
         one.details["number"]
-        for one in await trail.latest(tenant=None, limit=2, before=everything[1].id)
+        for one in await audit_log.latest(tenant=None, limit=2, before=everything[1].id)
     ] == [3, 2]
     assert [
         one.details["number"]
-        for one in await trail.latest(tenant="globex", limit=1, before=everything[1].id)
+        for one in await audit_log.latest(tenant="globex", limit=1, before=everything[1].id)
     ] == [1]
 
 
@@ -110,19 +111,19 @@ async def test_a_part_of_the_trail(where: str, kept: PostgresTrail) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        f"UPDATE {TRAIL} SET name = 'nobody'",  # noqa: S608 - our own name
-        f"DELETE FROM {TRAIL}",  # noqa: S608
-        f"DELETE FROM {TRAIL} WHERE id < 0",  # noqa: S608
-        f"TRUNCATE {TRAIL}",
-        f"TRUNCATE {TRAIL} RESTART IDENTITY CASCADE",
-        f"INSERT INTO {TRAIL} (id, act, name, role, details) VALUES (1, 'x', 'x', 'x', '{{}}')",  # noqa: S608
-        f"WITH gone AS (DELETE FROM {TRAIL} RETURNING *) "  # noqa: S608
-        f"INSERT INTO {TRAIL} (act, name, role, details) "
+        f"UPDATE {AUDIT_LOG} SET name = 'nobody'",  # noqa: S608 - our own name
+        f"DELETE FROM {AUDIT_LOG}",  # noqa: S608
+        f"DELETE FROM {AUDIT_LOG} WHERE id < 0",  # noqa: S608
+        f"TRUNCATE {AUDIT_LOG}",
+        f"TRUNCATE {AUDIT_LOG} RESTART IDENTITY CASCADE",
+        f"INSERT INTO {AUDIT_LOG} (id, act, name, role, details) VALUES (1, 'x', 'x', 'x', '{{}}')",  # noqa: S608
+        f"WITH gone AS (DELETE FROM {AUDIT_LOG} RETURNING *) "  # noqa: S608
+        f"INSERT INTO {AUDIT_LOG} (act, name, role, details) "
         "SELECT act, 'nobody', role, details FROM gone",
     ],
 )
 async def test_what_is_written_stays_as_it_is(
-    kept: PostgresTrail, psql: asyncpg.Connection, statement: str, role: str
+    kept: PostgresAuditLog, psql: asyncpg.Connection, statement: str, role: str
 ) -> None:
     """Also for its owner, a superuser, and for a session in which ordinary triggers do not fire."""
     await kept.append(act(1))
@@ -143,13 +144,13 @@ async def test_it_is_made_in_any_schema_and_goes_away_as_a_whole(
     await psql.execute("CREATE SCHEMA other")
     for statement in statements(schema="other"):
         await psql.execute(statement)
-    kept = PostgresTrail(engine, schema="other")
+    kept = PostgresAuditLog(engine, schema="other")
     await kept.append(act(1))
     assert len(await kept.latest(tenant=None, limit=10, before=None)) == 1
     assert await psql.fetchval(ROWS) is None
     await kept.close()
     found: list[str] = []
-    drop_trail(found.append, schema="other")
+    drop_audit_log(found.append, schema="other")
     for statement in found:
         await psql.execute(statement)
     left = (
@@ -164,7 +165,7 @@ async def test_it_is_made_in_any_schema_and_goes_away_as_a_whole(
         == 0
     )
     with pytest.raises(ConfigurationError, match=r"a\.b"):
-        PostgresTrail(engine, schema="a.b")
+        PostgresAuditLog(engine, schema="a.b")
 
 
 async def test_the_rights_in_the_reference_are_enough_and_change_nothing(
@@ -173,10 +174,10 @@ async def test_the_rights_in_the_reference_are_enough_and_change_nothing(
     """INSERT and SELECT."""
     await psql.execute("DROP ROLE IF EXISTS trailer; CREATE ROLE trailer LOGIN PASSWORD 'trailer'")
     await psql.execute("GRANT USAGE ON SCHEMA public TO trailer")
-    await psql.execute(f"GRANT INSERT, SELECT ON {TRAIL} TO trailer")
+    await psql.execute(f"GRANT INSERT, SELECT ON {AUDIT_LOG} TO trailer")
     url = empty_database_url.partition("@")
     engine = create_async_engine(f"postgresql+asyncpg://trailer:trailer@{url[2]}")
-    kept = PostgresTrail(engine)
+    kept = PostgresAuditLog(engine)
     await kept.append(act(1))
     assert len(await kept.latest(tenant=None, limit=10, before=None)) == 1
     await kept.close()
@@ -188,12 +189,12 @@ async def test_a_table_that_is_locked_is_not_waited_for(
     psql: asyncpg.Connection, engine: AsyncEngine
 ) -> None:
     """Longer than the deadline, which is named."""
-    kept = PostgresTrail(engine, deadline_s=0.2)
+    kept = PostgresAuditLog(engine, deadline_s=0.2)
     await kept.latest(tenant=None, limit=1, before=None)
     async with psql.transaction():
-        await psql.execute(f"LOCK TABLE {TRAIL}")
+        await psql.execute(f"LOCK TABLE {AUDIT_LOG}")
         with pytest.raises(
-            NotTrailed, match=r"the trail: the database did not answer within 0\.2 s"
+            AuditLogUnavailable, match=r"the trail: the database did not answer within 0\.2 s"
         ):
             await kept.append(act(1))
     await kept.close()
@@ -202,10 +203,10 @@ async def test_a_table_that_is_locked_is_not_waited_for(
 async def test_the_log_keeps_a_bounded_number_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     """And writes all of them, one line of JSON each."""
     caplog.set_level("INFO", "respcache.trail")
-    trail = LogTrail()
+    audit_log = LoggingAuditLog()
     for number in range(MAX_REMEMBERED + 5):
-        await trail.append(act(number))
-    assert len(await trail.latest(tenant=None, limit=10_000, before=None)) == MAX_REMEMBERED
+        await audit_log.append(act(number))
+    assert len(await audit_log.latest(tenant=None, limit=10_000, before=None)) == MAX_REMEMBERED
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == MAX_REMEMBERED + 5
     assert '"name":"somebody 7"' in lines[7]
@@ -228,7 +229,7 @@ async def acts_of(admin: Admin, key: str) -> list[Any]:
     ):
         try:
             found.append(type(await attempt))
-        except NotTrailed as error:
+        except AuditLogUnavailable as error:
             found.append(str(error))
     return found
 
@@ -240,7 +241,7 @@ async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, acciden
         tmp_path / "postgres", password="only-for-tests", durable=False
     ).start()
     engine = create_async_engine(server.url("postgres"))
-    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), audit_share=0)
+    cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0)
     made = 0
 
     async def make() -> int:
@@ -260,11 +261,11 @@ async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, acciden
             )
             await connection.execute(refuse)
             await connection.execute(
-                f"CREATE TRIGGER refuse BEFORE INSERT ON {TRAIL} EXECUTE FUNCTION refuse()"
+                f"CREATE TRIGGER refuse BEFORE INSERT ON {AUDIT_LOG} EXECUTE FUNCTION refuse()"
             )
         await connection.close()
-        trail = PostgresTrail(engine)
-        admin = Admin(cache, trail=trail)
+        audit_log = PostgresAuditLog(engine)
+        admin = Admin(cache, audit_log=audit_log)
         await cache.connect()
         await cache.get_or_set("t", "numbers", {}, make)
         await cache.get_or_set("t", "numbers", {}, make)
@@ -278,10 +279,10 @@ async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, acciden
         assert await cache.get_or_set("t", "numbers", {}, make) == 1
         assert [one.key for one in (await admin.keys(ROOT, tenant="t")).keys] == [facts.key]
         if accident != "no right":
-            with pytest.raises(NotTrailed):
-                await admin.trail(ROOT)
+            with pytest.raises(AuditLogUnavailable):
+                await admin.audit_log(ROOT)
         await cache.close()
-        await trail.close()
+        await audit_log.close()
     finally:
         await engine.dispose()
         server.remove()

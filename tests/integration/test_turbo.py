@@ -18,20 +18,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Mount, Route
 
-from crm.embedded import EmbeddedValkey, free_port
 from respcache import (
     Cache,
     Claim,
     ConfigurationError,
     Denied,
-    Head,
     RedisStore,
+    RequestHead,
     Scope,
     cache_list,
-    turbo,
 )
-from respcache.asgi import Wrapper
-from respcache.plans import MAX_AGE_S
+from respcache.integrations import uvicorn as turbo
+from respcache.middleware import CacheMiddleware
+from respcache.read.plans import MAX_AGE_S
+from respcache.testing.servers import EmbeddedValkey, free_port
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
@@ -45,7 +45,7 @@ class Callers:
     stands_for = frozenset[Any]()
     headers = ("x-user",)
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Know them by name."""
         name = head.header("x-user")
         if name not in ("ann", "bob"):
@@ -69,7 +69,7 @@ class Server:
         self.version = 0
         self.waiting = 0
         self.gate = asyncio.Event()
-        self.cache = Cache(RedisStore(url), secret=SECRET, resolver=Callers(), audit_share=0)
+        self.cache = Cache(RedisStore(url), secret=SECRET, resolver=Callers(), verify_share=0)
         app = FastAPI()
 
         @app.get("/rows")
@@ -106,8 +106,8 @@ class Server:
         self.wrapped = self.cache.wrap(app)
         counted = self.wrapped
 
-        class Counting(Wrapper):
-            async def __call__(wrapper, scope: Any, receive: Any, send: Any) -> None:
+        class Counting(CacheMiddleware):
+            async def __call__(middleware, scope: Any, receive: Any, send: Any) -> None:
                 if scope["type"] == "http":
                     self.calls.append(
                         f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}"
@@ -228,8 +228,8 @@ async def test_one_hit_in_64_is_timed_also_below_asgi(valkey_url: str) -> None:
     """Among them those that wait for a view."""
     async with serving(valkey_url) as server, Wire(server.port) as wire:
         await warm(wire, get(), get("/kept"))
-        figures = [server.cache.figures.at("t", "rows", route) for route in ("/rows", "/kept")]
-        before = [(one.hits, one.times.hits.count) for one in figures]
+        counters = [server.cache.counters.at("t", "rows", route) for route in ("/rows", "/kept")]
+        before = [(one.hits, one.times.hits.count) for one in counters]
         server.calls.clear()
         for _ in range(2 * 64):
             for path in ("/rows", "/kept"):
@@ -237,10 +237,10 @@ async def test_one_hit_in_64_is_timed_also_below_asgi(valkey_url: str) -> None:
         assert server.calls == []
         after = [
             (one.hits - hits, one.times.hits.count - timed)
-            for one, (hits, timed) in zip(figures, before, strict=True)
+            for one, (hits, timed) in zip(counters, before, strict=True)
         ]
         assert after == [(128, 2), (128, 2)]
-        assert all(0 < one.times.hits.seconds < 10 for one in figures)
+        assert all(0 < one.times.hits.seconds < 10 for one in counters)
 
 
 async def test_what_was_written_is_seen_by_the_next_request(valkey_url: str) -> None:

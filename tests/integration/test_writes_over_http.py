@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from respcache import Cache, RedisStore, SingleTenant, UndeclaredRead, cache_list, invalidate_cache
-from respcache.core.fence import Ack, Outcome
-from respcache.record import Record, current
+from respcache.context import Exchange, current
+from respcache.core.serving_lease import Ack, Outcome
 from respcache.writes.sqlalchemy import watch
 
 pytestmark = pytest.mark.anyio
@@ -207,8 +207,8 @@ async def test_a_get_that_writes_is_neither_stored_nor_shared(world: World) -> N
     answers = await asyncio.gather(*(world.http.get("/visits") for _ in range(3)))
     assert sorted(answer.json() for answer in answers) == [1, 2, 3]
     assert await world.names() == ["visit 3"]
-    assert world.cache.figures.of(TENANT, "visits").refusals["wrote"] == 1
-    assert world.cache.figures.of(TENANT, "visits").stores == 0
+    assert world.cache.counters.of(TENANT, "visits").refusals["wrote"] == 1
+    assert world.cache.counters.of(TENANT, "visits").stores == 0
 
 
 async def test_a_get_that_writes_in_a_yield_dependency_is_held_and_not_stored(world: World) -> None:
@@ -247,7 +247,7 @@ async def test_an_undeclared_table_is_not_stored_and_counted(world: World) -> No
             0,
             "respcache; fwd=uri-miss; detail=undeclared-table",
         )
-    assert world.cache.figures.of(TENANT, "secrets").refusals["undeclared-table"] == 2
+    assert world.cache.counters.of(TENANT, "secrets").refusals["undeclared-table"] == 2
     world.cache.strict_reads = True
     strict = httpx2.AsyncClient(
         transport=httpx2.ASGITransport(world.wrapped), base_url="http://test"
@@ -316,7 +316,7 @@ async def test_a_handler_without_hooks_declares_what_it_changes(world: World) ->
 async def test_a_value_made_in_an_old_snapshot_is_not_cached(world: World) -> None:
     """A session under REPEATABLE READ that began before ``get_or_set`` reads the past."""
     engine = world.engine.execution_options(isolation_level="REPEATABLE READ")
-    token = current.set(Record())
+    token = current.set(Exchange())
     try:
         async with AsyncSession(engine) as session:
             await session.connection()
@@ -329,7 +329,7 @@ async def test_a_value_made_in_an_old_snapshot_is_not_cached(world: World) -> No
             ]
     finally:
         current.reset(token)
-    assert world.cache.figures.of(TENANT, "things").stores == 0
+    assert world.cache.counters.of(TENANT, "things").stores == 0
 
 
 async def test_a_slow_read_in_one_process_overtaken_by_a_write_in_another_is_never_served(
@@ -397,7 +397,7 @@ async def test_a_request_that_is_cancelled_while_its_answer_waits_takes_no_bump_
 async def test_two_who_settle_at_once_wait_for_the_same_bumps() -> None:
     """A child task that settles first does not let the answer out before."""
     sent = asyncio.get_running_loop().create_future()
-    record = Record(bumps=[sent])
+    record = Exchange(bumps=[sent])
     both = [asyncio.create_task(record.settle()) for _ in range(2)]
     await asyncio.sleep(0)
     assert not any(settling.done() for settling in both)

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 from respcache.core.epochs import Cursor
 from respcache.core.errors import OutboxError
-from respcache.core.fence import DRIFT, MAX_ROWS, Page
 from respcache.core.generations import table_tag
 from respcache.core.keys import EVERYBODY
-from respcache.writes.rounds import Rows
+from respcache.core.serving_lease import DRIFT, MAX_ROWS, OutboxPage
+from respcache.writes.relay import Rows
 from tests.simulation.loop import Host
 from tests.simulation.oracle import Oracle, Register
 from tests.simulation.world import World
@@ -110,7 +110,7 @@ class Database:
             register: oracle.begin(register) for register in registers
         }
         self.outbox: list[Row] = []
-        self.fence = FenceRow(effective_at=YEARS_S, until=YEARS_S, horizon_at=YEARS_S)
+        self.lease = FenceRow(effective_at=YEARS_S, until=YEARS_S, horizon_at=YEARS_S)
         self.log: list[Logged] = []
         self.running: set[int] = set()
         self.locks: dict[Register, Transaction] = {}
@@ -150,11 +150,11 @@ class Database:
         running = tuple(sorted(xid for xid in self.running if xid < xmax))
         return Snapshot(running[0] if running else xmax, xmax, running)
 
-    def change_fence(self, fence: FenceRow) -> None:
+    def change_fence(self, lease: FenceRow) -> None:
         """Commit a change of the fence row in a transaction of its own."""
         xid = self.begin_xid()
-        self.log.append(Logged(self.now, xid, fence_before=self.fence))
-        self.fence = fence
+        self.log.append(Logged(self.now, xid, fence_before=self.lease))
+        self.lease = lease
         self.end_xid(xid)
 
     def durable(self, logged: Logged) -> bool:
@@ -184,7 +184,7 @@ class Database:
             and not self.durable(self.log[-1])
         ):
             lost.append(self.log.pop())
-            self.fence = lost[-1].fence_before or self.fence
+            self.lease = lost[-1].fence_before or self.lease
         xids = {one.xid for one in lost}
         self.outbox = [row for row in self.outbox if row.xid not in xids]
         if lost:
@@ -296,7 +296,7 @@ class Transaction:
         """Commit. ``deferred`` is what a trigger changes in COMMIT. With a time, COMMIT comes later
         than anybody waits."""
         if lands_after_s:
-            self.database.world.after(lands_after_s, self._land)
+            self.database.world.after(lands_after_s, self._complete)
             raise DatabaseGone("the connection broke in COMMIT")
         await self._run(lambda: self._carry_out(deferred))
 
@@ -327,7 +327,7 @@ class Transaction:
             self.rows[key] = database.new_id(self._xid)
         return True
 
-    def _land(self) -> None:
+    def _complete(self) -> None:
         if not self._ended and self.database.up and self.database.life == self._life:
             self._carry_out(None)
 
@@ -367,7 +367,7 @@ async def read_register(database: Database, host: Host, register: Register) -> i
 
 
 class SimulatedOutbox:
-    """The outbox as one process sees it (``respcache.writes.rounds.Outbox``)."""
+    """The outbox as one process sees it (``respcache.writes.relay.Outbox``)."""
 
     own_rows = ""
 
@@ -389,27 +389,27 @@ class SimulatedOutbox:
         self._recovered = recovered
         self._failed = False
 
-    async def page(self, after: Cursor | None) -> Page:
+    async def page(self, after: Cursor | None) -> OutboxPage:
         """See ``Outbox.page``; ``_PAGE`` in ``writes/postgres.py``."""
         database = self.database
-        fence: list[FenceRow] = []
+        lease: list[FenceRow] = []
 
-        def at_snapshot() -> Page:
-            fence.append(database.fence)
+        def at_snapshot() -> OutboxPage:
+            lease.append(database.lease)
             rows = [] if after is None else database.unseen(after)[: MAX_ROWS + 1]
-            return Page(
+            return OutboxPage(
                 cursor=Cursor(str(database.snapshot()), database.now),
                 incarnation=database.incarnation,
                 rows=[(row.tenant, row.tag, row.id) for row in rows],
                 oldest_s=max((database.now - row.at for row in rows), default=0.0),
-                pruned=database.fence.pruned,
-                authority=database.fence.authority,
+                pruned=database.lease.pruned,
+                authority=database.lease.authority,
                 tables=database.tables,
                 deferred=database.deferred,
             )
 
-        def by_the_clock(page: Page) -> Page:
-            row, now, lease_s = fence[0], database.now, self.lease_s * DRIFT
+        def by_the_clock(page: OutboxPage) -> OutboxPage:
+            row, now, lease_s = lease[0], database.now, self.lease_s * DRIFT
             return replace(
                 page,
                 effective=row.effective_at <= now,
@@ -418,7 +418,7 @@ class SimulatedOutbox:
             )
 
         failed, self._failed = self._failed, True
-        found: Page = await self._ask(at_snapshot, by_the_clock)
+        found: OutboxPage = await self._ask(at_snapshot, by_the_clock)
         self._failed = False
         if failed:
             self._recovered()
@@ -439,10 +439,10 @@ class SimulatedOutbox:
         database = self.database
 
         def claim() -> None:
-            if database.fence.authority == instead_of:
-                effective_at = self.effective_at(database.fence)
+            if database.lease.authority == instead_of:
+                effective_at = self.effective_at(database.lease)
                 database.change_fence(
-                    replace(database.fence, authority=identity, effective_at=effective_at)
+                    replace(database.lease, authority=identity, effective_at=effective_at)
                 )
                 database.world.note(
                     self.host.name, "claims authority for", identity[:4], "effective", effective_at
@@ -450,19 +450,19 @@ class SimulatedOutbox:
 
         await self._ask(claim)
 
-    def effective_at(self, fence: FenceRow) -> float:
+    def effective_at(self, lease: FenceRow) -> float:
         """Tell when an authority that is claimed now becomes effective."""
-        return fence.until
+        return lease.until
 
     async def record(self, identity: str) -> None:
         """See ``Outbox.record``; ``_RECORD``."""
         database = self.database
 
         def record() -> None:
-            fence = database.fence
-            if fence.authority == identity and fence.effective_at <= database.now:
-                until = max(fence.until, database.now + 2 * self.lease_s * DRIFT)
-                database.change_fence(replace(fence, until=until))
+            lease = database.lease
+            if lease.authority == identity and lease.effective_at <= database.now:
+                until = max(lease.until, database.now + 2 * self.lease_s * DRIFT)
+                database.change_fence(replace(lease, until=until))
                 database.world.note(self.host.name, "records until", until)
 
         await self._ask(record)
@@ -470,7 +470,7 @@ class SimulatedOutbox:
     async def remaining_s(self) -> float:
         """See ``Outbox.remaining_s``: the row of a snapshot, and the clock a while later."""
         database = self.database
-        return await self._ask(lambda: database.fence.until, lambda until: until - database.now)
+        return await self._ask(lambda: database.lease.until, lambda until: until - database.now)
 
     async def note(self, pairs: Iterable[tuple[str, str]]) -> Rows:
         """See ``Outbox.note``."""
@@ -493,16 +493,16 @@ class SimulatedOutbox:
         database = self.database
 
         def move_horizon() -> int:
-            fence, now = database.fence, database.now
-            if fence.horizon_at < now - self._retention_s:
+            lease, now = database.lease, database.now
+            if lease.horizon_at < now - self._retention_s:
                 horizon = database.snapshot().xmin
                 database.change_fence(
-                    replace(fence, pruned=fence.horizon, horizon=horizon, horizon_at=now)
+                    replace(lease, pruned=lease.horizon, horizon=horizon, horizon_at=now)
                 )
             return 0
 
         def delete() -> int:
-            kept = [row for row in database.outbox if row.xid >= database.fence.pruned]
+            kept = [row for row in database.outbox if row.xid >= database.lease.pruned]
             deleted, database.outbox = len(database.outbox) - len(kept), kept
             database.world.counts["rows pruned"] += deleted
             return deleted

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from respcache.core.fence import DRIFT
+from respcache.core.serving_lease import DRIFT
 
 Register = tuple[str, str]
 """A row of the application: tenant and table."""

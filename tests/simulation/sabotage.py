@@ -12,30 +12,39 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import respcache.core.fence
-import respcache.writes.rounds
-from respcache.asgi import Wrapper
+import respcache.core.serving_lease
+import respcache.writes.relay
+from respcache.context import Exchange, current
 from respcache.core import entry as entries
 from respcache.core.entry import Entry
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
-from respcache.core.fence import Ack, Due, Fence, Outcome, Page, Step, by_tenant, next_step
-from respcache.core.generations import FLOOR, Generation, Verdict
+from respcache.core.generations import FLOOR, GenerationView, Verdict
 from respcache.core.keys import EVERYBODY
-from respcache.core.tokens import Token
-from respcache.fill.filler import Filler, Lead
-from respcache.fill.flights import Flight, Flights
-from respcache.fill.leases import Leases, Target
-from respcache.lookup import Candidate, Look, Lookup, _Fenced
-from respcache.near.held import Held
-from respcache.near.views import Group, Views
-from respcache.plans import Aim, Grant, Plan
-from respcache.record import Record, current
+from respcache.core.serving_lease import (
+    Ack,
+    DueBump,
+    OutboxPage,
+    Outcome,
+    RelayStep,
+    ServingLease,
+    by_tenant,
+    next_step,
+)
+from respcache.core.tokens import ConsistencyToken
+from respcache.middleware import CacheMiddleware
+from respcache.read.fill_locks import CacheKey, FillLocks
+from respcache.read.fills import Fill, Filler
+from respcache.read.flights import Flight, Flights
+from respcache.read.lookup import Candidate, Lookup, LookupResult, _NoLease
+from respcache.read.memory import MemoryEntry
+from respcache.read.plans import HitProof, Plan, ScopedPlan
+from respcache.read.values import Values
+from respcache.read.views import ViewBatch, ViewReader
 from respcache.stores.base import Bumped, Reading
 from respcache.stores.memory import MemoryServer
-from respcache.values import Values
 from respcache.writes.invalidator import Invalidator
-from respcache.writes.rounds import Rounds, Rows
+from respcache.writes.relay import OutboxRelay, Rows
 from tests.simulation.database import (
     Database,
     DatabaseGone,
@@ -77,13 +86,18 @@ def _mix(*faults: str, writers: Mapping[str, int] | None = None, **others: Any) 
 
 
 async def _make_then_capture(
-    values: Values, make: Any, look: Look, lead: Lead, *others: Any, original: Any = Values._make
+    values: Values,
+    make: Any,
+    look: LookupResult,
+    lead: Fill,
+    *others: Any,
+    original: Any = Values._make,
 ) -> Any:
     async def made() -> Any:
         value = await make()
         try:
             reading = await values._lookup._store.read(
-                None, [(look.target.generation_key, look.target.tags)]
+                None, [(look.cache_key.generation_key, look.cache_key.tags)]
             )
         except StoreError:
             return value
@@ -119,12 +133,14 @@ def _compact_without_floor(
 
 
 def _judge_without_digest(
-    lookup: Lookup, aim: Aim, reading: Reading, original: Any = Lookup._judge
-) -> Look:
+    lookup: Lookup, scoped: ScopedPlan, reading: Reading, original: Any = Lookup._judge
+) -> LookupResult:
     entry = None if reading.entry is None else entries.decode(reading.entry)
     if entry is not None:
-        reading = replace(reading, entry=entries.encode(replace(entry, digest=aim.target.digest)))
-    found: Look = original(lookup, aim, reading)
+        reading = replace(
+            reading, entry=entries.encode(replace(entry, digest=scoped.cache_key.digest))
+        )
+    found: LookupResult = original(lookup, scoped, reading)
     return found
 
 
@@ -160,45 +176,49 @@ async def _learn_in_rounds(
 
 
 def _join_any(
-    flights: Flights[Any], key: Any, *, view: Generation, tags: Sequence[str]
+    flights: Flights[Any], key: Any, *, view: GenerationView, tags: Sequence[str]
 ) -> Flight[Any] | None:
     return flights._flying.get(key)
 
 
 async def _enter_any(
     filler: Filler,
-    target: Target,
+    cache_key: CacheKey,
     *,
-    view: Generation,
+    view: GenerationView,
     certificate: Any,
     original: Any = Filler.enter,
-) -> Entry | Lead | None:
-    flight = filler._flights._flying.get(target.entry_key)
-    found: Entry | Lead | None
+) -> Entry | Fill | None:
+    flight = filler._flights._flying.get(cache_key.entry_key)
+    found: Entry | Fill | None
     found = (
         await flight.wait()
         if flight is not None
-        else await original(filler, target, view=view, certificate=certificate)
+        else await original(filler, cache_key, view=view, certificate=certificate)
     )
     return found
 
 
 async def _wait_for_any_lease(
-    leases: Leases, target: Target, mine: Any, view: Generation, original: Any = Leases._acquire
+    leases: FillLocks,
+    cache_key: CacheKey,
+    mine: Any,
+    view: GenerationView,
+    original: Any = FillLocks._acquire,
 ) -> Any:
-    return await original(leases, target, mine, _Content(view))
+    return await original(leases, cache_key, mine, _Content(view))
 
 
-async def _find_any(leases: Leases, target: Target, view: Generation) -> Entry | None:
-    data = (await leases._store.read(target.entry_key, ())).entry
+async def _find_any(leases: FillLocks, cache_key: CacheKey, view: GenerationView) -> Entry | None:
+    data = (await leases._store.read(cache_key.entry_key, ())).entry
     entry = None if data is None else entries.decode(data)
-    return entry if entry is not None and entry.digest == target.digest else None
+    return entry if entry is not None and entry.digest == cache_key.digest else None
 
 
 class _Content:
     """A view that finds everything valid."""
 
-    def __init__(self, view: Generation) -> None:
+    def __init__(self, view: GenerationView) -> None:
         self._view = view
 
     def judge(self, certificate: Any, tags: Iterable[str]) -> Verdict:
@@ -211,8 +231,8 @@ class _Content:
 
 async def _tell_before_commit(
     schedule: Schedule, process: Process, commit: Commit, rows: Rows
-) -> Record | None:
-    record = Record()
+) -> Exchange | None:
+    record = Exchange()
     current.set(record)
     schedule.tell(process, rows)
     try:
@@ -225,7 +245,7 @@ async def _tell_before_commit(
 
 async def _bump_and_do_not_look_at_the_fence(
     invalidator: Invalidator,
-    rounds: Rounds,
+    relay: OutboxRelay,
     rows: Rows | None,
     since: float,
     original: Any = Invalidator._apply,
@@ -233,17 +253,19 @@ async def _bump_and_do_not_look_at_the_fence(
     known = rows is not None and not any(tenant == EVERYBODY for tenant, _, _ in rows)
     if known and None not in (await invalidator._bump_all(by_tenant(rows or ()))).values():
         return Ack(Outcome.CONFIRMED)
-    ack: Ack = await original(invalidator, rounds, rows, since)
+    ack: Ack = await original(invalidator, relay, rows, since)
     return ack
 
 
-async def _wait_for_nothing(rounds: Rounds, since: float) -> Outcome:
+async def _wait_for_nothing(relay: OutboxRelay, since: float) -> Outcome:
     return Outcome.SAFE
 
 
-def _catch_up_in_any_epoch(rounds: Rounds, m0: float, original: Any = Rounds._grant) -> None:
-    rounds._adopted_at = float("-inf")
-    original(rounds, m0)
+def _catch_up_in_any_epoch(
+    relay: OutboxRelay, m0: float, original: Any = OutboxRelay._grant
+) -> None:
+    relay._adopted_at = float("-inf")
+    original(relay, m0)
 
 
 def _rows_before_commit(schedule: Schedule, rows: Rows) -> Rows | None:
@@ -257,107 +279,123 @@ def _id_of_transaction(database: Database, xid: int) -> str:
 # -- what lies in memory ---------------------------------------------------------------------------
 
 
-def _leave_with_the_door_open(group: Group) -> None:
+def _leave_with_the_door_open(group: ViewBatch) -> None:
     """Let those who come while the reading is under way have its answer."""
     waiting = group._waiting
     group._sent_at, group._dirty = group._views._clock(), False
 
-    def land(result: Generation | StoreError) -> None:
+    def complete(result: GenerationView | StoreError) -> None:
         group._waiting = []
-        group._land(waiting, result)
+        group._complete(waiting, result)
 
     try:
-        group._views._store.view(group._generation, group._names, land)
+        group._views._store.view(group._generation, group._names, complete)
     except StoreError as error:
-        land(error)
+        complete(error)
 
 
-def _hear_nothing(views: Views, generation: str) -> None:
+def _hear_nothing(views: ViewReader, generation: str) -> None:
     """Leave the view as it is."""
 
 
-def _drop_the_view_only(group: Group) -> None:
+def _drop_the_view_only(group: ViewBatch) -> None:
     group.view, group.asked_at = None, float("-inf")
 
 
 def _look_at_no_bound(
-    views: Views, generation: str, tags: Any, *, since: float, original: Any = Views.recent
+    views: ViewReader,
+    generation: str,
+    tags: Any,
+    *,
+    since: float,
+    original: Any = ViewReader.recent,
 ) -> Any:
     return original(views, generation, tags, since=0.0)
 
 
-def _heed_no_token(lookup: Lookup, aim: Aim, sent: Token, now: float) -> Aim:
-    return aim
+def _heed_no_token(
+    lookup: Lookup, scoped: ScopedPlan, sent: ConsistencyToken, now: float
+) -> ScopedPlan:
+    return scoped
 
 
 def _prove_by_the_fence_alone(
-    lookup: Lookup, aim: Aim, held: Held, fence: Fence | None, view: Generation, now: float
+    lookup: Lookup,
+    scoped: ScopedPlan,
+    held: MemoryEntry,
+    lease: ServingLease | None,
+    view: GenerationView,
+    now: float,
 ) -> bool:
-    return fence is None or fence.allows(view.server, now)
+    return lease is None or lease.allows(view.server, now)
 
 
-def _take_any_grant(lookup: Lookup, aim: Aim, now: float) -> Grant | None:
+def _take_any_grant(lookup: Lookup, scoped: ScopedPlan, now: float) -> HitProof | None:
     """Take the last proof, whatever became of its view."""
-    grant = aim.grant
-    return None if grant is None or now >= grant.until else grant
+    proof = scoped.proof
+    return None if proof is None or now >= proof.until else proof
 
 
-def _take_a_grant_for_ever(lookup: Lookup, aim: Aim, now: float) -> Grant | None:
+def _take_a_grant_for_ever(lookup: Lookup, scoped: ScopedPlan, now: float) -> HitProof | None:
     """Take the last proof while its view is the last one, whatever the time and the fence."""
-    grant = aim.grant
-    return None if grant is None or (aim.view_s and grant.group.view is not grant.view) else grant
+    proof = scoped.proof
+    return (
+        None
+        if proof is None or (scoped.max_view_age_s and proof.group.view is not proof.view)
+        else proof
+    )
 
 
 async def _grant_without_its_view(
-    wrapper: Wrapper,
+    middleware: CacheMiddleware,
     plan: Plan,
-    aim: Aim,
-    grant: Grant | None,
+    scoped: ScopedPlan,
+    proof: HitProof | None,
     now: float,
-    original: Any = Wrapper._prove,
-) -> Grant | None:
+    original: Any = CacheMiddleware._prove,
+) -> HitProof | None:
     """Read no view where there is a proof."""
-    return grant or await original(wrapper, plan, aim, grant, now)
+    return proof or await original(middleware, plan, scoped, proof, now)
 
 
 # -- the fence -------------------------------------------------------------------------------------
 
 
-def _grant_from_the_end(rounds: Rounds, m0: float, original: Any = Rounds._grant) -> None:
-    original(rounds, rounds.clock())
+def _grant_from_the_end(relay: OutboxRelay, m0: float, original: Any = OutboxRelay._grant) -> None:
+    original(relay, relay.clock())
 
 
 async def _read_then_look_at_the_fence(lookup: Lookup, entry: str | None, wanted: Any) -> Reading:
-    rounds = lookup._rounds
-    assert rounds is not None
+    relay = lookup._relay
+    assert relay is not None
     reading = await lookup._store.read(entry, wanted)
-    if not rounds.fence.allows(reading.generations[0].server, rounds.clock()):
-        raise _Fenced
+    if not relay.lease.allows(reading.generations[0].server, relay.clock()):
+        raise _NoLease
     return reading
 
 
 def _prove_by_the_present_fence(
     lookup: Lookup,
-    aim: Aim,
-    held: Held,
-    fence: Fence | None,
-    view: Generation,
+    scoped: ScopedPlan,
+    held: MemoryEntry,
+    lease: ServingLease | None,
+    view: GenerationView,
     now: float,
     original: Any = Lookup.proves,
 ) -> bool:
-    assert lookup._rounds is not None
-    return bool(original(lookup, aim, held, lookup._rounds.fence, view, now))
+    assert lookup._relay is not None
+    return bool(original(lookup, scoped, held, lookup._relay.lease, view, now))
 
 
 def _candidate_without_fence(
-    lookup: Lookup, aim: Aim, now: float, original: Any = Lookup.candidate
+    lookup: Lookup, scoped: ScopedPlan, now: float, original: Any = Lookup.candidate
 ) -> Candidate | None:
     found: Candidate | None
-    rounds, lookup._rounds = lookup._rounds, None
+    relay, lookup._relay = lookup._relay, None
     try:
-        found = original(lookup, aim, now)
+        found = original(lookup, scoped, now)
     finally:
-        lookup._rounds = rounds
+        lookup._relay = relay
     return found
 
 
@@ -365,28 +403,28 @@ async def _read_without_fence(lookup: Lookup, entry: str | None, wanted: Any) ->
     return await lookup._store.read(entry, wanted)
 
 
-def _allow_any_server(fence: Fence, server: str, now: float) -> bool:
-    return now < fence.until
+def _allow_any_server(lease: ServingLease, server: str, now: float) -> bool:
+    return now < lease.until
 
 
-def _never_record(page: Page, identity: str) -> Step:
+def _never_record(page: OutboxPage, identity: str) -> RelayStep:
     step = next_step(page, identity)
-    return Step.GRANT if step is Step.RECORD else step
+    return RelayStep.GRANT if step is RelayStep.RECORD else step
 
 
 async def _record_nothing(outbox: SimulatedOutbox, identity: str) -> None:
     """Leave the row as it is."""
 
 
-def _heed_no_authority(page: Page, identity: str) -> Step:
-    return Step.GRANT
+def _heed_no_authority(page: OutboxPage, identity: str) -> RelayStep:
+    return RelayStep.GRANT
 
 
-def _do_not_wait_for_the_former(page: Page, identity: str) -> Step:
+def _do_not_wait_for_the_former(page: OutboxPage, identity: str) -> RelayStep:
     return next_step(replace(page, effective=True), identity)
 
 
-def _effective_at_once(outbox: SimulatedOutbox, fence: FenceRow) -> float:
+def _effective_at_once(outbox: SimulatedOutbox, lease: FenceRow) -> float:
     return outbox.database.now
 
 
@@ -399,37 +437,39 @@ def _after_the_last_id(database: Database, after: Cursor) -> list[Row]:
 
 
 async def _store_the_epoch_first(
-    rounds: Rounds,
+    relay: OutboxRelay,
     old: Epoch | None,
     identity: str,
-    page: Page,
+    page: OutboxPage,
     reason: str,
-    original: Any = Rounds._renew,
+    original: Any = OutboxRelay._renew,
 ) -> bool:
-    renewed: bool = await original(rounds, old, identity, page, reason)
+    renewed: bool = await original(relay, old, identity, page, reason)
     if renewed:
-        rounds._cursor = (await rounds.outbox.page(None)).cursor
+        relay._cursor = (await relay.outbox.page(None)).cursor
     return renewed
 
 
-def _keep_the_cursor(rounds: Rounds, epoch: Epoch, original: Any = Rounds._adopt) -> None:
-    cursor = rounds._cursor
-    original(rounds, epoch)
-    rounds._cursor = cursor or rounds._cursor
+def _keep_the_cursor(relay: OutboxRelay, epoch: Epoch, original: Any = OutboxRelay._adopt) -> None:
+    cursor = relay._cursor
+    original(relay, epoch)
+    relay._cursor = cursor or relay._cursor
 
 
-def _keep_what_was_applied(rounds: Rounds, epoch: Epoch, original: Any = Rounds._adopt) -> None:
-    applied = dict(rounds._applied)
-    original(rounds, epoch)
-    rounds._applied.update(applied)
+def _keep_what_was_applied(
+    relay: OutboxRelay, epoch: Epoch, original: Any = OutboxRelay._adopt
+) -> None:
+    applied = dict(relay._applied)
+    original(relay, epoch)
+    relay._applied.update(applied)
 
 
 async def _go_on_when_a_bump_fails(
-    rounds: Rounds, due: Mapping[str, Due], original: Any = Rounds._bump
+    relay: OutboxRelay, due: Mapping[str, DueBump], original: Any = OutboxRelay._bump
 ) -> None:
     for tenant, one in due.items():
         try:
-            await original(rounds, {tenant: one})
+            await original(relay, {tenant: one})
         except StoreError:
             continue
 
@@ -438,7 +478,10 @@ def _ignore(**ignored: Any) -> Any:
     """Judge epochs as if something on the page were not there."""
 
     def outdated(
-        epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated
+        epoch: Epoch,
+        cursor: Cursor,
+        page: OutboxPage,
+        original: Any = respcache.core.serving_lease.outdated,
     ) -> str | None:
         changes = {
             name: value(epoch) if callable(value) else value for name, value in ignored.items()
@@ -450,7 +493,10 @@ def _ignore(**ignored: Any) -> Any:
 
 
 def _ignore_everybody(
-    epoch: Epoch, cursor: Cursor, page: Page, original: Any = respcache.core.fence.outdated
+    epoch: Epoch,
+    cursor: Cursor,
+    page: OutboxPage,
+    original: Any = respcache.core.serving_lease.outdated,
 ) -> str | None:
     found: str | None = original(
         epoch, cursor, replace(page, rows=[row for row in page.rows if row[0] != EVERYBODY])
@@ -458,7 +504,7 @@ def _ignore_everybody(
     return found
 
 
-ROUNDS = respcache.writes.rounds
+ROUNDS = respcache.writes.relay
 OUTSIDERS = {"outsider": 3, "dies": 2, "acknowledged": 1}
 SPLIT = ("promotion", "another address", "another address", "cut from the store")
 
@@ -505,14 +551,16 @@ SABOTAGES: Mapping[str, Sabotage] = {
         [(Flights, "join", _join_any), (Filler, "enter", _enter_any)]
     ),
     "wait for any lease of another process": Sabotage(
-        [(Leases, "_acquire", _wait_for_any_lease), (Leases, "_filled", _find_any)]
+        [(FillLocks, "_acquire", _wait_for_any_lease), (FillLocks, "_filled", _find_any)]
     ),
     "bump before COMMIT": Sabotage([(Schedule, "commit_and_tell", _tell_before_commit)]),
     "acknowledge without looking at the fence": Sabotage(
         [(Invalidator, "_apply", _bump_and_do_not_look_at_the_fence)], _mix(*SPLIT)
     ),
-    "acknowledge without waiting": Sabotage([(Rounds, "safe", _wait_for_nothing)]),
-    "acknowledge by a round in a new epoch": Sabotage([(Rounds, "_grant", _catch_up_in_any_epoch)]),
+    "acknowledge without waiting": Sabotage([(OutboxRelay, "safe", _wait_for_nothing)]),
+    "acknowledge by a round in a new epoch": Sabotage(
+        [(OutboxRelay, "_grant", _catch_up_in_any_epoch)]
+    ),
     "ids of rows are given away when COMMIT raised": Sabotage(
         [(Schedule, "rows_of_unknown_outcome", _rows_before_commit)],
         _mix(writers={"unknown": 2, "acknowledged": 1}),
@@ -532,7 +580,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ),
     ),
     "the fence counts from the end of the round": Sabotage(
-        [(Rounds, "_grant", _grant_from_the_end)],
+        [(OutboxRelay, "_grant", _grant_from_the_end)],
         _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10),
     ),
     "the fence is looked at after the answer": Sabotage(
@@ -556,13 +604,13 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ),
     ),
     "a request joins a reading that has left": Sabotage(
-        [(Group, "_leave", _leave_with_the_door_open)], IN_MEMORY
+        [(ViewBatch, "_leave", _leave_with_the_door_open)], IN_MEMORY
     ),
     "what lies in memory is not judged": Sabotage(
         [(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY
     ),
     "the bound of a view is not looked at": Sabotage(
-        [(Views, "recent", _look_at_no_bound)],
+        [(ViewReader, "recent", _look_at_no_bound)],
         replace(
             BOUNDED,
             processes=(2,),
@@ -574,10 +622,10 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ),
     ),
     "a view outlives the bumps of its own process": Sabotage(
-        [(Views, "expire", _hear_nothing)], BOUNDED
+        [(ViewReader, "expire", _hear_nothing)], BOUNDED
     ),
     "a reading under way outlives them": Sabotage(
-        [(Group, "expire", _drop_the_view_only)],
+        [(ViewBatch, "expire", _drop_the_view_only)],
         replace(
             BOUNDED,
             faults={"slow store": 1},
@@ -591,14 +639,14 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "a proof outlives its view": Sabotage([(Lookup, "granted", _take_any_grant)], BOUNDED),
     "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
     "a proof needs no view of the request's own": Sabotage(
-        [(Wrapper, "_prove", _grant_without_its_view)], IN_MEMORY
+        [(CacheMiddleware, "_prove", _grant_without_its_view)], IN_MEMORY
     ),
     "a token is not looked at": Sabotage([(Lookup, "heed", _heed_no_token)], TOKENS),
     "no fence": Sabotage(
         [(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]
     ),
     "the fence names no server": Sabotage(
-        [(Fence, "allows", _allow_any_server)], _mix("evict", *SPLIT)
+        [(ServingLease, "allows", _allow_any_server)], _mix("evict", *SPLIT)
     ),
     "until is never recorded": Sabotage(
         [(ROUNDS, "next_step", _never_record), (SimulatedOutbox, "record", _record_nothing)],
@@ -613,14 +661,14 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "no authority": Sabotage([(ROUNDS, "next_step", _heed_no_authority)], _mix(*SPLIT)),
     "cursor of ids": Sabotage([(Database, "unseen", _after_the_last_id)], _mix(writers=OUTSIDERS)),
     "the epoch is stored before its snapshot": Sabotage(
-        [(Rounds, "_renew", _store_the_epoch_first)],
+        [(OutboxRelay, "_renew", _store_the_epoch_first)],
         _mix("freeze who makes an epoch", processes=(2,), writers=OUTSIDERS),
     ),
     "the cursor outlives the epoch": Sabotage(
-        [(Rounds, "_adopt", _keep_the_cursor)], BACK_AND_FORTH
+        [(OutboxRelay, "_adopt", _keep_the_cursor)], BACK_AND_FORTH
     ),
     "what was applied outlives the epoch": Sabotage(
-        [(Rounds, "_adopt", _keep_what_was_applied)],
+        [(OutboxRelay, "_adopt", _keep_what_was_applied)],
         replace(
             BACK_AND_FORTH,
             faults={"promotion": 1, "another address": 1, "another address after a write": 3},
@@ -632,7 +680,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ),
     ),
     "a round goes on when a bump failed": Sabotage(
-        [(Rounds, "_bump", _go_on_when_a_bump_fails)],
+        [(OutboxRelay, "_bump", _go_on_when_a_bump_fails)],
         _mix("cut from the store", "slow store", trouble=(0.02, 0.05)),
     ),
     "another life of the database is not noticed": Sabotage(

@@ -20,21 +20,21 @@ from typing import Any
 
 import msgspec
 
-import respcache.asgi
 import respcache.cache
-import respcache.core.fence
+import respcache.core.serving_lease
+import respcache.middleware
+import respcache.read.values
 import respcache.stores.memory
-import respcache.values
-import respcache.writes.rounds
+import respcache.writes.relay
 import tests.simulation.database
 from respcache.cache import Cache
+from respcache.context import Exchange, current
 from respcache.core import tokens
-from respcache.core.fence import DRIFT
-from respcache.core.identity import Claim, Head, Scope, SingleTenant
+from respcache.core.identity import Claim, RequestHead, Scope, SingleTenant
 from respcache.core.policy import Level, Policy
-from respcache.record import Record, current
-from respcache.routing import Route
-from respcache.writes.rounds import Rounds, Rows
+from respcache.core.serving_lease import DRIFT
+from respcache.routing.table import Route
+from respcache.writes.relay import OutboxRelay, Rows
 from tests.simulation.database import NAME as DATABASE
 from tests.simulation.database import (
     Database,
@@ -152,14 +152,14 @@ class _Tenants(SingleTenant):
     def __init__(self) -> None:
         super().__init__("")
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Believe the header."""
         tenant = head.header("x-tenant") or ""
         return Claim(tenant, tenant)
 
     async def scope(self, claim: Claim) -> Scope:
         """Show everything of the tenant."""
-        return Scope(claim.home, b"")
+        return Scope(claim.owner_tenant, b"")
 
 
 def _routes(bound_s: float) -> list[Route]:
@@ -199,12 +199,14 @@ class Session:
 class Process:
     """One process of the application."""
 
-    def __init__(self, schedule: "Schedule", name: str, home: Server) -> None:
+    def __init__(self, schedule: "Schedule", name: str, owner_tenant: Server) -> None:
         world, rng = schedule.world, schedule.rng
         self.host = Host(
             name, rate=1 + rng.uniform(-CLOCK_SPREAD, CLOCK_SPREAD), offset=rng.uniform(0, 1000)
         )
-        self.client = Client(world, self.host, home, proposes=lambda: schedule.proposes(self))
+        self.client = Client(
+            world, self.host, owner_tenant, proposes=lambda: schedule.proposes(self)
+        )
         self.outbox = SimulatedOutbox(
             schedule.database,
             self.host,
@@ -213,20 +215,20 @@ class Process:
             retention_s=schedule.retention_s,
             recovered=lambda: schedule.look_around(self, 0.002),
         )
-        rounds = partial(
-            Rounds,
+        relay = partial(
+            OutboxRelay,
             period_s=schedule.period_s,
             jitter=rng.random,
             token=lambda: f"{rng.getrandbits(64):016x}",
         )
         self.ready = False
-        with replaced(respcache.cache, "Rounds", rounds):
+        with replaced(respcache.cache, "Rounds", relay):
             self.cache = Cache(
                 self.client,
                 secret=SECRET,
                 resolver=_Tenants(),
                 outbox=self.outbox,
-                audit_share=0,
+                verify_share=0,
                 clock=self.host.clock,
             )
         self._wrapped = self.cache.wrap(_answer, _routes(schedule.bound_s))
@@ -265,10 +267,10 @@ class Process:
         return msgspec.msgpack.decode(body)
 
     @property
-    def rounds(self) -> Rounds:
+    def relay(self) -> OutboxRelay:
         """The rounds of this process."""
-        assert self.cache.rounds is not None
-        return self.cache.rounds
+        assert self.cache.relay is not None
+        return self.cache.relay
 
 
 class Schedule:
@@ -384,7 +386,7 @@ class Schedule:
 
         self.world.counts["reads"] += 1
         request = current.set(
-            None if session.token is None else Record(sent=tokens.decode(session.token))
+            None if session.token is None else Exchange(sent=tokens.decode(session.token))
         )
         try:
             if self.rng.random() < 0.5:
@@ -515,10 +517,12 @@ class Schedule:
         session.busy = True
         return session
 
-    async def commit_and_tell(self, process: Process, commit: Commit, rows: Rows) -> Record | None:
+    async def commit_and_tell(
+        self, process: Process, commit: Commit, rows: Rows
+    ) -> Exchange | None:
         """Do what the database hooks do. Returns what the answer says, or None when COMMIT raised:
         nothing is acknowledged."""
-        record = Record()
+        record = Exchange()
         token = current.set(record)
         try:
             try:
@@ -536,8 +540,8 @@ class Schedule:
     def whole(self, process: Process, rows: Rows) -> Rows | None:
         """Tell whether these are all rows that the transaction will have left: not where triggers
         may write in COMMIT."""
-        rounds = process.cache.rounds
-        return None if rounds is not None and rounds.deferred else rows
+        relay = process.cache.relay
+        return None if relay is not None and relay.deferred else rows
 
     def tell(self, process: Process, rows: Rows | None) -> None:
         """Tell the cache what was committed."""
@@ -791,8 +795,8 @@ class Schedule:
         entries = [key for key in memory.values if f":{MODULE}:" in key and "~fill" not in key]
         if len(entries) < 2:
             return False
-        source, target = self.rng.sample(entries, 2)
-        memory.values[target] = memory.values[source]
+        source, cache_key = self.rng.sample(entries, 2)
+        memory.values[cache_key] = memory.values[source]
         return True
 
 
@@ -851,17 +855,17 @@ async def _run(seed: int, mix: Mix) -> Schedule:
 
 
 def _count(process: Process, counts: Counter[str]) -> None:
-    figures = process.cache.stats()
+    counters = process.cache.stats()
     for name in ("hits", "misses", "bypasses", "stores"):
-        counts[name] += figures[name]
-    for one in process.cache.figures.modules(None).values():
+        counts[name] += counters[name]
+    for one in process.cache.counters.modules(None).values():
         counts["joined fills"] += one.collapsed
         for reason, count in one.bypasses.items():
             counts[f"bypass: {reason}"] += count
-    counts["rounds"] += process.rounds.completed
-    counts["rounds failed"] += process.rounds.failed
-    counts["epochs"] += process.rounds.epochs
-    counts["acknowledgements delayed"] += process.cache.figures.acknowledgements_delayed
+    counts["rounds"] += process.relay.completed
+    counts["rounds failed"] += process.relay.failed
+    counts["epochs"] += process.relay.epochs
+    counts["acknowledgements delayed"] += process.cache.counters.acknowledgements_delayed
 
 
 class _VirtualTime:
@@ -890,14 +894,14 @@ def _limits(rng: random.Random, mix: Mix) -> Iterator[None]:
         for module, name, value in (
             (respcache.stores.memory, "MAX_FIELDS", choose(2000, 5, 6)),
             (respcache.stores.memory, "RING_ROWS", ring),
-            (respcache.core.fence, "RING_ROWS", ring),
-            (respcache.core.fence, "MAX_ROWS", rows),
-            (respcache.writes.rounds, "MAX_ROWS", rows),
+            (respcache.core.serving_lease, "RING_ROWS", ring),
+            (respcache.core.serving_lease, "MAX_ROWS", rows),
+            (respcache.writes.relay, "MAX_ROWS", rows),
             (tests.simulation.database, "MAX_ROWS", rows),
-            (respcache.writes.rounds, "LOST_AUTHORITY_S", choose(30.0, 0.1, 1.0)),
-            (respcache.writes.rounds, "SAVE_CURSOR_S", choose(30.0, 0.5)),
-            (respcache.writes.rounds, "PRUNE_S", 0.4),
-            (respcache.core.fence, "MAX_TENANTS", choose(2_000, 2_000, 2_000, 1)),
+            (respcache.writes.relay, "LOST_AUTHORITY_S", choose(30.0, 0.1, 1.0)),
+            (respcache.writes.relay, "SAVE_CURSOR_S", choose(30.0, 0.5)),
+            (respcache.writes.relay, "PRUNE_S", 0.4),
+            (respcache.core.serving_lease, "MAX_TENANTS", choose(2_000, 2_000, 2_000, 1)),
         ):
             stack.enter_context(replaced(module, name, value))
         yield

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from respcache.core.epochs import Epoch
 from respcache.core.errors import StoreError, StoreUnavailable
-from respcache.core.generations import Generation
-from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
+from respcache.core.generations import GenerationView
+from respcache.stores.base import Bumped, FillLock, Reading, ServerInfo
 from respcache.stores.memory import MemoryServer
 from tests.simulation.loop import Host, VirtualLoop
 
@@ -235,7 +235,10 @@ class Client:
         self.world.loop.call_soon(callback)
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """See ``Store.view``."""
 
@@ -261,7 +264,7 @@ class Client:
     def _hear(self, generation: str) -> None:
         self.world.loop.happen(0, self._heard, generation, host=self.host)
 
-    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
+    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
         """See ``Store.open``."""
         prefix, connection = self._prefix, self._connected()
         found = await self._ask(
@@ -329,14 +332,14 @@ class Client:
             entry[-40:],
         )
 
-    async def lease(
-        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
-    ) -> Lease:
-        """See ``Store.lease``."""
+    async def lock(
+        self, key: str, lock: FillLock, *, ttl_ms: int, replacing: str | None = None
+    ) -> FillLock:
+        """See ``Store.lock``."""
         return await self._ask(
             self._connected(),
             "",
-            lambda memory: memory.lease(key, lease, ttl_ms=ttl_ms, replacing=replacing),
+            lambda memory: memory.lock(key, lock, ttl_ms=ttl_ms, replacing=replacing),
         )
 
     def release(self, key: str, token: str) -> None:

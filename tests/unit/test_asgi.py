@@ -34,10 +34,10 @@ from respcache import (
     Claim,
     ConfigurationError,
     Denied,
-    Head,
     MemoryStore,
     Parameter,
     Policy,
+    RequestHead,
     Route,
     Scope,
     SingleTenant,
@@ -260,7 +260,7 @@ async def test_a_read_begun_after_a_write_joins_no_older_flight() -> None:
         old = asyncio.create_task(http.get("/things"))
         await gate.entered.wait()
         joined = asyncio.create_task(http.get("/things"))
-        await until(lambda: cache.figures.of("public", "things").misses == 2)
+        await until(lambda: cache.counters.of("public", "things").misses == 2)
         gate.version = 1
         gate.entered.clear()
         await http.post("/things")
@@ -287,7 +287,7 @@ async def test_a_hundred_callers_of_a_cold_key_run_the_handler_once() -> None:
     cache, wrapped = make_cache(things(gate.read))
     async with client(wrapped, cache) as http:
         callers = [asyncio.create_task(http.get("/things")) for _ in range(100)]
-        await until(lambda: cache.figures.of("public", "things").misses == 100)
+        await until(lambda: cache.counters.of("public", "things").misses == 100)
         gate.go.set()
         answers = [await caller for caller in callers]
     assert gate.calls == 1
@@ -309,12 +309,12 @@ async def test_a_failing_leader_fails_alone_and_hangs_nobody() -> None:
     cache, wrapped = make_cache(things(read))
     async with client(wrapped, cache) as http:
         callers = [asyncio.create_task(http.get("/things")) for _ in range(5)]
-        await until(lambda: cache.figures.of("public", "things").misses == 5)
+        await until(lambda: cache.counters.of("public", "things").misses == 5)
         gate.go.set()
         answers = [await caller for caller in callers]
     assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 200, 500]
     assert gate.calls == 5
-    assert cache.figures.of("public", "things").stores == 0
+    assert cache.counters.of("public", "things").stores == 0
 
 
 async def test_a_leader_that_is_cancelled_hangs_nobody() -> None:
@@ -325,7 +325,7 @@ async def test_a_leader_that_is_cancelled_hangs_nobody() -> None:
         leader = asyncio.create_task(http.get("/things"))
         await gate.entered.wait()
         follower = asyncio.create_task(http.get("/things"))
-        await until(lambda: cache.figures.of("public", "things").misses == 2)
+        await until(lambda: cache.counters.of("public", "things").misses == 2)
         leader.cancel()
         gate.go.set()
         assert (await follower).status_code == 200
@@ -357,7 +357,7 @@ async def test_refused_answers_are_passed_on_and_not_stored() -> None:
                 assert status(answer) == f"respcache; fwd=uri-miss; detail={why}"
         assert (await http.get("/things/stream")).content == b"xy"
         assert (await http.get("/things/cache-control")).headers["cache-control"] == "no-store"
-    assert cache.figures.of("public", "things").stores == 0
+    assert cache.counters.of("public", "things").stores == 0
 
 
 async def test_an_encoded_body_keeps_its_encoding() -> None:
@@ -472,7 +472,7 @@ class People:
         self.looked = 0
         self.stands_for = frozenset({who})
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         user = head.header("x-user")
         if user is None:
             raise Denied("who are you?")
@@ -494,7 +494,7 @@ async def who(request: Request) -> Scope:
     if scope is not None:
         return scope
     return await request.app.state.cache.resolver.scope(
-        request.app.state.cache.resolver.claim(Head(request.scope))
+        request.app.state.cache.resolver.claim(RequestHead(request.scope))
     )
 
 
@@ -536,7 +536,7 @@ async def test_nothing_is_looked_up_for_a_caller_who_is_not_known() -> None:
         for headers in ({}, {"x-user": "nobody"}):
             answer = await http.get("/things", headers=headers)
             assert answer.status_code == 500  # the test application lets Denied through
-    assert cache.figures.of(None, "things").bypasses["denied"] == 2
+    assert cache.counters.of(None, "things").bypasses["denied"] == 2
 
 
 async def test_the_rule_of_a_route_is_decided_before_the_look_up() -> None:
@@ -587,7 +587,7 @@ async def test_who_leaves_a_tenant_invalidates_it_all_the_same(then: Any) -> Non
 
     ann = resolver.claim
 
-    def claim(head: Head) -> Claim:
+    def claim(head: RequestHead) -> Claim:
         """Say what the token says, which is older than the change."""
         return Claim("ann", "acme") if head.header("x-user") == "ann" else ann(head)
 

@@ -18,27 +18,27 @@ from respcache import (
     Claim,
     ConfigurationError,
     Denied,
-    Head,
     MemoryStore,
     Policy,
+    RequestHead,
     Route,
     Scope,
     SingleTenant,
     cache_list,
     invalidate_cache,
 )
-from respcache.core.fence import DRIFT, LEASE_S
+from respcache.context import current, current_scope
 from respcache.core.generations import module_tag
-from respcache.ops.audit import (
+from respcache.core.serving_lease import DRIFT, LEASE_S
+from respcache.read.verifier import (
     EVERY_S,
     LEAST_PAUSE_S,
     LOG_EVERY_S,
     MAX_FINDINGS,
     MOST_SHARE_OF_TIME,
-    Audit,
+    Verifier,
 )
-from respcache.record import current, current_scope
-from respcache.writes.rounds import Rounds
+from respcache.writes.relay import OutboxRelay
 
 pytestmark = pytest.mark.anyio
 SECRET = b"k" * 32
@@ -65,9 +65,9 @@ class World:
     timers: list[Timer] = field(default_factory=list)
 
     @property
-    def audit(self) -> Audit:
-        assert self.cache.audit is not None
-        return self.cache.audit
+    def verifier(self) -> Verifier:
+        assert self.cache.verifier is not None
+        return self.cache.verifier
 
     def later(self, seconds: float, callback: Callable[[], object]) -> Timer:
         self.timers.append(Timer(seconds, callback))
@@ -87,15 +87,15 @@ class World:
 
     async def audited_hit(self, path: str = "/things", **headers: str) -> httpx2.Response:
         """Be served from the cache, and have just that hit audited."""
-        self.audit.countdown, self.audit._rest_until = 1, self.now
+        self.verifier.countdown, self.verifier._rest_until = 1, self.now
         answer = await self.http.get(path, headers=headers)
         assert "; hit" in answer.headers["cache-status"]
-        assert self.audit._task is not None
+        assert self.verifier._task is not None
         return answer
 
     async def done(self) -> None:
         """Wait until no audit is under way."""
-        await until(lambda: self.audit._task is None)
+        await until(lambda: self.verifier._task is None)
 
     async def confirmed(self) -> None:
         """Let the lease pass for which a suspicion waits, then wait for what comes of it."""
@@ -126,8 +126,8 @@ async def running(app: Any, *, routes: Any = None, **options: Any) -> AsyncItera
     transport = httpx2.ASGITransport(app=server, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
         world = World(cache, http)
-        if cache.audit is not None:
-            cache.audit._clock, cache.audit._later = lambda: world.now, world.later
+        if cache.verifier is not None:
+            cache.verifier._clock, cache.verifier._later = lambda: world.now, world.later
         await cache.connect()
         yield world
         await cache.close()
@@ -199,10 +199,15 @@ async def test_an_equal_answer_is_counted_and_nothing_else(world: World, data: D
     for operation in ("read", "put", "lease", "open"):
         setattr(world.cache.store, operation, fail)
     await world.done()
-    figures = world.cache.stats()["modules"]["things"]
-    assert (figures["hits"], figures["misses"], figures["stores"], data.calls) == (1, 1, 1, 2)
-    audit = world.cache.stats()["audit"]
-    assert (audit["audits"], audit["equal"], audit["inconclusive"], audit["findings"]) == (
+    counters = world.cache.stats()["modules"]["things"]
+    assert (counters["hits"], counters["misses"], counters["stores"], data.calls) == (1, 1, 1, 2)
+    verifier = world.cache.stats()["verifier"]
+    assert (
+        verifier["audits"],
+        verifier["equal"],
+        verifier["inconclusive"],
+        verifier["findings"],
+    ) == (
         1,
         1,
         {},
@@ -223,11 +228,11 @@ async def test_a_hit_does_not_wait_for_its_audit_and_one_is_under_way_at_most(
     await world.audited_hit()
     await data.entered.wait()
     for _ in range(3):
-        world.audit.countdown = 1
+        world.verifier.countdown = 1
         assert "; hit" in (await world.get()).headers["cache-status"]
     data.go.set()
     await world.done()
-    assert (world.audit.audits, data.calls) == (1, 2)
+    assert (world.verifier.audits, data.calls) == (1, 2)
 
 
 async def test_a_write_that_overtakes_the_audit_is_no_finding(world: World, data: Data) -> None:
@@ -240,7 +245,11 @@ async def test_a_write_that_overtakes_the_audit_is_no_finding(world: World, data
     await world.http.post("/things")
     data.go.set()
     await world.done()
-    assert (world.audit.inconclusive, world.audit.stale, data.calls) == ({"overtaken": 1}, 0, 2)
+    assert (world.verifier.inconclusive, world.verifier.stale, data.calls) == (
+        {"overtaken": 1},
+        0,
+        2,
+    )
 
 
 async def test_a_commit_whose_bump_is_under_way_is_no_finding(world: World, data: Data) -> None:
@@ -251,7 +260,11 @@ async def test_a_commit_whose_bump_is_under_way_is_no_finding(world: World, data
     await until(lambda: world.timers[-1].seconds == WAIT_S)
     await world.cache.invalidate_tenant_cache("public", "things")
     await world.confirmed()
-    assert (world.audit.inconclusive, world.audit.stale, data.calls) == ({"overtaken": 1}, 0, 2)
+    assert (world.verifier.inconclusive, world.verifier.stale, data.calls) == (
+        {"overtaken": 1},
+        0,
+        2,
+    )
 
 
 async def test_a_lost_invalidation_is_found(
@@ -268,8 +281,12 @@ async def test_a_lost_invalidation_is_found(
     assert (await world.audited_hit()).json() == 7_654_321
     await world.confirmed()
     stats = world.cache.stats()
-    (finding,) = stats["audit"]["findings"]
-    assert (stats["audit"]["stale"], stats["audit"]["leaks"], stats["stale_served"]) == (1, 0, 1)
+    (finding,) = stats["verifier"]["findings"]
+    assert (stats["verifier"]["stale"], stats["verifier"]["leaks"], stats["stale_served"]) == (
+        1,
+        0,
+        1,
+    )
     assert [finding[name] for name in ("kind", "tenant", "module", "route")] == [
         "stale",
         "public",
@@ -314,11 +331,11 @@ async def test_an_answer_that_differs_by_itself_is_said_once_and_no_finding(
             world.fire()
             await world.confirmed()
         assert (
-            world.audit.nondeterministic,
-            world.audit.stale,
+            world.verifier.nondeterministic,
+            world.verifier.stale,
             world.cache.stats()["stale_served"],
         ) == (2, 0, 0)
-        assert world.cache.stats()["audit"]["nondeterministic_routes"] == ["/things"]
+        assert world.cache.stats()["verifier"]["nondeterministic_routes"] == ["/things"]
         assert "; hit" in (await world.get()).headers["cache-status"]
     assert [
         record.levelname for record in caplog.records if "differently" in record.getMessage()
@@ -334,7 +351,7 @@ async def test_an_answer_that_returns_to_what_was_served_is_no_finding(
     await until(lambda: world.timers[-1].seconds == WAIT_S)
     world.fire()
     await world.confirmed()
-    assert (world.audit.nondeterministic, world.audit.stale) == (1, 0)
+    assert (world.verifier.nondeterministic, world.verifier.stale) == (1, 0)
 
 
 async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondeterminism(
@@ -355,7 +372,7 @@ async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondetermini
     await until(lambda: data.calls == 5 and world.timers[-1].seconds == WAIT_S)
     await world.cache.settled()
     await world.confirmed()
-    assert (world.audit.inconclusive, world.audit.nondeterministic) == ({"overtaken": 1}, 0)
+    assert (world.verifier.inconclusive, world.verifier.nondeterministic) == ({"overtaken": 1}, 0)
 
 
 class NoOutbox:
@@ -385,7 +402,7 @@ async def test_nothing_is_found_where_nothing_would_be_served(
     elif accident == "other server":
         store.restart(keep_data=True)
     elif accident == "no fence":
-        world.cache._lookup._rounds = Rounds(store, NoOutbox(), generation_ttl_ms=1000)
+        world.cache._lookup._relay = OutboxRelay(store, NoOutbox(), generation_ttl_ms=1000)
         world.cache._lookup._covered = lambda policy: True  # type: ignore[method-assign]
     elif accident == "no trigger":
         world.cache._lookup._covered = lambda policy: False  # type: ignore[method-assign]
@@ -393,7 +410,7 @@ async def test_nothing_is_found_where_nothing_would_be_served(
         world.cache._invalidator._pending["public"] = 1
     await world.confirmed()
     world.cache._invalidator._pending.clear()
-    assert (world.audit.inconclusive, world.audit.stale) == ({"overtaken": 1}, 0)
+    assert (world.verifier.inconclusive, world.verifier.stale) == ({"overtaken": 1}, 0)
 
 
 @pytest.mark.parametrize("problem", ["raises", 500, 503, 429])
@@ -417,7 +434,7 @@ async def test_a_failing_handler_proves_nothing_and_reaches_nobody(
         caplog.set_level("DEBUG", "respcache")
         assert (await world.audited_hit()).status_code == 200
         await world.done()
-        assert world.audit.inconclusive == {"failed": 1}
+        assert world.verifier.inconclusive == {"failed": 1}
         assert "a row of somebody" not in "".join(
             r.getMessage() for r in caplog.records if r.name == "respcache"
         )
@@ -439,7 +456,7 @@ async def test_a_row_that_is_gone_is_a_finding(data: Data) -> None:
         gone = True
         await world.audited_hit()
         await world.confirmed()
-        assert world.audit.stale == 1
+        assert world.verifier.stale == 1
 
 
 async def test_a_kept_header_counts_and_one_that_is_not_kept_does_not() -> None:
@@ -457,11 +474,11 @@ async def test_a_kept_header_counts_and_one_that_is_not_kept_does_not() -> None:
         other = "2"
         await world.audited_hit()
         await world.done()
-        assert world.audit.equal == 1
+        assert world.verifier.equal == 1
         total = "2"
         await world.audited_hit()
         await world.confirmed()
-        assert world.audit.stale == 1
+        assert world.verifier.stale == 1
 
 
 async def test_the_time_of_compression_makes_no_difference() -> None:
@@ -482,7 +499,7 @@ async def test_the_time_of_compression_makes_no_difference() -> None:
         await world.get()
         await world.audited_hit()
         await world.done()
-        assert (calls, world.audit.equal) == (2, 1)
+        assert (calls, world.verifier.equal) == (2, 1)
 
 
 async def test_an_answer_that_varies_by_something_which_went_on_is_not_compared() -> None:
@@ -500,11 +517,11 @@ async def test_an_answer_that_varies_by_something_which_went_on_is_not_compared(
         await world.audited_hit()
         day = 2
         await world.done()
-        assert world.audit.inconclusive == {"another key": 1}
+        assert world.verifier.inconclusive == {"another key": 1}
         day = 1
         await world.audited_hit()
         await world.done()
-        assert world.audit.equal == 1
+        assert world.verifier.equal == 1
 
 
 async def test_values_are_made_anew(data: Data) -> None:
@@ -523,8 +540,8 @@ async def test_values_are_made_anew(data: Data) -> None:
         data.version = 1
         await world.audited_hit()
         await world.confirmed()
-        assert world.audit.stale == 1
-        assert world.cache.figures.of("public", "values").hits == 0
+        assert world.verifier.stale == 1
+        assert world.cache.counters.of("public", "values").hits == 0
 
 
 # -- who may see it --------------------------------------------------------------------------------
@@ -537,16 +554,16 @@ class People:
     tables: tuple[str, ...] = ()
     stands_for: frozenset[Any] = frozenset()
 
-    def __init__(self, home: str = "acme") -> None:
-        self.home = home
+    def __init__(self, owner_tenant: str = "acme") -> None:
+        self.owner_tenant = owner_tenant
         self.people = {"ann": ("acme", b"north", "admin")}
         self.ended: set[str] = set()
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         name = head.header("x-user") or ""
         if name in self.ended:
             raise Denied(name)
-        return Claim(name, self.home)
+        return Claim(name, self.owner_tenant)
 
     async def scope(self, claim: Claim) -> Scope:
         if claim.key not in self.people:
@@ -599,18 +616,18 @@ async def test_a_scope_that_ended_unnoticed_is_a_leak(
             people.people["ann"] = now
         await world.confirmed()
         stats = world.cache.stats("acme")
-        assert (stats["audit"]["leaks"], stats["audit"]["stale"], stats["stale_served"]) == (
+        assert (stats["verifier"]["leaks"], stats["verifier"]["stale"], stats["stale_served"]) == (
             1,
             0,
             1,
         )
-        (finding,) = stats["audit"]["findings"]
+        (finding,) = stats["verifier"]["findings"]
         assert (finding["kind"], finding["found"], finding["certificate"]["sequence"]) == (
             "leak",
             word,
             0,
         )
-        assert world.cache.stats("other")["audit"]["findings"] == []
+        assert world.cache.stats("other")["verifier"]["findings"] == []
         assert "found a leak answer" in caplog.text
         people.people["ann"] = ("acme", b"south", "admin")
         assert (await world.get(**{"x-user": "ann"})).json() == "south"
@@ -623,14 +640,14 @@ async def test_the_audit_sees_no_more_of_a_request_than_the_look_did() -> None:
     class Named(People):
         headers = ("x-user",)
 
-        def claim(self, head: Head) -> Claim:
-            return Claim(head.header("x-instead") or head.header("x-user"), self.home)
+        def claim(self, head: RequestHead) -> Claim:
+            return Claim(head.header("x-instead") or head.header("x-user"), self.owner_tenant)
 
     async with running(rows_of_callers(), resolver=Named()) as world:
         await world.get(**{"x-user": "ann"})
         await world.audited_hit(**{"x-user": "ann", "x-instead": "bob"})
         await world.done()
-        assert (world.audit.equal, world.audit.leaks) == (1, 0)
+        assert (world.verifier.equal, world.verifier.leaks) == (1, 0)
 
 
 async def test_a_change_of_scope_whose_bump_is_under_way_is_no_leak() -> None:
@@ -643,12 +660,12 @@ async def test_a_change_of_scope_whose_bump_is_under_way_is_no_leak() -> None:
         await until(lambda: world.timers[-1].seconds == WAIT_S)
         await world.cache.invalidate_all_tenant("acme")
         await world.confirmed()
-        assert (world.audit.inconclusive, world.audit.leaks) == ({"overtaken": 1}, 0)
+        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"overtaken": 1}, 0)
 
 
 async def test_a_scope_is_judged_where_it_was_read_from() -> None:
     """The caller's home is another generation than that of the rows."""
-    people = People(home="hq")
+    people = People(owner_tenant="hq")
     async with running(rows_of_callers(), resolver=people) as world:
         await world.get(**{"x-user": "ann"})
         await world.audited_hit(**{"x-user": "ann"})
@@ -656,7 +673,7 @@ async def test_a_scope_is_judged_where_it_was_read_from() -> None:
         await until(lambda: world.timers[-1].seconds == WAIT_S)
         await world.cache.invalidate_all_tenant("hq")
         await world.confirmed()
-        assert (world.audit.inconclusive, world.audit.leaks) == ({"overtaken": 1}, 0)
+        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"overtaken": 1}, 0)
 
 
 async def test_a_scope_that_returned_is_no_leak() -> None:
@@ -669,7 +686,7 @@ async def test_a_scope_that_returned_is_no_leak() -> None:
         await until(lambda: world.timers[-1].seconds == WAIT_S)
         people.people["ann"] = before
         await world.confirmed()
-        assert (world.audit.inconclusive, world.audit.leaks) == ({"overtaken": 1}, 0)
+        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"overtaken": 1}, 0)
 
 
 async def test_credentials_that_end_meanwhile_are_no_leak() -> None:
@@ -680,7 +697,7 @@ async def test_credentials_that_end_meanwhile_are_no_leak() -> None:
         await world.audited_hit(**{"x-user": "ann"})
         people.ended.add("ann")
         await world.done()
-        assert (world.audit.inconclusive, world.audit.leaks) == ({"credentials ended": 1}, 0)
+        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"credentials ended": 1}, 0)
 
 
 async def test_the_request_is_made_anew_as_it_came_and_can_be_told_apart() -> None:
@@ -742,7 +759,7 @@ async def test_the_client_of_an_audit_stays_and_each_run_has_a_state_of_its_own(
         data.version = 1
         await world.audited_hit()
         await world.confirmed()
-        assert world.audit.stale == 1
+        assert world.verifier.stale == 1
     assert (heard, states) == ([False] * 4, [{"pool": 1}] * 5)
 
 
@@ -766,7 +783,7 @@ async def test_an_execution_in_an_older_snapshot_is_not_compared() -> None:
         await world.get()
         await world.audited_hit()
         await world.done()
-        assert world.audit.inconclusive == {"old snapshot": 1}
+        assert world.verifier.inconclusive == {"old snapshot": 1}
 
 
 # -- handlers that write ---------------------------------------------------------------------------
@@ -799,12 +816,12 @@ async def test_a_route_that_writes_is_not_audited_again(when: str) -> None:
         if when == "in the audit":
             await world.audited_hit()
             await world.done()
-            assert world.audit.inconclusive == {"wrote": 1}
-        assert world.cache.stats()["audit"]["excluded_routes"] == ["/things"]
+            assert world.verifier.inconclusive == {"wrote": 1}
+        assert world.cache.stats()["verifier"]["excluded_routes"] == ["/things"]
         before = calls
-        world.audit.countdown, world.audit._rest_until = 1, 0
+        world.verifier.countdown, world.verifier._rest_until = 1, 0
         await world.get()
-        assert world.audit._task is None
+        assert world.verifier._task is None
         assert world.timers[-1].seconds == LEAST_PAUSE_S, "another route's hit is audited soon"
         assert calls == before
 
@@ -814,27 +831,27 @@ async def test_a_route_that_writes_is_not_audited_again(when: str) -> None:
 
 async def test_a_share_of_the_hits_is_audited(data: Data) -> None:
     """Every fourth."""
-    async with running(things(data), audit_share=0.25) as world:
+    async with running(things(data), verify_share=0.25) as world:
         await world.get()
         for count in (0, 0, 0, 1, 1, 1, 1, 2):
             await world.get()
             await world.done()
-            assert world.audit.audits == count
-            world.audit._rest_until = 0
+            assert world.verifier.audits == count
+            world.verifier._rest_until = 0
 
 
 async def test_where_hits_are_few_one_a_second_is_audited(world: World) -> None:
     """The default share would come to it after a thousand."""
     assert world.timers[-1].seconds == EVERY_S
     await world.get()
-    assert world.audit.audits == 0
+    assert world.verifier.audits == 0
     for count in (1, 2):
         world.fire()
         await world.get()
         await world.done()
-        assert (world.audit.audits, world.timers[-1].seconds) == (count, EVERY_S)
+        assert (world.verifier.audits, world.timers[-1].seconds) == (count, EVERY_S)
         await world.get()
-        assert world.audit.audits == count
+        assert world.verifier.audits == count
 
 
 async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(
@@ -843,18 +860,18 @@ async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(
     """A handler that takes a second is not run again for nine; a sampled hit in between starts
     nothing."""
     data.before = lambda _: setattr(world, "now", world.now + 1)
-    world.audit.countdown = 1
+    world.verifier.countdown = 1
     await world.get()
     await world.done()
     assert world.timers[-1].seconds == pytest.approx(1 / MOST_SHARE_OF_TIME - 1)
     world.now += 8
-    world.audit.countdown = 1
+    world.verifier.countdown = 1
     await world.get()
-    assert (world.audit._task, world.audit.audits) == (None, 1)
+    assert (world.verifier._task, world.verifier.audits) == (None, 1)
     world.now += 1.001
-    world.audit.countdown = 1
+    world.verifier.countdown = 1
     await world.get()
-    assert world.audit.audits == 2
+    assert world.verifier.audits == 2
 
 
 async def test_waiting_for_the_writers_is_not_time_used(world: World, data: Data) -> None:
@@ -863,7 +880,7 @@ async def test_waiting_for_the_writers_is_not_time_used(world: World, data: Data
     await world.audited_hit()
     await world.confirmed()
     assert world.now >= WAIT_S
-    assert world.audit._rest_until == world.now + LEAST_PAUSE_S
+    assert world.verifier._rest_until == world.now + LEAST_PAUSE_S
 
 
 async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
@@ -882,7 +899,7 @@ async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
         world.timers.pop().callback()  # as if no time had passed
         await world.done()
     assert len(said()) == 1
-    assert len(world.audit.findings) == MAX_FINDINGS
+    assert len(world.verifier.findings) == MAX_FINDINGS
     world.now += LOG_EVERY_S
     await world.get()
     data.version = 0
@@ -896,17 +913,21 @@ async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
 
 async def test_switched_off_nothing_is_audited(data: Data) -> None:
     """No object, no task, no timer."""
-    async with running(things(data), audit_share=0) as world:
+    async with running(things(data), verify_share=0) as world:
         for _ in range(3):
             await world.get()
-        assert (world.cache.audit, world.cache.stats()["audit"], data.calls) == (None, None, 1)
+        assert (world.cache.verifier, world.cache.stats()["verifier"], data.calls) == (
+            None,
+            None,
+            1,
+        )
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_cannot_be_is_refused(share: float) -> None:
     """By name."""
     with pytest.raises(ConfigurationError, match="audit_share"):
-        Cache(None, secret=SECRET, resolver=SingleTenant("public"), audit_share=share)
+        Cache(None, secret=SECRET, resolver=SingleTenant("public"), verify_share=share)
 
 
 async def test_closing_ends_an_audit_under_way(data: Data) -> None:
@@ -916,17 +937,17 @@ async def test_closing_ends_an_audit_under_way(data: Data) -> None:
         await world.get()
         data.stop()
         hits: list[Any] = []
-        run = world.audit._run
-        world.audit._run = lambda hit: hits.append(hit) or run(hit)  # type: ignore[method-assign]
+        run = world.verifier._run
+        world.verifier._run = lambda hit: hits.append(hit) or run(hit)  # type: ignore[method-assign]
         await world.audited_hit()
         await data.entered.wait()
         await world.cache.close()
         assert asyncio.all_tasks() == before
-        assert world.audit._task is None
+        assert world.verifier._task is None
         assert all(timer.cancelled for timer in world.timers)
-        world.audit._rest_until = 0
-        world.audit.begin(hits[0])  # of a request that was under way
-        assert world.audit._task is None
+        world.verifier._rest_until = 0
+        world.verifier.begin(hits[0])  # of a request that was under way
+        assert world.verifier._task is None
 
 
 async def test_closing_between_audits_leaves_no_timer(world: World) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from respcache.core.errors import StoreUnavailable
-from respcache.core.fence import Due
+from respcache.core.serving_lease import DueBump
 from respcache.stores.base import Bumped
-from respcache.writes.bumps import AT_ONCE, Bumps
+from respcache.writes.bumps import AT_ONCE, BumpSender
 
 pytestmark = pytest.mark.anyio
 
@@ -32,8 +32,8 @@ class Slow:
 async def test_thousands_are_sent_in_portions_and_each_is_told_what_became_of_it() -> None:
     """One that fails holds up nobody."""
     store = Slow()
-    due = {f"t{number}": Due(("T:x",)) for number in range(3 * AT_ONCE + 1)}
-    found = await Bumps(store, generation_ttl_ms=1).send(due)  # type: ignore[arg-type]
+    due = {f"t{number}": DueBump(("T:x",)) for number in range(3 * AT_ONCE + 1)}
+    found = await BumpSender(store, generation_ttl_ms=1).send(due)  # type: ignore[arg-type]
     assert list(found) == list(due)
     assert isinstance(found.pop("t7"), StoreUnavailable)
     assert set(found.values()) == {Bumped("server")}

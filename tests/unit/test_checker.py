@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from respcache.testing.checker import MAX_WORDS, Report, check
 from respcache.testing.history import Event, History, Read, Recorder, Write, load
-from respcache.testing.proofs import Kind
+from respcache.testing.proofs import ViolationKind
 
 BOUND_S = 2.0
 
@@ -31,7 +31,7 @@ def read(
     return Read(start, end, {register: version}, process, "q", told, session, how, slack_s)
 
 
-def violations(*events: Event) -> dict[Kind, int]:
+def violations(*events: Event) -> dict[ViolationKind, int]:
     return check(events, bound_s=BOUND_S).violations
 
 
@@ -53,7 +53,7 @@ def test_a_read_returns_what_was_acknowledged_before_it_began(
     returned: int, start: float, violated: bool
 ) -> None:
     """I1. An acknowledgement at the very moment of the start binds nobody."""
-    assert (Kind.FRESHNESS in violations(ONE, TWO, read(returned, start, 9.0))) is violated
+    assert (ViolationKind.FRESHNESS in violations(ONE, TWO, read(returned, start, 9.0))) is violated
 
 
 @pytest.mark.parametrize("acked", [None, 99.0])
@@ -63,15 +63,15 @@ def test_a_read_returns_what_was_committed_a_bound_before_it_began(
 ) -> None:
     """I3. Acknowledged or not; a commit exactly the bound before the start must show."""
     assert violations(write(1, 3.0, 3.125, acked), read(0, start, 6.0)) == (
-        {Kind.BOUND: 1} if violated else {}
+        {ViolationKind.BOUND: 1} if violated else {}
     )
 
 
 def test_an_acknowledged_write_is_a_committed_one() -> None:
     """Whoever acknowledged knew the commit, even when nobody recorded it."""
     assert violations(write(1, 1.0, None, 1.5), read(0, 3.5, 4.0)) == {
-        Kind.FRESHNESS: 1,
-        Kind.BOUND: 1,
+        ViolationKind.FRESHNESS: 1,
+        ViolationKind.BOUND: 1,
     }
     assert violations(write(1, 1.0, None, None), read(0, 3.5, 4.0)) == {}
 
@@ -85,8 +85,8 @@ def test_a_read_with_a_slack_returns_what_was_acknowledged_a_slack_before_it_beg
     """I1 at level bounded: what was acknowledged exactly the slack before the start binds nobody. A
     fresh read is not spared."""
     events = write(1, 2.0, 2.1, acked), read(0, 4.0, 4.1, slack_s=1.0)
-    assert violations(*events) == ({Kind.FRESHNESS: 1} if violated else {})
-    assert (Kind.FRESHNESS in violations(*events, read(0, 4.0, 4.1))) is (acked < 4.0)
+    assert violations(*events) == ({ViolationKind.FRESHNESS: 1} if violated else {})
+    assert (ViolationKind.FRESHNESS in violations(*events, read(0, 4.0, 4.1))) is (acked < 4.0)
 
 
 @pytest.mark.parametrize(("returned", "violated"), [(0, True), (1, True), (2, False), (3, False)])
@@ -94,7 +94,8 @@ def test_a_slack_spares_only_the_writes_that_are_within_it(returned: int, violat
     """The second of three was acknowledged 1.3 s before, the third 0.3 s."""
     three = write(3, 4.0, 4.1, 4.2)
     assert (
-        Kind.FRESHNESS in violations(ONE, TWO, three, read(returned, 4.5, 4.6, slack_s=1.0))
+        ViolationKind.FRESHNESS
+        in violations(ONE, TWO, three, read(returned, 4.5, 4.6, slack_s=1.0))
     ) is violated
 
 
@@ -104,15 +105,17 @@ def test_a_read_with_a_slack_returns_what_was_committed_a_bound_and_the_slack_be
 ) -> None:
     """I3."""
     events = write(1, 3.0, 3.125), read(0, start, 7.0, slack_s=1.0)
-    assert violations(*events) == ({Kind.BOUND: 1} if violated else {})
+    assert violations(*events) == ({ViolationKind.BOUND: 1} if violated else {})
     assert check(events, bound_s=BOUND_S).lost_invalidations == violated
 
 
 def test_a_slack_excuses_no_invention_and_nobody_elses_rows() -> None:
     """Neither has to do with age."""
-    assert violations(ONE, TWO, read(2, 1.5, 2.9, slack_s=9.0)) == {Kind.INVENTION: 1}
-    assert violations(read(1, 2.5, 2.9, slack_s=9.0, register="of nobody")) == {Kind.INVENTION: 1}
-    assert violations(read(0, 1.0, 2.0, told="p", slack_s=9.0)) == {Kind.ISOLATION: 1}
+    assert violations(ONE, TWO, read(2, 1.5, 2.9, slack_s=9.0)) == {ViolationKind.INVENTION: 1}
+    assert violations(read(1, 2.5, 2.9, slack_s=9.0, register="of nobody")) == {
+        ViolationKind.INVENTION: 1
+    }
+    assert violations(read(0, 1.0, 2.0, told="p", slack_s=9.0)) == {ViolationKind.ISOLATION: 1}
 
 
 def test_a_read_with_a_slack_returns_what_its_session_wrote_and_may_go_back_otherwise() -> None:
@@ -121,8 +124,10 @@ def test_a_read_with_a_slack_returns_what_its_session_wrote_and_may_go_back_othe
     own, others = write(1, 1.0, 1.1, 1.2, session="s"), write(2, 3.0, 3.1, 3.2)
     saw = read(2, 3.3, 3.4, session="s")
     assert violations(own, others, saw, read(1, 3.5, 3.6, session="s", slack_s=1.0)) == {}
-    assert violations(own, others, saw, read(1, 3.5, 3.6, session="s"))[Kind.SESSION] == 1
-    assert violations(own, read(0, 1.3, 1.4, session="s", slack_s=1.0)) == {Kind.SESSION: 1}
+    assert violations(own, others, saw, read(1, 3.5, 3.6, session="s"))[ViolationKind.SESSION] == 1
+    assert violations(own, read(0, 1.3, 1.4, session="s", slack_s=1.0)) == {
+        ViolationKind.SESSION: 1
+    }
     assert violations(own, read(0, 1.2, 1.4, session="s", slack_s=1.0)) == {}
     assert (
         violations(own, read(0, 1.3, 1.4, session="t", slack_s=1.0), read(0, 1.3, 1.4, slack_s=1.0))
@@ -130,13 +135,17 @@ def test_a_read_with_a_slack_returns_what_its_session_wrote_and_may_go_back_othe
     )
     later = write(2, 3.0, 3.1, 3.2, session="s")
     for events in ((own, later), (later, own)):
-        assert violations(*events, read(1, 3.3, 3.4, session="s", slack_s=1.0)) == {Kind.SESSION: 1}
+        assert violations(*events, read(1, 3.3, 3.4, session="s", slack_s=1.0)) == {
+            ViolationKind.SESSION: 1
+        }
 
 
 def test_what_a_read_with_a_slack_saw_binds_the_fresh_reads_of_its_session() -> None:
     """I4. The first had its slack and did not need it."""
     saw = read(1, 2.0, 2.5, session="s", slack_s=1.0)
-    assert violations(write(1, 1.0, 1.1), saw, read(0, 2.6, 3.0, session="s")) == {Kind.SESSION: 1}
+    assert violations(write(1, 1.0, 1.1), saw, read(0, 2.6, 3.0, session="s")) == {
+        ViolationKind.SESSION: 1
+    }
 
 
 def test_reads_with_a_slack_are_counted_and_their_age_is_what_exceeds_it() -> None:
@@ -173,13 +182,13 @@ def test_a_slack_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize(("end", "violated"), [(2.9, True), (3.0, False), (3.1, False)])
 def test_a_read_returns_nothing_whose_write_had_not_begun(end: float, violated: bool) -> None:
     """Invention. A write that began at the very end may have been seen."""
-    assert (Kind.INVENTION in violations(ONE, TWO, read(2, 1.5, end))) is violated
+    assert (ViolationKind.INVENTION in violations(ONE, TWO, read(2, 1.5, end))) is violated
 
 
 def test_a_version_cannot_be_there_before_an_earlier_one() -> None:
     """Write 3 had begun, and waited for write 2, which began after the read's end."""
     waiting = write(3, 2.0, 3.3, 3.4)
-    assert violations(ONE, TWO, waiting, read(3, 1.5, 2.5)) == {Kind.INVENTION: 1}
+    assert violations(ONE, TWO, waiting, read(3, 1.5, 2.5)) == {ViolationKind.INVENTION: 1}
     assert violations(ONE, TWO, waiting, read(3, 1.5, 3.5)) == {}
 
 
@@ -187,10 +196,10 @@ def test_a_version_of_no_known_write_needs_a_later_one_that_had_begun() -> None:
     """Versions grow by one: where 3 is, 2 was. Nobody wrote down who made it."""
     three = write(3, 3.0, 3.1, 3.2)
     assert violations(ONE, three, read(2, 2.5, 3.0)) == {}
-    assert violations(ONE, three, read(2, 2.5, 2.9)) == {Kind.INVENTION: 1}
+    assert violations(ONE, three, read(2, 2.5, 2.9)) == {ViolationKind.INVENTION: 1}
     waiting = write(4, 1.0, 3.3, 3.4)
     assert violations(ONE, three, waiting, read(2, 2.5, 2.9)) == {}
-    assert violations(read(1, 2.5, 2.9, register="of nobody")) == {Kind.INVENTION: 1}
+    assert violations(read(1, 2.5, 2.9, register="of nobody")) == {ViolationKind.INVENTION: 1}
 
 
 def test_an_attempt_of_unknown_outcome_may_have_made_one_version() -> None:
@@ -198,17 +207,21 @@ def test_an_attempt_of_unknown_outcome_may_have_made_one_version() -> None:
     two attempts."""
     attempt, other = write(None, 2.0), write(None, 2.5)
     assert violations(ONE, attempt, read(2, 1.5, 2.0), read(1, 1.5, 99.0)) == {}
-    assert violations(ONE, attempt, read(2, 1.5, 1.9)) == {Kind.INVENTION: 1}
-    assert violations(ONE, attempt, read(3, 1.5, 9.0)) == {Kind.INVENTION: 1}
+    assert violations(ONE, attempt, read(2, 1.5, 1.9)) == {ViolationKind.INVENTION: 1}
+    assert violations(ONE, attempt, read(3, 1.5, 9.0)) == {ViolationKind.INVENTION: 1}
     assert violations(ONE, attempt, other, read(3, 1.5, 9.0)) == {}
-    assert violations(ONE, attempt, other, read(3, 1.5, 2.4)) == {Kind.INVENTION: 1}
+    assert violations(ONE, attempt, other, read(3, 1.5, 2.4)) == {ViolationKind.INVENTION: 1}
 
 
 def test_an_attempt_whose_version_became_known_is_unknown_no_longer() -> None:
     """The same process, register and start; anybody else's attempt stays open."""
     attempt = write(None, 1.0)
     report = check([attempt, ONE, read(2, 1.3, 1.4)], bound_s=BOUND_S)
-    assert (report.writes, report.attempts, report.violations) == (1, 0, {Kind.INVENTION: 1})
+    assert (report.writes, report.attempts, report.violations) == (
+        1,
+        0,
+        {ViolationKind.INVENTION: 1},
+    )
     for other in (write(None, 1.0, process="v"), write(None, 0.9)):
         report = check([other, ONE, read(2, 1.3, 1.4)], bound_s=BOUND_S)
         assert (report.writes, report.attempts, report.violations) == (1, 1, {})
@@ -230,7 +243,10 @@ def test_two_events_of_a_version_are_one_write() -> None:
         report = check(
             [*events, read(0, 2.0, 2.1), read(0, 3.7, 3.8), read(1, 1.0, 1.0)], bound_s=BOUND_S
         )
-        assert (report.writes, report.violations) == (1, {Kind.FRESHNESS: 2, Kind.BOUND: 1})
+        assert (report.writes, report.violations) == (
+            1,
+            {ViolationKind.FRESHNESS: 2, ViolationKind.BOUND: 1},
+        )
         names = ", ".join(event.process for event in events)
         assert (
             f"{names}: write x = 1, committed by 600.0, acknowledged at 900.0" in report.excerpt()
@@ -242,7 +258,7 @@ def test_a_session_does_not_go_back(start: float, violated: bool) -> None:
     """I4. What it saw in a read that ended before; another session's sight binds nobody."""
     unacknowledged, saw = write(1, 1.0, 1.1), read(1, 2.0, 2.5, session="s")
     assert violations(unacknowledged, saw, read(0, start, 3.0, session="s")) == (
-        {Kind.SESSION: 1} if violated else {}
+        {ViolationKind.SESSION: 1} if violated else {}
     )
     assert (
         violations(unacknowledged, saw, read(0, start, 3.0, session="t"), read(0, start, 3.0)) == {}
@@ -254,7 +270,7 @@ def test_a_session_reads_its_own_writes() -> None:
     for committed in (1.1, None):
         assert (
             violations(write(1, 1.0, committed, 1.2, session="s"), read(0, 1.25, 1.3, session="s"))[
-                Kind.SESSION
+                ViolationKind.SESSION
             ]
             == 1
         )
@@ -274,18 +290,18 @@ def test_what_a_session_saw_is_right_in_any_order_of_events() -> None:
             read(version - 1, version + 0.4, version + 0.5, session="s")
             for version in range(2, 301)
         ]
-        assert violations(*writes, *order, *late) == {Kind.SESSION: len(late)}
+        assert violations(*writes, *order, *late) == {ViolationKind.SESSION: len(late)}
     sank = [
         read(1, 400.0, 401.0, session="s"),
         read(300, 350.0, 351.0, session="s"),
         read(299, 500.0, 501.0, session="s"),
     ]
-    assert check([*writes, *sank], bound_s=1000.0).violations == {Kind.SESSION: 2}
+    assert check([*writes, *sank], bound_s=1000.0).violations == {ViolationKind.SESSION: 2}
 
 
 def test_a_read_is_told_what_it_asked_for() -> None:
     """I5."""
-    assert violations(read(0, 1.0, 2.0, told="p")) == {Kind.ISOLATION: 1}
+    assert violations(read(0, 1.0, 2.0, told="p")) == {ViolationKind.ISOLATION: 1}
     assert violations(read(0, 1.0, 2.0, told="q")) == {}
 
 
@@ -297,7 +313,7 @@ def test_registers_are_judged_apart_and_a_read_counts_once() -> None:
         for version in (1, 2)
     ]
     assert violations(*writes, Read(2.9, 3.0, {"a": 1, "b": 2, "c": 1}, "r", "q", "q")) == {
-        Kind.FRESHNESS: 1
+        ViolationKind.FRESHNESS: 1
     }
     assert violations(*writes, Read(2.9, 3.0, {"a": 2, "b": 2, "c": 2}, "r", "q", "q")) == {}
 
@@ -366,24 +382,26 @@ def test_the_excerpt_is_the_violation_with_the_fewest_operations_then_the_shorte
     (proof,) = report.proofs.values()
     assert proof.operations == (ONE, TWO, stale[1])
     early = read(0, 1.5, 99.0)
-    assert check([ONE, TWO, *stale, early], bound_s=99).proofs[Kind.FRESHNESS].operations == (
+    assert check([ONE, TWO, *stale, early], bound_s=99).proofs[
+        ViolationKind.FRESHNESS
+    ].operations == (
         ONE,
         early,
     )
     report = check([ONE, TWO, *stale, read(2, 8.0, 8.5, told="p")], bound_s=99)
     assert report.excerpt().startswith("I5: a read that asked for q was told p\n")
-    assert report.excerpt(Kind.FRESHNESS).startswith("I1: ")
-    assert report.excerpt(Kind.SESSION) == ""
+    assert report.excerpt(ViolationKind.FRESHNESS).startswith("I1: ")
+    assert report.excerpt(ViolationKind.SESSION) == ""
 
 
 def test_every_kind_has_a_proof_in_words() -> None:
     """Of the operations that matter, and no others."""
 
-    def words(kind: Kind, *events: Event) -> list[str]:
+    def words(kind: ViolationKind, *events: Event) -> list[str]:
         return check(events, bound_s=BOUND_S).excerpt(kind).splitlines()
 
     outsider = write(2, 3.0, 3.1, process="psql")
-    assert words(Kind.BOUND, ONE, outsider, read(1, 9.0, 9.1)) == [
+    assert words(ViolationKind.BOUND, ONE, outsider, read(1, 9.0, 9.1)) == [
         "I3: x: a read returned 1, but 2 was committed 5900.0 ms before it began",
         "       0.0 ..    200.0 ms  w: write x = 1, committed by 100.0, acknowledged at 200.0",
         "    2000.0 ..   2100.0 ms  psql: write x = 2, committed by 2100.0, never acknowledged",
@@ -391,7 +409,7 @@ def test_every_kind_has_a_proof_in_words() -> None:
     ]
     others = read(2, 3.1, 3.3, session="t"), read(2, 3.2, 3.4, session="s")
     assert words(
-        Kind.SESSION,
+        ViolationKind.SESSION,
         ONE,
         outsider,
         read(2, 3.2, 3.3, session="s"),
@@ -403,18 +421,18 @@ def test_every_kind_has_a_proof_in_words() -> None:
         "     300.0 ..    400.0 ms  r: read q: x = 1   <-- I4",
     ]
     assert words(
-        Kind.SESSION, write(1, 3.0, 3.1, 3.2, session="s"), read(0, 3.5, 3.6, session="s")
+        ViolationKind.SESSION, write(1, 3.0, 3.1, 3.2, session="s"), read(0, 3.5, 3.6, session="s")
     ) == [
         "I4: x: a read returned 0, but 1 was known to session s 300.0 ms before it began",
         "       0.0 ..    200.0 ms  w: write x = 1, committed by 100.0, acknowledged at 200.0",
         "     500.0 ..    600.0 ms  r: read q: x = 0   <-- I4",
     ]
-    assert words(Kind.INVENTION, write(1, 3.0), read(1, 1.0, 2.0)) == [
+    assert words(ViolationKind.INVENTION, write(1, 3.0), read(1, 1.0, 2.0)) == [
         "invention: x: a read returned 1, but 1 was begun 1000.0 ms after it ended",
         "       0.0 ..   1000.0 ms  r: read q: x = 1   <-- invention",
         "    2000.0 ..   2000.0 ms  w: write x = 1, commit unknown, never acknowledged",
     ]
-    assert words(Kind.INVENTION, read(7, 1.0, 2.0)) == [
+    assert words(ViolationKind.INVENTION, read(7, 1.0, 2.0)) == [
         "invention: x: a read returned 7, but no write that can have made it was begun when it "
         "ended",
         "       0.0 ..   1000.0 ms  r: read q: x = 7   <-- invention",
@@ -447,7 +465,7 @@ def test_torn_lines_are_reported(tmp_path: Path) -> None:
             recorder.append(event)
     path.write_bytes(path.read_bytes()[:-3])
     report = check(load([path]), bound_s=BOUND_S)
-    assert (report.torn, report.writes, report.violations) == (1, 1, {Kind.FRESHNESS: 1})
+    assert (report.torn, report.writes, report.violations) == (1, 1, {ViolationKind.FRESHNESS: 1})
 
 
 @pytest.mark.parametrize(("returned", "status"), [(1, 0), (0, 1)])
@@ -502,7 +520,11 @@ def test_a_read_that_violates_several_properties_is_one_read() -> None:
         [ONE, write(1, 1.0, 1.1, 1.2, register="y"), both, read(0, 9.2, 9.3), read(1, 9.4, 9.5)],
         bound_s=BOUND_S,
     )
-    assert report.violations == {Kind.FRESHNESS: 2, Kind.BOUND: 2, Kind.ISOLATION: 1}
+    assert report.violations == {
+        ViolationKind.FRESHNESS: 2,
+        ViolationKind.BOUND: 2,
+        ViolationKind.ISOLATION: 1,
+    }
     assert report.violating_reads == 2
     assert "violations: I1: 2 reads, I3: 2 reads, I5: 1 reads (2 distinct reads)\n" in str(report)
 
@@ -562,32 +584,38 @@ def possible(read: Read, register: str, version: int, writes: list[Write]) -> bo
     )
 
 
-def due(read: Read, register: str, events: Sequence[Event], *, bound_s: float) -> dict[Kind, int]:
+def due(
+    read: Read, register: str, events: Sequence[Event], *, bound_s: float
+) -> dict[ViolationKind, int]:
     """Return the least version that each property demands."""
-    least = dict.fromkeys((Kind.FRESHNESS, Kind.BOUND, Kind.SESSION), 0)
+    least = dict.fromkeys((ViolationKind.FRESHNESS, ViolationKind.BOUND, ViolationKind.SESSION), 0)
     for event in events:
         own = event.session is not None and event.session == read.session
         if isinstance(event, Read):
             if own and event.end < read.start and read.slack_s == 0:
-                least[Kind.SESSION] = max(least[Kind.SESSION], event.values.get(register, 0))
+                least[ViolationKind.SESSION] = max(
+                    least[ViolationKind.SESSION], event.values.get(register, 0)
+                )
         elif event.register == register and event.version is not None:
             if event.acked is not None and event.acked < read.start - read.slack_s:
-                least[Kind.FRESHNESS] = max(least[Kind.FRESHNESS], event.version)
+                least[ViolationKind.FRESHNESS] = max(least[ViolationKind.FRESHNESS], event.version)
             if event.acked is not None and event.acked < read.start and own:
-                least[Kind.SESSION] = max(least[Kind.SESSION], event.version)
+                least[ViolationKind.SESSION] = max(least[ViolationKind.SESSION], event.version)
             if any(
                 time is not None and time <= read.start - read.slack_s - bound_s
                 for time in (event.committed, event.acked)
             ):
-                least[Kind.BOUND] = max(least[Kind.BOUND], event.version)
+                least[ViolationKind.BOUND] = max(least[ViolationKind.BOUND], event.version)
     return least
 
 
-def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int], int, int, float]:
+def plainly(
+    events: Sequence[Event], *, bound_s: float
+) -> tuple[dict[ViolationKind, int], int, int, float]:
     """Judge by the definitions alone, every read against every event: what ``facts`` are."""
     writes, counts, lost, worst = (
         resolved(events),
-        dict.fromkeys(Kind, 0),
+        dict.fromkeys(ViolationKind, 0),
         set[tuple[str, int]](),
         0.0,
     )
@@ -595,11 +623,13 @@ def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int]
     for read in events:
         if not isinstance(read, Read):
             continue
-        found = {Kind.ISOLATION} if read.asked != read.told else set[Kind]()
+        found = {ViolationKind.ISOLATION} if read.asked != read.told else set[ViolationKind]()
         for register, version in read.values.items():
             least = due(read, register, events, bound_s=bound_s)
             found |= {kind for kind, wanted in least.items() if version < wanted}
-            found |= set() if possible(read, register, version, writes) else {Kind.INVENTION}
+            found |= (
+                set() if possible(read, register, version, writes) else {ViolationKind.INVENTION}
+            )
             for write in writes:
                 moments = [time for time in (write.committed, write.acked) if time is not None]
                 if (
@@ -617,7 +647,7 @@ def plainly(events: Sequence[Event], *, bound_s: float) -> tuple[dict[Kind, int]
     return {kind: count for kind, count in counts.items() if count}, violating, len(lost), worst
 
 
-def facts(report: Report) -> tuple[dict[Kind, int], int, int, float]:
+def facts(report: Report) -> tuple[dict[ViolationKind, int], int, int, float]:
     """Violations, violating reads, lost invalidations, worst staleness."""
     return (
         report.violations,
@@ -662,7 +692,7 @@ def test_a_proof_alone_proves(events: list[Event], bound_s: float) -> None:
     for kind, proof in report.proofs.items():
         assert len(proof.operations) == proof.violation.operations
         assert proof.violation.read in proof.operations
-        if kind in (Kind.FRESHNESS, Kind.BOUND):
+        if kind in (ViolationKind.FRESHNESS, ViolationKind.BOUND):
             first = min(
                 event.started if isinstance(event, Write) else event.start
                 for event in proof.operations
@@ -690,10 +720,10 @@ def test_a_long_history_of_a_right_cache_is_accepted_and_one_stale_read_in_it_fo
     with Recorder(path) as recorder:
         recorder.append(read(499, 500.35, 500.36))
     report = check(load([path]), bound_s=BOUND_S)
-    assert report.violations == {Kind.FRESHNESS: 1}
+    assert report.violations == {ViolationKind.FRESHNESS: 1}
     assert [
         operation.version
-        for operation in report.proofs[Kind.FRESHNESS].operations
+        for operation in report.proofs[ViolationKind.FRESHNESS].operations
         if isinstance(operation, Write)
     ] == [
         499,

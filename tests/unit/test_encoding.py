@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from respcache.core import encoding
 from respcache.core.encoding import (
-    Coding,
+    ContentCoding,
     accepted,
     compress,
     compressible,
@@ -39,70 +39,72 @@ LIMIT = 64 * 1024
     ("header", "coding"),
     [
         # The examples of RFC 9110, section 12.5.3.
-        (b"compress, gzip", Coding.gzip),
-        (b"", Coding.identity),
-        (b"*", Coding.zstd),
-        (b"compress;q=0.5, gzip;q=1.0", Coding.gzip),
-        (b"gzip;q=1.0, identity; q=0.5, *;q=0", Coding.gzip),
+        (b"compress, gzip", ContentCoding.gzip),
+        (b"", ContentCoding.identity),
+        (b"*", ContentCoding.zstd),
+        (b"compress;q=0.5, gzip;q=1.0", ContentCoding.gzip),
+        (b"gzip;q=1.0, identity; q=0.5, *;q=0", ContentCoding.gzip),
         # What clients send.
-        (None, Coding.identity),
-        (b"gzip, deflate, br, zstd", Coding.zstd),
-        (b"gzip, deflate, br", Coding.gzip),
-        (b"gzip, deflate", Coding.gzip),
-        (b"identity", Coding.identity),
-        (b"deflate, br", Coding.identity),
+        (None, ContentCoding.identity),
+        (b"gzip, deflate, br, zstd", ContentCoding.zstd),
+        (b"gzip, deflate, br", ContentCoding.gzip),
+        (b"gzip, deflate", ContentCoding.gzip),
+        (b"identity", ContentCoding.identity),
+        (b"deflate, br", ContentCoding.identity),
         # Weights.
-        (b"zstd;q=0.5, gzip", Coding.gzip),
-        (b"zstd;q=0.5, gzip;q=0.5", Coding.zstd),
-        (b"gzip;q=0.501, zstd;q=0.5", Coding.gzip),
-        (b"gzip;q=0.5, zstd;q=0.49", Coding.gzip),
-        (b"gzip;q=1, zstd;q=0.999", Coding.gzip),
-        (b"gzip;q=0.1", Coding.gzip),
-        (b"gzip;q=0.4, identity;q=0.5", Coding.identity),
-        (b"gzip;q=0.5, identity;q=0.5", Coding.gzip),
-        (b"gzip;q=0", Coding.identity),
-        (b"gzip;q=0.000, zstd;q=0.", Coding.identity),
-        (b"zstd;q=0, gzip;q=1.", Coding.gzip),
-        (b"gzip;q=0.001", Coding.gzip),
+        (b"zstd;q=0.5, gzip", ContentCoding.gzip),
+        (b"zstd;q=0.5, gzip;q=0.5", ContentCoding.zstd),
+        (b"gzip;q=0.501, zstd;q=0.5", ContentCoding.gzip),
+        (b"gzip;q=0.5, zstd;q=0.49", ContentCoding.gzip),
+        (b"gzip;q=1, zstd;q=0.999", ContentCoding.gzip),
+        (b"gzip;q=0.1", ContentCoding.gzip),
+        (b"gzip;q=0.4, identity;q=0.5", ContentCoding.identity),
+        (b"gzip;q=0.5, identity;q=0.5", ContentCoding.gzip),
+        (b"gzip;q=0", ContentCoding.identity),
+        (b"gzip;q=0.000, zstd;q=0.", ContentCoding.identity),
+        (b"zstd;q=0, gzip;q=1.", ContentCoding.gzip),
+        (b"gzip;q=0.001", ContentCoding.gzip),
         # The asterisk stands for what is not named, identity too.
-        (b"zstd;q=0, *", Coding.gzip),
-        (b"gzip;q=0.5, *;q=0.1", Coding.gzip),
-        (b"gzip;q=0.1, *;q=0.5", Coding.zstd),
-        (b"identity, *;q=0.5", Coding.identity),
-        (b"gzip;q=0.1, zstd;q=0.2, *;q=0.5", Coding.identity),
-        (b"*;q=0", Coding.identity),
-        (b"*;q=0, gzip", Coding.gzip),
+        (b"zstd;q=0, *", ContentCoding.gzip),
+        (b"gzip;q=0.5, *;q=0.1", ContentCoding.gzip),
+        (b"gzip;q=0.1, *;q=0.5", ContentCoding.zstd),
+        (b"identity, *;q=0.5", ContentCoding.identity),
+        (b"gzip;q=0.1, zstd;q=0.2, *;q=0.5", ContentCoding.identity),
+        (b"*;q=0", ContentCoding.identity),
+        (b"*;q=0, gzip", ContentCoding.gzip),
         # Nothing that we have is acceptable: plain all the same.
-        (b"identity;q=0", Coding.identity),
-        (b"br, identity;q=0, *;q=0", Coding.identity),
-        (b"identity;q=0, gzip;q=0.1", Coding.gzip),
+        (b"identity;q=0", ContentCoding.identity),
+        (b"br, identity;q=0, *;q=0", ContentCoding.identity),
+        (b"identity;q=0, gzip;q=0.1", ContentCoding.gzip),
         # Spelling.
-        (b"GZip", Coding.gzip),
-        (b"ZSTD;Q=0.9", Coding.zstd),
-        (b"x-gzip", Coding.gzip),
-        (b"x-gzip;q=0, gzip", Coding.identity),
-        (b"x-zstd", Coding.identity),
-        (b" \t gzip \t;\t q=0.5 ,zstd ; q=0.4 ", Coding.gzip),
-        (b",, gzip,,", Coding.gzip),
-        (b"gzip,br,zstd;q=0", Coding.gzip),
-        (b"gzip;q=0, gzip", Coding.identity),
-        (b"gzip, gzip;q=0", Coding.identity),
+        (b"GZip", ContentCoding.gzip),
+        (b"ZSTD;Q=0.9", ContentCoding.zstd),
+        (b"x-gzip", ContentCoding.gzip),
+        (b"x-gzip;q=0, gzip", ContentCoding.identity),
+        (b"x-zstd", ContentCoding.identity),
+        (b" \t gzip \t;\t q=0.5 ,zstd ; q=0.4 ", ContentCoding.gzip),
+        (b",, gzip,,", ContentCoding.gzip),
+        (b"gzip,br,zstd;q=0", ContentCoding.gzip),
+        (b"gzip;q=0, gzip", ContentCoding.identity),
+        (b"gzip, gzip;q=0", ContentCoding.identity),
         # Malformed: plain.
-        (b"gzip;q=2", Coding.identity),
-        (b"gzip;q=1.001", Coding.identity),
-        (b"gzip;q=0.1234", Coding.identity),
-        (b"gzip;q=-1", Coding.identity),
-        (b"gzip;q=", Coding.identity),
-        (b"gzip;q", Coding.identity),
-        (b"gzip;q = 1", Coding.identity),
-        (b"gzip;level=9", Coding.identity),
-        (b"gzip zstd", Coding.identity),
-        (b"gzip\n", Coding.identity),
-        (b"zstd, gz\xc3\xafp", Coding.identity),
-        (b"gzip;q=nan, zstd", Coding.identity),
+        (b"gzip;q=2", ContentCoding.identity),
+        (b"gzip;q=1.001", ContentCoding.identity),
+        (b"gzip;q=0.1234", ContentCoding.identity),
+        (b"gzip;q=-1", ContentCoding.identity),
+        (b"gzip;q=", ContentCoding.identity),
+        (b"gzip;q", ContentCoding.identity),
+        (b"gzip;q = 1", ContentCoding.identity),
+        (b"gzip;level=9", ContentCoding.identity),
+        (b"gzip zstd", ContentCoding.identity),
+        (b"gzip\n", ContentCoding.identity),
+        (b"zstd, gz\xc3\xafp", ContentCoding.identity),
+        (b"gzip;q=nan, zstd", ContentCoding.identity),
     ],
 )
-def test_accept_encoding_is_read_as_the_rfc_says(header: bytes | None, coding: Coding) -> None:
+def test_accept_encoding_is_read_as_the_rfc_says(
+    header: bytes | None, coding: ContentCoding
+) -> None:
     """RFC 9110, section 12.5.3; in doubt, plain bytes."""
     assert accepted(header) is coding
 
@@ -111,7 +113,7 @@ def test_accept_encoding_is_read_as_the_rfc_says(header: bytes | None, coding: C
 def test_no_header_raises_or_invents_a_coding(header: bytes) -> None:
     """Whatever a client sends, it gets something it named, or plain bytes."""
     coding = accepted(header)
-    assert coding is Coding.identity or coding.encode() in header.lower() or b"*" in header
+    assert coding is ContentCoding.identity or coding.encode() in header.lower() or b"*" in header
 
 
 @given(
@@ -133,9 +135,9 @@ def test_a_flood_of_values_does_not_grow_the_memo() -> None:
         accepted(b"gzip, c%d" % number)
     assert encoding._choose.cache_info().currsize <= encoding.MAX_ACCEPT_VALUES
     before = encoding._choose.cache_info()
-    assert accepted(b"gzip, ".ljust(encoding.MAX_ACCEPT_BYTES + 1, b"x")) is Coding.identity
+    assert accepted(b"gzip, ".ljust(encoding.MAX_ACCEPT_BYTES + 1, b"x")) is ContentCoding.identity
     assert encoding._choose.cache_info() == before
-    assert accepted(b"gzip, ".ljust(encoding.MAX_ACCEPT_BYTES, b"x")) is Coding.gzip
+    assert accepted(b"gzip, ".ljust(encoding.MAX_ACCEPT_BYTES, b"x")) is ContentCoding.gzip
 
 
 def test_a_known_value_is_not_read_again() -> None:
@@ -341,8 +343,8 @@ def test_vary_is_merged_and_not_doubled(given_values: list[bytes], expected: byt
     assert vary(vary(headers)) == vary(headers)
 
 
-@pytest.mark.parametrize("coding", Coding)
-def test_the_headers_say_what_is_sent(coding: Coding) -> None:
+@pytest.mark.parametrize("coding", ContentCoding)
+def test_the_headers_say_what_is_sent(coding: ContentCoding) -> None:
     """Length, coding and Vary, each once; the others as they were, in their order."""
     stored = (
         JSON,
@@ -352,7 +354,7 @@ def test_the_headers_say_what_is_sent(coding: Coding) -> None:
         (b"x-total-count", b"7"),
     )
     headers = negotiated(shared(stored), coding=coding, length=900)
-    said = {b"content-encoding": coding.encode()} if coding is not Coding.identity else {}
+    said = {b"content-encoding": coding.encode()} if coding is not ContentCoding.identity else {}
     assert dict(headers) == {
         **dict(stored), **said, b"content-length": b"900", b"vary": b"X-View, Accept-Encoding",
     }  # fmt: skip
@@ -367,7 +369,7 @@ def test_the_headers_say_what_is_sent(coding: Coding) -> None:
 def test_a_length_in_another_case_or_none_gives_one_length() -> None:
     """The first answer has the handler's own spelling."""
     for stored in ([(b"Content-Length", b"5")], []):
-        found = negotiated(shared(stored), coding=Coding.identity, length=5)
+        found = negotiated(shared(stored), coding=ContentCoding.identity, length=5)
         assert found == ((b"vary", b"Accept-Encoding"), (b"content-length", b"5"))
 
 
@@ -378,7 +380,7 @@ def test_every_coding_has_the_same_vary() -> None:
         len(
             {
                 dict(negotiated(shared([JSON]), coding=coding, length=1))[b"vary"]
-                for coding in Coding
+                for coding in ContentCoding
             }
         )
         == 1

@@ -3,25 +3,33 @@
 import pytest
 
 from respcache.core.epochs import Cursor, Epoch
-from respcache.core.fence import MAX_ROWS, Fence, Page, Step, by_tenant, next_step, outdated
 from respcache.core.generations import FLOOR, RING_ROWS
 from respcache.core.keys import EVERYBODY
+from respcache.core.serving_lease import (
+    MAX_ROWS,
+    OutboxPage,
+    RelayStep,
+    ServingLease,
+    by_tenant,
+    next_step,
+    outdated,
+)
 
 CURSOR = Cursor("100:105:101", 1.0)
 EPOCH = Epoch("e" * 16, "d" * 40, "life", CURSOR)
 
 
-def page(**given: object) -> Page:
-    return Page(**{"cursor": Cursor("102:107:", 2.0), "incarnation": "life", **given})  # type: ignore[arg-type]
+def page(**given: object) -> OutboxPage:
+    return OutboxPage(**{"cursor": Cursor("102:107:", 2.0), "incarnation": "life", **given})  # type: ignore[arg-type]
 
 
 def test_a_fence_allows_its_own_server_until_its_moment() -> None:
     """The moment itself is too late, and what another server said is not vouched for."""
-    fence = Fence("e:x", 10.0)
-    assert fence.allows("e:x", 9.999)
-    assert not fence.allows("e:x", 10.0)
-    assert not fence.allows("f:x", 9.0)
-    assert not Fence().allows("", 0.0)
+    lease = ServingLease("e:x", 10.0)
+    assert lease.allows("e:x", 9.999)
+    assert not lease.allows("e:x", 10.0)
+    assert not lease.allows("f:x", 9.0)
+    assert not ServingLease().allows("", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +56,15 @@ def test_an_epoch_ends_when_rows_may_have_been_missed(
 @pytest.mark.parametrize(
     ("given", "step"),
     [
-        ({}, Step.CLAIM),
-        ({"authority": "other", "effective": True, "recorded": True}, Step.CLAIM),
-        ({"authority": EPOCH.identity, "recorded": True}, Step.WAIT),
-        ({"authority": EPOCH.identity, "effective": True}, Step.RECORD),
-        ({"authority": EPOCH.identity, "effective": True, "recorded": True}, Step.GRANT),
+        ({}, RelayStep.CLAIM),
+        ({"authority": "other", "effective": True, "recorded": True}, RelayStep.CLAIM),
+        ({"authority": EPOCH.identity, "recorded": True}, RelayStep.WAIT),
+        ({"authority": EPOCH.identity, "effective": True}, RelayStep.RECORD),
+        ({"authority": EPOCH.identity, "effective": True, "recorded": True}, RelayStep.GRANT),
     ],
 )
 def test_a_fence_is_granted_by_the_effective_authority_with_its_end_recorded(
-    given: dict[str, object], step: Step
+    given: dict[str, object], step: RelayStep
 ) -> None:
     """Everything else has to be mended first, or awaited."""
     assert next_step(page(**given), EPOCH.identity) is step

@@ -8,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respcache.ops import fleet
-from respcache.ops.fleet import ModuleFigures, RouteFigures, RouteRow, Sheet, TenantRow
-from respcache.ops.stats import BOUNDS_S, Figures, Histogram, Stats, Times, Totals
+from respcache.ops.fleet import ModuleStats, ProcessReport, RouteRow, RouteStats, TenantRow
+from respcache.telemetry.stats import (
+    BOUNDS_S,
+    Counters,
+    Histogram,
+    RouteCounters,
+    RouteTimes,
+    Totals,
+)
 
 COUNTS = ("hits", "misses", "collapsed", "stores", "invalidations", "bytes_served", "bytes_stored")
 numbers = st.integers(0, 2**40)
@@ -17,10 +24,12 @@ reasons = st.dictionaries(st.sampled_from(["off", "store", "denied"]), st.intege
 
 
 @st.composite
-def figures(draw: st.DrawFn) -> Figures:
+def counters(draw: st.DrawFn) -> RouteCounters:
     """Make the live counters of a route, or of writes."""
-    one = Figures(
-        draw(st.sampled_from(["books", "films"])), draw(st.sampled_from(["", "/a", "/b"])), Times()
+    one = RouteCounters(
+        draw(st.sampled_from(["books", "films"])),
+        draw(st.sampled_from(["", "/a", "/b"])),
+        RouteTimes(),
     )
     for name in COUNTS:
         setattr(one, name, draw(numbers))
@@ -31,8 +40,8 @@ def figures(draw: st.DrawFn) -> Figures:
     return one
 
 
-@given(st.lists(figures(), max_size=6))
-def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[Figures]) -> None:
+@given(st.lists(counters(), max_size=6))
+def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[RouteCounters]) -> None:
     """As a whole, by module and by route."""
     expected = Totals()
     for one in made:
@@ -58,7 +67,7 @@ def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[Figures]
 @given(st.binary(max_size=60))
 def test_what_is_none_of_ours_is_nothing(data: bytes) -> None:
     """Whatever bytes."""
-    for kind in (Sheet, list[RouteRow], TenantRow):
+    for kind in (ProcessReport, list[RouteRow], TenantRow):
         assert fleet.decode(data, kind) is None or msgspec.msgpack.decode(data)[0] == fleet.VERSION
 
 
@@ -78,11 +87,11 @@ def test_the_version_belongs_to_the_bounds() -> None:
 
 def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
     """Fields that it does not know are left out."""
-    times = Times(hits=Histogram(), misses=Histogram(), saved_s=1.5)
+    times = RouteTimes(hits=Histogram(), misses=Histogram(), saved_s=1.5)
     for seconds in (0.0002, 0.0002, 0.0002, 0.03):
         times.hits.observe(seconds)
     fields = fleet.counters(
-        Totals(hits=4, misses=2, bypasses={"off": 1, "store": 2}), times, Stats()
+        Totals(hits=4, misses=2, bypasses={"off": 1, "store": 2}), times, Counters()
     )
     point = fleet.point(1_000, {**fields, "of another release": 7})
     assert (point.at, point.hits, point.misses, point.bypasses, point.saved_s) == (
@@ -99,13 +108,14 @@ def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
 
 def test_routes_and_writes_of_processes_are_added_up_by_module() -> None:
     """Times with them; adding up changes nothing of what is added."""
-    times = Times(fill_s=1.0)
-    sheets = [
-        Sheet(None, [RouteFigures("/a", "books", Totals(hits=2), times)], [], []) for _ in range(3)
+    times = RouteTimes(fill_s=1.0)
+    reports = [
+        ProcessReport(None, [RouteStats("/a", "books", Totals(hits=2), times)], [], [])
+        for _ in range(3)
     ]  # type: ignore[arg-type]
-    routes = fleet.by_route(sheets)
+    routes = fleet.by_route(reports)
     modules = fleet.by_module(
-        routes, [ModuleFigures("books", Totals(invalidations=4)), ModuleFigures("atlas", Totals())]
+        routes, [ModuleStats("books", Totals(invalidations=4)), ModuleStats("atlas", Totals())]
     )
     assert [(route.route, route.totals.hits) for route in routes] == [("/a", 6)]
     found = [(one.module, one.totals.hits, one.totals.invalidations) for one in modules]

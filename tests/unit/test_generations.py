@@ -7,7 +7,7 @@ from respcache.core.generations import (
     FLOOR,
     MAX_TAGS_PER_BUMP,
     Certificate,
-    Generation,
+    GenerationView,
     Verdict,
     collapse,
     read_generation,
@@ -16,7 +16,7 @@ from respcache.core.generations import (
 NONCE, OTHER = b"0123456789abcdef", b"fedcba9876543210"
 
 
-def view(**changes: object) -> Generation:
+def view(**changes: object) -> GenerationView:
     base: dict = {
         "server": "run1",
         "nonce": NONCE,
@@ -24,7 +24,7 @@ def view(**changes: object) -> Generation:
         "sequence": 9,
         "bumps": {"T:accounts": 5},
     }
-    return Generation(**{**base, **changes})
+    return GenerationView(**{**base, **changes})
 
 
 def test_an_entry_captured_at_or_after_the_last_bump_is_valid() -> None:
@@ -45,8 +45,8 @@ def test_a_bump_of_other_tags_leaves_an_entry_valid() -> None:
 
 def test_without_a_generation_nothing_is_valid() -> None:
     """A missing hash is a miss, never 'not bumped'."""
-    assert Generation("run1").judge(Certificate(NONCE, 99), []) is Verdict.NO_GENERATION
-    assert Generation("run1").certificate() is None
+    assert GenerationView("run1").judge(Certificate(NONCE, 99), []) is Verdict.NO_GENERATION
+    assert GenerationView("run1").certificate() is None
 
 
 def test_a_generation_of_another_server_life_makes_everything_invalid() -> None:

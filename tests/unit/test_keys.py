@@ -30,7 +30,7 @@ def test_keys_have_the_documented_shape() -> None:
     )
     assert len(name) == 16
     assert keys.generation_key("abc-123") == "tenant:abc-123:~gen"
-    assert keys.lease_key("abc-123", "accounts", "list", name).startswith(
+    assert keys.lock_key("abc-123", "accounts", "list", name).startswith(
         "tenant:abc-123:~fill:accounts:list:"
     )
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respcache.ops import metrics
-from respcache.ops.fleet import RouteFigures, Sheet
+from respcache.ops.fleet import ProcessReport, RouteStats
 from respcache.ops.metrics import largest
-from respcache.ops.stats import OTHER, Times, Totals
+from respcache.telemetry.stats import OTHER, RouteTimes, Totals
 
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^\| `(respcache_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", re.MULTILINE)
@@ -37,10 +37,10 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
 
 def test_reasons_come_in_the_order_of_their_names() -> None:
     """Whichever came first."""
-    route = RouteFigures("/a", "books", Totals(bypasses={"store": 1, "off": 2}), Times())
-    sheet = Sheet(None, [route], [], [])  # type: ignore[arg-type]
+    route = RouteStats("/a", "books", Totals(bypasses={"store": 1, "off": 2}), RouteTimes())
+    report = ProcessReport(None, [route], [], [])  # type: ignore[arg-type]
     (bypasses,) = [one for one in metrics.OF_WORKERS if one.name == "bypasses"]
-    assert list(bypasses.read(sheet)) == [
+    assert list(bypasses.read(report)) == [
         (("books", "/a", "off"), 2),
         (("books", "/a", "store"), 1),
     ]

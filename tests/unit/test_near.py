@@ -20,18 +20,18 @@ from respcache import (
     Claim,
     ConfigurationError,
     Denied,
-    Head,
     Level,
     MemoryStore,
     Policy,
+    RequestHead,
     Scope,
     SingleTenant,
     cache_list,
 )
 from respcache.core.encoding import zstd
 from respcache.core.errors import StoreError
-from respcache.core.generations import Generation
-from respcache.plans import MAX_AGE_S, MEMO_BYTES, Aim
+from respcache.core.generations import GenerationView
+from respcache.read.plans import MAX_AGE_S, PLAN_CACHE_BYTES, ScopedPlan
 from respcache.stores.base import Bumped
 from respcache.stores.memory import MemoryServer
 
@@ -66,7 +66,10 @@ class Counting(MemoryStore):
         return await super().read(entry, wanted)
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """Count."""
         self.views += 1
@@ -88,17 +91,24 @@ class World:
         self.made = 0
         self.body = b""
         self.headers: dict[str, str] = {}
-        self.varied = "a"
+        self.vary_value = "a"
         app = FastAPI()
         for level in Level:
             app.get(f"/{level}")(
                 cache_list("things", level=level, ttl=100, bound_s=2.0)(self._handler(level))
             )
-        varied = cache_list("things", level="ttl", ttl=100, varies_by=lambda scope: self.varied)
-        app.get("/varied")(varied(self._handler("varied")))
+        vary_value = cache_list(
+            "things", level="ttl", ttl=100, varies_by=lambda scope: self.vary_value
+        )
+        app.get("/varied")(vary_value(self._handler("varied")))
         resolver = options.pop("resolver", SingleTenant("public"))
         self.cache = Cache(
-            self.store, secret=SECRET, resolver=resolver, clock=self.clock, audit_share=0, **options
+            self.store,
+            secret=SECRET,
+            resolver=resolver,
+            clock=self.clock,
+            verify_share=0,
+            **options,
         )
         self.wrapped = self.cache.wrap(app)
         self.http: httpx2.AsyncClient
@@ -276,7 +286,7 @@ class People:
         self.sees = {"ann": b"all", "bob": b"own"}
         self.pause: asyncio.Event | None = None
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Verify."""
         self.verified += 1
         name = head.header("x-user")
@@ -330,7 +340,7 @@ async def test_what_is_forgotten_is_verified_and_looked_up_anew() -> None:
         del people.sees["ann"]
         assert await world.get(**{"x-user": "ann"}) == "strict 0 hit"
         world.cache.forget()
-        assert len(world.wrapped.memo) == 0
+        assert len(world.wrapped.plan_cache) == 0
         assert (
             "detail=denied"
             in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
@@ -354,7 +364,7 @@ async def test_a_look_under_way_while_all_is_forgotten_is_not_remembered() -> No
             "detail=denied"
             in (await world.http.get("/strict", headers={"x-user": "ann"})).headers["cache-status"]
         )
-        assert len(world.wrapped.memo) == 0
+        assert len(world.wrapped.plan_cache) == 0
 
 
 async def test_a_header_that_the_resolver_looks_at_is_part_of_what_is_recognised() -> None:
@@ -428,7 +438,7 @@ async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
             self,
             generation: str,
             tags: Sequence[str],
-            done: Callable[[Generation | StoreError], None],
+            done: Callable[[GenerationView | StoreError], None],
         ) -> None:
             if self.held is None:
                 super().view(generation, tags, done)
@@ -448,15 +458,15 @@ async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
         while not store.held:
             await asyncio.sleep(0)
         going, store.held = store.held, None
-        plan = next(slot.value for slot in world.wrapped.memo._plans._slots.values())
-        aim = plan.aim
+        plan = next(slot.value for slot in world.wrapped.plan_cache._plans._slots.values())
+        scoped = plan.scoped
         known = await world.cache._lookup._identities.read(
             Claim("ann", "public"), view=(found := store.server.view("tenant:public:~gen", (), server=store.server.identity)),
             certificate=found.certificate(),
         )  # fmt: skip
         plan.known = known
-        moved = world.cache._lookup._aim(plan, known, Claim("ann", "public"))
-        assert moved is not aim
+        moved = world.cache._lookup._scoped(plan, known, Claim("ann", "public"))
+        assert moved is not scoped
         for go in going:
             go()
         assert await first == "own rows miss"
@@ -467,18 +477,20 @@ async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
 LEVELS = pytest.mark.parametrize("level", ["strict", "bounded", "ttl"])
 
 
-async def proven(world: World, level: str) -> Aim:
+async def proven(world: World, level: str) -> ScopedPlan:
     """Have a hit proven and that remembered; return where it leads."""
     world.body = b"proven"
     for _ in range(2):
         await world.get(f"/{level}")
-    aim = next(
-        plan.aim for plan in world.wrapped.memo.plans() if plan.route.template == f"/{level}"
+    scoped = next(
+        plan.scoped
+        for plan in world.wrapped.plan_cache.plans()
+        if plan.route.template == f"/{level}"
     )
-    assert aim is not None
-    assert world.cache.granted(aim, world.clock()) is aim.grant is not None
+    assert scoped is not None
+    assert world.cache.still_proven(scoped, world.clock()) is scoped.proof is not None
     world.body = b"made anew"
-    return aim
+    return scoped
 
 
 @LEVELS
@@ -532,21 +544,24 @@ async def test_a_switch_ends_a_proof(world: World, level: str, switch: dict[str,
 async def test_a_proof_ends_with_its_entry(world: World, level: str) -> None:
     """Dropped from memory, all of memory dropped, or another entry in its place: what is there now
     is served."""
-    aim = await proven(world, level)
+    scoped = await proven(world, level)
     near = world.cache.near
     assert near is not None
-    for drop in (lambda: near.discard(aim.target.entry_key), near.clear):
+    for drop in (lambda: near.discard(scoped.cache_key.entry_key), near.clear):
         drop()
-        assert world.cache.granted(aim, world.clock()) is None
+        assert world.cache.still_proven(scoped, world.clock()) is None
         world.store.reads.clear()
         assert await world.get(f"/{level}") == "proven hit"
-        assert world.store.reads == [aim.target.entry_key]
+        assert world.store.reads == [scoped.cache_key.entry_key]
         assert await world.get(f"/{level}") == "proven hit"
-        assert world.store.reads == [aim.target.entry_key]
-    held = near.get(aim.target.entry_key)
+        assert world.store.reads == [scoped.cache_key.entry_key]
+    held = near.get(scoped.cache_key.entry_key)
     assert held is not None
     world.cache._lookup.hold(
-        aim.target, replace(held.entry, body=b"another"), remaining_ms=50_000, proven=held.proven
+        scoped.cache_key,
+        replace(held.entry, body=b"another"),
+        remaining_ms=50_000,
+        proven=held.proven,
     )
     assert await world.get(f"/{level}") == "another hit"
 
@@ -554,10 +569,10 @@ async def test_a_proof_ends_with_its_entry(world: World, level: str) -> None:
 @LEVELS
 async def test_a_proof_ends_when_the_entry_does(world: World, level: str) -> None:
     """Not a view later."""
-    aim = await proven(world, level)
-    world.store.server.values.pop(aim.target.entry_key)
-    assert aim.grant is not None
-    world.clock.now = aim.grant.held.expires_at
+    scoped = await proven(world, level)
+    world.store.server.values.pop(scoped.cache_key.entry_key)
+    assert scoped.proof is not None
+    world.clock.now = scoped.proof.held.expires_at
     assert await world.get(f"/{level}") == "made anew miss"
 
 
@@ -567,12 +582,12 @@ async def test_a_proof_of_level_bounded_ends_with_the_bound(world: World) -> Non
     world.store.deaf = True
     await proven(world, "bounded")
     began = world.clock.now
-    aim = next(plan.aim for plan in world.wrapped.memo.plans())
-    assert aim is not None
+    scoped = next(plan.scoped for plan in world.wrapped.plan_cache.plans())
+    assert scoped is not None
     world.clock.now = began + 1.5
-    aim.grant = None
+    scoped.proof = None
     assert await world.get("/bounded") == "proven hit"
-    assert aim.grant is not None
+    assert scoped.proof is not None
     await world.write(by=MemoryStore(world.store.server))
     world.clock.now = began + 1.99
     assert await world.get("/bounded") == "proven hit"
@@ -584,9 +599,9 @@ async def test_what_an_answer_varies_by_is_asked_for_every_request(world: World)
     """It may change without a word to any table: no proof is remembered over it."""
     world.body = b"of a"
     assert [await world.get("/varied") for _ in range(3)] == ["of a miss", "of a hit", "of a hit"]
-    world.varied, world.body = "b", b"of b"
+    world.vary_value, world.body = "b", b"of b"
     assert [await world.get("/varied") for _ in range(3)] == ["of b miss", "of b hit", "of b hit"]
-    world.varied = "a"
+    world.vary_value = "a"
     assert await world.get("/varied") == "of a hit"
 
 
@@ -761,7 +776,7 @@ async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_
     """Who is told by an address would be taken for the next one who asks the same."""
 
     class ByAddress(People):
-        def claim(self, head: Head) -> Claim:
+        def claim(self, head: RequestHead) -> Claim:
             addresses.append(head.scope.get("client"))
             return Claim("ann", "public")
 
@@ -775,17 +790,17 @@ async def test_what_clients_send_takes_no_more_memory_than_the_memo_counts(world
     """Parts that keys have in common are kept once; long ones, which nobody else sends, leave with
     their plan."""
     await world.get()
-    memo = world.wrapped.memo
-    assert memo is not None
-    (plan,) = memo.plans()
+    plan_cache = world.wrapped.plan_cache
+    assert plan_cache is not None
+    (plan,) = plan_cache.plans()
     tracemalloc.start()
     try:
         for number in range(40):
-            memo.remember(("/strict", b"%d=" % number + bytes(1_000_000), ""), plan)
+            plan_cache.remember(("/strict", b"%d=" % number + bytes(1_000_000), ""), plan)
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert kept_bytes < 2 * MEMO_BYTES
+    assert kept_bytes < 2 * PLAN_CACHE_BYTES
 
 
 def test_one_name_in_place_of_a_tuple_is_refused() -> None:
@@ -882,7 +897,7 @@ async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, nam
     view = world.store.view
 
     def off(
-        generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        generation: str, tags: Sequence[str], done: Callable[[GenerationView | StoreError], None]
     ) -> None:
         world.cache.switches._take(frozenset({name}))
         view(generation, tags, done)
@@ -903,7 +918,7 @@ async def test_compression_inside_the_application_hides_nothing(world: World) ->
         calls += 1
         return Response(ROWS, media_type="application/json")
 
-    cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), audit_share=0)
+    cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), verify_share=0)
     wrapped = cache.wrap(app)
     await cache.connect()
     async with httpx2.AsyncClient(
@@ -930,7 +945,7 @@ async def test_an_answer_without_content_that_has_some_is_not_stored() -> None:
     async def none() -> Response:
         return Response(b"null", 204, headers={"content-length": "4"})
 
-    cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), audit_share=0)
+    cache = Cache(Counting(), secret=SECRET, resolver=SingleTenant("public"), verify_share=0)
     wrapped = cache.wrap(app)
     await cache.connect()
     async with httpx2.AsyncClient(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respcache.core.errors import ConfigurationError
-from respcache.core.identity import Head
+from respcache.core.identity import RequestHead
 from respcache.core.policy import Canonical, Parameter, Policy, canonical, in_order
 
 LIMIT, QUERY, TAGS = (
@@ -21,7 +21,7 @@ DECLARED = in_order([QUERY, LIMIT, TAGS])
 def form(
     query: str, headers: list[tuple[bytes, bytes]] | None = None, declared: tuple = DECLARED
 ) -> Canonical:
-    head = Head({"query_string": query.encode("latin-1"), "headers": headers or []})
+    head = RequestHead({"query_string": query.encode("latin-1"), "headers": headers or []})
     return canonical(head, {}, declared=declared, passed=("tenant_id",))
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from respcache.near import s3fifo
-from respcache.near.s3fifo import TRIAL_USES, S3Fifo
+from respcache.read import s3fifo
+from respcache.read.s3fifo import TRIAL_USES, S3Fifo
 
 
 class Model:

@@ -15,10 +15,18 @@ from starlette.background import BackgroundTask
 
 from respcache import Cache, MemoryStore, SingleTenant, cache_list
 from respcache.core.errors import StoreError
-from respcache.core.generations import Generation
-from respcache.ops import stats as module
-from respcache.ops.stats import BOUNDS_S, OTHER, SAMPLED, Figures, Histogram, Stats, Times
+from respcache.core.generations import GenerationView
 from respcache.stores.base import Reading
+from respcache.telemetry import stats as module
+from respcache.telemetry.stats import (
+    BOUNDS_S,
+    OTHER,
+    SAMPLED,
+    Counters,
+    Histogram,
+    RouteCounters,
+    RouteTimes,
+)
 
 SECRET = b"k" * 32
 
@@ -70,7 +78,7 @@ def test_bounds_belong_to_their_bucket_and_nothing_is_lost_beyond_the_last() -> 
 
 def test_figures_are_kept_by_tenant_and_route_and_added_up_by_module() -> None:
     """Writes have no route and count for the module alone."""
-    stats = Stats()
+    stats = Counters()
     stats.at("acme", "books", "/books").hits += 3
     stats.at("acme", "books", "/books/{id}").hits += 4
     stats.at("acme", "books").invalidations += 5
@@ -98,12 +106,12 @@ def test_figures_are_kept_by_tenant_and_route_and_added_up_by_module() -> None:
 
 def test_beyond_the_bound_tenants_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is lost, and those that were there before keep their own."""
-    monkeypatch.setattr(module, "MAX_FIGURES", 10)
-    stats = Stats()
+    monkeypatch.setattr(module, "MAX_COUNTERS", 10)
+    stats = Counters()
     for _ in range(2):
         for number in range(100):
             stats.at(f"t{number}", "books", f"/{number % 3}").hits += 1
-    assert len(stats.figures()) <= 10 + 3
+    assert len(stats.counters()) <= 10 + 3
     assert stats.modules()["books"].hits == 200
     assert stats.of("t0", "books").hits == 2
     assert stats.of("t99", "books").hits == 0
@@ -114,7 +122,7 @@ def test_what_belongs_to_no_tenant_is_in_no_tenants_figures() -> None:
     """No tenant can have its name."""
     from respcache.core.keys import check_tenant
 
-    stats = Stats()
+    stats = Counters()
     stats.at(None, "books", "/books").bypass("denied")
     assert stats.of("other", "books").bypassed == 0
     with pytest.raises(ValueError, match="~other"):
@@ -123,15 +131,16 @@ def test_what_belongs_to_no_tenant_is_in_no_tenants_figures() -> None:
 
 def test_one_hit_in_64_is_a_sample_however_few_each_tenant_has() -> None:
     """Of 6,400 tenants with one hit each about a hundred are sampled: not none, and not all."""
-    stats = Stats()
+    stats = Counters()
     sampled = sum(
         stats.at(f"t{number}", "books", "/books").phase == 1 & module.SAMPLE_MASK
         for number in range(6400)
     )
     assert 40 < sampled < 200
-    figures = Figures("books", "/books", Times(), phase=17)
+    counters = RouteCounters("books", "/books", RouteTimes(), phase=17)
     assert (
-        sum(hits & module.SAMPLE_MASK == figures.phase for hits in range(1, SAMPLED * 10 + 1)) == 10
+        sum(hits & module.SAMPLE_MASK == counters.phase for hits in range(1, SAMPLED * 10 + 1))
+        == 10
     )
 
 
@@ -152,7 +161,10 @@ class Slow(MemoryStore):
         return await super().read(entry, wanted)
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """Take a while."""
         self.clock.now += self.takes_s
@@ -184,19 +196,19 @@ class World:
             secret=SECRET,
             resolver=SingleTenant("acme"),
             clock=self.clock,
-            audit_share=0,
+            verify_share=0,
             **options,
         )
         self.wrapped = self.cache.wrap(app)
         self.http: httpx2.AsyncClient
 
     @property
-    def times(self) -> Times:
-        return self.cache.figures.times("/books/{shelf}")
+    def times(self) -> RouteTimes:
+        return self.cache.counters.times("/books/{shelf}")
 
     @property
-    def figures(self) -> Figures:
-        return self.cache.figures.at("acme", "books", "/books/{shelf}")
+    def counters(self) -> RouteCounters:
+        return self.cache.counters.at("acme", "books", "/books/{shelf}")
 
     async def get(self, shelf: str = "a") -> str:
         answer = await self.http.get(f"/books/{shelf}")
@@ -224,7 +236,7 @@ async def test_one_hit_in_64_is_timed_and_tells_what_was_saved(near_bytes: int) 
         world.store.takes_s = 0.002
         for _ in range(3 * SAMPLED):
             assert "; hit" in await world.get()
-    assert world.figures.hits == 3 * SAMPLED
+    assert world.counters.hits == 3 * SAMPLED
     assert (world.times.hits.count, world.times.hits.seconds) == (3, pytest.approx(0.006))
     assert world.times.fill_s == pytest.approx(0.04)
     assert world.times.saved_s == pytest.approx(3 * SAMPLED * 0.04)
@@ -265,7 +277,7 @@ async def test_waiting_for_the_fill_of_another_is_a_miss_that_is_timed() -> None
     async with running(World()) as world:
         world.go.clear()
         callers = [asyncio.create_task(world.get()) for _ in range(5)]
-        while world.figures.misses < 5:
+        while world.counters.misses < 5:
             await asyncio.sleep(0)
         world.clock.now += 2
         world.go.set()
@@ -285,7 +297,7 @@ async def test_a_miss_without_an_answer_is_counted_and_not_timed() -> None:
         world.answer = fail
         with pytest.raises(asyncio.CancelledError):
             await world.get()
-    assert (world.figures.misses, world.times.misses.count) == (1, 0)
+    assert (world.counters.misses, world.times.misses.count) == (1, 0)
 
 
 @pytest.mark.anyio
@@ -303,8 +315,8 @@ async def test_values_have_a_route_of_their_own() -> None:
         for _ in range(SAMPLED + 1):
             assert await get() == 7
     times, (name, totals) = (
-        world.cache.figures.times("value:plans"),
-        world.cache.figures.routes("acme")["value:plans"],
+        world.cache.counters.times("value:plans"),
+        world.cache.counters.routes("acme")["value:plans"],
     )
     assert (name, totals.hits, totals.misses, totals.stores) == ("plans", SAMPLED, 1, 1)
     assert (times.hits.count, times.misses.count, times.misses.seconds) == (1, 1, 1.0)
@@ -316,6 +328,6 @@ async def test_a_bypass_counts_for_its_route() -> None:
     async with running(World()) as world:
         await world.cache.disable()
         await world.get()
-    assert {name: found.bypasses for name, (_, found) in world.cache.figures.routes().items()} == {
+    assert {name: found.bypasses for name, (_, found) in world.cache.counters.routes().items()} == {
         "/books/{shelf}": {"off": 1}
     }

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
 
-from respcache import Cache, Claim, Head, MemoryStore, Scope, cache_list
+from respcache import Cache, Claim, MemoryStore, RequestHead, Scope, cache_list
 from respcache.stores.memory import MemoryServer
 
 pytestmark = pytest.mark.anyio
@@ -25,14 +25,14 @@ class ByHeader:
     stands_for = frozenset[Any]()
     headers = ("x-tenant",)
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Believe it."""
         tenant = head.header("x-tenant") or ""
         return Claim(tenant, tenant)
 
     async def scope(self, claim: Claim) -> Scope:
         """Everybody sees all of their tenant."""
-        return Scope(claim.home, b"")
+        return Scope(claim.owner_tenant, b"")
 
     def permits(self, scope: Scope, rule: Any) -> bool:
         """No rules."""
@@ -43,7 +43,7 @@ class Process:
     """One process of an application with two modules, each cached at two levels."""
 
     def __init__(self, server: MemoryServer) -> None:
-        self.cache = Cache(MemoryStore(server), secret=SECRET, resolver=ByHeader(), audit_share=0)
+        self.cache = Cache(MemoryStore(server), secret=SECRET, resolver=ByHeader(), verify_share=0)
         self.version = 0
         app = FastAPI()
         for module in MODULES:
@@ -129,11 +129,11 @@ async def test_what_is_off_is_bypassed_and_nothing_else(
                     for module in MODULES:
                         if forgetful:
                             process.cache.forget()
-                        closed = (tenant, module) in off
+                        is_off = (tenant, module) in off
                         assert await process.get(f"/{module}/{level}", tenant) == (
-                            "off" if closed else "hit"
+                            "off" if is_off else "hit"
                         )
-                        assert await process.value(tenant, module) == ("made" if closed else "hit")
+                        assert await process.value(tenant, module) == ("made" if is_off else "hit")
         assert await here.cache.enable(**switch)
         await there.cache.switches.poll()
         for process in (here, there):
@@ -148,7 +148,7 @@ async def test_bypasses_of_a_switch_are_counted_for_the_tenant() -> None:
         await here.cache.disable(tenant_id="a")
         await here.get("/things/strict", "a")
         await here.value("a", "things")
-        assert here.cache.figures.of("a", "things").bypasses == {"off": 2}
+        assert here.cache.counters.of("a", "things").bypasses == {"off": 2}
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,17 @@ from respcache import (
     invalidate_cache,
 )
 from respcache.core.errors import StoreError
-from respcache.core.generations import Certificate, Generation
-from respcache.core.tokens import MAX_BYTES, UNKNOWN, Token, both, decode, encode, reached, sent
+from respcache.core.generations import Certificate, GenerationView
+from respcache.core.tokens import (
+    MAX_BYTES,
+    UNKNOWN,
+    ConsistencyToken,
+    both,
+    decode,
+    encode,
+    reached,
+    sent,
+)
 from respcache.stores.memory import MemoryServer
 
 pytestmark = pytest.mark.anyio
@@ -43,7 +52,7 @@ GARBAGE = [
 @pytest.mark.parametrize(
     "token", [(), (Certificate(N1, 0),), (Certificate(N1, 7), Certificate(N2, 10**17))]
 )
-def test_what_is_spelt_is_read_again(token: Token) -> None:
+def test_what_is_spelt_is_read_again(token: ConsistencyToken) -> None:
     """All of it, also where a client sends several, with blanks or in several headers."""
     assert decode(encode(token)) == token
     assert decode(encode(token).replace(b",", b" ,\t")) == token
@@ -60,7 +69,7 @@ def test_what_is_spelt_is_read_again(token: Token) -> None:
 def test_whatever_is_no_token_is_reached_by_no_view(text: bytes) -> None:
     """It is never an error."""
     assert decode(text) == ()
-    assert not reached(decode(text), Generation("s", N1, "s", 10**18))
+    assert not reached(decode(text), GenerationView("s", N1, "s", 10**18))
 
 
 def test_more_than_can_be_meant_is_not_read() -> None:
@@ -80,7 +89,7 @@ def test_a_nonce_that_a_foreign_hand_has_written_reaches_no_header(nonce: bytes)
 
 def test_a_view_has_reached_a_token_of_its_own_life_up_to_its_sequence() -> None:
     """Of several marks, each must be reached."""
-    view = Generation("s", N1, "s", 7)
+    view = GenerationView("s", N1, "s", 7)
     assert reached((Certificate(N1, 7),), view)
     assert reached((Certificate(N1, 7), Certificate(N1, 1)), view)
     for token in [
@@ -90,7 +99,7 @@ def test_a_view_has_reached_a_token_of_its_own_life_up_to_its_sequence() -> None
         (),
     ]:
         assert not reached(token, view)
-    assert not reached((Certificate(N1, 1),), Generation("s"))
+    assert not reached((Certificate(N1, 1),), GenerationView("s"))
 
 
 def test_one_token_stands_for_all_writes_of_a_request() -> None:
@@ -116,7 +125,10 @@ class Deaf(MemoryStore):
         self.views = 0
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """Count."""
         self.views += 1
@@ -194,7 +206,7 @@ class Process:
             secret=SECRET,
             resolver=resolver or SingleTenant(TENANT),
             clock=lambda: self.now,
-            audit_share=0,
+            verify_share=0,
         )
         self.http = httpx2.AsyncClient(
             transport=httpx2.ASGITransport(self.cache.wrap(app)), base_url="http://test"
@@ -403,8 +415,8 @@ async def test_the_handler_sees_the_header_and_the_key_does_not() -> None:
         assert reader.seen == [f"{N1.decode()}.1"]
         assert await reader.get() == (0, "hit")
         assert await reader.get(token="something else") == (0, "hit")
-        memo = reader.http._transport.app.memo  # type: ignore[attr-defined]
-        assert len(memo) == 1
+        plan_cache = reader.http._transport.app.plan_cache  # type: ignore[attr-defined]
+        assert len(plan_cache) == 1
 
 
 def test_a_route_or_a_resolver_that_takes_the_name_is_refused() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from respcache.core.errors import StoreError, StoreUnavailable
-from respcache.core.generations import Generation
-from respcache.near import views as views_module
-from respcache.near.views import Views
+from respcache.core.generations import GenerationView
+from respcache.read import views as views_module
+from respcache.read.views import ViewReader
 from respcache.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -23,11 +23,14 @@ class Link(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[tuple[str, tuple[str, ...]]] = []
-        self.answers: list[Callable[[Generation | StoreError], None]] = []
+        self.answers: list[Callable[[GenerationView | StoreError], None]] = []
         self.down = False
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """Note what is asked."""
         if self.down:
@@ -35,9 +38,9 @@ class Link(MemoryStore):
         self.asked.append((generation, tuple(tags)))
         self.answers.append(done)
 
-    def answer(self, number: int, sequence: int = 0) -> Generation:
+    def answer(self, number: int, sequence: int = 0) -> GenerationView:
         """Answer a question."""
-        found = Generation("s", b"n" * 16, "s", sequence)
+        found = GenerationView("s", b"n" * 16, "s", sequence)
         self.answers[number](found)
         return found
 
@@ -53,8 +56,8 @@ def now() -> list[float]:
 
 
 @pytest.fixture
-def views(link: Link, now: list[float]) -> Views:
-    return Views(link, clock=lambda: now[0])
+def views(link: Link, now: list[float]) -> ViewReader:
+    return ViewReader(link, clock=lambda: now[0])
 
 
 async def turn() -> None:
@@ -62,7 +65,7 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-async def test_requests_of_one_turn_share_a_reading(link: Link, views: Views) -> None:
+async def test_requests_of_one_turn_share_a_reading(link: Link, views: ViewReader) -> None:
     """However many there are: one question, of each tenant."""
     waiting = [views.read(GEN, TAGS) for _ in range(50)]
     other = views.read("tenant:u:~gen", TAGS)
@@ -73,7 +76,7 @@ async def test_requests_of_one_turn_share_a_reading(link: Link, views: Views) ->
     assert not other.done()
 
 
-async def test_a_request_never_joins_a_reading_that_has_left(link: Link, views: Views) -> None:
+async def test_a_request_never_joins_a_reading_that_has_left(link: Link, views: ViewReader) -> None:
     """It might have been answered before the request began; those who came meanwhile share the next
     one."""
     first = views.read(GEN, TAGS)
@@ -89,7 +92,7 @@ async def test_a_request_never_joins_a_reading_that_has_left(link: Link, views: 
     assert views.reads == 2
 
 
-async def test_a_cancelled_request_disturbs_no_other(link: Link, views: Views) -> None:
+async def test_a_cancelled_request_disturbs_no_other(link: Link, views: ViewReader) -> None:
     """Each waits for a future of its own."""
     waiting = [views.read(GEN, TAGS) for _ in range(3)]
     waiting[1].cancel()
@@ -99,7 +102,7 @@ async def test_a_cancelled_request_disturbs_no_other(link: Link, views: Views) -
 
 
 async def test_what_goes_wrong_is_told_to_all_and_the_next_reading_goes_on(
-    link: Link, views: Views
+    link: Link, views: ViewReader
 ) -> None:
     """An answer that failed, and a link that is down when the question leaves."""
     first, second = views.read(GEN, TAGS), views.read(GEN, TAGS)
@@ -127,7 +130,7 @@ async def test_what_goes_wrong_is_told_to_all_and_the_next_reading_goes_on(
     assert await last is found
 
 
-async def test_a_view_asks_for_the_tags_of_all_who_need_it(link: Link, views: Views) -> None:
+async def test_a_view_asks_for_the_tags_of_all_who_need_it(link: Link, views: ViewReader) -> None:
     """A reading that left without a tag is no view for whom it counts."""
     views.read(GEN, TAGS)
     await turn()
@@ -143,7 +146,7 @@ async def test_a_view_asks_for_the_tags_of_all_who_need_it(link: Link, views: Vi
 
 
 async def test_a_views_age_counts_from_before_it_was_asked_for(
-    link: Link, views: Views, now: list[float]
+    link: Link, views: ViewReader, now: list[float]
 ) -> None:
     """However long the answer took."""
     reading = views.read(GEN, TAGS)
@@ -157,7 +160,7 @@ async def test_a_views_age_counts_from_before_it_was_asked_for(
 
 @pytest.mark.parametrize("everything", [False, True])
 async def test_a_view_is_dropped_when_something_is_heard(
-    link: Link, views: Views, *, everything: bool
+    link: Link, views: ViewReader, *, everything: bool
 ) -> None:
     """Also the one that is under way: it may have been answered before. Who waits for it is served,
     who comes later is not."""
@@ -179,7 +182,7 @@ async def test_a_view_is_dropped_when_something_is_heard(
 
 
 async def test_the_number_of_tenants_is_bounded(
-    link: Link, views: Views, monkeypatch: pytest.MonkeyPatch
+    link: Link, views: ViewReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that nobody waits for go, the oldest first."""
     monkeypatch.setattr(views_module, "MAX_GROUPS", 16)
@@ -197,7 +200,7 @@ async def test_the_number_of_tenants_is_bounded(
 
 
 async def test_who_holds_on_to_a_group_that_goes_learns_of_it(
-    link: Link, views: Views, monkeypatch: pytest.MonkeyPatch
+    link: Link, views: ViewReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody tells it any more of a bump: its view is not to be used again, and a new group begins
     without one."""

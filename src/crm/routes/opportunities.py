@@ -40,7 +40,7 @@ async def stats(rows: ReadRows) -> Response:
             "weighted": float(expected or 0),
         }
     total = {
-        name: sum(figures[name] for figures in by_stage.values())
+        name: sum(counters[name] for counters in by_stage.values())
         for name in ("count", "amount", "weighted")
     }
     return respond({"stages": by_stage, "total": total})

@@ -43,7 +43,7 @@ async def dashboard_bundle(rows: ReadRows) -> Response:
     """Numbers and the latest records of all modules, of what you see, in one answer and of one
     moment."""
     is_open = Opportunity.stage.not_in(("closed_won", "closed_lost"))
-    figures = {
+    counters = {
         "open_opportunities": rows.select(Opportunity, func.count()).where(is_open),
         "open_amount": rows.select(
             Opportunity, func.coalesce(func.sum(Opportunity.amount), 0.0)
@@ -52,7 +52,7 @@ async def dashboard_bundle(rows: ReadRows) -> Response:
     }
     columns = [
         *(rows.select(model, func.count()).scalar_subquery() for model in MODULES.values()),
-        *(figure.scalar_subquery() for figure in figures.values()),
+        *(figure.scalar_subquery() for figure in counters.values()),
         *(JsonRows(newest(rows, model, limit=LATEST)) for model in MODULES.values()),
     ]
     found = list((await rows.execute(select(*columns))).one())
@@ -63,7 +63,7 @@ async def dashboard_bundle(rows: ReadRows) -> Response:
     )
     data: dict[str, Any] = {
         "counts": dict(zip(MODULES, counts, strict=True)),
-        **dict(zip(figures, more, strict=True)),
+        **dict(zip(counters, more, strict=True)),
     }
     return respond(
         {**data, "latest": dict(zip(MODULES, map(orjson.Fragment, latest), strict=True))}

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, SecretStr
 from sqlalchemy import text
 
 from crm.auth import TenantScope, require_admin, require_superadmin
-from crm.errors import ApiError, Refused, fail, respond
+from crm.errors import ApiError, ErrorResponse, fail, respond
 from crm.operators import access_of
 from crm.settings import Settings
 from respcache import Cache, StoreError
@@ -56,13 +56,13 @@ async def health(request: Request) -> Response:
         "cache": state,
         "cache_enabled": cache.enabled,
     }
-    if cache.rounds is not None:
-        fence = cache.rounds.to_dict()
+    if cache.relay is not None:
+        lease = cache.relay.to_dict()
         data |= {
-            "invalidations_pending": fence["pending_rows"],
-            "oldest_pending_s": fence["pending_s"],
-            "fence_alive": fence["alive"],
-            "fence_age_s": fence["age_s"],
+            "invalidations_pending": lease["pending_rows"],
+            "oldest_pending_s": lease["pending_s"],
+            "fence_alive": lease["alive"],
+            "fence_age_s": lease["age_s"],
         }
     return respond(data) if database else fail(503, "Database unavailable", data=data)
 
@@ -102,7 +102,7 @@ async def cache_stats(request: Request, scope: Admin) -> Response:
     }
     if scope.role == "superadmin" and scope.tenant is None:
         data["tenants"] = {
-            tenant: cache.stats(tenant)["modules"] for tenant in sorted(cache.figures.tenants())
+            tenant: cache.stats(tenant)["modules"] for tenant in sorted(cache.counters.tenants())
         }
     return respond(data)
 
@@ -115,7 +115,7 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
     access = access_of(scope)
     assert access is not None
     if scope.tenant is None:
-        raise Refused(
+        raise ErrorResponse(
             400,
             "Superadmin write operations require a tenant_id to be specified",
             field="tenant_id",

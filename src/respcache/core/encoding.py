@@ -48,7 +48,7 @@ MAX_ACCEPT_VALUES = 256
 """Distinct values remembered: with the bound above, at most 64 KiB of clients' text."""
 
 
-class Coding(StrEnum):
+class ContentCoding(StrEnum):
     """A content coding that we can send (RFC 9110, section 8.4.1). The members stand in the order
     of our preference."""
 
@@ -73,7 +73,7 @@ _OPTIONS: dict[int, int] = {
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
-def accepted(header: bytes | None) -> Coding:
+def accepted(header: bytes | None) -> ContentCoding:
     """Choose what to send for the value of ``Accept-Encoding`` (RFC 9110, section 12.5.3).
 
     ``header`` is the value, several lines joined by commas, or None where there is none. The
@@ -82,7 +82,7 @@ def accepted(header: bytes | None) -> Coding:
     where the value is known, else about 10 us.
     """
     if header is None or len(header) > MAX_ACCEPT_BYTES:
-        return Coding.identity
+        return ContentCoding.identity
     return _choose(header)
 
 
@@ -181,24 +181,24 @@ def shared(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     return vary(pair for pair in headers if pair[0].lower() != b"content-length")
 
 
-def negotiated(headers: Headers, *, coding: Coding, length: int) -> Headers:
+def negotiated(headers: Headers, *, coding: ContentCoding, length: int) -> Headers:
     """Return the headers of an answer in one coding, with ``length`` bytes; ``headers`` are the
     ``shared`` ones."""
-    if coding is Coding.identity:
+    if coding is ContentCoding.identity:
         return (*headers, (b"content-length", b"%d" % length))
     return (*headers, (b"content-encoding", coding.encode()), (b"content-length", b"%d" % length))
 
 
 @lru_cache(MAX_ACCEPT_VALUES)
-def _choose(header: bytes) -> Coding:
+def _choose(header: bytes) -> ContentCoding:
     weights = _weights(header)
     if weights is None:
-        return Coding.identity
+        return ContentCoding.identity
     others = weights.get(b"*", 0)
     # What is not named has the weight of "*". Without that, identity stays acceptable, but after
     # everything that is named.
-    best = max(Coding, key=lambda coding: weights.get(coding.encode(), others))
-    return best if weights.get(best.encode(), others) > 0 else Coding.identity
+    best = max(ContentCoding, key=lambda coding: weights.get(coding.encode(), others))
+    return best if weights.get(best.encode(), others) > 0 else ContentCoding.identity
 
 
 def _weights(header: bytes) -> dict[bytes, int] | None:

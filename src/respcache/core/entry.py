@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
-from respcache.core.encoding import Coding, Headers
+from respcache.core.encoding import ContentCoding, Headers
 from respcache.core.generations import Certificate
 
 MAGIC = b"RCE\x02"
@@ -39,7 +39,7 @@ class Entry:
     """Those of the handler's answer, or where it is ``negotiable`` those that all its forms share
     (``encoding.shared``)."""
     body: bytes
-    coding: Coding = Coding.identity
+    coding: ContentCoding = ContentCoding.identity
     """Of the body: ``identity`` or ``zstd``."""
     negotiable: bool = False
 
@@ -48,7 +48,7 @@ HEAD_BYTES = _HEAD.size
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class EntryHeader:
     """What the first ``HEAD_BYTES`` of a stored response say of its time."""
 
     stored_at_ms: int
@@ -56,13 +56,13 @@ class Head:
     fill_ms: int
 
 
-def decode_head(data: bytes) -> Head | None:
+def decode_header(data: bytes) -> EntryHeader | None:
     """Read the first bytes of a stored response, or return None for anything that is not one of
     this format version."""
     if len(data) < HEAD_BYTES:
         return None
     magic, _, _, _, stored_at, ttl, fill, *_ = _HEAD.unpack_from(data)
-    return Head(stored_at, ttl, fill) if magic == MAGIC else None
+    return EntryHeader(stored_at, ttl, fill) if magic == MAGIC else None
 
 
 def encode(entry: Entry) -> bytes:
@@ -77,7 +77,7 @@ def encode(entry: Entry) -> bytes:
         entry.ttl_ms,
         min(entry.fill_ms, 0xFFFFFFFF),
         entry.status,
-        _COMPRESSED * (entry.coding is Coding.zstd) | _NEGOTIABLE * entry.negotiable,
+        _COMPRESSED * (entry.coding is ContentCoding.zstd) | _NEGOTIABLE * entry.negotiable,
         len(headers),
     )
     return head + headers + entry.body
@@ -97,7 +97,7 @@ def decode(data: bytes) -> Entry | None:
     headers = _read_headers(data[_HEAD.size : end])
     if headers is None:
         return None
-    coding = Coding.zstd if flags & _COMPRESSED else Coding.identity
+    coding = ContentCoding.zstd if flags & _COMPRESSED else ContentCoding.identity
     body, negotiable = data[end:], bool(flags & _NEGOTIABLE)
     return Entry(
         Certificate(nonce, sequence),

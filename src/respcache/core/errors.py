@@ -13,7 +13,7 @@ the database did not do what a round asked: caught inside the library, never rea
 for was not done (``ops/admin.py``): tell them; nothing was changed │   ├── AccessRefused      their
 role, or their tenant, may not │   ├── NotFound           there is no such thing, or it is another
 tenant's: indistinguishable │   ├── InvalidOperation   what was asked for cannot be: the message
-names the value and the fix │   └── NotTrailed         it could not be written down who did it, so
+names the value and the fix │   └── AuditLogUnavailable         it could not be written down who did it, so
 it was not done └── StoreError             anything the store did wrong: caught inside the library,
 never reaches a request
     ├── StoreUnavailable   no usable connection, or the deadline passed
@@ -76,7 +76,7 @@ class InvalidOperation(OperationError):
     """What was asked for cannot be; the message names the value and the fix."""
 
 
-class NotTrailed(OperationError):
+class AuditLogUnavailable(OperationError):
     """The trail could not be written, so the act was not done."""
 
 

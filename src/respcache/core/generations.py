@@ -116,7 +116,7 @@ class Certificate:
 
 
 @dataclass(slots=True)  # not frozen: a hit from the store makes one
-class Generation:
+class GenerationView:
     """One view of a tenant's generation: what a single reply told, and over which server's
     connection it came. Never changed.
 
@@ -159,7 +159,7 @@ class Generation:
 
 def read_generation(
     values: Sequence[bytes | None], tags: Sequence[str], *, server: str
-) -> Generation:
+) -> GenerationView:
     """Make a view from the reply to ``HMGET gen n r s *tags``; ``server`` is the identity of the
     connection it came by.
 
@@ -168,13 +168,13 @@ def read_generation(
     """
     nonce, recorded, sequence = values[0], values[1], values[2]
     if nonce is None or recorded is None or sequence is None:
-        return Generation(server)
+        return GenerationView(server)
     try:
         bumps = {
             tag: int(value)
             for tag, value in zip(tags, values[3:], strict=True)
             if value is not None
         }
-        return Generation(server, nonce, recorded.decode("latin-1"), int(sequence), bumps)
+        return GenerationView(server, nonce, recorded.decode("latin-1"), int(sequence), bumps)
     except ValueError:
-        return Generation(server)
+        return GenerationView(server)

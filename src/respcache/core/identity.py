@@ -26,7 +26,7 @@ class Claim:
     """
 
     key: Hashable
-    home: str
+    owner_tenant: str
     expires_at: float | None = None
 
 
@@ -44,7 +44,7 @@ class Scope:
     fingerprint: bytes
 
 
-class Head:
+class RequestHead:
     """The head of an HTTP request, read from an ASGI scope: everything a resolver may look at.
     Bodies are never read."""
 
@@ -120,7 +120,7 @@ class Resolver(Protocol):
         does not start."""
         ...
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Verify the credentials of a request without I/O. Raises ``Denied``."""
         ...
 
@@ -150,7 +150,7 @@ class SingleTenant:
         self._claim = Claim("everybody", tenant)
         self._scope = Scope(tenant, b"")
 
-    def claim(self, head: Head) -> Claim:
+    def claim(self, head: RequestHead) -> Claim:
         """Return the one claim there is. Raises ``Denied`` when the request carries credentials."""
         if head.header("authorization") is not None:
             raise Denied("requests with an Authorization header are not cached by SingleTenant")

@@ -113,7 +113,7 @@ def entry_pattern(tenant: str | None, module: str | None) -> str:
     return f"tenant:{tenant or '*'}:{module or '[A-Za-z]*'}:*"
 
 
-def lease_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
+def lock_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
     """Name the key of the lease for filling a stored response."""
     return f"tenant:{tenant}:~fill:{module}:{kind}:{digest.hex()}"
 
@@ -139,7 +139,7 @@ def switched(names: Iterable[str], prefix: str) -> frozenset[str]:
     return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
-def figures_key(process: str) -> str:
+def counters_key(process: str) -> str:
     """Name the key of a process's figures."""
     return f"respcache:~figures:{process}"
 

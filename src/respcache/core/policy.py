@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlencode
 from respcache.core import keys
 from respcache.core.errors import ConfigurationError
 from respcache.core.generations import FLOOR, module_tag, table_tag
-from respcache.core.identity import Dependency, Head
+from respcache.core.identity import Dependency, RequestHead
 
 DEFAULT_TTL_S = {"list": 180.0, "detail": 300.0, "count": 600.0, "settings": 1800.0}
 MAX_TTL_S = 24 * 3600.0
@@ -104,7 +104,7 @@ class Policy:
         """What an entry of this policy depends on."""
         return (FLOOR, module_tag(self.module), *map(table_tag, self.tables))
 
-    def view_s(self, *, anonymous: bool) -> float:
+    def max_view_age_s(self, *, anonymous: bool) -> float:
         """How old a view may be by which a hit from memory is judged; 0: it must be younger than
         the request.
 
@@ -136,7 +136,7 @@ class Canonical:
 
 
 def canonical(
-    head: Head,
+    head: RequestHead,
     path_params: Mapping[str, str],
     *,
     declared: Sequence[Parameter],
@@ -172,7 +172,7 @@ def in_order(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
     )
 
 
-def _values(parameter: Parameter, given: Mapping[str, list[str]], head: Head) -> list[str]:
+def _values(parameter: Parameter, given: Mapping[str, list[str]], head: RequestHead) -> list[str]:
     """Return the values that count.
 
     Of a query parameter: all if it is repeated, else the last, and none where that equals the

@@ -21,7 +21,7 @@ never widens what is served, and costs one reading at most. So it is neither sig
 import re
 from collections.abc import Iterable
 
-from respcache.core.generations import Certificate, Generation
+from respcache.core.generations import Certificate, GenerationView
 
 HEADER = b"x-cache-token"
 """Of requests and of answers."""
@@ -32,20 +32,20 @@ UNKNOWN = b"validate"
 MAX_BYTES = 256
 """Of all that one request brings; longer ones are not read."""
 
-Token = tuple[Certificate, ...]
+ConsistencyToken = tuple[Certificate, ...]
 """What a view must have reached, each of it; empty where that is not known."""
 
 _ONE = re.compile(rb"([0-9a-f]{16})\.([0-9]{1,18})")
 
 
-def encode(token: Token) -> bytes:
+def encode(token: ConsistencyToken) -> bytes:
     """Spell a token. One that could not be read again (a foreign hand has written the nonce) is
     spelt ``UNKNOWN``."""
     text = b",".join(b"%s.%d" % (one.nonce, one.sequence) for one in token)
     return text if token and decode(text) == token else UNKNOWN
 
 
-def decode(text: bytes) -> Token:
+def decode(text: bytes) -> ConsistencyToken:
     """Read one or several tokens, separated by commas; the empty one where that is not what they
     are."""
     if len(text) > MAX_BYTES:
@@ -58,14 +58,14 @@ def decode(text: bytes) -> Token:
     )
 
 
-def sent(headers: Iterable[tuple[bytes, bytes]]) -> Token | None:
+def sent(headers: Iterable[tuple[bytes, bytes]]) -> ConsistencyToken | None:
     """Return what a request with these headers (names in lower case) brings, or None where it
     brings none."""
     values = [value for name, value in headers if name == HEADER]
     return decode(b",".join(values)) if values else None
 
 
-def both(one: Token | None, other: Token | None) -> Token | None:
+def both(one: ConsistencyToken | None, other: ConsistencyToken | None) -> ConsistencyToken | None:
     """Return the token of two writes, each with one of its own; None: nothing was written."""
     if one is None or other is None:
         return other if one is None else one
@@ -74,7 +74,7 @@ def both(one: Token | None, other: Token | None) -> Token | None:
     return (max(one + other, key=lambda mark: mark.sequence),)
 
 
-def reached(token: Token, view: Generation) -> bool:
+def reached(token: ConsistencyToken, view: GenerationView) -> bool:
     """Whether a view holds everything that the token names."""
     return bool(token) and all(
         view.nonce == mark.nonce and view.sequence >= mark.sequence for mark in token

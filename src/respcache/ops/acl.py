@@ -47,7 +47,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Role:
+class AclRole:
     """Who logs in with which rights. ``on_keys`` are commands that take a key first, ``plain``
     those that take none."""
 
@@ -83,7 +83,7 @@ class Role:
             yield Probe("set", ("set", key, *DRY["set"]), keys=KEYS[1])
 
 
-DATA_PLANE = Role(
+DATA_PLANE = AclRole(
     "respcache",
     "the application: REDIS_CACHE_URL",
     on_keys=(
@@ -111,7 +111,7 @@ DATA_PLANE = Role(
     channels=(BUMPS_CHANNEL,),
 )
 
-ADMINISTRATION = Role(
+ADMINISTRATION = AclRole(
     "respcache-admin",
     "administration: the board of figures, the search of keys, the feed (Board(url)), and "
     "respcache doctor",

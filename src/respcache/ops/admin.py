@@ -16,22 +16,30 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
+from respcache.context import cause
 from respcache.core.errors import ConfigurationError, InvalidOperation, NotFound, StoreError
 from respcache.core.keys import EntryKey, check_module, read_entry_key
 from respcache.ops import search
 from respcache.ops.access import Access
-from respcache.ops.board import MAX_MINUTES, Board, Order
+from respcache.ops.audit_log import AuditEvent, AuditLog, LoggingAuditLog
 from respcache.ops.configuration import Setting, settings_of
-from respcache.ops.explain import Asked, Explanation
+from respcache.ops.explain import ExplainedRequest, Explanation
 from respcache.ops.explainer import explain
 from respcache.ops.feed import Feed, Reporter
-from respcache.ops.figures import Overview, Row, Switches, module_rows, policies_of, route_rows, row
+from respcache.ops.figures import (
+    Overview,
+    Row,
+    SwitchStates,
+    module_rows,
+    policies_of,
+    route_rows,
+    row,
+)
 from respcache.ops.keyspace import Keyspace, MemoryKeys, ServerKeys
-from respcache.ops.search import Body, Inspection, KeyPage, Sample
-from respcache.ops.stats import OTHER
-from respcache.ops.trail import Act, LogTrail, Trail
-from respcache.record import cause
+from respcache.ops.publisher import MAX_MINUTES, Order, StatsPublisher
+from respcache.ops.search import Inspection, KeyPage, KeySample, StoredBody
 from respcache.stores.memory import MemoryStore
+from respcache.telemetry.stats import OTHER
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
@@ -67,22 +75,22 @@ class Admin:
     """Looks at and steers one cache.
 
     ``board`` None: that of the cache, or if it has none, one of this process's figures. ``trail``
-    None: a ``LogTrail``. ``settings`` are the application's own, for ``configuration``.
+    None: a ``LoggingAuditLog``. ``settings`` are the application's own, for ``configuration``.
     """
 
     def __init__(
         self,
         cache: "Cache",
-        board: Board | None = None,
-        trail: Trail | None = None,
+        publisher: StatsPublisher | None = None,
+        audit_log: AuditLog | None = None,
         *,
         settings: Sequence[Setting] = (),
     ) -> None:
         self._cache = cache
-        self._board = board or cache.board or _local_board(cache)
-        self._trail: Trail = LogTrail() if trail is None else trail
+        self._publisher = publisher or cache.publisher or _local_board(cache)
+        self._audit_log: AuditLog = LoggingAuditLog() if audit_log is None else audit_log
         self._settings = tuple(settings)
-        self._feed = Reporter(cache, self._board)
+        self._feed = Reporter(cache, self._publisher)
         cache.report(self._feed)
 
     # -- figures -----------------------------------------------------------------------------------
@@ -92,8 +100,8 @@ class Admin:
         the last ``minutes``."""
         if not 1 <= minutes <= MAX_MINUTES:
             raise InvalidOperation(f"minutes {minutes!r} must be from 1 to {MAX_MINUTES}")
-        cache, board, tenant = self._cache, self._board, access.within(None)
-        fleet = await board.fleet()
+        cache, publisher, tenant = self._cache, self._publisher, access.within(None)
+        fleet = await publisher.fleet()
         common: dict[str, Any] = {
             "at": datetime.now(UTC),
             "figures_of": "this process" if fleet.alone else "all processes",
@@ -105,7 +113,7 @@ class Admin:
             "pending_tenants": [one for one in cache.pending_tenants if tenant in (None, one)],
         }
         if tenant is not None:
-            totals = row(tenant, (await board.tenant(tenant)).totals)
+            totals = row(tenant, (await publisher.tenant(tenant)).totals)
             hidden: dict[str, Any] = {
                 "hit_times": None,
                 "miss_times": None,
@@ -118,7 +126,7 @@ class Admin:
             totals=row("total", fleet.totals, times=fleet.times),
             hit_times=fleet.times.hits,
             miss_times=fleet.times.misses,
-            series=(await board.series(minutes)).points,
+            series=(await publisher.series(minutes)).points,
             processes=fleet.processes,
             server=fleet.server,
             **common,
@@ -136,14 +144,14 @@ class Admin:
                 f"order {order!r} must be one of {', '.join(get_args(Order))}, and offset "
                 f"{offset!r} not below 0"
             )
-        found = await self._board.tenants(order=order, offset=offset, limit=_bounded(limit))
+        found = await self._publisher.tenants(order=order, offset=offset, limit=_bounded(limit))
         return [row(one.tenant, one.totals) for one in found.tenants if one.tenant != OTHER]
 
     async def tenant(self, access: Access, tenant: str) -> Row:
         """Return the figures of a tenant."""
         name = access.within(tenant)
         assert name is not None
-        found = await self._board.tenant(name)
+        found = await self._publisher.tenant(name)
         if name != access.tenant and not found.totals.requests and not found.totals.invalidations:
             raise NotFound(f"no tenant {name!r}")
         return row(name, found.totals)
@@ -152,15 +160,19 @@ class Admin:
         """Return the modules: of one tenant, or of all."""
         one = access.within(tenant)
         return module_rows(
-            (await self._board.fleet() if one is None else await self._board.tenant(one)).modules
+            (
+                await self._publisher.fleet() if one is None else await self._publisher.tenant(one)
+            ).modules
         )
 
     async def routes(self, access: Access, *, tenant: str | None = None) -> list[Row]:
         """Return the routes: of one tenant, or of all."""
-        one, wrapper = access.within(tenant), self._cache.wrapper
-        policies = {} if wrapper is None else policies_of(wrapper.prepare().routes)
+        one, middleware = access.within(tenant), self._cache.middleware
+        policies = {} if middleware is None else policies_of(middleware.prepare().routes)
         return route_rows(
-            (await self._board.fleet() if one is None else await self._board.tenant(one)).routes,
+            (
+                await self._publisher.fleet() if one is None else await self._publisher.tenant(one)
+            ).routes,
             policies,
         )
 
@@ -188,7 +200,7 @@ class Admin:
 
     async def sample(
         self, access: Access, *, tenant: str | None = None, module: str | None = None
-    ) -> Sample:
+    ) -> KeySample:
         """Look at a bounded number of keys: the largest, the costliest, when they end."""
         return await search.sample(
             self._space(), tenant=access.within(tenant), module=_module(module)
@@ -198,8 +210,8 @@ class Admin:
         """Look at one stored answer, without its body."""
         return await search.inspect(self._cache, key, _named(access, key))
 
-    async def reveal(self, access: Access, key: str) -> Body:
-        """Return the body of a stored answer. An act: it is trailed. Raises ``NotTrailed``."""
+    async def reveal(self, access: Access, key: str) -> StoredBody:
+        """Return the body of a stored answer. An act: it is trailed. Raises ``AuditLogUnavailable``."""
         access.demand_operator("revealing a body")
         named = _named(access, key)
         body = await search.body_of(self._cache, key, named)
@@ -217,11 +229,13 @@ class Admin:
     ) -> Explanation:
         """Say what would become of a request now, in this process, and why. Changes nothing.
         ``path`` may carry the query."""
-        wrapper = self._cache.wrapper
-        if wrapper is None:
+        middleware = self._cache.middleware
+        if middleware is None:
             raise InvalidOperation("the cache wraps no application in this process")
         given = tuple(headers.items()) if isinstance(headers, Mapping) else tuple(headers)
-        return await explain(self._cache, wrapper, Asked(method, path, query, given), access)
+        return await explain(
+            self._cache, middleware, ExplainedRequest(method, path, query, given), access
+        )
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -235,17 +249,17 @@ class Admin:
         )
         return found if access.tenant is None else found.of_one_tenant()
 
-    async def trail(
+    async def audit_log(
         self,
         access: Access,
         *,
         tenant: str | None = None,
         limit: int = 100,
         before: int | None = None,
-    ) -> list[Act]:
+    ) -> list[AuditEvent]:
         """Return acts, the newest first; of a tenant's admin, those that concern the tenant. Raises
-        ``NotTrailed``."""
-        return await self._trail.latest(
+        ``AuditLogUnavailable``."""
+        return await self._audit_log.latest(
             tenant=access.within(tenant), limit=_bounded(limit), before=before
         )
 
@@ -265,7 +279,7 @@ class Admin:
 
         Of tenant and module it is one write, whatever the number of entries, and holds for
         everybody. A key is deleted from the server, and all processes are told to drop it: one that
-        does not hear may serve what it holds, which is not stale, on. Raises ``NotTrailed``.
+        does not hear may serve what it holds, which is not stale, on. Raises ``AuditLogUnavailable``.
         """
         if not dry_run:
             access.demand_operator("a purge")
@@ -299,12 +313,12 @@ class Admin:
 
     async def switch(
         self, access: Access, *, off: bool, tenant: str | None = None, module: str | None = None
-    ) -> Switches:
+    ) -> SwitchStates:
         """Stop or resume serving: of a tenant, of a module (of all tenants), or of everything, in
         every process within a second.
 
         A tenant's admin switches the own tenant only. Invalidations are sent all the while. Raises
-        ``NotTrailed``.
+        ``AuditLogUnavailable``.
         """
         access.demand_operator("a switch")
         if tenant is not None and module is not None:
@@ -331,13 +345,13 @@ class Admin:
         told = await turn(tenant_id=owner, module=module)
         return msgspec.structs.replace(await self.switches(access), told=told)
 
-    async def switches(self, access: Access) -> Switches:
+    async def switches(self, access: Access) -> SwitchStates:
         """Return what is switched off."""
         enabled, switches = self._cache.enabled, self._cache.switches
         if switches is None:
-            return Switches(enabled=enabled, everything=False, tenants=[], modules=[])
+            return SwitchStates(enabled=enabled, everything=False, tenants=[], modules=[])
         tenants = [tenant for tenant in sorted(switches.tenants) if access.tenant in (None, tenant)]
-        return Switches(
+        return SwitchStates(
             enabled=enabled,
             everything=switches.everything,
             tenants=tenants,
@@ -383,11 +397,13 @@ class Admin:
     def _space(self) -> Keyspace:
         store = self._cache.store
         return (
-            MemoryKeys(store.server) if isinstance(store, MemoryStore) else ServerKeys(self._board)
+            MemoryKeys(store.server)
+            if isinstance(store, MemoryStore)
+            else ServerKeys(self._publisher)
         )
 
     def _known_module(self, module: str) -> None:
-        if module not in self._cache.modules and module not in self._cache.figures.modules():
+        if module not in self._cache.modules and module not in self._cache.counters.modules():
             raise NotFound(
                 f"no module {module!r}; known are "
                 f"{', '.join(sorted(self._cache.modules)) or 'none'}"
@@ -397,16 +413,16 @@ class Admin:
         self, access: Access, act: str, tenant: str | None, **details: Any
     ) -> None:
         given = {name: value for name, value in details.items() if value is not None}
-        await self._trail.append(
-            Act(act=act, name=access.name, role=access.role, tenant=tenant, details=given)
+        await self._audit_log.append(
+            AuditEvent(act=act, name=access.name, role=access.role, tenant=tenant, details=given)
         )
 
 
-def _local_board(cache: "Cache") -> Board:
+def _local_board(cache: "Cache") -> StatsPublisher:
     """Give a cache that has none a board of its own figures."""
-    board = cache.board = Board()
-    board.attach(cache)
-    return board
+    publisher = cache.publisher = StatsPublisher()
+    publisher.attach(cache)
+    return publisher
 
 
 def _named(access: Access, key: str) -> EntryKey:

@@ -28,7 +28,7 @@ def settings_of(cache: "Cache") -> list[Setting]:
         name: parameter.default
         for name, parameter in inspect.signature(type(cache)).parameters.items()
     }
-    outbox = None if cache.rounds is None else cache.rounds.outbox
+    outbox = None if cache.relay is None else cache.relay.outbox
     given: dict[str, Any] = {
         "store": cache.store,
         "resolver": type(cache.resolver).__name__,
@@ -36,9 +36,9 @@ def settings_of(cache: "Cache") -> list[Setting]:
         "schema_version": cache.schema_version,
         "enabled": cache.configured,
         "strict_reads": cache.strict_reads,
-        "audit_share": cache.audit_share,
+        "audit_share": cache.verify_share,
         "near_bytes": cache.near_bytes,
-        "board": cache.board,
+        "board": cache.publisher,
     }
     secret = Setting(name="Cache.secret", value="set", source="argument")
     return [

@@ -15,7 +15,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Who asks, as the resolver says. Nothing of the credentials."""
 
     tenant: str | None
-    home: str
+    owner_tenant: str
     """The tenant whose generation covers what decides who sees what."""
     role: str | None
     """Where the application's scope has one."""
@@ -27,7 +27,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """By this process, and still valid."""
 
 
-class FenceFacts(msgspec.Struct, frozen=True, kw_only=True):
+class LeaseFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Until when this process may serve."""
 
     alive: bool
@@ -70,13 +70,13 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """What the request has and the key has not."""
     caller: Caller | None = None
     key: str | None = None
-    lease_key: str | None = None
+    lock_key: str | None = None
     tags: tuple[str, ...] = ()
     """What the answer depends on."""
     generation: GenerationFacts | None = None
-    home: GenerationFacts | None = None
+    owner_tenant: GenerationFacts | None = None
     """That of the caller's home, where it is another one."""
-    fence: FenceFacts | None = None
+    lease: LeaseFacts | None = None
     entry: EntryFacts | None = None
     memory: MemoryFacts | None = None
     switches: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ExplainedRequest:
     """A request to explain. ``path`` may carry the query."""
 
     method: str

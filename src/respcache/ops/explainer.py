@@ -8,15 +8,13 @@ from urllib.parse import parse_qsl
 
 from respcache.core import encoding, keys, tokens
 from respcache.core import entry as entries
-from respcache.core.encoding import Coding
+from respcache.core.encoding import ContentCoding
 from respcache.core.errors import Denied, NotFound, OperationError, StoreError
 from respcache.core.generations import Certificate, Verdict
-from respcache.core.identity import Claim, Head, Scope
+from respcache.core.identity import Claim, RequestHead, Scope
 from respcache.core.policy import Canonical, Level, Policy, canonical
-from respcache.identities import Known
-from respcache.near.held import Held
 from respcache.ops.access import Access
-from respcache.ops.explain import Asked, Caller, Explanation, FenceFacts, MemoryFacts
+from respcache.ops.explain import Caller, ExplainedRequest, Explanation, LeaseFacts, MemoryFacts
 from respcache.ops.facts import (
     entry_facts,
     generation_facts,
@@ -25,27 +23,31 @@ from respcache.ops.facts import (
     policy_facts,
     short_server,
 )
-from respcache.ops.stats import Figures, Times
-from respcache.plans import ALWAYS, Aim, Plan
-from respcache.routing import Route
+from respcache.read.memory import MemoryEntry
+from respcache.read.plans import ALWAYS, Plan, ScopedPlan
+from respcache.read.scopes import CachedScope
+from respcache.routing.table import Route
 from respcache.stores.base import Reading
+from respcache.telemetry.stats import RouteCounters, RouteTimes
 
 if TYPE_CHECKING:
-    from respcache.asgi import Wrapper
     from respcache.cache import Cache
+    from respcache.middleware import CacheMiddleware
 
 READS = ("GET", "HEAD")
 UNTOLD = "why is told to those who reach all tenants"
 
 
-async def explain(cache: "Cache", wrapper: "Wrapper", asked: Asked, access: Access) -> Explanation:
+async def explain(
+    cache: "Cache", middleware: "CacheMiddleware", asked: ExplainedRequest, access: Access
+) -> Explanation:
     """Explain a request. Two round trips to the store at most, and the resolver's statements where
     the scope is not remembered.
 
     Raises ``NotFound`` where the request is of a tenant that is not within reach, and
     ``InvalidOperation``.
     """
-    case = _Case(cache, wrapper, asked.scope(), access)
+    case = _Case(cache, middleware, asked.scope(), access)
     try:
         await case.run()
     except _End as end:
@@ -69,7 +71,7 @@ class _End(Exception):
         self.outcome, self.reason, self.why = outcome, reason, why
 
 
-class _Fenced(Exception):
+class _NoLease(Exception):
     """No fence vouches for what the store says now."""
 
 
@@ -81,11 +83,11 @@ class _Case:
     """
 
     def __init__(
-        self, cache: "Cache", wrapper: "Wrapper", scope: dict[str, Any], access: Access
+        self, cache: "Cache", middleware: "CacheMiddleware", scope: dict[str, Any], access: Access
     ) -> None:
         self.facts: dict[str, Any] = {}
         self._cache = cache
-        self._wrapper = wrapper
+        self._middleware = middleware
         self._scope = scope
         self._sent = tokens.sent(scope["headers"])
         self._access = access
@@ -93,29 +95,29 @@ class _Case:
 
     async def run(self) -> None:
         """Go the way of the request; ends with ``_End``."""
-        cache, memo = self._cache, self._wrapper.memo
+        cache, plan_cache = self._cache, self._middleware.plan_cache
         route, policy, path = self._match()
         self.facts["route"], self.facts["policy"] = route.template, policy_facts(policy)
         self._note_fence()
         form = canonical(
-            Head(self._scope, path), path, declared=route.parameters, passed=route.passed
+            RequestHead(self._scope, path), path, declared=route.parameters, passed=route.passed
         )
         self.facts["parameters"], self.facts["left_out"] = (
             key_parts(form.parameters),
             self._left_out(route, form),
         )
         plan = (
-            memo.peek(memo.without_token(memo.key(self._scope)), cache.clock())
-            if memo is not None and cache.enabled
+            plan_cache.peek(plan_cache.without_token(plan_cache.key(self._scope)), cache.clock())
+            if plan_cache is not None and cache.enabled
             else None
         )
         self.facts["memory"] = MemoryFacts(plan=plan is not None)
-        if plan is not None and plan.aim is not None:
-            self._check(plan.aim.tenant)
-            held = await self._in_memory(plan.aim)
-            if held is not None and plan.claim is not None and plan.aim.known is not None:
-                self._note_caller(plan.claim, plan.aim.known.scope, remembered=True)
-                await self._end_in_memory(plan.aim, held)
+        if plan is not None and plan.scoped is not None:
+            self._check(plan.scoped.tenant)
+            held = await self._in_memory(plan.scoped)
+            if held is not None and plan.claim is not None and plan.scoped.known is not None:
+                self._note_caller(plan.claim, plan.scoped.known.scope, remembered=True)
+                await self._end_in_memory(plan.scoped, held)
         if cache.store is None:
             raise _End("bypass", "no-store", "the application runs without a server for its cache")
         if not cache.enabled or (
@@ -128,7 +130,11 @@ class _Case:
                 if not cache.enabled
                 else f"module {policy.module} is off",
             )
-        head = Head(self._scope, path) if memo is None else memo.narrowed(self._scope, path)
+        head = (
+            RequestHead(self._scope, path)
+            if plan_cache is None
+            else plan_cache.narrowed(self._scope, path)
+        )
         try:
             await self._look(plan, head, route, policy, form)
         except (_End, OperationError):
@@ -139,13 +145,13 @@ class _Case:
                 "denied",
                 "the caller is not known, or may not see this: the application answers",
             ) from None
-        except _Fenced:
-            problem = "" if cache.rounds is None else self._told(cache.rounds.problem)
+        except _NoLease:
+            problem = "" if cache.relay is None else self._told(cache.relay.problem)
             why = (
                 f"this process cannot prove that it has seen every write "
                 f"({problem or 'the server is another one by now'})"
             )
-            raise _End("bypass", "fence", why) from None
+            raise _End("bypass", "no-lease", why) from None
         except StoreError as error:
             raise _End(
                 "bypass", "store", f"the cache's server cannot be asked: {self._told(str(error))}"
@@ -156,7 +162,7 @@ class _Case:
             ) from None
 
     def _match(self) -> tuple[Route, Policy, Any]:
-        found = self._wrapper.prepare().match(self._scope)
+        found = self._middleware.prepare().match(self._scope)
         method = self._scope["method"]
         if found is None or found[0].policy is None or method not in READS:
             why = (
@@ -168,7 +174,7 @@ class _Case:
         return found[0], found[0].policy, found[1]
 
     async def _look(
-        self, plan: Plan | None, head: Head, route: Route, policy: Policy, form: Canonical
+        self, plan: Plan | None, head: RequestHead, route: Route, policy: Policy, form: Canonical
     ) -> None:
         """The long way: ``Lookup.request``."""
         lookup, identities, resolver = (
@@ -189,26 +195,28 @@ class _Case:
         remembered = known is not None
         while True:
             if known is None:
-                home = (
-                    await self._read(None, [(keys.generation_key(claim.home), identities.tags)])
+                owner_tenant = (
+                    await self._read(
+                        None, [(keys.generation_key(claim.owner_tenant), identities.tags)]
+                    )
                 ).generations[0]
-                known = Known(
-                    await resolver.scope(claim), home.certificate() or Certificate(b"", 0)
+                known = CachedScope(
+                    await resolver.scope(claim), owner_tenant.certificate() or Certificate(b"", 0)
                 )
             scope = known.scope
             self._check(scope.tenant)
             self._note_caller(claim, scope, remembered=remembered)
             self._decide(claim, scope, policy)
-            aim = self._aim(claim, known, route, policy, form)
-            held = await self._in_memory(aim)
+            scoped = self._scoped(claim, known, route, policy, form)
+            held = await self._in_memory(scoped)
             if held is not None:
-                await self._end_in_memory(aim, held)
-            reading = await self._read(aim.target.entry_key, aim.wanted)
+                await self._end_in_memory(scoped, held)
+            reading = await self._read(scoped.cache_key.entry_key, scoped.wanted)
             if not remembered or identities.judge(known, reading.generations[-1]):
                 break
             known, remembered = None, False
-        await self._describe(aim)
-        self._judge(aim, reading)
+        await self._describe(scoped)
+        self._judge(scoped, reading)
 
     def _decide(self, claim: Claim, scope: Scope, policy: Policy) -> None:
         """What is decided by the scope alone, before a key exists."""
@@ -222,81 +230,90 @@ class _Case:
                 "denied",
                 "the caller's role may not use this route: the application answers",
             )
-        if lookup._switches.closed(tenant, policy.module):
+        if lookup._switches.is_off(tenant, policy.module):
             raise _End("bypass", "off", f"tenant {tenant} is switched off")
-        if lookup._invalidator.vetoed(tenant) or lookup._invalidator.vetoed(claim.home):
+        if lookup._invalidator.is_blocked(tenant) or lookup._invalidator.is_blocked(
+            claim.owner_tenant
+        ):
             raise _End(
                 "bypass",
                 "pending-invalidation",
                 "an invalidation of the tenant by this process is not confirmed yet",
             )
 
-    def _aim(
-        self, claim: Claim, known: Known, route: Route, policy: Policy, form: Canonical
-    ) -> Aim:
+    def _scoped(
+        self, claim: Claim, known: CachedScope, route: Route, policy: Policy, form: Canonical
+    ) -> ScopedPlan:
         """What ``Lookup`` aims at, without counters."""
         lookup, scope = self._cache._lookup, known.scope
         assert scope.tenant is not None
-        target = lookup.target_for(route, policy, scope=scope, parameters=form.parameters)
-        mine, alone = lookup._identities.tags, claim.home == scope.tenant
-        wanted: list[tuple[str, Any]] = [(target.generation_key, (*target.tags, *mine))]
+        cache_key = lookup.key_for(route, policy, scope=scope, parameters=form.parameters)
+        mine, alone = lookup._identities.tags, claim.owner_tenant == scope.tenant
+        wanted: list[tuple[str, Any]] = [(cache_key.generation_key, (*cache_key.tags, *mine))]
         if not alone:
-            wanted = [(target.generation_key, target.tags), (keys.generation_key(claim.home), mine)]
-        return Aim(
+            wanted = [
+                (cache_key.generation_key, cache_key.tags),
+                (keys.generation_key(claim.owner_tenant), mine),
+            ]
+        return ScopedPlan(
             scope.tenant,
-            target,
+            cache_key,
             policy,
-            figures=Figures(policy.module, route.template, Times()),
+            counters=RouteCounters(policy.module, route.template, RouteTimes()),
             known=known,
-            home=claim.home,
+            owner_tenant=claim.owner_tenant,
             wanted=wanted,
-            varied=None if policy.varies_by is None else policy.varies_by(scope),
-            view_s=policy.view_s(anonymous=not self._cache.resolver.tables),
+            vary_value=None if policy.varies_by is None else policy.varies_by(scope),
+            max_view_age_s=policy.max_view_age_s(anonymous=not self._cache.resolver.tables),
         )
 
-    async def _in_memory(self, aim: Aim) -> Held | None:
+    async def _in_memory(self, scoped: ScopedPlan) -> MemoryEntry | None:
         """The short way: ``Lookup.candidate`` and ``proves``, which leave everything as it is."""
-        lookup, rounds, now = self._cache._lookup, self._cache.rounds, self._cache.clock()
+        lookup, relay, now = self._cache._lookup, self._cache.relay, self._cache.clock()
         if self._sent is not None:
-            aim = lookup.heed(aim, self._sent, now)
-        held = None if self._cache.near is None else self._cache.near.peek(aim.target.entry_key)
-        if held is None or not aim.tags or lookup._left_alone(aim) or now >= held.expires_at:
+            scoped = lookup.require_token(scoped, self._sent, now)
+        held = (
+            None if self._cache.near is None else self._cache.near.peek(scoped.cache_key.entry_key)
+        )
+        if held is None or not scoped.tags or lookup._left_alone(scoped) or now >= held.expires_at:
             return None
-        if aim.policy.varies_by is not None and not lookup._varies_as_before(aim):
+        if scoped.policy.varies_by is not None and not lookup._varies_as_before(scoped):
             return None
-        fence = None
-        if rounds is not None and not aim.lasts:
-            fence = rounds.fence
-            if now >= fence.until or not lookup._covered(aim.policy):
+        lease = None
+        if relay is not None and not scoped.needs_no_view:
+            lease = relay.lease
+            if now >= lease.until or not lookup._covered(scoped.policy):
                 return None
         view = (
-            lookup._views.recent(aim.target.generation_key, aim.tags, since=now - aim.view_s)
-            if aim.view_s
+            lookup._views.recent(
+                scoped.cache_key.generation_key, scoped.tags, since=now - scoped.max_view_age_s
+            )
+            if scoped.max_view_age_s
             else None
         )
         if view is None:
             try:
-                view = (await self._ask(aim.target.entry_key, aim.wanted)).generations[0]
+                view = (await self._ask(scoped.cache_key.entry_key, scoped.wanted)).generations[0]
             except StoreError:
-                return held if lookup.lasts(aim) else None
-        if fence is not None and not fence.allows(view.server, self._cache.clock()):
+                return held if lookup.needs_no_view(scoped) else None
+        if lease is not None and not lease.allows(view.server, self._cache.clock()):
             return None
-        valid = view.judge(held.entry.certificate, aim.target.tags) is Verdict.VALID
+        valid = view.judge(held.entry.certificate, scoped.cache_key.tags) is Verdict.VALID
         return (
             held
-            if valid and (aim.known is None or lookup._identities.judge(aim.known, view))
+            if valid and (scoped.known is None or lookup._identities.judge(scoped.known, view))
             else None
         )
 
-    async def _end_in_memory(self, aim: Aim, held: Held) -> None:
+    async def _end_in_memory(self, scoped: ScopedPlan, held: MemoryEntry) -> None:
         """Describe a hit from memory, and end."""
-        await self._describe(aim)
-        why = f"its answer is in memory, and {_PROVEN[aim.policy.level]}"
+        await self._describe(scoped)
+        why = f"its answer is in memory, and {_PROVEN[scoped.policy.level]}"
         raise _End("hit", "memory", why)
 
-    def _judge(self, aim: Aim, reading: Reading) -> None:
+    def _judge(self, scoped: ScopedPlan, reading: Reading) -> None:
         """What becomes of a request that the store was asked for: ``Lookup._judge``."""
-        view, target = reading.generations[0], aim.target
+        view, cache_key = reading.generations[0], scoped.cache_key
         if reading.entry is None:
             raise _End(
                 "miss",
@@ -306,14 +323,14 @@ class _Case:
         entry = entries.decode(reading.entry)
         if entry is None:
             raise _End("miss", "unreadable", "what is stored is none of this release's entries")
-        verdict, why, _ = judged(entry, view, tuple(target.tags), target.digest)
+        verdict, why, _ = judged(entry, view, tuple(cache_key.tags), cache_key.digest)
         if verdict != Verdict.VALID:
             raise _End("miss", verdict, why)
-        coding = encoding.accepted(Head(self._scope).joined("accept-encoding"))
-        as_stored = coding is entry.coding or entry.coding is Coding.identity
+        coding = encoding.accepted(RequestHead(self._scope).joined("accept-encoding"))
+        as_stored = coding is entry.coding or entry.coding is ContentCoding.identity
         if (
             not as_stored
-            and encoding.decompress(entry.body, max_bytes=aim.policy.max_body_bytes) is None
+            and encoding.decompress(entry.body, max_bytes=scoped.policy.max_body_bytes) is None
         ):
             raise _End("miss", "damaged", "the stored body cannot be decompressed")
         raise _End("hit", "store", why)
@@ -324,15 +341,15 @@ class _Case:
         self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]
     ) -> Reading:
         """Read as ``Lookup`` does, under the fence."""
-        rounds = self._cache.rounds
-        if rounds is None:
+        relay = self._cache.relay
+        if relay is None:
             return await self._ask(entry, wanted)
-        fence = rounds.fence
-        if rounds.clock() >= fence.until:
-            raise _Fenced
+        lease = relay.lease
+        if relay.clock() >= lease.until:
+            raise _NoLease
         reading = await self._ask(entry, wanted)
-        if not fence.allows(reading.generations[0].server, rounds.clock()):
-            raise _Fenced
+        if not lease.allows(reading.generations[0].server, relay.clock()):
+            raise _NoLease
         return reading
 
     async def _ask(self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]) -> Reading:
@@ -350,20 +367,20 @@ class _Case:
         if self._access.tenant not in (None, tenant):
             raise NotFound("the request is not one of your tenant")
 
-    async def _describe(self, aim: Aim) -> None:
+    async def _describe(self, scoped: ScopedPlan) -> None:
         """Note everything that is known of what the request leads to."""
-        target, now = aim.target, self._cache.clock()
-        self.facts["key"], self.facts["lease_key"], self.facts["tags"] = (
-            target.entry_key,
-            target.lease_key,
-            tuple(target.tags),
+        cache_key, now = scoped.cache_key, self._cache.clock()
+        self.facts["key"], self.facts["lock_key"], self.facts["tags"] = (
+            cache_key.entry_key,
+            cache_key.lock_key,
+            tuple(cache_key.tags),
         )
-        if aim.varied is not None:
+        if scoped.vary_value is not None:
             self.facts["parameters"] = [
                 *self.facts["parameters"],
-                *key_parts([("varies", "", aim.varied)]),
+                *key_parts([("varies", "", scoped.vary_value)]),
             ]
-        held = None if self._cache.near is None else self._cache.near.peek(target.entry_key)
+        held = None if self._cache.near is None else self._cache.near.peek(cache_key.entry_key)
         self.facts["memory"] = MemoryFacts(
             plan=self.facts["memory"].plan,
             held=held is not None,
@@ -371,14 +388,16 @@ class _Case:
             ttl_left_s=0.0 if held is None else round(max(0.0, held.expires_at - now), 3),
         )
         try:
-            reading = await self._ask(target.entry_key, aim.wanted)
+            reading = await self._ask(cache_key.entry_key, scoped.wanted)
         except StoreError:
             return
-        view, home = reading.generations[0], reading.generations[-1]
-        bumps = {tag: view.bumps[tag] for tag in target.tags if tag in view.bumps}
-        self.facts["generation"] = generation_facts(target.generation_key, view, bumps)
+        view, owner_tenant = reading.generations[0], reading.generations[-1]
+        bumps = {tag: view.bumps[tag] for tag in cache_key.tags if tag in view.bumps}
+        self.facts["generation"] = generation_facts(cache_key.generation_key, view, bumps)
         if len(reading.generations) > 1 and self._access.tenant is None:
-            self.facts["home"] = generation_facts(keys.generation_key(aim.home), home, home.bumps)
+            self.facts["home"] = generation_facts(
+                keys.generation_key(scoped.owner_tenant), owner_tenant, owner_tenant.bumps
+            )
         entry = None if reading.entry is None else entries.decode(reading.entry)
         if entry is not None and reading.entry is not None:
             self.facts["entry"] = entry_facts(
@@ -386,8 +405,8 @@ class _Case:
                 size_bytes=len(reading.entry),
                 ttl_left_s=reading.remaining_ms / 1000,
                 view=view,
-                tags=target.tags,
-                digest=target.digest,
+                tags=cache_key.tags,
+                digest=cache_key.digest,
             )
 
     def _told(self, said: str) -> str:
@@ -395,27 +414,27 @@ class _Case:
         return UNTOLD if said and self._access.tenant is not None else said
 
     def _uncovered(self, policy: Policy) -> str:
-        rounds = self._cache.rounds
-        assert rounds is not None
-        return ", ".join(sorted({*policy.tables, *self._cache.resolver.tables} - rounds.tables))
+        relay = self._cache.relay
+        assert relay is not None
+        return ", ".join(sorted({*policy.tables, *self._cache.resolver.tables} - relay.tables))
 
     def _note_fence(self) -> None:
-        rounds = self._cache.rounds
-        if rounds is not None:
-            age_s = rounds.age_s
-            self.facts["fence"] = FenceFacts(
-                alive=rounds.alive,
-                left_s=round(max(0.0, rounds.fence.until - rounds.clock()), 3),
+        relay = self._cache.relay
+        if relay is not None:
+            age_s = relay.age_s
+            self.facts["lease"] = LeaseFacts(
+                alive=relay.alive,
+                left_s=round(max(0.0, relay.lease.until - relay.clock()), 3),
                 age_s=None if age_s is None else round(age_s, 3),
-                server=short_server(rounds.fence.server),
-                problem=self._told(rounds.problem),
+                server=short_server(relay.lease.server),
+                problem=self._told(relay.problem),
             )
 
     def _note_caller(self, claim: Claim, scope: Scope, *, remembered: bool) -> None:
         role = getattr(scope, "role", None)
         self.facts["caller"] = Caller(
             tenant=scope.tenant,
-            home=claim.home,
+            owner_tenant=claim.owner_tenant,
             role=None if role is None else str(role),
             fingerprint=hashlib.blake2b(scope.fingerprint, digest_size=4).hexdigest(),
             tables=tuple(self._cache.resolver.tables),

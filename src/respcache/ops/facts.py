@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from respcache.core.entry import Entry
-from respcache.core.generations import FLOOR, Generation, Verdict, module_tag, table_tag
+from respcache.core.generations import FLOOR, GenerationView, Verdict, module_tag, table_tag
 from respcache.core.policy import Level, Policy
 
 SHORT = 8
@@ -113,7 +113,7 @@ def key_parts(parameters: Iterable[tuple[str, str, str]]) -> list[Part]:
     ]
 
 
-def generation_facts(key: str, view: Generation, bumps: Mapping[str, int]) -> GenerationFacts:
+def generation_facts(key: str, view: GenerationView, bumps: Mapping[str, int]) -> GenerationFacts:
     """Describe a generation, with those bumps that count."""
     return GenerationFacts(
         key=key,
@@ -130,7 +130,7 @@ def entry_facts(
     *,
     size_bytes: int,
     ttl_left_s: float,
-    view: Generation,
+    view: GenerationView,
     tags: Iterable[str],
     digest: bytes | None = None,
 ) -> EntryFacts:
@@ -157,7 +157,7 @@ def entry_facts(
 
 
 def judged(
-    entry: Entry, view: Generation, tags: tuple[str, ...], digest: bytes | None
+    entry: Entry, view: GenerationView, tags: tuple[str, ...], digest: bytes | None
 ) -> tuple[str, str, tuple[str, ...]]:
     """Judge an entry as ``core/generations.py`` does: the verdict, in words, and the tags that were
     bumped."""

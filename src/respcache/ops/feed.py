@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from respcache.context import cause, current
 from respcache.core.errors import InvalidOperation, StoreError
-from respcache.core.fence import Outcome
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.keys import FED_KEY, FEED_KEY
-from respcache.record import cause, current
-from respcache.writes.rounds import Rows
+from respcache.core.serving_lease import Outcome
+from respcache.writes.relay import Rows
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
-    from respcache.ops.board import Board
+    from respcache.ops.publisher import StatsPublisher
 
 log = logging.getLogger("respcache")
 
@@ -131,9 +131,9 @@ class _Noted(NamedTuple):
 class Reporter:
     """Reports what this process invalidates, and reads what all do. For one event loop."""
 
-    def __init__(self, cache: "Cache", board: "Board") -> None:
+    def __init__(self, cache: "Cache", publisher: "StatsPublisher") -> None:
         self._cache = cache
-        self._board = board
+        self._publisher = publisher
         self._process = f"{socket.gethostname()}:{os.getpid()}"
         self._waiting: list[_Noted] = []
         self._held: deque[_Noted] = deque(maxlen=MAX_HELD)
@@ -148,8 +148,8 @@ class Reporter:
 
         It was caused by ``by``, or else by what this runs for.
         """
-        by, record = by or cause.get(), current.get()
-        request = None if record is None else record.request
+        by, exchange = by or cause.get(), current.get()
+        request = None if exchange is None else exchange.request
         for tenant, (tags, ids) in _by_tenant(rows).items():
             if len(self._waiting) >= MAX_AT_ONCE:
                 self._skipped += 1
@@ -184,7 +184,7 @@ class Reporter:
         try:
             found = [
                 _decode(name.decode(), fields.get(b"e", b""))
-                for name, fields in await self._board.ask(ask)
+                for name, fields in await self._publisher.ask(ask)
             ]
             processes = "all"
         except StoreError:
@@ -233,16 +233,16 @@ class Reporter:
         found = [self._held.popleft() for _ in range(self._ripe())]
         if not own and not found:
             return
-        if self._board.client is None:
+        if self._publisher.client is None:
             self._keep([*own, *found])
             return
         untold = len(own)
         try:
-            new = await self._board.ask(_marking([*own, *found]))
+            new = await self._publisher.ask(_marking([*own, *found]))
             fresh = [one for one, is_new in zip(found, new[len(own) :], strict=True) if is_new]
             events = self._keep([*own, *fresh])
             untold = sum(1 + event.skipped for event in events)
-            await self._board.ask(_adding(events))
+            await self._publisher.ask(_adding(events))
         except StoreError:
             self._skipped += untold
 
@@ -287,8 +287,8 @@ class Reporter:
         """Name a request by its route: its path may hold what is nobody's to read."""
         if request is None:
             return SCRIPT
-        wrapper = self._cache.wrapper
-        template = None if wrapper is None else wrapper.prepare().template(request)
+        middleware = self._cache.middleware
+        template = None if middleware is None else middleware.prepare().template(request)
         return f"{request['method']} {template or '(a route that is not known)'}"
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from respcache.core.policy import Policy
-from respcache.ops.audit import Finding
-from respcache.ops.fleet import ModuleFigures, Point, Process, RouteFigures, Server
-from respcache.ops.stats import BOUNDS_S, Histogram, Times, Totals
-from respcache.routing import Route
+from respcache.ops.fleet import ModuleStats, Point, Process, RouteStats, Server
+from respcache.read.verifier import Mismatch
+from respcache.routing.table import Route
+from respcache.telemetry.stats import BOUNDS_S, Histogram, RouteTimes, Totals
 
 ENOUGH = 200
 """Look-ups before a route is said to be not worth caching."""
@@ -59,7 +59,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Why it may not be worth caching."""
 
 
-class Switches(msgspec.Struct, frozen=True, kw_only=True):
+class SwitchStates(msgspec.Struct, frozen=True, kw_only=True):
     """What is switched off. To a tenant's admin: as far as it concerns the tenant."""
 
     enabled: bool
@@ -85,7 +85,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """Of whom: None: all."""
     available: bool
     """This process has a connection to the cache's server."""
-    switches: Switches
+    switches: SwitchStates
     totals: Row
     hit_times: Histogram | None
     """By the bounds ``bounds_s``; one hit in 64 is timed."""
@@ -95,7 +95,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     """Of ten seconds each, the oldest first."""
     processes: list[Process]
     server: Server | None
-    findings: list[Finding]
+    findings: list[Mismatch]
     """Of the audit, the last ones."""
     pending_tenants: list[str]
     """Vetoed in this process: their last invalidation is not confirmed."""
@@ -106,7 +106,7 @@ def row(
     totals: Totals,
     *,
     module: str | None = None,
-    times: Times | None = None,
+    times: RouteTimes | None = None,
     policy: Policy | None = None,
 ) -> Row:
     """Make a row of what was counted; ``policy``: of a route."""
@@ -128,12 +128,12 @@ def row(
     )
 
 
-def module_rows(modules: Iterable[ModuleFigures]) -> list[Row]:
+def module_rows(modules: Iterable[ModuleStats]) -> list[Row]:
     """Make a row of each module."""
     return [row(one.module, one.totals, times=one.times) for one in modules]
 
 
-def route_rows(routes: Iterable[RouteFigures], policies: Mapping[str, Policy]) -> list[Row]:
+def route_rows(routes: Iterable[RouteStats], policies: Mapping[str, Policy]) -> list[Row]:
     """Make a row of each route; ``policies`` by template."""
     return [
         row(
@@ -152,7 +152,7 @@ def policies_of(routes: Iterable[Route]) -> dict[str, Policy]:
     return {route.template: route.policy for route in routes if route.policy is not None}
 
 
-def _timed(totals: Totals, times: Times) -> dict[str, float | None]:
+def _timed(totals: Totals, times: RouteTimes) -> dict[str, float | None]:
     return {
         "hit_p50_s": times.hits.quantile(0.5),
         "hit_p95_s": times.hits.quantile(0.95),
@@ -164,7 +164,7 @@ def _timed(totals: Totals, times: Times) -> dict[str, float | None]:
     }
 
 
-def _advice(totals: Totals, times: Times | None) -> str | None:
+def _advice(totals: Totals, times: RouteTimes | None) -> str | None:
     ratio = totals.hit_ratio
     if ratio is None or totals.hits + totals.misses < ENOUGH:
         return None

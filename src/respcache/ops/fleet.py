@@ -13,8 +13,16 @@ from typing import Any, cast
 
 import msgspec
 
-from respcache.ops.audit import Finding
-from respcache.ops.stats import BOUNDS_S, Figures, Histogram, Stats, Times, Totals, add_counts
+from respcache.read.verifier import Mismatch
+from respcache.telemetry.stats import (
+    BOUNDS_S,
+    Counters,
+    Histogram,
+    RouteCounters,
+    RouteTimes,
+    Totals,
+    add_counts,
+)
 
 VERSION = 1
 BUCKET_S = 10
@@ -31,19 +39,19 @@ TenantRow = tuple[Row, Reasons]
 RouteRow = tuple[str, str, Row, Reasons]
 """Route, module, figures."""
 
-read_row: Callable[[Figures], Row] = attrgetter(
+read_row: Callable[[RouteCounters], Row] = attrgetter(
     "hits", "misses", "collapsed", "stores", "invalidations", "bytes_served", "bytes_stored"
 )
 
 
-class Fence(msgspec.Struct):
+class LeaseStats(msgspec.Struct):
     """How well a process keeps up with the database (``core/fence.py``)."""
 
     alive: bool
     age_s: float | None
     """How old the moment is up to which it has seen every write; None before the first round."""
     lease_s: float
-    rounds: int
+    relay: int
     rounds_failed: int
     epochs_begun: int
     pending_rows: int
@@ -91,28 +99,28 @@ class Process(msgspec.Struct):
     acknowledgements_delayed: int
     pending_tenants: int
     """Tenants whose last invalidation is not confirmed: it bypasses them."""
-    fence: Fence | None
-    audit: Audits | None
+    lease: LeaseStats | None
+    verifier: Audits | None
     age_s: float = 0.0
     """How long ago this was published."""
 
 
-class RouteFigures(msgspec.Struct):
+class RouteStats(msgspec.Struct):
     """What happened to the requests of a route: a template, or ``value:`` and a module."""
 
     route: str
     module: str
     totals: Totals
-    times: Times | None = None
+    times: RouteTimes | None = None
     """None where the figures are of one tenant: times are not kept apart."""
 
 
-class ModuleFigures(msgspec.Struct):
+class ModuleStats(msgspec.Struct):
     """What happened to the requests and writes of a module."""
 
     module: str
     totals: Totals
-    times: Times | None = None
+    times: RouteTimes | None = None
     """None where the figures are of one tenant."""
 
 
@@ -123,14 +131,14 @@ class TenantTotals(msgspec.Struct):
     totals: Totals
 
 
-class TenantFigures(msgspec.Struct):
+class TenantStats(msgspec.Struct):
     """The same by module and route. ``alone``: of this process only, because the others' cannot be
     read (``problem``)."""
 
     tenant: str
     totals: Totals
-    modules: list[ModuleFigures]
-    routes: list[RouteFigures]
+    modules: list[ModuleStats]
+    routes: list[RouteStats]
     alone: bool
     problem: str
 
@@ -175,10 +183,10 @@ class Fleet(msgspec.Struct):
 
     processes: list[Process]
     totals: Totals
-    times: Times
-    modules: list[ModuleFigures]
-    routes: list[RouteFigures]
-    findings: list[Finding]
+    times: RouteTimes
+    modules: list[ModuleStats]
+    routes: list[RouteStats]
+    findings: list[Mismatch]
     server: Server | None
     alone: bool
     problem: str
@@ -216,14 +224,14 @@ class Series(msgspec.Struct):
     problem: str
 
 
-class Sheet(msgspec.Struct):
+class ProcessReport(msgspec.Struct):
     """What a process publishes of itself."""
 
     process: Process
-    routes: list[RouteFigures]
-    writes: list[ModuleFigures]
+    routes: list[RouteStats]
+    writes: list[ModuleStats]
     """Of each module: its invalidations."""
-    findings: list[Finding]
+    findings: list[Mismatch]
 
 
 # -- adding up -------------------------------------------------------------------------------------
@@ -235,31 +243,31 @@ def totals_of(row: Row, reasons: Reasons) -> Totals:
 
 
 def by_module(
-    routes: Iterable[RouteFigures], writes: Iterable[ModuleFigures] = ()
-) -> list[ModuleFigures]:
+    routes: Iterable[RouteStats], writes: Iterable[ModuleStats] = ()
+) -> list[ModuleStats]:
     """Add figures up by module."""
-    found: dict[str, ModuleFigures] = {}
-    parts: list[RouteFigures | ModuleFigures] = [*routes, *writes]
+    found: dict[str, ModuleStats] = {}
+    parts: list[RouteStats | ModuleStats] = [*routes, *writes]
     for part in parts:
-        module = found.setdefault(part.module, ModuleFigures(part.module, Totals()))
+        module = found.setdefault(part.module, ModuleStats(part.module, Totals()))
         module.totals.add(part.totals)
         if part.times is not None:
-            module.times = module.times or Times()
+            module.times = module.times or RouteTimes()
             module.times.add(part.times)
     return [found[name] for name in sorted(found)]
 
 
-def by_route(sheets: Iterable[Sheet]) -> list[RouteFigures]:
+def by_route(reports: Iterable[ProcessReport]) -> list[RouteStats]:
     """Add the figures of many processes up by route."""
-    found: dict[tuple[str, str], RouteFigures] = {}
-    for sheet in sheets:
-        for one in sheet.routes:
+    found: dict[tuple[str, str], RouteStats] = {}
+    for report in reports:
+        for one in report.routes:
             route = found.setdefault(
-                (one.route, one.module), RouteFigures(one.route, one.module, Totals(), Times())
+                (one.route, one.module), RouteStats(one.route, one.module, Totals(), RouteTimes())
             )
             route.totals.add(one.totals)
             assert route.times is not None
-            route.times.add(one.times or Times())
+            route.times.add(one.times or RouteTimes())
     return [found[name] for name in sorted(found)]
 
 
@@ -283,10 +291,12 @@ def decode(data: bytes | None, kind: Any) -> Any:
         return None
 
 
-def route_rows(figures: Sequence[Figures]) -> list[RouteRow]:
+def route_rows(counters: Sequence[RouteCounters]) -> list[RouteRow]:
     """Return the figures of a tenant as they are published: route by route, and the writes of each
     module."""
-    return [(one.route, one.module, read_row(one), (one.bypasses, one.refusals)) for one in figures]
+    return [
+        (one.route, one.module, read_row(one), (one.bypasses, one.refusals)) for one in counters
+    ]
 
 
 def tenant_row(rows: Sequence[RouteRow]) -> TenantRow:
@@ -299,22 +309,22 @@ def tenant_row(rows: Sequence[RouteRow]) -> TenantRow:
     return cast(Row, total), (bypasses, refusals)
 
 
-def of_tenant(tenant: str, rows: Iterable[RouteRow], *, alone: bool, problem: str) -> TenantFigures:
+def of_tenant(tenant: str, rows: Iterable[RouteRow], *, alone: bool, problem: str) -> TenantStats:
     """Add up the rows of a tenant, of as many processes as there are."""
-    routes: dict[tuple[str, str], RouteFigures] = {}
-    writes: list[ModuleFigures] = []
+    routes: dict[tuple[str, str], RouteStats] = {}
+    writes: list[ModuleStats] = []
     total = Totals()
     for route, module, row, reasons in rows:
-        figures = totals_of(row, reasons)
-        total.add(figures)
+        counters = totals_of(row, reasons)
+        total.add(counters)
         if route:
-            routes.setdefault((route, module), RouteFigures(route, module, Totals())).totals.add(
-                figures
+            routes.setdefault((route, module), RouteStats(route, module, Totals())).totals.add(
+                counters
             )
         else:
-            writes.append(ModuleFigures(module, figures))
+            writes.append(ModuleStats(module, counters))
     ordered = [routes[name] for name in sorted(routes)]
-    return TenantFigures(tenant, total, by_module(ordered, writes), ordered, alone, problem)
+    return TenantStats(tenant, total, by_module(ordered, writes), ordered, alone, problem)
 
 
 # -- series on the wire ----------------------------------------------------------------------------
@@ -324,7 +334,7 @@ _HITS = tuple(f"hit:{bucket}" for bucket in _BUCKETS)
 _MISSES = tuple(f"miss:{bucket}" for bucket in _BUCKETS)
 
 
-def counters(totals: Totals, times: Times, stats: Stats) -> dict[str, int]:
+def counters(totals: Totals, times: RouteTimes, stats: Counters) -> dict[str, int]:
     """Return the fields of the series as they stand: they only grow. Times in
     ``hit:<microseconds>`` by bucket."""
     return {

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from respcache.core.entry import HEAD_BYTES
 from respcache.core.keys import BUMPS_CHANNEL
-from respcache.ops.board import Board
+from respcache.ops.publisher import StatsPublisher
 from respcache.stores.memory import MemoryServer
 
 FIRST_BATCH = 100
@@ -63,15 +63,15 @@ class Keyspace(Protocol):
 class ServerKeys:
     """The keys of a Valkey or Redis server, asked by the board's client."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, publisher: StatsPublisher) -> None:
+        self._publisher = publisher
 
     async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
         """See ``Keyspace.walk``: SCAN, in batches that grow while little is found."""
         at, batch, looked_at = int(cursor or 0), FIRST_BATCH, 0
         found: dict[str, None] = {}
         while True:
-            at, names = await self._board.ask(_scanning(at, pattern, batch))
+            at, names = await self._publisher.ask(_scanning(at, pattern, batch))
             found.update((name.decode("utf-8", "replace"), None) for name in names)
             looked_at += batch
             if at == 0 or len(found) >= enough or looked_at >= most:
@@ -89,7 +89,7 @@ class ServerKeys:
                 pipeline.pttl(key)
             return await pipeline.execute(raise_on_error=False)
 
-        replies = await self._board.ask(ask)
+        replies = await self._publisher.ask(ask)
         found = zip(keys, replies[::3], replies[1::3], replies[2::3], strict=True)
         return [
             Stored(key, head, size, max(0, ttl) / 1000)
@@ -103,7 +103,7 @@ class ServerKeys:
         async def ask(client: Any) -> int:
             return int(await client.dbsize())
 
-        return await self._board.ask(ask)
+        return await self._publisher.ask(ask)
 
     async def delete(self, key: str) -> int:
         """See ``Keyspace.delete``: DEL and PUBLISH."""
@@ -114,7 +114,7 @@ class ServerKeys:
             pipeline.publish(BUMPS_CHANNEL, key)
             return int((await pipeline.execute())[0])
 
-        return await self._board.ask(ask)
+        return await self._publisher.ask(ask)
 
 
 class MemoryKeys:

@@ -16,8 +16,8 @@ from heapq import nlargest
 from operator import attrgetter
 from typing import Generic, Literal, TypeVar
 
-from respcache.ops.fleet import Process, Server, Sheet
-from respcache.ops.stats import OTHER, Histogram, Totals
+from respcache.ops.fleet import Process, ProcessReport, Server
+from respcache.telemetry.stats import OTHER, Histogram, Totals
 
 PREFIX = "respcache"
 REST = "other"
@@ -51,7 +51,7 @@ class Metric(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Tenants:
+class LargestTenants:
     """What one process says of its tenants, and how many of them are wanted."""
 
     totals: Mapping[str, Totals]
@@ -59,7 +59,7 @@ class Tenants:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ScrapeState:
     """How many processes were read, and whether these are all that live."""
 
     workers: int
@@ -71,88 +71,88 @@ def worker_of(process: Process) -> str:
     return f"{process.host}:{process.pid}:{process.id[:6]}"
 
 
-def largest(figures: Mapping[str, float], k: int) -> Iterator[tuple[tuple[str, ...], float]]:
+def largest(counters: Mapping[str, float], k: int) -> Iterator[tuple[tuple[str, ...], float]]:
     """Return the ``k`` largest by tenant, those of 0 left out, and all others added up."""
     own = {
         tenant: figure
-        for tenant, figure in figures.items()
+        for tenant, figure in counters.items()
         if figure and tenant not in (OTHER, REST)
     }
     chosen = nlargest(k, own.items(), key=lambda item: item[1])
     for tenant, figure in chosen:
         yield (tenant,), figure
-    yield (REST,), sum(figures.values()) - sum(figure for _, figure in chosen)
+    yield (REST,), sum(counters.values()) - sum(figure for _, figure in chosen)
 
 
 # -- how they are read: ``field`` names the field of the figures -----------------------------------
 
 _ROUTE = ("module", "route")
 _REASON = (*_ROUTE, "reason")
-Read = Callable[[Sheet], Iterable[Sample]]
+Read = Callable[[ProcessReport], Iterable[Sample]]
 
 
 def _routes(field: str) -> Read:
     read = attrgetter(field)
-    return lambda sheet: (((one.module, one.route), read(one.totals)) for one in sheet.routes)
+    return lambda report: (((one.module, one.route), read(one.totals)) for one in report.routes)
 
 
 def _reasons(field: str) -> Read:
     read = attrgetter(field)
-    return lambda sheet: (
+    return lambda report: (
         ((one.module, one.route, reason), count)
-        for one in sheet.routes
+        for one in report.routes
         for reason, count in sorted(read(one.totals).items())
     )
 
 
 def _times(field: str) -> Read:
     read = attrgetter(field)
-    return lambda sheet: (
-        ((one.module, one.route), read(one.times)) for one in sheet.routes if one.times is not None
+    return lambda report: (
+        ((one.module, one.route), read(one.times)) for one in report.routes if one.times is not None
     )
 
 
-def _writes(sheet: Sheet) -> Iterator[Sample]:
-    return (((one.module,), one.totals.invalidations) for one in sheet.writes)
+def _writes(report: ProcessReport) -> Iterator[Sample]:
+    return (((one.module,), one.totals.invalidations) for one in report.writes)
 
 
 def _process(field: str) -> Read:
     read = attrgetter(field)
-    return lambda sheet: [((), read(sheet.process))]
+    return lambda report: [((), read(report.process))]
 
 
-def _fence(field: str) -> Read:
+def _lease(field: str) -> Read:
     read = attrgetter(field)
 
-    def samples(sheet: Sheet) -> Iterator[Sample]:
-        value = None if sheet.process.fence is None else read(sheet.process.fence)
+    def samples(report: ProcessReport) -> Iterator[Sample]:
+        value = None if report.process.lease is None else read(report.process.lease)
         if value is not None:
             yield (), value
 
     return samples
 
 
-def _rounds(sheet: Sheet) -> Iterator[Sample]:
-    if (fence := sheet.process.fence) is not None:
-        yield ("completed",), fence.rounds
-        yield ("failed",), fence.rounds_failed
+def _relay(report: ProcessReport) -> Iterator[Sample]:
+    if (lease := report.process.lease) is not None:
+        yield ("completed",), lease.relay
+        yield ("failed",), lease.rounds_failed
 
 
-def _audits(sheet: Sheet) -> Iterator[Sample]:
-    if (audit := sheet.process.audit) is not None:
-        yield ("equal",), audit.equal
-        yield ("inconclusive",), audit.inconclusive
-        yield ("nondeterministic",), audit.nondeterministic
-        yield ("stale",), audit.stale
-        yield ("leak",), audit.leaks
+def _audits(report: ProcessReport) -> Iterator[Sample]:
+    if (verifier := report.process.verifier) is not None:
+        yield ("equal",), verifier.equal
+        yield ("inconclusive",), verifier.inconclusive
+        yield ("nondeterministic",), verifier.nondeterministic
+        yield ("stale",), verifier.stale
+        yield ("leak",), verifier.leaks
 
 
-def _commands(sheet: Sheet) -> Iterator[Sample]:
-    return (((name,), count) for name, count in sorted(sheet.process.commands.items()))
+def _commands(report: ProcessReport) -> Iterator[Sample]:
+    return (((name,), count) for name, count in sorted(report.process.commands.items()))
 
 
-def _worker_info(sheet: Sheet) -> Iterator[Sample]:
-    process = sheet.process
+def _worker_info(report: ProcessReport) -> Iterator[Sample]:
+    process = report.process
     yield (process.host, str(process.pid), process.library, process.python), 1
 
 
@@ -165,7 +165,7 @@ def _server_info(server: Server) -> Iterator[Sample]:
     yield (server.name, server.version, server.role, server.memory_policy), 1
 
 
-def _tenants(field: str) -> Callable[[Tenants], Iterable[Sample]]:
+def _tenants(field: str) -> Callable[[LargestTenants], Iterable[Sample]]:
     read = attrgetter(field)
     return lambda tenants: largest(
         {tenant: read(totals) for tenant, totals in tenants.totals.items()}, tenants.k
@@ -174,7 +174,7 @@ def _tenants(field: str) -> Callable[[Tenants], Iterable[Sample]]:
 
 # -- which there are -------------------------------------------------------------------------------
 
-OF_WORKERS: tuple[Metric[Sheet], ...] = (
+OF_WORKERS: tuple[Metric[ProcessReport], ...] = (
     Metric("hits", "counter", "Requests answered from the cache.", _routes("hits"), _ROUTE),
     Metric("misses", "counter", "Requests that found no valid entry.", _routes("misses"), _ROUTE),
     Metric("collapsed", "counter", "Misses that another caller's fill answered.", _routes("collapsed"), _ROUTE),
@@ -194,12 +194,12 @@ OF_WORKERS: tuple[Metric[Sheet], ...] = (
     Metric("store_commands", "counter", "Commands on it, errors, timeouts, reconnects.", _commands, ("event",)),
     Metric("errors", "counter", "Look-ups that the cache server did not answer as it must.", _process("errors")),
     Metric("fence_held", "gauge", "1: the process has seen every write, so it may serve; 0: it "
-                                  "serves nothing.", _fence("alive")),
-    Metric("fence_age", "gauge", "How old the moment is up to which it has seen every write.", _fence("age_s"), (), "seconds"),
-    Metric("rounds", "counter", "Looks at what was written, by outcome.", _rounds, ("outcome",)),
-    Metric("epochs", "counter", "Epochs that it began: each makes the whole cache cold.", _fence("epochs_begun")),
-    Metric("pending_invalidations", "gauge", "Rows of the outbox that it has not applied yet.", _fence("pending_rows")),
-    Metric("pending_invalidations_oldest", "gauge", "How old the oldest of them is.", _fence("pending_s"), (), "seconds"),
+                                  "serves nothing.", _lease("alive")),
+    Metric("fence_age", "gauge", "How old the moment is up to which it has seen every write.", _lease("age_s"), (), "seconds"),
+    Metric("rounds", "counter", "Looks at what was written, by outcome.", _relay, ("outcome",)),
+    Metric("epochs", "counter", "Epochs that it began: each makes the whole cache cold.", _lease("epochs_begun")),
+    Metric("pending_invalidations", "gauge", "Rows of the outbox that it has not applied yet.", _lease("pending_rows")),
+    Metric("pending_invalidations_oldest", "gauge", "How old the oldest of them is.", _lease("pending_s"), (), "seconds"),
     Metric("pending_tenants", "gauge", "Tenants bypassed until an invalidation is confirmed.", _process("pending_tenants")),
     Metric(
         "unconfirmed_invalidations", "counter", "Invalidations that the cache server did not "
@@ -271,7 +271,7 @@ OF_SERVER: tuple[Metric[Server], ...] = (
 )
 """Of the cache server, as it says itself (INFO), if it lets the process ask."""
 
-OF_READING: tuple[Metric[Reading], ...] = (
+OF_READING: tuple[Metric[ScrapeState], ...] = (
     Metric(
         "workers", "gauge", "Processes whose figures these are.", lambda one: [((), one.workers)]
     ),
@@ -283,7 +283,7 @@ OF_READING: tuple[Metric[Reading], ...] = (
     ),
 )
 
-OF_TENANTS: tuple[Metric[Tenants], ...] = (
+OF_TENANTS: tuple[Metric[LargestTenants], ...] = (
     Metric("tenant_hits", "counter", "Hits of the largest tenants.", _tenants("hits"), ("tenant",)),
     Metric(
         "tenant_misses",
@@ -318,5 +318,5 @@ OF_TENANTS: tuple[Metric[Tenants], ...] = (
 """Of each process and its largest tenants, where that is asked for; they have the label ``worker``
 besides."""
 
-Any = Metric[Sheet] | Metric[Server] | Metric[Reading] | Metric[Tenants]
+Any = Metric[ProcessReport] | Metric[Server] | Metric[ScrapeState] | Metric[LargestTenants]
 ALL: tuple[Any, ...] = (*OF_WORKERS, *OF_SERVER, *OF_READING, *OF_TENANTS)

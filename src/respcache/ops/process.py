@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from respcache.ops.fleet import Audits, Fence, ModuleFigures, Process, RouteFigures, Sheet
-from respcache.ops.stats import Figures, Stats, Times, Totals
+from respcache.ops.fleet import Audits, LeaseStats, ModuleStats, Process, ProcessReport, RouteStats
+from respcache.telemetry.stats import Counters, RouteCounters, RouteTimes, Totals
 
 if TYPE_CHECKING:
     from respcache.cache import Cache
@@ -25,65 +25,65 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Survey:
+class StatsSummary:
     """All figures of this process, added up; and of each tenant a number that grows when something
     changes."""
 
-    routes: list[RouteFigures] = field(default_factory=list)
-    writes: list[ModuleFigures] = field(default_factory=list)
+    routes: list[RouteStats] = field(default_factory=list)
+    writes: list[ModuleStats] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
-    times: Times = field(default_factory=Times)
+    times: RouteTimes = field(default_factory=RouteTimes)
     events: dict[str, int] = field(default_factory=dict)
 
 
-async def survey_of(stats: Stats) -> Survey:
+async def summary_of(stats: Counters) -> StatsSummary:
     """Add up all figures of this process, in portions between which the event loop gets its turn.
 
     Half a microsecond per tenant and route.
     """
-    survey = Survey()
-    for _ in _add_up(stats, survey):
+    summary = StatsSummary()
+    for _ in _add_up(stats, summary):
         await asyncio.sleep(0)
-    return survey
+    return summary
 
 
-def survey_at_once(stats: Stats) -> Survey:
+def summary_at_once(stats: Counters) -> StatsSummary:
     """The same for whoever has no event loop, in any thread."""
-    survey = Survey()
-    for _ in _add_up(stats, survey):
+    summary = StatsSummary()
+    for _ in _add_up(stats, summary):
         pass
-    return survey
+    return summary
 
 
-def _add_up(stats: Stats, survey: Survey) -> Iterator[None]:
-    sums: dict[str, Figures] = {}
+def _add_up(stats: Counters, summary: StatsSummary) -> Iterator[None]:
+    sums: dict[str, RouteCounters] = {}
     for chunk in chunks(stats.tenants()):
         for tenant in chunk:
-            survey.events[tenant] = _take(stats.figures(tenant), sums)
+            summary.events[tenant] = _take(stats.counters(tenant), sums)
         yield
     for _, found in sorted(sums.items()):
         totals = Totals()
         totals.add(found)
-        survey.totals.add(found)
+        summary.totals.add(found)
         if found.route:
-            survey.routes.append(RouteFigures(found.route, found.module, totals, found.times))
-            survey.times.add(found.times)
+            summary.routes.append(RouteStats(found.route, found.module, totals, found.times))
+            summary.times.add(found.times)
         else:
-            survey.writes.append(ModuleFigures(found.module, totals))
+            summary.writes.append(ModuleStats(found.module, totals))
 
 
-def _take(figures: Iterable[Figures], sums: dict[str, Figures]) -> int:
+def _take(counters: Iterable[RouteCounters], sums: dict[str, RouteCounters]) -> int:
     """Add the figures of a tenant to those of all; return a number that grows whenever one of them
     does.
 
     Written out: the event loop waits for it.
     """
     events = 0
-    for one in figures:
+    for one in counters:
         key = one.key
         total = sums.get(key)
         if total is None:
-            total = sums[key] = Figures(one.module, one.route, one.times)
+            total = sums[key] = RouteCounters(one.module, one.route, one.times)
         hits, misses, collapsed, stores, invalidations = (
             one.hits,
             one.misses,
@@ -108,19 +108,23 @@ def _take(figures: Iterable[Figures], sums: dict[str, Figures]) -> int:
     return events
 
 
-def sheet_of(cache: "Cache", survey: Survey, *, process: str, started_at: float) -> Sheet:
+def report_of(
+    cache: "Cache", summary: StatsSummary, *, process: str, started_at: float
+) -> ProcessReport:
     """Return all that this process says of itself."""
-    findings = [] if cache.audit is None else list(cache.audit.findings)
-    return Sheet(_describe(cache, process, started_at), survey.routes, survey.writes, findings)
+    findings = [] if cache.verifier is None else list(cache.verifier.findings)
+    return ProcessReport(
+        _describe(cache, process, started_at), summary.routes, summary.writes, findings
+    )
 
 
-def sheet_at_once(cache: "Cache", *, process: str, started_at: float) -> Sheet:
+def report_at_once(cache: "Cache", *, process: str, started_at: float) -> ProcessReport:
     """The same for whoever has no event loop, in any thread: what changes while it is read is read
     again."""
     for attempt in range(ATTEMPTS):
         try:
-            return sheet_of(
-                cache, survey_at_once(cache.figures), process=process, started_at=started_at
+            return report_of(
+                cache, summary_at_once(cache.counters), process=process, started_at=started_at
             )
         except RuntimeError:  # a dict or a set grew while it was walked over
             if attempt == ATTEMPTS - 1:
@@ -136,7 +140,7 @@ def chunks(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def _describe(cache: "Cache", process: str, started_at: float) -> Process:
-    near, rounds, audit, stats = cache.near, cache.rounds, cache.audit, cache.figures
+    near, relay, verifier, stats = cache.near, cache.relay, cache.verifier, cache.counters
     return Process(
         id=process,
         host=socket.gethostname(),
@@ -156,8 +160,8 @@ def _describe(cache: "Cache", process: str, started_at: float) -> Process:
         unconfirmed_invalidations=stats.unconfirmed_invalidations,
         acknowledgements_delayed=stats.acknowledgements_delayed,
         pending_tenants=len(cache.pending_tenants),
-        fence=None if rounds is None else _chosen(Fence, rounds.to_dict()),
-        audit=None if audit is None else _audits(audit.to_dict()),
+        lease=None if relay is None else _chosen(LeaseStats, relay.to_dict()),
+        verifier=None if verifier is None else _audits(verifier.to_dict()),
     )
 
 

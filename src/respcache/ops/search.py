@@ -11,10 +11,10 @@ import msgspec
 
 from respcache.core import encoding, keys
 from respcache.core import entry as entries
-from respcache.core.encoding import Coding
+from respcache.core.encoding import ContentCoding
 from respcache.core.entry import Entry
 from respcache.core.errors import NotFound, StoreUnavailable
-from respcache.core.generations import FLOOR, Generation, Verdict, module_tag, table_tag
+from respcache.core.generations import FLOOR, GenerationView, Verdict, module_tag, table_tag
 from respcache.core.keys import EntryKey
 from respcache.ops.facts import (
     EntryFacts,
@@ -28,8 +28,8 @@ from respcache.ops.facts import (
     policy_facts,
 )
 from respcache.ops.keyspace import Keyspace, Stored
-from respcache.plans import Plan
-from respcache.routing import Route
+from respcache.read.plans import Plan
+from respcache.routing.table import Route
 from respcache.stores.base import Reading
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
+class KeySample(msgspec.Struct, frozen=True, kw_only=True):
     """What a bounded look at the server's keys found."""
 
     sampled: int
@@ -129,7 +129,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """In the memory of this process."""
 
 
-class Body(msgspec.Struct, frozen=True, kw_only=True):
+class StoredBody(msgspec.Struct, frozen=True, kw_only=True):
     """The body of a stored answer, decompressed."""
 
     key: str
@@ -171,7 +171,7 @@ async def find(
     )
 
 
-async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> Sample:
+async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> KeySample:
     """Look at a bounded number of keys."""
     walk = await space.walk(
         keys.entry_pattern(tenant, module), cursor="", enough=MAX_SAMPLED, most=MAX_LOOKED_AT
@@ -186,7 +186,7 @@ async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> 
     modules: Counter[str] = Counter()
     for facts in found:
         modules[facts.module] += facts.size_bytes
-    return Sample(
+    return KeySample(
         sampled=len(found),
         looked_at=total if not walk.cursor else min(walk.looked_at, total),
         total=total,
@@ -215,7 +215,7 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
 
     Raises ``NotFound`` and ``StoreError``.
     """
-    routes = [] if cache.wrapper is None else list(cache.wrapper.prepare().routes)
+    routes = [] if cache.middleware is None else list(cache.middleware.prepare().routes)
     possible = [
         route
         for route in routes
@@ -236,7 +236,7 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
         tags=tags,
         digest=named.digest,
     )
-    known = plan is not None and plan.aim is not None
+    known = plan is not None and plan.scoped is not None
     return Inspection(
         key=key,
         tenant=named.tenant,
@@ -257,12 +257,12 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
     )
 
 
-async def body_of(cache: "Cache", key: str, named: EntryKey) -> Body:
+async def body_of(cache: "Cache", key: str, named: EntryKey) -> StoredBody:
     """Return the body of a stored answer. One round trip. Raises ``NotFound`` and
     ``StoreError``."""
     _, entry = await _read(cache, key, named, (FLOOR,))
     plain = entry.body
-    if entry.coding is Coding.zstd:
+    if entry.coding is ContentCoding.zstd:
         found = encoding.decompress(entry.body, max_bytes=MAX_REVEALED_BYTES)
         if found is None:
             raise NotFound(f"the body of {key} cannot be decompressed")
@@ -271,7 +271,7 @@ async def body_of(cache: "Cache", key: str, named: EntryKey) -> Body:
         (value.decode("latin-1") for name, value in entry.headers if name == b"content-type"), ""
     )
     text = _text(plain, is_value=not entry.headers)
-    return Body(
+    return StoredBody(
         key=key,
         content_type=content_type,
         size_bytes=len(plain),
@@ -298,10 +298,15 @@ async def _read(
 
 def _plan_to(cache: "Cache", key: str) -> Plan | None:
     """Find a request that this process remembers and that leads to a key."""
-    memo = None if cache.wrapper is None else cache.wrapper.memo
-    plans = () if memo is None else memo.plans()
+    plan_cache = None if cache.middleware is None else cache.middleware.plan_cache
+    plans = () if plan_cache is None else plan_cache.plans()
     return next(
-        (plan for plan in plans if plan.aim is not None and plan.aim.target.entry_key == key), None
+        (
+            plan
+            for plan in plans
+            if plan.scoped is not None and plan.scoped.cache_key.entry_key == key
+        ),
+        None,
     )
 
 
@@ -317,7 +322,7 @@ def _tags(module: str, routes: Iterable[Route], known: Iterable[str]) -> tuple[s
 
 
 def _doubted(
-    facts: EntryFacts, entry: Entry, view: Generation, named: EntryKey, routes: Sequence[Route]
+    facts: EntryFacts, entry: Entry, view: GenerationView, named: EntryKey, routes: Sequence[Route]
 ) -> EntryFacts:
     """Take a verdict back that holds for some only of the routes that can have stored the entry."""
     if facts.verdict != Verdict.INVALIDATED or {FLOOR, module_tag(named.module)} & set(
@@ -346,7 +351,7 @@ def _entries(names: Iterable[str]) -> list[str]:
 
 
 def _facts(stored: Stored) -> KeyFacts | None:
-    named, head = keys.read_entry_key(stored.key), entries.decode_head(stored.head)
+    named, head = keys.read_entry_key(stored.key), entries.decode_header(stored.head)
     if named is None or head is None:
         return None
     return KeyFacts(

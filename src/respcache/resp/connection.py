@@ -61,12 +61,12 @@ FATAL_ERRORS = ("LOADING", "READONLY", "MASTERDOWN", "NOAUTH", "WRONGPASS")
 _MORE = object()
 
 
-class Refused(StoreUnavailable):
+class HandshakeRefused(StoreUnavailable):
     """The server is there and does not take us: a wrong password, a replica, its data still
     loading, a false certificate."""
 
 
-class Write:
+class PendingWrite:
     """What leaves in one write: the commands of one event-loop tick. ``at`` is infinite until they
     have left."""
 
@@ -88,7 +88,7 @@ class Batch:
     def __init__(
         self,
         expected: int,
-        write: Write,
+        write: PendingWrite,
         future: "asyncio.Future[list[Any]] | None" = None,
         deadline_s: float = inf,
     ) -> None:
@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._waiting: deque[Batch] = deque()
         self._unanswered = 0
-        self._next = Write()
+        self._next = PendingWrite()
         self._callbacks: list[Callable[[], None]] = []
         self._flushing = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
         except TimeoutError:
             cause = StoreUnavailable(f"no answer within {deadline_s} s")
         except ssl.SSLCertVerificationError as error:
-            cause = Refused(error.verify_message)
+            cause = HandshakeRefused(error.verify_message)
         # a host name that IDNA cannot encode is a UnicodeError
         except (OSError, UnicodeError) as error:
             cause = StoreUnavailable(getattr(error, "strerror", None) or str(error))
@@ -296,7 +296,7 @@ class Connection(asyncio.Protocol):
         write, transport = self._next, self._transport
         if not write.packed or transport is None:
             return
-        self._next = Write()
+        self._next = PendingWrite()
         packed, write.packed = write.packed, []
         # loop.time() of uvloop is that of the tick's beginning
         write.at, write.received = time.monotonic(), self._received
@@ -417,7 +417,7 @@ class Connection(asyncio.Protocol):
         if self._ended is not None:
             return
         self._ended = cause
-        self._next = Write()
+        self._next = PendingWrite()
         if self._alarm is not None:
             self._alarm.cancel()
         waiting, self._waiting = self._waiting, deque()
@@ -439,9 +439,9 @@ class Connection(asyncio.Protocol):
         info = {**fields_of(replies[2]), **fields_of(replies[3])}
         # a server that loads its data answers INFO, and nothing that we need
         if info.get("loading") != "0":
-            raise Refused("the server is loading its data")
+            raise HandshakeRefused("the server is loading its data")
         if info.get("role") != "master" or not info.get("master_replid"):
-            raise Refused(f"the server's role is {info.get('role')}, not master")
+            raise HandshakeRefused(f"the server's role is {info.get('role')}, not master")
         self.identity = info["master_replid"]
 
 
@@ -475,10 +475,10 @@ def fields_of(info: Any) -> dict[str, str]:
     return dict(line.split(":", 1) for line in as_text(info).splitlines() if ":" in line)
 
 
-def _refusal(reply: Any) -> Refused:
+def _refusal(reply: Any) -> HandshakeRefused:
     """Say what the server said, without our arguments: a server that does not know HELLO repeats
     the password."""
-    return Refused(str(reply).partition(", with args")[0])
+    return HandshakeRefused(str(reply).partition(", with args")[0])
 
 
 def _again(error: StoreUnavailable) -> StoreUnavailable:

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from respcache.core.errors import StoreUnavailable
-from respcache.resp.connection import Command, Connection, Refused, call_safely
+from respcache.resp.connection import Command, Connection, HandshakeRefused, call_safely
 from respcache.resp.url import ServerURL
 
 log = logging.getLogger("respcache.resp")
@@ -265,7 +265,7 @@ class Link:
     def _say_down(self, cause: StoreUnavailable) -> None:
         """Log the change of state, once per outage; that the server refuses us is said once more,
         as somebody must mend it."""
-        kind = Refused if isinstance(cause, Refused) else StoreUnavailable
+        kind = HandshakeRefused if isinstance(cause, HandshakeRefused) else StoreUnavailable
         if kind not in self._said:
             log.warning(
                 "cache server %s is down: %s; requests go on without it, reconnecting",

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from respcache.core.epochs import Epoch
 from respcache.core.errors import StoreError
-from respcache.core.generations import Certificate, Generation
+from respcache.core.generations import Certificate, GenerationView
 
 
 @dataclass(slots=True)
@@ -20,12 +20,12 @@ class Reading:
     order, and for how long the entry will go on living (ms; 0 where there is none)."""
 
     entry: bytes | None
-    generations: tuple[Generation, ...]
+    generations: tuple[GenerationView, ...]
     remaining_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class FillLock:
     """Who fills a key at present, and under which certificate."""
 
     token: str
@@ -34,7 +34,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Bumped:
-    """What a bump came to: the server life (as in ``Generation.server``) that confirmed it, and
+    """What a bump came to: the server life (as in ``GenerationView.server``) that confirmed it, and
     what the generation has reached with it, None where there is none (any more)."""
 
     server: str
@@ -74,7 +74,10 @@ class Store(Protocol):
         ...
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """Fetch a view and hand it, or what went wrong, to ``done``, without a task. The same
         object as the last time where nothing has changed. One round trip. Raises
@@ -87,7 +90,7 @@ class Store(Protocol):
         missed. No promise: messages of others may be late or lost. One listener."""
         ...
 
-    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
+    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
         """Make the generation with this nonce at sequence 0, unless a usable one exists, and return
         a view without tags. A generation of another server life is replaced. Renews the time to
         live. One round trip, atomic on one key."""
@@ -122,9 +125,9 @@ class Store(Protocol):
         lost, never raises."""
         ...
 
-    async def lease(
-        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
-    ) -> Lease:
+    async def lock(
+        self, key: str, lock: FillLock, *, ttl_ms: int, replacing: str | None = None
+    ) -> FillLock:
         """Take the lease if it is free or held by the token ``replacing``; return the lease that is
         in force afterwards (ours if its token is ours). One round trip, atomic on one key."""
         ...

@@ -22,11 +22,11 @@ from respcache.core.generations import (
     MAX_FIELDS,
     RING_ROWS,
     Certificate,
-    Generation,
+    GenerationView,
     read_generation,
 )
 from respcache.core.keys import EPOCH_KEY, SWITCHES_KEY
-from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
+from respcache.stores.base import Bumped, FillLock, Reading, ServerInfo
 
 MAX_KEYS = 10_000
 
@@ -68,11 +68,11 @@ class MemoryServer:
             remaining_ms,
         )
 
-    def view(self, generation: str, tags: Sequence[str], *, server: str) -> Generation:
+    def view(self, generation: str, tags: Sequence[str], *, server: str) -> GenerationView:
         """See ``Store.view``."""
         return read_generation(_values(self._get(generation), tags), tags, server=server)
 
-    def open(self, generation: str, *, nonce: bytes, ttl_ms: int, prefix: str) -> Generation:
+    def open(self, generation: str, *, nonce: bytes, ttl_ms: int, prefix: str) -> GenerationView:
         """See ``Store.open``."""
         server = prefix + self.identity
         fields = self._get(generation)
@@ -128,17 +128,17 @@ class MemoryServer:
         if fields is not None:
             self._set(generation, fields, generation_ttl_ms)
 
-    def lease(self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None) -> Lease:
-        """See ``Store.lease``."""
-        held: Lease | None = self._get(key)
+    def lock(self, key: str, lock: FillLock, *, ttl_ms: int, replacing: str | None) -> FillLock:
+        """See ``Store.lock``."""
+        held: FillLock | None = self._get(key)
         if held is not None and held.token != replacing:
             return held
-        self._set(key, lease, ttl_ms)
-        return lease
+        self._set(key, lock, ttl_ms)
+        return lock
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
-        held: Lease | None = self._get(key)
+        held: FillLock | None = self._get(key)
         if held is not None and held.token == token:
             del self.values[key]
 
@@ -211,7 +211,7 @@ class MemoryStore:
         self.server = MemoryServer(max_keys=max_keys, clock=clock) if server is None else server
         self._open = True
         self._prefix = ""
-        self._seen: dict[str, Generation] = {}
+        self._seen: dict[str, GenerationView] = {}
 
     @property
     def available(self) -> bool:
@@ -233,7 +233,10 @@ class MemoryStore:
         asyncio.get_running_loop().call_soon(callback)
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """See ``Store.view``."""
         server = self._reach()
@@ -249,7 +252,7 @@ class MemoryStore:
         """See ``Store.listen``: nothing is ever missed."""
         self.server.listeners.append(heard)
 
-    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
+    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
         """See ``Store.open``."""
         return self._reach().open(generation, nonce=nonce, ttl_ms=ttl_ms, prefix=self._prefix)
 
@@ -284,11 +287,11 @@ class MemoryStore:
                 generation_ttl_ms=generation_ttl_ms,
             )
 
-    async def lease(
-        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
-    ) -> Lease:
-        """See ``Store.lease``."""
-        return self._reach().lease(key, lease, ttl_ms=ttl_ms, replacing=replacing)
+    async def lock(
+        self, key: str, lock: FillLock, *, ttl_ms: int, replacing: str | None = None
+    ) -> FillLock:
+        """See ``Store.lock``."""
+        return self._reach().lock(key, lock, ttl_ms=ttl_ms, replacing=replacing)
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""

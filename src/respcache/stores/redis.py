@@ -20,14 +20,14 @@ from respcache.core.generations import (
     MAX_FIELDS,
     RING_ROWS,
     Certificate,
-    Generation,
+    GenerationView,
     read_generation,
 )
 from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, SWITCHES_KEY
 from respcache.resp.connection import FATAL_ERRORS, Command, as_text, fields_of
 from respcache.resp.link import CONNECT_DEADLINE_S, DEADLINE_S, Link
 from respcache.resp.url import ServerURL
-from respcache.stores.base import Bumped, Lease, Reading, ServerInfo
+from respcache.stores.base import Bumped, FillLock, Reading, ServerInfo
 
 MAX_SEEN = 10_000
 """Generations whose last view is kept, to recognise it."""
@@ -60,10 +60,10 @@ class RedisStore:
             ServerURL.parse(url), deadline_s=deadline_s, connect_deadline_s=connect_deadline_s
         )
         self._open, self._bump, self._epoch = map(Script, ("open", "bump", "epoch"))
-        self._lease, self._release = map(Script, ("lease", "release"))
+        self._lock, self._release = map(Script, ("lock", "release"))
         self._prefix = ""
         # of each generation: the last view
-        self._seen: dict[str, tuple[Sequence[str], list[Any], str, Generation]] = {}
+        self._seen: dict[str, tuple[Sequence[str], list[Any], str, GenerationView]] = {}
         self._heard: Callable[[str], None] = lambda generation: None
 
     def __repr__(self) -> str:
@@ -114,7 +114,10 @@ class RedisStore:
         self._link.soon(callback)
 
     def view(
-        self, generation: str, tags: Sequence[str], done: Callable[[Generation | StoreError], None]
+        self,
+        generation: str,
+        tags: Sequence[str],
+        done: Callable[[GenerationView | StoreError], None],
     ) -> None:
         """See ``Store.view``: HMGET. No generation is made of a reply that says what the last one
         said."""
@@ -144,14 +147,14 @@ class RedisStore:
         it is back. One watcher."""
         self._link.watch(changed)
 
-    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> Generation:
+    async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
         """See ``Store.open``."""
         prefix = self._prefix
         (identity, found, sequence), learnt = await self._run(
             self._open, generation, prefix, nonce, ttl_ms
         )
         self._compare(as_text(identity), learnt)
-        return Generation(prefix + learnt, found, prefix + as_text(identity), int(sequence))
+        return GenerationView(prefix + learnt, found, prefix + as_text(identity), int(sequence))
 
     async def bump(
         self, generation: str, *, tags: Sequence[str], ttl_ms: int, rows: Sequence[str] = ()
@@ -207,16 +210,16 @@ class RedisStore:
             ("SET", entry, envelope, "PX", ttl_ms), ("PEXPIRE", generation, generation_ttl_ms)
         )
 
-    async def lease(
-        self, key: str, lease: Lease, *, ttl_ms: int, replacing: str | None = None
-    ) -> Lease:
-        """See ``Store.lease``. The value: token, nonce and sequence, separated by blanks."""
-        value = f"{lease.token} {lease.certificate.nonce.decode()} {lease.certificate.sequence}"
-        held, _ = await self._run(self._lease, key, lease.token, value, ttl_ms, replacing or "")
+    async def lock(
+        self, key: str, lock: FillLock, *, ttl_ms: int, replacing: str | None = None
+    ) -> FillLock:
+        """See ``Store.lock``. The value: token, nonce and sequence, separated by blanks."""
+        value = f"{lock.token} {lock.certificate.nonce.decode()} {lock.certificate.sequence}"
+        held, _ = await self._run(self._lock, key, lock.token, value, ttl_ms, replacing or "")
         parts = as_text(held).split(" ")
         if len(parts) != 3 or not parts[2].isdigit():
             raise StoreReplyError("the lease holds something that is not a lease")
-        return Lease(parts[0], Certificate(parts[1].encode(), int(parts[2])))
+        return FillLock(parts[0], Certificate(parts[1].encode(), int(parts[2])))
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
@@ -255,7 +258,7 @@ class RedisStore:
 
     def _recognise(
         self, generation: str, tags: Sequence[str], reply: Any, server: str
-    ) -> Generation:
+    ) -> GenerationView:
         """Make a view of the reply to HMGET, or return the last one where the reply says the
         same."""
         found = _ours(reply) or [None] * (3 + len(tags))

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from math import inf
 
 from respcache.testing.history import Event, History, Read, Write, load
-from respcache.testing.proofs import Kind, Proof, Violation, find_proofs
+from respcache.testing.proofs import Proof, Violation, ViolationKind, find_proofs
 
 MAX_WORDS = 100
 """Distinct words of ``Read.how`` that are counted apart; all others are counted together."""
@@ -70,12 +70,12 @@ class Report:
     writes: int
     attempts: int
     how: dict[str, int]
-    violations: dict[Kind, int]
+    violations: dict[ViolationKind, int]
     violating_reads: int
     lost_invalidations: int
     worst_staleness_s: float
     torn: int
-    proofs: dict[Kind, Proof]
+    proofs: dict[ViolationKind, Proof]
 
     @property
     def ok(self) -> bool:
@@ -83,7 +83,7 @@ class Report:
         nothing."""
         return self.reads > 0 and not self.violations
 
-    def excerpt(self, kind: Kind | None = None) -> str:
+    def excerpt(self, kind: ViolationKind | None = None) -> str:
         """Put the shortest proof of a violation into words: fewest operations, then the shortest
         time. Empty when there is none.
 
@@ -138,7 +138,7 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
         writes=book.writes,
         attempts=book.attempts,
         how=dict(judge.how),
-        violations={kind: judge.counts[kind] for kind in Kind if judge.counts[kind]},
+        violations={kind: judge.counts[kind] for kind in ViolationKind if judge.counts[kind]},
         violating_reads=judge.accused,
         lost_invalidations=sum(judge.lost(register) for register in judge.missed),
         worst_staleness_s=judge.worst_staleness_s,
@@ -296,11 +296,11 @@ class _Judge:
         )
         self._unwritten = _Register()
         self._unwritten.settle()
-        self._last_accused: dict[Kind | None, Read] = {}  # None: of any kind
+        self._last_accused: dict[ViolationKind | None, Read] = {}  # None: of any kind
         self.reads = self.lenient = self.late = self.accused = 0
         self.how: Counter[str] = Counter()
-        self.counts: Counter[Kind] = Counter()
-        self.best: dict[Kind, Violation] = {}
+        self.counts: Counter[ViolationKind] = Counter()
+        self.best: dict[ViolationKind, Violation] = {}
         self.missed: dict[str, array[float]] = {}
         self.worst_staleness_s = 0.0
 
@@ -318,13 +318,13 @@ class _Judge:
             read.how if read.how in self.how or len(self.how) < MAX_WORDS else OTHER_WORDS
         ] += 1
         if read.told != read.asked:
-            self._accuse(Violation(Kind.ISOLATION, read, 1, read.end - read.start))
+            self._accuse(Violation(ViolationKind.ISOLATION, read, 1, read.end - read.start))
         for register, version in read.values.items():
             table = self._registers.get(register, self._unwritten)
             at = bisect_right(table.versions, version)  # the position behind the returned version
             late |= table.acked[table.first_acked[at]] < read.start
             if table.acked[table.first_acked[at]] < must_know:
-                self._stale(Kind.FRESHNESS, read, register, at, due=table.first_acked[at])
+                self._stale(ViolationKind.FRESHNESS, read, register, at, due=table.first_acked[at])
             if table.committed[table.first_committed[at]] <= must_know:
                 self._age(read, register, at)
             if at and table.started[table.last_started[at - 1]] > read.end:
@@ -343,11 +343,11 @@ class _Judge:
             count += table.committed[at] <= latest
         return count
 
-    def _stale(self, kind: Kind, read: Read, register: str, at: int, *, due: int) -> None:
+    def _stale(self, kind: ViolationKind, read: Read, register: str, at: int, *, due: int) -> None:
         table = self._registers[register]
         known = bool(at) and table.versions[at - 1] == read.values[register]
         begin = min(table.started[due], table.started[at - 1] if known else inf, read.start)
-        since = table.acked[due] if kind is Kind.FRESHNESS else table.committed[due]
+        since = table.acked[due] if kind is ViolationKind.FRESHNESS else table.committed[due]
         committed, version = table.committed[due], table.versions[due]
         self._accuse(
             Violation(kind, read, 2 + known, read.end - begin, register, version, since, committed)
@@ -366,7 +366,7 @@ class _Judge:
                 self.missed[register] = array("d", [-inf]) * len(table.started)
             missed = self.missed[register]
             missed[at] = max(missed[at], must_show)
-            self._stale(Kind.BOUND, read, register, at, due=first)
+            self._stale(ViolationKind.BOUND, read, register, at, due=first)
 
     def _too_early(self, read: Read, register: str, at: int) -> None:
         table = self._registers[register]
@@ -374,7 +374,13 @@ class _Judge:
         span = table.started[late] - read.start
         self._accuse(
             Violation(
-                Kind.INVENTION, read, 2, span, register, table.versions[late], table.started[late]
+                ViolationKind.INVENTION,
+                read,
+                2,
+                span,
+                register,
+                table.versions[late],
+                table.started[late],
             )
         )
 
@@ -385,13 +391,17 @@ class _Judge:
         above = read.values[register] - (table.versions[at - 1] if at else 0)
         begun = table.started[table.first_started[at]] <= read.end
         if not begun and above > bisect_right(table.attempts, read.end):
-            self._accuse(Violation(Kind.INVENTION, read, 1, read.end - read.start, register))
+            self._accuse(
+                Violation(ViolationKind.INVENTION, read, 1, read.end - read.start, register)
+            )
 
     def _own_view(self, read: Read, session: str, register: str) -> None:
         seen = (self._wrote if read.slack_s else self._known).get((session, register))
         since, due = (read.start, 0) if seen is None else seen.before(read.start)
         if due > read.values[register]:
-            self._accuse(Violation(Kind.SESSION, read, 2, read.end - since, register, due, since))
+            self._accuse(
+                Violation(ViolationKind.SESSION, read, 2, read.end - since, register, due, since)
+            )
 
     def _accuse(self, found: Violation) -> None:
         if self._last_accused.get(None) is not found.read:

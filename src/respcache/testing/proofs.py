@@ -10,7 +10,7 @@ import msgspec
 from respcache.testing.history import Event, Read, Write
 
 
-class Kind(StrEnum):
+class ViolationKind(StrEnum):
     """What a read can violate; ``checker`` says when."""
 
     FRESHNESS = "I1"
@@ -30,7 +30,7 @@ class Violation:
     proof.
     """
 
-    kind: Kind
+    kind: ViolationKind
     read: Read
     operations: int
     span: float
@@ -74,7 +74,7 @@ class Proof:
     def _read_words(self, read: Read) -> str:
         found = self.violation
         words = f"read {read.asked}"
-        if found.kind is Kind.ISOLATION:
+        if found.kind is ViolationKind.ISOLATION:
             words += f", told {read.told}"
         else:
             words += f": {found.register} = {read.values[found.register]}"
@@ -84,7 +84,9 @@ class Proof:
         return f"{words}   <-- {found.kind}" if read == found.read else words
 
 
-def find_proofs(history: Iterable[Event], violations: Iterable[Violation]) -> dict[Kind, Proof]:
+def find_proofs(
+    history: Iterable[Event], violations: Iterable[Violation]
+) -> dict[ViolationKind, Proof]:
     """Look up the operations that prove violations (one of a kind), in one pass over the
     history."""
     searches = [_Search(violation) for violation in violations]
@@ -102,7 +104,7 @@ class _Search:
         self._writes: dict[int, Write] = {}
         self._earlier: Read | None = None
         self._overtaken: Read | None = None
-        if violation.kind in (Kind.FRESHNESS, Kind.BOUND):
+        if violation.kind in (ViolationKind.FRESHNESS, ViolationKind.BOUND):
             self._wanted: tuple[int | None, ...] = (violation.due, violation.returned)
         else:
             self._wanted = (violation.due,)
@@ -117,15 +119,17 @@ class _Search:
                 and event.version in self._wanted
             ):
                 known = self._writes.get(event.version)
-                if found.kind is not Kind.SESSION or (event.session, event.acked) == (
+                if found.kind is not ViolationKind.SESSION or (event.session, event.acked) == (
                     found.read.session,
                     found.since,
                 ):
                     self._writes[event.version] = event if known is None else _merged(known, event)
-        elif found.kind is Kind.SESSION:
+        elif found.kind is ViolationKind.SESSION:
             if self._is_earlier(event):
                 self._earlier = event
-        elif found.kind in (Kind.FRESHNESS, Kind.BOUND) and self._was_overtaken(event):
+        elif found.kind in (ViolationKind.FRESHNESS, ViolationKind.BOUND) and self._was_overtaken(
+            event
+        ):
             self._overtaken = max(self._overtaken or event, event, key=_length)
 
     def proof(self) -> Proof:
@@ -175,21 +179,21 @@ def _earliest(one: float | None, other: float | None) -> float | None:
 
 def _headline(found: Violation) -> str:
     read, due = found.read, found.due
-    if found.kind is Kind.ISOLATION:
+    if found.kind is ViolationKind.ISOLATION:
         return f"{found.kind}: a read that asked for {read.asked} was told {read.told}"
     returned = f"{found.kind}: {found.register}: a read returned {found.returned}, but"
-    if found.kind is Kind.INVENTION and due is None:
+    if found.kind is ViolationKind.INVENTION and due is None:
         return f"{returned} no write that can have made it was begun when it ended"
-    if found.kind is Kind.INVENTION:
+    if found.kind is ViolationKind.INVENTION:
         return f"{returned} {due} was begun {_ms(found.since - read.end)} ms after it ended"
     verb = {
-        Kind.FRESHNESS: "acknowledged",
-        Kind.BOUND: "committed",
-        Kind.SESSION: f"known to session {read.session}",
+        ViolationKind.FRESHNESS: "acknowledged",
+        ViolationKind.BOUND: "committed",
+        ViolationKind.SESSION: f"known to session {read.session}",
     }
     slack = (
         f" (its slack is {_ms(read.slack_s)} ms)"
-        if read.slack_s and found.kind is not Kind.SESSION
+        if read.slack_s and found.kind is not ViolationKind.SESSION
         else ""
     )
     return (

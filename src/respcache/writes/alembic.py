@@ -46,13 +46,13 @@ from alembic.util import DispatchPriority, PriorityDispatchResult
 from sqlalchemy import text
 
 from respcache.core.errors import ConfigurationError
-from respcache.ops import trail
-from respcache.ops.trail import TRAIL
+from respcache.ops import audit_log
+from respcache.ops.audit_log import AUDIT_LOG
 from respcache.writes import triggers
 from respcache.writes.triggers import EVENTS, FENCE, OUTBOX, Watched
 
 PUBLIC = "public"
-OURS = (OUTBOX, FENCE, TRAIL)
+OURS = (OUTBOX, FENCE, AUDIT_LOG)
 IMPORT = f"import {__name__}  # noqa: F401  (op.watch_table)"
 """What a revision needs to know the operations by."""
 
@@ -167,7 +167,7 @@ class UnwatchTable(MigrateOperation):
 
 @Operations.register_operation("create_respcache_trail")
 @dataclass(eq=False)
-class CreateTrail(MigrateOperation):
+class CreateAuditLog(MigrateOperation):
     """Create the trail of what operators do."""
 
     schema: str = PUBLIC
@@ -175,12 +175,12 @@ class CreateTrail(MigrateOperation):
     @classmethod
     def create_respcache_trail(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
         """Create the trail; rights on it are the migration's to grant
-        (``ops.trail.create_trail``)."""
+        (``ops.trail.create_audit_log``)."""
         operations.invoke(cls(schema))
 
-    def reverse(self) -> "DropTrail":
+    def reverse(self) -> "DropAuditLog":
         """Return the operation that undoes this one."""
-        return DropTrail(self.schema)
+        return DropAuditLog(self.schema)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return what ``alembic check`` prints."""
@@ -189,7 +189,7 @@ class CreateTrail(MigrateOperation):
 
 @Operations.register_operation("drop_respcache_trail")
 @dataclass(eq=False)
-class DropTrail(MigrateOperation):
+class DropAuditLog(MigrateOperation):
     """Drop the trail."""
 
     schema: str = PUBLIC
@@ -199,9 +199,9 @@ class DropTrail(MigrateOperation):
         """Drop the trail, with all that is written in it."""
         operations.invoke(cls(schema))
 
-    def reverse(self) -> CreateTrail:
+    def reverse(self) -> CreateAuditLog:
         """Return the operation that undoes this one."""
-        return CreateTrail(self.schema)
+        return CreateAuditLog(self.schema)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return what ``alembic check`` prints."""
@@ -228,14 +228,14 @@ def _unwatch_table(operations: Operations, operation: UnwatchTable) -> None:
     triggers.drop_triggers(_execute(operations), [operation.table], schema=operation.schema)
 
 
-@Operations.implementation_for(CreateTrail)
-def _create_trail(operations: Operations, operation: CreateTrail) -> None:
-    trail.create_trail(_execute(operations), schema=operation.schema)
+@Operations.implementation_for(CreateAuditLog)
+def _create_trail(operations: Operations, operation: CreateAuditLog) -> None:
+    audit_log.create_audit_log(_execute(operations), schema=operation.schema)
 
 
-@Operations.implementation_for(DropTrail)
-def _drop_trail(operations: Operations, operation: DropTrail) -> None:
-    trail.drop_trail(_execute(operations), schema=operation.schema)
+@Operations.implementation_for(DropAuditLog)
+def _drop_trail(operations: Operations, operation: DropAuditLog) -> None:
+    audit_log.drop_audit_log(_execute(operations), schema=operation.schema)
 
 
 def _execute(operations: Operations) -> triggers.Execute:
@@ -269,13 +269,13 @@ def _render_unwatch_table(context: AutogenContext, operation: UnwatchTable) -> s
     return _line(context, "unwatch_table", [repr(operation.table)], operation.schema)
 
 
-@renderers.dispatch_for(CreateTrail)
-def _render_create_trail(context: AutogenContext, operation: CreateTrail) -> str:
+@renderers.dispatch_for(CreateAuditLog)
+def _render_create_trail(context: AutogenContext, operation: CreateAuditLog) -> str:
     return _line(context, "create_respcache_trail", [], operation.schema)
 
 
-@renderers.dispatch_for(DropTrail)
-def _render_drop_trail(context: AutogenContext, operation: DropTrail) -> str:
+@renderers.dispatch_for(DropAuditLog)
+def _render_drop_trail(context: AutogenContext, operation: DropAuditLog) -> str:
     return _line(context, "drop_respcache_trail", [], operation.schema)
 
 
@@ -303,8 +303,10 @@ def _compare(context: AutogenContext, upgrade: UpgradeOps) -> PriorityDispatchRe
             context, {watched.table: watched for watched in wanted}, schema
         )
     with_trail: bool | None = context.opts.get("respcache_trail")
-    if with_trail is not None and with_trail != context.inspector.has_table(TRAIL, schema=schema):
-        after.append(CreateTrail(schema) if with_trail else DropTrail(schema))
+    if with_trail is not None and with_trail != context.inspector.has_table(
+        AUDIT_LOG, schema=schema
+    ):
+        after.append(CreateAuditLog(schema) if with_trail else DropAuditLog(schema))
     upgrade.ops[:] = [*before, *own, *after]
     return PriorityDispatchResult.CONTINUE
 

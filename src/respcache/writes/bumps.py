@@ -8,22 +8,22 @@ import asyncio
 from collections.abc import Mapping
 
 from respcache.core.errors import StoreError
-from respcache.core.fence import Due
 from respcache.core.keys import generation_key
+from respcache.core.serving_lease import DueBump
 from respcache.stores.base import Bumped, Store
 
 AT_ONCE = 50
-"""Bumps that are under way at the same time: about 5 ms of work for this process."""
+"""BumpSender that are under way at the same time: about 5 ms of work for this process."""
 
 
-class Bumps:
+class BumpSender:
     """The one sender of bumps to a store."""
 
     def __init__(self, store: Store, *, generation_ttl_ms: int) -> None:
         self._store = store
         self._ttl_ms = generation_ttl_ms
 
-    async def send(self, due: Mapping[str, Due]) -> dict[str, Bumped | StoreError]:
+    async def send(self, due: Mapping[str, DueBump]) -> dict[str, Bumped | StoreError]:
         """Bump what is due; tell for each tenant what it came to, or what went wrong."""
         found: dict[str, Bumped | StoreError] = {}
         tenants = list(due)
@@ -38,7 +38,7 @@ class Bumps:
             )
         return found
 
-    async def _one(self, tenant: str, due: Due) -> Bumped | StoreError:
+    async def _one(self, tenant: str, due: DueBump) -> Bumped | StoreError:
         try:
             return await self._store.bump(
                 generation_key(tenant), tags=due.tags, ttl_ms=self._ttl_ms, rows=due.rows

@@ -23,15 +23,15 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from respcache.core.errors import InvalidationPending, OutboxError, StoreError
-from respcache.core.fence import Ack, Due, Outcome, by_tenant, too_many
 from respcache.core.generations import FLOOR, collapse
 from respcache.core.keys import EVERYBODY
-from respcache.core.tokens import Token, both
-from respcache.ops.stats import Stats
-from respcache.ops.tracing import Tracing
+from respcache.core.serving_lease import Ack, DueBump, Outcome, by_tenant, too_many
+from respcache.core.tokens import ConsistencyToken, both
 from respcache.stores.base import Bumped, Store
-from respcache.writes.bumps import Bumps
-from respcache.writes.rounds import Rounds, Rows
+from respcache.telemetry.stats import Counters
+from respcache.telemetry.tracing import Tracing
+from respcache.writes.bumps import BumpSender
+from respcache.writes.relay import OutboxRelay, Rows
 
 log = logging.getLogger("respcache")
 
@@ -47,18 +47,23 @@ seconds after the COMMIT."""
 
 
 class Invalidator:
-    """Bumps generations after commits. One per cache, bound to the event loop in which ``start``
+    """BumpSender generations after commits. One per cache, bound to the event loop in which ``start``
     was called."""
 
     def __init__(
-        self, store: Store, *, generation_ttl_ms: int, stats: Stats, rounds: Rounds | None = None
+        self,
+        store: Store,
+        *,
+        generation_ttl_ms: int,
+        stats: Counters,
+        relay: OutboxRelay | None = None,
     ) -> None:
         self._store = store
         self._bumps = (
-            Bumps(store, generation_ttl_ms=generation_ttl_ms) if rounds is None else rounds.bumps
+            BumpSender(store, generation_ttl_ms=generation_ttl_ms) if relay is None else relay.bumps
         )
         self._stats = stats
-        self._rounds = rounds
+        self._relay = relay
         self.tracing = Tracing()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Future[Ack]] = set()
@@ -66,7 +71,7 @@ class Invalidator:
         self._in_flight = 0
         # tenant -> how often it failed; bounded by the tenants that wrote in an outage
         self._pending: dict[str, int] = {}
-        self.vetoes: Collection[str] = self._pending
+        self.blocked_tenants: Collection[str] = self._pending
         """Tenants that this process must leave the cache alone for, now and whenever it is looked
         at."""
         self._retrying: asyncio.Task[None] | None = None
@@ -84,12 +89,12 @@ class Invalidator:
         """Whether any tenant is vetoed."""
         return bool(self._pending)
 
-    def vetoed(self, tenant: str) -> bool:
+    def is_blocked(self, tenant: str) -> bool:
         """Whether this process must leave the cache alone for the tenant."""
         return tenant in self._pending
 
     def start(self) -> None:
-        """Take the running event loop. Bumps that came earlier are retried from here."""
+        """Take the running event loop. BumpSender that came earlier are retried from here."""
         self._loop = asyncio.get_running_loop()
         if self._pending:
             self._retry()
@@ -107,12 +112,12 @@ class Invalidator:
                 for tenant in tags:
                     self._pending[tenant] = self._pending.get(tenant, 0) + 1
             return None
-        if self._rounds is None:
+        if self._relay is None:
             return self._begin(
                 lambda: self._telling(_without_ids(tags), self._send(tags)), tenants=len(tags)
             )
-        rounds = self._rounds
-        return self._begin(lambda: self._note(rounds, tags), tenants=len(tags))
+        relay = self._relay
+        return self._begin(lambda: self._note(relay, tags), tenants=len(tags))
 
     def committed(self, rows: Rows | None) -> asyncio.Future[Ack] | None:
         """Begin to bump what a transaction left in the outbox; to be called, from any thread, after
@@ -122,14 +127,14 @@ class Invalidator:
         has to find them. Without a running cache there is nothing to do: the rows are in the
         outbox.
         """
-        rounds = self._rounds
-        assert rounds is not None
-        since = rounds.clock()
+        relay = self._relay
+        assert relay is not None
+        since = relay.clock()
         if not self._started():
             return None
         tenants = None if rows is None else len({tenant for tenant, _, _ in rows})
         return self._begin(
-            lambda: self._telling(rows or (), self._apply(rounds, rows, since)), tenants=tenants
+            lambda: self._telling(rows or (), self._apply(relay, rows, since)), tenants=tenants
         )
 
     async def settled(self, *, timeout_s: float) -> None:
@@ -212,34 +217,34 @@ class Invalidator:
 
     # -- with an outbox ----------------------------------------------------------------------------
 
-    async def _note(self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]]) -> Ack:
+    async def _note(self, relay: OutboxRelay, tags: Mapping[str, tuple[str, ...]]) -> Ack:
         """Make bumps that no transaction has left rows for as durable as the others, then apply
         them."""
-        since = rounds.clock()
+        since = relay.clock()
         try:
-            rows = await rounds.outbox.note(
+            rows = await relay.outbox.note(
                 [(tenant, tag) for tenant, names in tags.items() for tag in names]
             )
         except OutboxError as error:
             log.warning("an invalidation cannot be kept in the database (%s)", error)
             return await self._telling(
-                _without_ids(tags), self._bump_without_rows(rounds, tags, since)
+                _without_ids(tags), self._bump_without_rows(relay, tags, since)
             )
-        return await self._telling(rows, self._apply(rounds, rows, rounds.clock()))
+        return await self._telling(rows, self._apply(relay, rows, relay.clock()))
 
     async def _bump_without_rows(
-        self, rounds: Rounds, tags: Mapping[str, tuple[str, ...]], since: float
+        self, relay: OutboxRelay, tags: Mapping[str, tuple[str, ...]], since: float
     ) -> Ack:
         """Bump what no round will ever find. Only the server that fences name can confirm it."""
-        bumped = await self._bump_all({tenant: Due(names) for tenant, names in tags.items()})
-        if not self._vouched(rounds, bumped):
-            await rounds.safe(since)  # meanwhile a round may find out which server it is
-            if not self._vouched(rounds, bumped):
+        bumped = await self._bump_all({tenant: DueBump(names) for tenant, names in tags.items()})
+        if not self._vouched(relay, bumped):
+            await relay.safe(since)  # meanwhile a round may find out which server it is
+            if not self._vouched(relay, bumped):
                 self._remember(tags)
                 return Ack(Outcome.PENDING)
         return Ack(Outcome.CONFIRMED, _token(bumped))
 
-    async def _apply(self, rounds: Rounds, rows: Rows | None, since: float) -> Ack:
+    async def _apply(self, relay: OutboxRelay, rows: Rows | None, since: float) -> Ack:
         """Bump, and tell when the write may be acknowledged. ``since``: a moment after its
         COMMIT."""
         if (
@@ -250,37 +255,39 @@ class Invalidator:
             bumped = await self._bump_all(by_tenant(rows))
             servers = {None if one is None else one.server for one in bumped.values()}
             if len(servers) == 1 and (server := servers.pop()) is not None:
-                rounds.applied(rows, server)
-            if self._vouched(rounds, bumped):
+                relay.applied(rows, server)
+            if self._vouched(relay, bumped):
                 return Ack(Outcome.CONFIRMED, _token(bumped))
             self._stats.unconfirmed_invalidations += list(bumped.values()).count(None)
         self._stats.acknowledgements_delayed += 1
-        return Ack(await rounds.safe(since))
+        return Ack(await relay.safe(since))
 
-    def _vouched(self, rounds: Rounds, bumped: Mapping[str, Bumped | None]) -> bool:
+    def _vouched(self, relay: OutboxRelay, bumped: Mapping[str, Bumped | None]) -> bool:
         """Whether all of these bumps were confirmed by the server that our fence names, while it
         stands."""
-        fence, now = rounds.fence, rounds.clock()
-        return all(one is not None and fence.allows(one.server, now) for one in bumped.values())
+        lease, now = relay.lease, relay.clock()
+        return all(one is not None and lease.allows(one.server, now) for one in bumped.values())
 
     # -- without one -------------------------------------------------------------------------------
 
     async def _send(self, tags: Mapping[str, tuple[str, ...]]) -> Ack:
         failed: Iterable[str] = tags
         try:
-            bumped = await self._bump_all({tenant: Due(names) for tenant, names in tags.items()})
+            bumped = await self._bump_all(
+                {tenant: DueBump(names) for tenant, names in tags.items()}
+            )
             failed = [tenant for tenant, one in bumped.items() if one is None]
         finally:
             if failed:
                 self._remember(failed)
         return Ack(Outcome.PENDING) if failed else Ack(Outcome.CONFIRMED, _token(bumped))
 
-    async def _bump_all(self, due: Mapping[str, Due]) -> dict[str, Bumped | None]:
+    async def _bump_all(self, due: Mapping[str, DueBump]) -> dict[str, Bumped | None]:
         """Bump; return for each tenant what it came to, or None where that is not confirmed."""
         found: dict[str, Bumped | None] = {}
         for tenant, one in (await self._bumps.send(due)).items():
             if isinstance(one, StoreError):
-                if self._rounds is None and tenant not in self._pending:
+                if self._relay is None and tenant not in self._pending:
                     log.warning(
                         "invalidation of tenant %s is not confirmed (%s); bypassing it until it is",
                         tenant,
@@ -301,13 +308,13 @@ class Invalidator:
     async def _demand_floor(self, tenant: str) -> bool:
         """Invalidate all of a tenant, so that it holds for all processes. Returns whether that
         succeeded."""
-        if self._rounds is None:
-            return (await self._bump_all({tenant: Due((FLOOR,))}))[tenant] is not None
+        if self._relay is None:
+            return (await self._bump_all({tenant: DueBump((FLOOR,))}))[tenant] is not None
         try:
-            rows = await self._rounds.outbox.note([(tenant, FLOOR)])
+            rows = await self._relay.outbox.note([(tenant, FLOOR)])
         except OutboxError:
             return False
-        await self._apply(self._rounds, rows, self._rounds.clock())
+        await self._apply(self._relay, rows, self._relay.clock())
         return True
 
     def _retry(self) -> None:
@@ -320,7 +327,7 @@ class Invalidator:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RETRY_MOST_S)
             for tenant, failures in tuple(self._pending.items()):
-                if self._rounds is None and not self._store.available:
+                if self._relay is None and not self._store.available:
                     break
                 if not await self._demand_floor(tenant):
                     continue  # one key that the server refuses must not hold up the other tenants
@@ -339,9 +346,9 @@ class Invalidator:
             self._waiters.clear()
 
 
-def _token(bumped: Mapping[str, Bumped | None]) -> Token | None:
+def _token(bumped: Mapping[str, Bumped | None]) -> ConsistencyToken | None:
     """Return what a view must have reached to hold all of these bumps."""
-    token: Token | None = None
+    token: ConsistencyToken | None = None
     for one in bumped.values():
         token = both(token, () if one is None or one.reached is None else (one.reached,))
     return token

@@ -35,7 +35,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from respcache.core.epochs import Cursor
 from respcache.core.errors import ConfigurationError, OutboxError, OutboxMissing
-from respcache.core.fence import DRIFT, LEASE_S, MAX_ROWS, Page
+from respcache.core.serving_lease import DRIFT, LEASE_S, MAX_ROWS, OutboxPage
 from respcache.writes.triggers import FENCE, FUNCTION, MAX_NAME_BYTES, OUTBOX, setting
 
 DEADLINE_S = 1.0
@@ -145,7 +145,7 @@ class PostgresOutbox:
         self._delete = text(_DELETE.format(outbox=outbox, fence=fence))
         self._delete_foreign = text(_DELETE_FOREIGN.format(outbox=outbox))
 
-    async def page(self, after: Cursor | None) -> Page:
+    async def page(self, after: Cursor | None) -> OutboxPage:
         """Read what came after the cursor (nothing for None), and everything that a round decides
         by. One round trip."""
         given = {
@@ -163,7 +163,7 @@ class PostgresOutbox:
                 f"the table {FENCE} has lost its row: INSERT INTO {FENCE} DEFAULT VALUES"
             )
         rows = msgspec.json.decode(row.rows, type=list[tuple[str, str, str]]) if row.rows else []
-        return Page(
+        return OutboxPage(
             cursor=Cursor(row.snapshot, row.taken_at),
             incarnation=row.incarnation,
             rows=rows,

@@ -36,11 +36,11 @@ from sqlalchemy import Connection, Engine, ExceptionContext, MetaData, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_mapper
 
+from respcache.context import Exchange, current, tick
 from respcache.core.errors import ConfigurationError, UndeclaredWrite
 from respcache.core.generations import table_tag
 from respcache.core.keys import SHARED
-from respcache.record import Record, current, tick
-from respcache.writes.rounds import Rows
+from respcache.writes.relay import Rows
 from respcache.writes.statements import Change, Facts, Schema
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Transaction:
     newest: frozenset[str] = frozenset()
     changes: dict[str, set[str]] = field(default_factory=dict)
     unresolved: set[str] = field(default_factory=set)
-    record: Record | None = None
+    exchange: Exchange | None = None
     session: "weakref.ref[Session] | None" = None
 
     def note(self, tenant: str, tables: Iterable[str]) -> None:
@@ -88,8 +88,8 @@ class Transaction:
         end of this."""
         self.wrote = True
         self.doubt()
-        if self.record is not None:
-            self.record.wrote = True
+        if self.exchange is not None:
+            self.exchange.wrote = True
 
     def expect(self, targets: frozenset[str]) -> None:
         """Remember which tables change, each of which leaves something in the outbox if it is
@@ -102,10 +102,10 @@ class Transaction:
         """Remember that something might: to be asked for before COMMIT, for which the answer waits
         too."""
         self.doubtful = True
-        record = current.get()
-        if record is not None:
-            record.open.add(self)
-            self.record = record
+        exchange = current.get()
+        if exchange is not None:
+            exchange.open.add(self)
+            self.exchange = exchange
 
 
 def watch(
@@ -196,23 +196,23 @@ class Watch:
         below all events. What it raises must reach the application: the transaction is then
         aborted, and a COMMIT would roll it back without a word.
         """
-        rounds = self._cache.rounds
-        if rounds is None or transaction is None or not transaction.doubtful:
+        relay = self._cache.relay
+        if relay is None or transaction is None or not transaction.doubtful:
             return None
         cursor = connection.cursor()
         try:
-            cursor.execute(rounds.outbox.own_rows)
+            cursor.execute(relay.outbox.own_rows)
             rows = _left(cursor.fetchone()[0])
         finally:
             cursor.close()
         if not transaction.wrote and rows != []:  # what was doubtful is certain now
             transaction.touch()
-        if rows is None or rounds.deferred:
+        if rows is None or relay.deferred:
             return None
         tags = {tag for _, tag, _ in rows}
         silent = (table for table in transaction.targets if table_tag(table) not in tags)
         if any(
-            rounds.believed(table) if table else not rows and rounds.believed_any()
+            relay.believed(table) if table else not rows and relay.believed_any()
             for table in silent
         ):
             return None
@@ -221,15 +221,15 @@ class Watch:
     def _ended(self, transaction: Transaction, rows: Rows | None, *, committed: bool) -> None:
         if committed:
             self._tell(transaction, rows)
-        if transaction.record is not None:
-            transaction.record.open.discard(transaction)
+        if transaction.exchange is not None:
+            transaction.exchange.open.discard(transaction)
 
     def _tell(self, transaction: Transaction, rows: Rows | None) -> None:
         if not transaction.wrote:
             return
         changes, transaction.changes, transaction.wrote = transaction.changes, {}, False
         transaction.targets.clear()
-        if self._cache.rounds is not None:
+        if self._cache.relay is not None:
             self._cache.committed(rows)
         elif changes:
             self._cache.changed(changes)
@@ -250,20 +250,20 @@ class Watch:
     ) -> None:
         facts = self._facts_of(sql, context)
         transaction: Transaction = _info(connection).setdefault(_KEY, Transaction())
-        rounds = self._cache.rounds
-        if rounds is not None:
+        relay = self._cache.relay
+        if relay is not None:
             declared = context.execution_options.get("respcache_writes")
             if facts.raw or facts.change is not None or declared:
                 transaction.expect(facts.targets | frozenset(declared or ()))
-            elif facts.doubtful or not facts.calls.isdisjoint(rounds.functions):
+            elif facts.doubtful or not facts.calls.isdisjoint(relay.functions):
                 transaction.doubt()
         elif facts.raw:
             self._note_declared(transaction, sql, context.execution_options)
         elif facts.change is not None:
             self._note(transaction, facts.change, sql, context)
-        record = current.get()
-        if record is not None and record.reads is not None:
-            self._note_reads(record, transaction, facts, connection, context.execution_options)
+        exchange = current.get()
+        if exchange is not None and exchange.reads is not None:
+            self._note_reads(exchange, transaction, facts, connection, context.execution_options)
 
     def _after_execute(
         self,
@@ -301,7 +301,7 @@ class Watch:
             or _isolation(connection) != "AUTOCOMMIT"
         ):
             return
-        if self._cache.rounds is not None:  # without one, what is only doubtful is nothing
+        if self._cache.relay is not None:  # without one, what is only doubtful is nothing
             transaction.touch()
         transaction.doubtful = False
         self._tell(transaction, None)
@@ -358,18 +358,18 @@ class Watch:
 
     def _note_reads(
         self,
-        record: Record,
+        exchange: Exchange,
         transaction: Transaction,
         facts: Facts,
         connection: Connection,
         options: Mapping[str, Any],
     ) -> None:
-        reads = record.reads
+        reads = exchange.reads
         assert reads is not None
         declared = options.get("respcache_reads")
         reads.tables.update(facts.reads if declared is None else declared)
         reads.undeclared_sql |= facts.undeclared and declared is None
-        tenant = None if record.scope is None else record.scope.tenant
+        tenant = None if exchange.scope is None else exchange.scope.tenant
         if tenant is not None and tenant != SHARED and not reads.undeclared_sql:
             table = self._schema.misspelt(tenant, facts.reads)
             if table is not None:
@@ -400,14 +400,14 @@ class Watch:
         if transaction is None or connection.engine.dialect is not self._engine.dialect:
             return
         transaction.session = weakref.ref(session)
-        record = current.get()
-        if record is not None:
-            record.sessions.append(transaction.session)
+        exchange = current.get()
+        if exchange is not None:
+            exchange.sessions.append(transaction.session)
 
     def _before_flush(self, session: Session, flush_context: Any, instances: Any) -> None:
         """Load the tenant of what changes while statements may still be sent: an expired object no
         longer knows it."""
-        if self._cache.rounds is not None:
+        if self._cache.relay is not None:
             return
         for instance in (*session.dirty, *session.deleted):
             for key, _ in self._tenant_attributes(object_mapper(instance)):

@@ -84,7 +84,7 @@ class Cell:
     hits: int = 0
     latencies_ns: "array[int]" = field(default_factory=lambda: array("q"))
 
-    def figures(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         """Return medians over the rounds, percentiles over all requests. ``cpu_us``: of the server,
         a request; None: unknown."""
         requests = len(self.latencies_ns)
@@ -178,12 +178,12 @@ class Bench:
                     over += 1
         tell("done", over, total)
         result = {
-            way: {f"c{count}": cells[way, count].figures() for count in effort.connections}
+            way: {f"c{count}": cells[way, count].counters() for count in effort.connections}
             for way in lanes
         }
-        for figures in result.values():
+        for counters in result.values():
             for count in effort.connections:
-                _compare(figures[f"c{count}"], result["bare"][f"c{count}"])
+                _compare(counters[f"c{count}"], result["bare"][f"c{count}"])
         return result
 
     def machine(self) -> str:
@@ -305,24 +305,24 @@ def ratios(result: dict[str, Any]) -> dict[str, Any]:
     """Return how many times as many requests a second, and which part of the CPU: with the cache
     against without it."""
     found = {}
-    for count, figures in result["with"].items():
+    for count, counters in result["with"].items():
         other = result.get("without", {}).get(count)
         if other is not None:
-            known = figures["cpu_us"] and other["cpu_us"]
+            known = counters["cpu_us"] and other["cpu_us"]
             found[count] = {
-                "rps": round(figures["rps"] / other["rps"], 2),
-                "cpu": round(other["cpu_us"] / figures["cpu_us"], 2) if known else None,
+                "rps": round(counters["rps"] / other["rps"], 2),
+                "cpu": round(other["cpu_us"] / counters["cpu_us"], 2) if known else None,
             }
     return found
 
 
-def _compare(figures: dict[str, Any], bare: dict[str, Any]) -> None:
+def _compare(counters: dict[str, Any], bare: dict[str, Any]) -> None:
     """Add how it stands against bare ASGI: the share of its requests a second, and its CPU over
     ours."""
-    figures["rps_ratio"] = round(figures["rps"] / bare["rps"], 3)
-    figures["cpu_ratio"] = (
-        round(bare["cpu_us"] / figures["cpu_us"], 3)
-        if figures["cpu_us"] and bare["cpu_us"]
+    counters["rps_ratio"] = round(counters["rps"] / bare["rps"], 3)
+    counters["cpu_ratio"] = (
+        round(bare["cpu_us"] / counters["cpu_us"], 3)
+        if counters["cpu_us"] and bare["cpu_us"]
         else None
     )
 

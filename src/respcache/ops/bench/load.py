@@ -54,7 +54,7 @@ class Ask:
 
 
 @dataclass
-class Sample:
+class LoadSample:
     """What one stretch of load showed."""
 
     requests: int = 0
@@ -116,7 +116,7 @@ def drive(
     hit: bytes = b"",
     strict: bool = True,
     host: str = "127.0.0.1",
-) -> Sample:
+) -> LoadSample:
     """Send for so many seconds, or so many requests, and compare every answer. Raises
     ``WrongAnswer`` and ``WrongWay``.
 
@@ -151,12 +151,12 @@ def _drive(
     requests: int | None,
     hit: bytes,
     strict: bool,
-) -> Sample:
+) -> LoadSample:
     """Loop. Local names and one level of calls: this shares the machine with what it measures."""
     clock, pages = time.perf_counter_ns, len(asks)
     # those seen, with length and whether it is a hit: a new one comes once a second
     heads: dict[bytes, tuple[int, bool]] = {}
-    sample = Sample()
+    sample = LoadSample()
     note = sample.latencies_ns.append
     left = -1 if requests is None else requests
     cpu, started = time.thread_time(), clock()

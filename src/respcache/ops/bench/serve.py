@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from respcache.answers import Send
-from respcache.asgi import App, Receive, Scope, Wrapper
+from respcache.middleware import App, CacheMiddleware, Receive, Scope
+from respcache.ops.application import load
 from respcache.ops.bench.processes import READY, Prepared
-from respcache.ops.target import load
+from respcache.read.responses import Send
 
 
 class Announced(uvicorn.Server):
@@ -57,10 +57,10 @@ def bare(answers: list[Prepared]) -> App:
 def without_cache(app: Any) -> Any:
     """Return an application with what its cache wraps in place of the wrapper, whatever stands
     around it."""
-    if isinstance(app, Wrapper):
+    if isinstance(app, CacheMiddleware):
         return app.app
     around = app
-    while not isinstance(around.app, Wrapper):
+    while not isinstance(around.app, CacheMiddleware):
         around = around.app
     around.app = around.app.app
     return app

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from respcache.ops.application import load
 from respcache.ops.bench.compare import (
     Address,
     Bench,
@@ -28,7 +29,6 @@ from respcache.ops.bench.processes import Cores, Failed
 from respcache.ops.cli.headers import read_headers
 from respcache.ops.cli.outcome import Failure, Status
 from respcache.ops.cli.output import Output
-from respcache.ops.target import load
 
 BUSY = 0.93
 """From here on whoever asks was the slower side."""
@@ -167,8 +167,8 @@ def _progress(out: Output) -> Iterator[Tell]:
 
 
 def _notes(lanes: Mapping[str, Any]) -> Iterator[str]:
-    for way, figures in lanes.items():
-        if any(cell["generator_busy"] >= BUSY for cell in figures.values()):
+    for way, counters in lanes.items():
+        if any(cell["generator_busy"] >= BUSY for cell in counters.values()):
             yield f"{LABELS[way]}: the load generator was the slower side at times, so its requests/s are a lower bound"
     if any(cell["hit_share"] < 1 for cell in lanes["with"].values()):
         share = min(cell["hit_share"] for cell in lanes["with"].values())
@@ -195,7 +195,7 @@ def _render(out: Output, document: Mapping[str, Any]) -> None:
             None if cell["cpu_us"] is None else f"{cell['cpu_us']:,.0f} us",
             f"{cell['hit_share']:.1%}" if way == "with" else None, cell["cpu_ratio"],
         )
-        for way, figures in document["lanes"].items() for count, cell in figures.items()
+        for way, counters in document["lanes"].items() for count, cell in counters.items()
     ]  # fmt: skip
     out.table(columns, sorted(rows, key=lambda row: row[1]))
     for count, ratio in document["with_against_without"].items():

@@ -7,15 +7,15 @@ from pathlib import Path
 from rich.text import Text
 
 from respcache.core.errors import ConfigurationError
+from respcache.ops.application import load
 from respcache.ops.cli.outcome import Failure, Status
 from respcache.ops.cli.output import Output
-from respcache.ops.doctor import Finding, Level, diagnose
-from respcache.ops.target import load
+from respcache.ops.doctor import Finding, Severity, diagnose
 
 MARKS = {
-    Level.OK: ("ok", "green"),
-    Level.WARNING: ("warning", "yellow"),
-    Level.FAULT: ("FAULT", "bold red"),
+    Severity.OK: ("ok", "green"),
+    Severity.WARNING: ("warning", "yellow"),
+    Severity.FAULT: ("FAULT", "bold red"),
 }
 
 
@@ -27,8 +27,8 @@ def run(out: Output, *, app: str | None, tables: str | None, schema: str) -> Sta
         )
     declared = _declared(app) if app is not None else _listed(tables)
     findings = diagnose(os.environ, schema=schema, tables=declared)
-    faults = sum(finding.level is Level.FAULT for finding in findings)
-    warnings = sum(finding.level is Level.WARNING for finding in findings)
+    faults = sum(finding.level is Severity.FAULT for finding in findings)
+    warnings = sum(finding.level is Severity.WARNING for finding in findings)
     document = {"faults": faults, "warnings": warnings, "findings": findings}
     out.emit(document, lambda: _render(out, findings, faults, warnings))
     return Status.FAILED if faults else Status.OK
@@ -64,7 +64,7 @@ def _render(out: Output, findings: Sequence[Finding], faults: int, warnings: int
             out.say(about, "bold")
         mark, style = MARKS[finding.level]
         out.say(Text.assemble("  ", (f"{mark:<8}", style), f" {finding.check:<15} ", finding.found))
-        if finding.level is not Level.OK:
+        if finding.level is not Severity.OK:
             out.say(Text.assemble(" " * 11, ("why   ", "dim"), finding.why))
             out.say(Text.assemble(" " * 11, ("mend  ", "dim"), (finding.mend, "cyan")))
     out.say()

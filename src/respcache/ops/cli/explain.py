@@ -107,8 +107,8 @@ def _render(out: Output, found: Document) -> None:
     for name in ("generation", "home"):
         if found[name] is not None:
             pairs += generation_pairs(found[name], name)
-    if found["fence"] is not None:
-        pairs.append(("fence", _fence(found["fence"])))
+    if found["lease"] is not None:
+        pairs.append(("lease", _lease(found["lease"])))
     if found["entry"] is not None:
         pairs += entry_pairs(found["entry"])
     if found["memory"] is not None:
@@ -126,13 +126,13 @@ def _caller(caller: Document) -> Pairs:
     return [("caller", who), ("sees", sees)]
 
 
-def _fence(fence: Document) -> Text:
-    if fence["alive"]:
+def _lease(lease: Document) -> Text:
+    if lease["alive"]:
         return Text.assemble(
-            ("alive", "green"), " for ", span(fence["left_s"]), ", age ", span(fence["age_s"])
+            ("alive", "green"), " for ", span(lease["left_s"]), ", age ", span(lease["age_s"])
         )
     return Text.assemble(
-        ("none", "bold red"), f": {fence['problem'] or 'no round has been completed yet'}"
+        ("none", "bold red"), f": {lease['problem'] or 'no round has been completed yet'}"
     )
 
 

@@ -91,22 +91,22 @@ def _problems(overview: Document) -> list[str]:
     if overview["tenant"] in overview["switches"]["tenants"]:
         found.append(f"tenant {overview['tenant']} is switched off")
     for process in overview["processes"]:
-        name, fence = f"{process['host']}:{process['pid']}", process["fence"]
+        name, lease = f"{process['host']}:{process['pid']}", process["lease"]
         if not process["enabled"] and not overview["switches"]["everything"]:
             found.append(f"{name} serves nothing from the cache: it was started with enabled=False")
         if not process["available"]:
             if overview["available"]:
                 found.append(f"{name} has no connection to the cache's server")
-        elif fence is not None and not fence["alive"]:
+        elif lease is not None and not lease["alive"]:
             found.append(
                 f"{name} has no fence, so serves nothing from the cache: "
-                f"{fence['problem'] or 'no round is completed yet'}"
+                f"{lease['problem'] or 'no round is completed yet'}"
             )
     unsound = {
         table
         for process in overview["processes"]
-        if process["fence"]
-        for table in process["fence"]["unsound_tables"]
+        if process["lease"]
+        for table in process["lease"]["unsound_tables"]
     }
     if unsound:
         found.append(
@@ -182,19 +182,19 @@ def _server(available: bool, server: Document | None) -> Text:
 
 
 def _process(process: Document) -> tuple[Any, ...]:
-    fence, audit = process["fence"], process["audit"]
+    lease, verifier = process["lease"], process["verifier"]
     return (
         f"{process['host']}:{process['pid']}", size(process["near_bytes"]), size(process["near_limit_bytes"]),
-        process["near_entries"], span(fence and fence["age_s"]), _waiting(fence), process["pending_tenants"], process["errors"],
-        audit and audit["audits"],
+        process["near_entries"], span(lease and lease["age_s"]), _waiting(lease), process["pending_tenants"], process["errors"],
+        verifier and verifier["audits"],
     )  # fmt: skip
 
 
-def _waiting(fence: Document | None) -> Any:
+def _waiting(lease: Document | None) -> Any:
     """Say how many rows of the outbox wait, and for how long the oldest."""
-    if fence is None or not fence["pending_rows"]:
-        return fence and fence["pending_rows"]
-    return Text.assemble(f"{fence['pending_rows']:,}, for ", span(fence["pending_s"]))
+    if lease is None or not lease["pending_rows"]:
+        return lease and lease["pending_rows"]
+    return Text.assemble(f"{lease['pending_rows']:,}, for ", span(lease["pending_s"]))
 
 
 def _row(row: Document) -> tuple[Any, ...]:

@@ -5,6 +5,6 @@ application to be mounted.
 """
 
 from respcache.ops.dashboard.app import Dashboard
-from respcache.ops.dashboard.gate import Gate, TooManyAttempts
+from respcache.ops.dashboard.auth import AuthBackend, TooManyAttempts
 
-__all__ = ["Dashboard", "Gate", "TooManyAttempts"]
+__all__ = ["AuthBackend", "Dashboard", "TooManyAttempts"]

@@ -15,30 +15,30 @@ from starlette.routing import Route
 
 from respcache.core.errors import (
     AccessRefused,
+    AuditLogUnavailable,
     InvalidOperation,
     NotFound,
-    NotTrailed,
     OperationError,
     StoreError,
 )
 from respcache.ops.access import Access
 from respcache.ops.admin import Admin
-from respcache.ops.dashboard.gate import Door, TooManyAttempts, Viewer
+from respcache.ops.dashboard.auth import Authenticator, TooManyAttempts, Viewer
 
 T = TypeVar("T")
-Answer = Callable[["Asked"], Awaitable[Any]]
+Answer = Callable[["ApiCall"], Awaitable[Any]]
 
 WORDS: dict[type[Exception], tuple[int, str]] = {
     NotFound: (404, "not-found"),
     AccessRefused: (403, "refused"),
     InvalidOperation: (400, "invalid"),
-    NotTrailed: (503, "not-trailed"),
+    AuditLogUnavailable: (503, "not-trailed"),
     StoreError: (503, "unavailable"),
 }
 """Status and word of what a method raises."""
 
 UNTOLD: dict[type[Exception], str] = {
-    NotTrailed: "the trail cannot be reached just now, and what cannot be written down is not done",
+    AuditLogUnavailable: "the trail cannot be reached just now, and what cannot be written down is not done",
     StoreError: "the cache's server cannot be asked just now",
 }
 """What is said in place of what servers say, which names hosts, to whoever does not reach all
@@ -92,7 +92,7 @@ class Me(msgspec.Struct):
     tenants: dict[str, str]
 
 
-class Asked:
+class ApiCall:
     """A request to the API by somebody who is known."""
 
     def __init__(self, request: Request, viewer: Viewer, body: bytes) -> None:
@@ -134,9 +134,9 @@ class Asked:
 class Api:
     """The methods, and where they are found below ``api/``."""
 
-    def __init__(self, admin: Admin, door: Door) -> None:
+    def __init__(self, admin: Admin, authenticator: Authenticator) -> None:
         self._admin = admin
-        self._door = door
+        self._authenticator = authenticator
 
     def routes(self) -> list[Route]:
         """Return the routes of the API."""
@@ -163,7 +163,7 @@ class Api:
             "feed": lambda a: self._admin.feed(
                 a.access, after=a.text("after") or "", tenant=a.tenant(), **a.number("limit")
             ),
-            "trail": lambda a: self._admin.trail(
+            "trail": lambda a: self._admin.audit_log(
                 a.access, tenant=a.tenant(), **a.number("limit"), **a.number("before")
             ),
             "switches": lambda a: self._admin.switches(a.access),
@@ -194,7 +194,7 @@ class Api:
         except msgspec.DecodeError as error:
             return say_no(400, "invalid", f"the body is not as it must be: {error}")
         try:
-            token = await self._door.sign_in(request, given.name, given.password)
+            token = await self._authenticator.sign_in(request, given.name, given.password)
         except TooManyAttempts as error:
             return say_no(
                 429, "too-many-attempts", str(error), {"retry-after": str(error.retry_after_s)}
@@ -207,11 +207,11 @@ class Api:
             )
         return answer_json({"token": token})
 
-    async def me(self, asked: Asked) -> Me:
+    async def me(self, asked: ApiCall) -> Me:
         """Say who asks."""
         return Me(asked.access, dict(asked.viewer.names))
 
-    async def explain(self, asked: Asked) -> Any:
+    async def explain(self, asked: ApiCall) -> Any:
         """Explain a request."""
         given = asked.body(ExplainRequest)
         return await self._admin.explain(
@@ -222,7 +222,7 @@ class Api:
             headers=given.headers,
         )
 
-    async def purge(self, asked: Asked) -> Any:
+    async def purge(self, asked: ApiCall) -> Any:
         """Purge, or count what would be."""
         given = asked.body(PurgeRequest)
         tenant = asked.viewer.tenant(given.tenant or "")
@@ -230,7 +230,7 @@ class Api:
             asked.access, tenant=tenant, module=given.module, key=given.key, dry_run=given.dry_run
         )
 
-    async def switch(self, asked: Asked) -> Any:
+    async def switch(self, asked: ApiCall) -> Any:
         """Switch off or on."""
         given = asked.body(SwitchRequest)
         tenant = asked.viewer.tenant(given.tenant or "")
@@ -240,13 +240,13 @@ class Api:
 
     def _answering(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
-            viewer = await self._door.by_bearer(request)
+            viewer = await self._authenticator.by_bearer(request)
             if viewer is None:
                 return say_no(
                     401, "unauthenticated", "A valid token is needed: Authorization: Bearer ..."
                 )
             try:
-                return answer_json(await answer(Asked(request, viewer, await request.body())))
+                return answer_json(await answer(ApiCall(request, viewer, await request.body())))
             except (OperationError, StoreError) as error:
                 return say_no(*refusal(error, viewer.access))
 

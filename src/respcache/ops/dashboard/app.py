@@ -17,12 +17,12 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from respcache.ops.admin import Admin
-from respcache.ops.dashboard.acts import Acts
+from respcache.ops.dashboard.actions import Actions
 from respcache.ops.dashboard.api import Api, say_no
-from respcache.ops.dashboard.gate import Door, Gate, GateAway
-from respcache.ops.dashboard.layout import Addresses, Pages
+from respcache.ops.dashboard.auth import AuthBackend, Authenticator, AuthUnavailable
+from respcache.ops.dashboard.layout import Addresses, PageRenderer
 from respcache.ops.dashboard.live import Live
-from respcache.ops.dashboard.pages import Looks
+from respcache.ops.dashboard.pages import Pages
 
 MAX_BODY = 64 * 1024
 
@@ -49,24 +49,24 @@ log = logging.getLogger("respcache")
 
 
 class Dashboard:
-    """Pages, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted
+    """PageRenderer, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted
     in an ASGI application."""
 
-    def __init__(self, admin: Admin, gate: Gate) -> None:
-        door, pages = Door(gate), Pages()
-        self._looks = Looks(admin, door, pages)
-        self._live = Live(admin, door, pages)
+    def __init__(self, admin: Admin, auth: AuthBackend) -> None:
+        authenticator, pages = Authenticator(auth), PageRenderer()
+        self._looks = Pages(admin, authenticator, pages)
+        self._live = Live(admin, authenticator, pages)
         self.routes: list[BaseRoute] = [
-            *Api(admin, door).routes(),
+            *Api(admin, authenticator).routes(),
             *self._live.routes(),
-            *Acts(admin, door, pages, self._looks).routes(),
+            *Actions(admin, authenticator, pages, self._looks).routes(),
             *self._looks.routes(),
         ]
         app = Starlette(
             routes=self.routes,
             exception_handlers={
                 HTTPException: self._refused,
-                GateAway: self._away,
+                AuthUnavailable: self._away,
                 Exception: self._failed,
             },
             max_body_size=MAX_BODY,

@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from respcache.ops.access import Access, Role
-from respcache.ops.dashboard import words
-from respcache.ops.dashboard.gate import THEME_COOKIE, Viewer
+from respcache.ops.dashboard import formatting as words
+from respcache.ops.dashboard.auth import THEME_COOKIE, Viewer
 
 THEMES = ("auto", "light", "dark")
 ASSETS = {
@@ -101,7 +101,7 @@ class Asset:
     media_type: str
 
 
-class Pages:
+class PageRenderer:
     """Makes pages from templates."""
 
     def __init__(self) -> None:

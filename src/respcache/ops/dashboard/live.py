@@ -21,8 +21,8 @@ from respcache.core.errors import OperationError, StoreError
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard import view
 from respcache.ops.dashboard.api import numbers, refusal, say_no
-from respcache.ops.dashboard.gate import Door, GateAway, Viewer
-from respcache.ops.dashboard.layout import Pages
+from respcache.ops.dashboard.auth import Authenticator, AuthUnavailable, Viewer
+from respcache.ops.dashboard.layout import PageRenderer
 from respcache.ops.figures import Row
 
 FIGURES_S = 2.0
@@ -38,15 +38,15 @@ EVENTS_AT_ONCE = 50
 log = logging.getLogger("respcache")
 
 Event = tuple[str, str]
-Step = Callable[[Viewer], Awaitable[list[Event]]]
+RelayStep = Callable[[Viewer], Awaitable[list[Event]]]
 
 
 class Live:
     """The streams."""
 
-    def __init__(self, admin: Admin, door: Door, pages: Pages) -> None:
+    def __init__(self, admin: Admin, authenticator: Authenticator, pages: PageRenderer) -> None:
         self._admin = admin
-        self._door = door
+        self._authenticator = authenticator
         self._pages = pages
         self.streams = 0
         self._closing = asyncio.Event()
@@ -54,7 +54,7 @@ class Live:
     def routes(self) -> list[BaseRoute]:
         """Return their routes."""
         return [
-            Route("/live", self.figures, methods=["GET"]),
+            Route("/live", self.counters, methods=["GET"]),
             Route("/live/feed", self.feed, methods=["GET"]),
         ]
 
@@ -62,7 +62,7 @@ class Live:
         """End all streams: for a server that shuts down."""
         self._closing.set()
 
-    async def figures(self, request: Request) -> Response:
+    async def counters(self, request: Request) -> Response:
         """Stream the figures of everything, or of a tenant (``tenant=``)."""
         return await self._stream(request, self._figures_of, FIGURES_S)
 
@@ -72,7 +72,7 @@ class Live:
 
     # -- what is said ------------------------------------------------------------------------------
 
-    def _figures_of(self, request: Request, viewer: Viewer) -> Step:
+    def _figures_of(self, request: Request, viewer: Viewer) -> RelayStep:
         tenant = viewer.tenant(request.query_params.get("tenant", "")) or viewer.access.tenant
         if tenant is not None:
             return self._tenant(tenant)
@@ -87,7 +87,7 @@ class Live:
 
         return step
 
-    def _tenant(self, tenant: str) -> Step:
+    def _tenant(self, tenant: str) -> RelayStep:
         before: tuple[float, Row] | None = None
 
         async def step(viewer: Viewer) -> list[Event]:
@@ -101,7 +101,7 @@ class Live:
 
         return step
 
-    def _feed_of(self, request: Request, viewer: Viewer) -> Step:
+    def _feed_of(self, request: Request, viewer: Viewer) -> RelayStep:
         tenant, after = (
             viewer.tenant(request.query_params.get("tenant", "")),
             request.query_params.get("after", ""),
@@ -126,9 +126,9 @@ class Live:
     # -- how it is said ----------------------------------------------------------------------------
 
     async def _stream(
-        self, request: Request, begin: Callable[[Request, Viewer], Step], every_s: float
+        self, request: Request, begin: Callable[[Request, Viewer], RelayStep], every_s: float
     ) -> Response:
-        viewer = await self._door.by_cookie(request)
+        viewer = await self._authenticator.by_cookie(request)
         if viewer is None:
             return say_no(401, "unauthenticated", "The session has ended")
         if self.streams >= MAX_STREAMS:
@@ -146,7 +146,7 @@ class Live:
         )
 
     async def _events(
-        self, request: Request, viewer: Viewer, step: Step, events: list[Event], every_s: float
+        self, request: Request, viewer: Viewer, step: RelayStep, events: list[Event], every_s: float
     ) -> AsyncIterator[str]:
         if self.streams >= MAX_STREAMS:  # others were let in while the first figures were read
             yield _event(("problem", _json({"message": TOO_MANY})))
@@ -159,7 +159,7 @@ class Live:
             while now() - began < MAX_S and not await self._closed_within(every_s):
                 if now() - asked > ASK_GATE_S:
                     asked = now()
-                    still = await self._door.by_cookie(request)
+                    still = await self._authenticator.by_cookie(request)
                     if still is None or still.access != viewer.access:
                         yield _event(("end", "{}"))
                         return
@@ -167,7 +167,7 @@ class Live:
                     yield "".join(map(_event, await step(viewer))) or ": nothing new\n\n"
                 except (OperationError, StoreError) as error:
                     yield _event(("problem", _json({"message": refusal(error, viewer.access)[2]})))
-        except GateAway:
+        except AuthUnavailable:
             return
         finally:
             self.streams -= 1

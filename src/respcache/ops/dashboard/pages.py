@@ -17,13 +17,14 @@ from starlette.routing import BaseRoute, Route
 
 from respcache.core.errors import OperationError, StoreError
 from respcache.ops.admin import Admin
-from respcache.ops.dashboard import charts, view, words
+from respcache.ops.dashboard import charts, view
+from respcache.ops.dashboard import formatting as words
 from respcache.ops.dashboard.api import numbers, refusal
-from respcache.ops.dashboard.gate import Door, Viewer
-from respcache.ops.dashboard.layout import Addresses, Pages, assets, fingerprint
+from respcache.ops.dashboard.auth import Authenticator, Viewer
+from respcache.ops.dashboard.layout import Addresses, PageRenderer, assets, fingerprint
 from respcache.ops.figures import Overview, Row
 from respcache.ops.search import Bucket
-from respcache.ops.stats import BOUNDS_S, Histogram
+from respcache.telemetry.stats import BOUNDS_S, Histogram
 
 TENANTS_A_PAGE = 50
 EVENTS_SHOWN = 100
@@ -48,12 +49,12 @@ TITLES = {
 Endpoint = Callable[[Request, Viewer], Awaitable[Response]]
 
 
-class Looks:
+class Pages:
     """The pages that are looked at."""
 
-    def __init__(self, admin: Admin, door: Door, pages: Pages) -> None:
+    def __init__(self, admin: Admin, authenticator: Authenticator, pages: PageRenderer) -> None:
         self._admin = admin
-        self._door = door
+        self._authenticator = authenticator
         self._pages = pages
 
     def routes(self) -> list[BaseRoute]:
@@ -68,7 +69,7 @@ class Looks:
             "/keys": self.keys,
             "/key": self.key,
             "/configuration": self.configuration,
-            "/trail": self.trail,
+            "/trail": self.audit_log,
         }
         return [
             Route("/static/{fingerprint}/{name}", self.asset, methods=["GET"]),
@@ -83,7 +84,7 @@ class Looks:
         what is refused gets a page."""
 
         async def respond(request: Request) -> Response:
-            viewer = await self._door.by_cookie(request)
+            viewer = await self._authenticator.by_cookie(request)
             if viewer is None:
                 return to_sign_in(request)
             try:
@@ -282,10 +283,10 @@ class Looks:
             request, "configuration.html", viewer=viewer, at="configuration", settings=settings
         )
 
-    async def trail(self, request: Request, viewer: Viewer) -> Response:
+    async def audit_log(self, request: Request, viewer: Viewer) -> Response:
         """Who did what."""
         before = numbers(request, "before").get("before")
-        acts = await self._admin.trail(viewer.access, limit=ACTS_A_PAGE + 1, before=before)
+        acts = await self._admin.audit_log(viewer.access, limit=ACTS_A_PAGE + 1, before=before)
         more = len(acts) > ACTS_A_PAGE
         return self._pages.page(
             request, "trail.html", viewer=viewer, at="trail", acts=acts[:ACTS_A_PAGE], more=more

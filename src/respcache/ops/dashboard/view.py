@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from respcache.ops.dashboard import words
+from respcache.ops.dashboard import formatting as words
 from respcache.ops.figures import Overview, Row
 from respcache.ops.fleet import BUCKET_S, Point, Process
 
@@ -124,7 +124,7 @@ def states(overview: Overview) -> list[State]:
         _breaker(overview.processes),
         _workers(overview),
         *_fences(overview.processes),
-        _audit(overview),
+        _verifier(overview),
     ]
 
 
@@ -252,17 +252,17 @@ def _workers(overview: Overview) -> State:
 
 
 def _fences(processes: Sequence[Process]) -> list[State]:
-    fences = [process.fence for process in processes if process.fence is not None]
+    fences = [process.lease for process in processes if process.lease is not None]
     if not fences:
         return []
     rows, oldest = (
-        max(fence.pending_rows for fence in fences),
-        max(fence.pending_s for fence in fences),
+        max(lease.pending_rows for lease in fences),
+        max(lease.pending_s for lease in fences),
     )
-    age = max((fence.age_s for fence in fences if fence.age_s is not None), default=None)
-    lost = [fence for fence in fences if not fence.alive]
+    age = max((lease.age_s for lease in fences if lease.age_s is not None), default=None)
+    lost = [lease for lease in fences if not lease.alive]
     problem = next(
-        (fence.problem for fence in lost if fence.problem), "nothing is served from the cache there"
+        (lease.problem for lease in lost if lease.problem), "nothing is served from the cache there"
     )
     waits = f"the oldest for {words.span(oldest)}" if rows else "none waits"
     bound = (
@@ -276,20 +276,20 @@ def _fences(processes: Sequence[Process]) -> list[State]:
             waits,
             "warn" if oldest > PENDING_S else "good",
         ),
-        State("fence", "Fence age", words.span(age), bound, "bad" if lost else "good"),
+        State("lease", "Fence age", words.span(age), bound, "bad" if lost else "good"),
     ]
 
 
-def _audit(overview: Overview) -> State:
-    audits = [process.audit for process in overview.processes if process.audit is not None]
+def _verifier(overview: Overview) -> State:
+    audits = [process.verifier for process in overview.processes if process.verifier is not None]
     made, found = (
-        sum(audit.audits for audit in audits),
-        sum(audit.stale + audit.leaks for audit in audits),
+        sum(verifier.audits for verifier in audits),
+        sum(verifier.stale + verifier.leaks for verifier in audits),
     )
     if not audits:
-        return State("audit", "Audit", "off", "no hit is made anew and compared")
+        return State("verifier", "Audit", "off", "no hit is made anew and compared")
     return State(
-        "audit",
+        "verifier",
         "Audit",
         f"{found} found" if found else "nothing found",
         f"{words.number(made)} hits compared",

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from respcache.core.keys import MIN_SECRET_BYTES
 from respcache.ops.acl import DATA_PLANE
 from respcache.ops.doctor import database, servers
-from respcache.ops.doctor.findings import Finding, Level, Report
+from respcache.ops.doctor.findings import DoctorReport, Finding, Severity
 from respcache.ops.doctor.secrets import is_default
 
-__all__ = ["Finding", "Level", "Report", "diagnose"]
+__all__ = ["DoctorReport", "Finding", "Severity", "diagnose"]
 
 NO_CACHE = "none"
 RANDOM = "python -c 'import secrets; print(secrets.token_hex(32))'"
@@ -24,8 +24,8 @@ def diagnose(
 
     Changes nothing. Raises nothing for what is broken: that is a finding.
     """
-    cache, memory, both = Report("cache"), Report("memory"), Report("servers")
-    stored, secret = Report("database"), Report("environment")
+    cache, memory, both = DoctorReport("cache"), DoctorReport("memory"), DoctorReport("servers")
+    stored, secret = DoctorReport("database"), DoctorReport("environment")
     url = environment.get("REDIS_CACHE_URL") or None
     served = None
     if url == NO_CACHE:
@@ -64,7 +64,7 @@ def diagnose(
     ]
 
 
-def check_secret(report: Report, secret: str | None) -> None:
+def check_secret(report: DoctorReport, secret: str | None) -> None:
     """Check the secret that keys the digests."""
     mend = f"export RESPCACHE_KEY=$({RANDOM}), the same in all processes"
     if secret is None:

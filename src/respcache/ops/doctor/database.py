@@ -12,12 +12,12 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from respcache.core.errors import OutboxError, OutboxMissing
-from respcache.core.fence import Page
-from respcache.ops.doctor.findings import Report
+from respcache.core.serving_lease import OutboxPage
+from respcache.ops.doctor.findings import DoctorReport
 from respcache.ops.doctor.secrets import is_default, is_local
-from respcache.ops.doctor.servers import SKEW_S, Server
+from respcache.ops.doctor.servers import SKEW_S, CheckedServer
 from respcache.writes.postgres import RETENTION_S, PostgresOutbox
-from respcache.writes.rounds import SAVE_CURSOR_S
+from respcache.writes.relay import SAVE_CURSOR_S
 from respcache.writes.triggers import EVENTS, FENCE, MIN_SERVER_VERSION, OUTBOX, function_name
 
 DEADLINE_S = 5.0
@@ -32,12 +32,12 @@ NEEDED = {OUTBOX: ("SELECT", "UPDATE", "DELETE", "INSERT"), FENCE: ("SELECT", "U
 
 
 async def examine(
-    report: Report,
+    report: DoctorReport,
     url: str | None,
     *,
     schema: str,
     tables: Collection[str] | None,
-    cache: Server | None,
+    cache: CheckedServer | None,
 ) -> None:
     """Check the database. ``tables`` are those that cached reads declare, None where nobody said.
     Some ten round trips."""
@@ -102,7 +102,7 @@ def _deadlines(url: URL) -> Mapping[str, Any]:
     return {"connect_timeout": int(DEADLINE_S)}
 
 
-async def _check_server(report: Report, connection: AsyncConnection, place: str) -> int:
+async def _check_server(report: DoctorReport, connection: AsyncConnection, place: str) -> int:
     before = time.time()
     row = (await connection.execute(text(_SERVER))).one()
     skew_s = row.now - (before + time.time()) / 2
@@ -136,7 +136,7 @@ async def _check_server(report: Report, connection: AsyncConnection, place: str)
     return int(row.number)
 
 
-def _check_access(report: Report, url: URL, encrypted: bool | None) -> None:
+def _check_access(report: DoctorReport, url: URL, encrypted: bool | None) -> None:
     local = is_local(url.host)
     if encrypted or local:
         report.ok("encryption", "TLS" if encrypted else "on this machine only")
@@ -156,7 +156,7 @@ def _check_access(report: Report, url: URL, encrypted: bool | None) -> None:
         report.ok("password", "not a well-known one")
 
 
-async def _check_outbox(report: Report, connection: AsyncConnection, schema: str) -> bool:
+async def _check_outbox(report: DoctorReport, connection: AsyncConnection, schema: str) -> bool:
     """Check that both tables are there, and whether this role may do with them what rounds do.
     False: they cannot be read."""
     given = {"schema": schema, "outbox": OUTBOX, "fence": FENCE}
@@ -172,7 +172,7 @@ async def _check_outbox(report: Report, connection: AsyncConnection, schema: str
         return False
     role = rows[0].role
     lacking = {
-        f'"{schema}".{row.name}': [one for one in NEEDED[row.name] if one not in row.granted]
+        f'"{schema}".{row.name}': [one for one in NEEDED[row.name] if one not in row.still_proven]
         for row in rows
     }
     grants = [
@@ -192,12 +192,12 @@ async def _check_outbox(report: Report, connection: AsyncConnection, schema: str
 
 
 async def _check_writes(
-    report: Report,
+    report: DoctorReport,
     outbox: PostgresOutbox,
     connection: AsyncConnection,
     schema: str,
     tables: Collection[str] | None,
-    cache: Server | None,
+    cache: CheckedServer | None,
 ) -> None:
     """Check what a round would read: fence, triggers, and what waits."""
     try:
@@ -221,7 +221,7 @@ async def _check_writes(
 
 
 async def _check_fence(
-    report: Report, outbox: PostgresOutbox, page: Page, cache: Server | None
+    report: DoctorReport, outbox: PostgresOutbox, page: OutboxPage, cache: CheckedServer | None
 ) -> None:
     """Check which server the fence names, and that the epoch in the cache is of this database."""
     left_s = await outbox.remaining_s()
@@ -231,21 +231,21 @@ async def _check_fence(
         else "not renewed: no process serves from the cache now"
     )
     if cache is None or not cache.identity:
-        report.ok("fence", running)
+        report.ok("lease", running)
     elif page.authority is None:
         why = "the first process that runs with the outbox takes it; until then nothing is cached"
-        report.warn("fence", "held by no server yet", why, "start the application")
+        report.warn("lease", "held by no server yet", why, "start the application")
     elif page.authority != cache.identity:
         say = report.fault if left_s > 0 else report.warn
         say(
-            "fence", f"names another server than REDIS_CACHE_URL, {running}",
+            "lease", f"names another server than REDIS_CACHE_URL, {running}",
             "what is served comes from the server that the fence names; this one is not used, or "
             "not yet after a restart",
             "set REDIS_CACHE_URL to the server that the application uses, or start the "
             "application on this one",
         )  # fmt: skip
     else:
-        report.ok("fence", f"names this cache, {running}")
+        report.ok("lease", f"names this cache, {running}")
     if (
         cache is not None
         and cache.epoch is not None
@@ -264,9 +264,9 @@ async def _check_fence(
 
 
 async def _check_triggers(
-    report: Report,
+    report: DoctorReport,
     connection: AsyncConnection,
-    page: Page,
+    page: OutboxPage,
     schema: str,
     tables: Collection[str] | None,
 ) -> None:
@@ -322,12 +322,12 @@ def _why_unsound(table: str, row: Any, schema: str) -> tuple[str, str]:
 
 
 async def _check_backlog(
-    report: Report,
+    report: DoctorReport,
     outbox: PostgresOutbox,
     connection: AsyncConnection,
-    page: Page,
+    page: OutboxPage,
     schema: str,
-    cache: Server | None,
+    cache: CheckedServer | None,
 ) -> None:
     """Check that what is written is read, and that what was read is deleted in the end."""
     rows = (await connection.execute(text(_OUTBOX.format(table=f'"{schema}".{OUTBOX}')))).one()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Level(StrEnum):
+class Severity(StrEnum):
     """How bad it is."""
 
     OK = "ok"
@@ -20,14 +20,14 @@ class Finding:
 
     about: str
     check: str
-    level: Level
+    level: Severity
     found: str
     why: str = ""
     mend: str = ""
     """The exact command, or what to change where."""
 
 
-class Report:
+class DoctorReport:
     """Collects the findings about one thing."""
 
     def __init__(self, about: str) -> None:
@@ -36,12 +36,12 @@ class Report:
 
     def ok(self, check: str, found: str) -> None:
         """Say that all is well."""
-        self.findings.append(Finding(self.about, check, Level.OK, found))
+        self.findings.append(Finding(self.about, check, Severity.OK, found))
 
     def warn(self, check: str, found: str, why: str, mend: str) -> None:
         """Say what works, but not as it should."""
-        self.findings.append(Finding(self.about, check, Level.WARNING, found, why, mend))
+        self.findings.append(Finding(self.about, check, Severity.WARNING, found, why, mend))
 
     def fault(self, check: str, found: str, why: str, mend: str) -> None:
         """Say what is broken or unsafe."""
-        self.findings.append(Finding(self.about, check, Level.FAULT, found, why, mend))
+        self.findings.append(Finding(self.about, check, Severity.FAULT, found, why, mend))

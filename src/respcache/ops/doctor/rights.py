@@ -6,11 +6,11 @@ from typing import Any
 import redis
 from redis.exceptions import NoPermissionError
 
-from respcache.ops.acl import Probe, Role
-from respcache.ops.doctor.findings import Report
+from respcache.ops.acl import AclRole, Probe
+from respcache.ops.doctor.findings import DoctorReport
 
 
-def check(report: Report, client: redis.Redis, role: Role, *, user: str) -> None:
+def check(report: DoctorReport, client: redis.Redis, role: AclRole, *, user: str) -> None:
     """Say what this user lacks of the role's rights. A round trip for each."""
     lacking = [right for probe in role.probes() if (right := _lacking(client, probe)) is not None]
     if not lacking:

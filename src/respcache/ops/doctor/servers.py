@@ -18,9 +18,9 @@ from redis.retry import Retry
 from respcache.core.epochs import Epoch, decode_epoch
 from respcache.core.errors import ConfigurationError
 from respcache.core.keys import EPOCH_KEY
-from respcache.ops.acl import Role
+from respcache.ops.acl import AclRole
 from respcache.ops.doctor import rights
-from respcache.ops.doctor.findings import Report
+from respcache.ops.doctor.findings import DoctorReport
 from respcache.ops.doctor.secrets import is_default, is_local
 from respcache.resp.url import ServerURL
 
@@ -32,7 +32,7 @@ EVICTS = ("allkeys-", "volatile-")
 
 
 @dataclass
-class Server:
+class CheckedServer:
     """What a server said of itself. ``config`` is None where this user may not ask."""
 
     variable: str
@@ -70,8 +70,13 @@ class Server:
 
 
 def examine(
-    report: Report, url: str | None, *, variable: str, memory: bool, role: Role | None = None
-) -> Server | None:
+    report: DoctorReport,
+    url: str | None,
+    *,
+    variable: str,
+    memory: bool,
+    role: AclRole | None = None,
+) -> CheckedServer | None:
     """Check one server; return what it said, or None where it could not be asked. A handful of
     round trips."""
     if url is None:
@@ -101,7 +106,9 @@ def examine(
         return server
 
 
-def compare(report: Report, cache: Server | None, memory: Server | None) -> bool:
+def compare(
+    report: DoctorReport, cache: CheckedServer | None, memory: CheckedServer | None
+) -> bool:
     """Check that the two servers are two; return whether they are one."""
     if cache is None or memory is None or cache.info.get("run_id") is None:
         return False
@@ -125,7 +132,7 @@ def compare(report: Report, cache: Server | None, memory: Server | None) -> bool
     return True
 
 
-def _unset(report: Report, variable: str, *, memory: bool) -> None:
+def _unset(report: DoctorReport, variable: str, *, memory: bool) -> None:
     if memory:
         report.ok("reachable", f"{variable} is not set: no agent memory to check")
     else:
@@ -140,7 +147,7 @@ def _unset(report: Report, variable: str, *, memory: bool) -> None:
 
 @contextmanager
 def _connected(
-    report: Report, url: str, parsed: ServerURL, variable: str
+    report: DoctorReport, url: str, parsed: ServerURL, variable: str
 ) -> "Iterator[redis.Redis | None]":
     """Connect and log in, or say why that failed."""
     why = (
@@ -189,14 +196,14 @@ def _client(url: str) -> redis.Redis:
     )
 
 
-def _ask(variable: str, url: ServerURL, client: redis.Redis) -> Server:
+def _ask(variable: str, url: ServerURL, client: redis.Redis) -> CheckedServer:
     info: Any = {}
     config: Any = None
     with suppress(redis.ResponseError):
         info = client.info()
     with suppress(redis.ResponseError):
         config = client.config_get("*")
-    return Server(variable, url, info, config, _skew_s(client))
+    return CheckedServer(variable, url, info, config, _skew_s(client))
 
 
 def _skew_s(client: redis.Redis) -> float:
@@ -222,7 +229,7 @@ def _kind(info: Mapping[str, Any]) -> str:
     return "Valkey" if info.get("server_name") == "valkey" or "valkey_version" in info else "Redis"
 
 
-def _check_version(report: Report, server: Server) -> None:
+def _check_version(report: DoctorReport, server: CheckedServer) -> None:
     number = tuple(int(part) for part in server.version.split(".")[:2] if part.isdigit())
     if number >= OLDEST_VERSION:
         report.ok("version", server.version)
@@ -235,7 +242,7 @@ def _check_version(report: Report, server: Server) -> None:
         )
 
 
-def _check_role(report: Report, server: Server) -> None:
+def _check_role(report: DoctorReport, server: CheckedServer) -> None:
     role = server.info.get("role")
     if role == "slave":
         master = f"{server.info.get('master_host')}:{server.info.get('master_port')}"
@@ -256,7 +263,7 @@ def _check_role(report: Report, server: Server) -> None:
         report.ok("role", f"primary with {server.info.get('connected_slaves', 0)} replicas")
 
 
-def _check_eviction(report: Report, server: Server, *, memory: bool) -> None:
+def _check_eviction(report: DoctorReport, server: CheckedServer, *, memory: bool) -> None:
     policy, limit = (
         str(server.info.get("maxmemory_policy", "")),
         int(server.info.get("maxmemory", 0)),
@@ -284,7 +291,7 @@ def _check_eviction(report: Report, server: Server, *, memory: bool) -> None:
         report.warn("maxmemory", "no limit", why, server.sets("maxmemory", "512mb"))
 
 
-def _check_persistence(report: Report, server: Server, *, memory: bool) -> None:
+def _check_persistence(report: DoctorReport, server: CheckedServer, *, memory: bool) -> None:
     aof = bool(server.info.get("aof_enabled"))
     points = (server.config or {}).get("save")
     on = [*(["append-only file"] if aof else []), *([f"snapshots ({points})"] if points else [])]
@@ -307,7 +314,7 @@ def _check_persistence(report: Report, server: Server, *, memory: bool) -> None:
         report.ok("persistence", " and ".join(on) or "off")
 
 
-def _check_encryption(report: Report, server: Server, variable: str) -> None:
+def _check_encryption(report: DoctorReport, server: CheckedServer, variable: str) -> None:
     if server.url.tls is not None or is_local(server.url.path or server.url.host):
         report.ok("encryption", "TLS" if server.url.tls else "on this machine only")
     else:
@@ -320,7 +327,7 @@ def _check_encryption(report: Report, server: Server, variable: str) -> None:
         )
 
 
-def _check_password(report: Report, server: Server, variable: str) -> None:
+def _check_password(report: DoctorReport, server: CheckedServer, variable: str) -> None:
     """A fault where others can reach the server, a warning on this machine."""
     say = report.warn if is_local(server.url.path or server.url.host) else report.fault
     if _is_open(server.url):
@@ -357,7 +364,7 @@ def _is_open(url: ServerURL) -> bool:
     return True
 
 
-def _check_connections(report: Report, server: Server) -> None:
+def _check_connections(report: DoctorReport, server: CheckedServer) -> None:
     config = server.config
     if config is None:
         report.warn(
@@ -401,7 +408,7 @@ def _buffers(text: str) -> dict[str, int]:
     return {words[at]: int(words[at + 1]) for at in range(0, len(words) - 3, 4)}
 
 
-def _check_clock(report: Report, server: Server) -> None:
+def _check_clock(report: DoctorReport, server: CheckedServer) -> None:
     if abs(server.skew_s) <= SKEW_S:
         report.ok("clock", f"{server.skew_s:+.1f} s from here")
     else:

@@ -1,0 +1,1 @@
+"""Demo data, and the demo: traffic, outages, a check of every response."""

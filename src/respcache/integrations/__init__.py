@@ -1,0 +1,1 @@
+"""Optional parts that need another library: uvicorn, Prometheus, OpenTelemetry."""

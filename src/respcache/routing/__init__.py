@@ -1,0 +1,1 @@
+"""Which routes there are, and which of them are cached."""
