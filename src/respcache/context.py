@@ -1,14 +1,13 @@
-"""What happens in the database on behalf of one request: the link between the ASGI wrapper and the
-engine hooks.
+"""The exchange: one request, and what happens in the database on its behalf.
 
-The wrapper puts a mutable ``Exchange`` into a context variable before it calls the application. Child
-tasks and threads see the same object (a value set by them would not come back, a change to the
-object does). It owns no I/O.
+It links the middleware to the database hooks. The middleware puts the exchange into a context
+variable before it calls the application. Child tasks and threads see the same object: a value that
+they set in the variable would not come back, but a change to the object does. No I/O.
 """
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,22 +16,35 @@ from respcache.core.identity import Scope
 from respcache.core.serving_lease import Ack, Outcome
 from respcache.core.tokens import ConsistencyToken, both
 
+Message = MutableMapping[str, Any]
+AsgiScope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
+
 _ticks = itertools.count(1)
 _BY_SEVERITY = tuple(Outcome)
 
 
 def tick() -> int:
-    """Return the next number of a process-wide order, for "began before": no clock, so no ties and
-    no steps."""
+    """Return the next number of a process-wide order. It is no clock: it has no ties or steps."""
     return next(_ticks)
+
+
+async def _no_receive() -> Message:
+    raise RuntimeError("this exchange has no request body")
+
+
+async def _no_send(message: Message) -> None:
+    raise RuntimeError("this exchange has no client")
 
 
 @dataclass(slots=True, eq=False)
 class ReadSet:
-    """What the database hooks saw while a response was being made to be stored.
+    """What the database hooks saw while a response or value was made to be stored.
 
-    ``tenant`` is whose it is; ``modules`` are those of values that it was made of and that nothing
-    but their module invalidates.
+    ``tenant`` is the tenant that it belongs to. ``modules`` are those of the values in it that only
+    an invalidation of their module reaches.
     """
 
     tenant: str | None = None
@@ -45,42 +57,46 @@ class ReadSet:
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """One request, from the moment the wrapper took it. ``open`` holds transactions with
-    uncommitted changes.
+    """One request from its arrival to its response. Created once per request.
 
-    ``sent`` is the token that it brought, ``token`` the one for its answer: None where it has
-    bumped nothing.
+    ``asgi_scope``, ``receive`` and ``send`` are ASGI's; ``scope`` is what the caller may see.
+    ``client_token`` is the consistency token that the request brought, ``token`` the one that its
+    response returns: None if the request bumped nothing. ``open_transactions`` have uncommitted
+    changes.
     """
 
+    asgi_scope: AsgiScope = field(default_factory=dict)
+    receive: Receive = _no_receive
+    send: Send = _no_send
     scope: Scope | None = None
-    sent: ConsistencyToken | None = None
+    client_token: ConsistencyToken | None = None
     token: ConsistencyToken | None = None
     reads: ReadSet | None = None
     wrote: bool = False
-    open: set[Any] = field(default_factory=set)
+    open_transactions: set[Any] = field(default_factory=set)
     sessions: list[Any] = field(default_factory=list)
     bumps: list[asyncio.Future[Ack]] = field(default_factory=list)
     outcome: Outcome = Outcome.CONFIRMED
-    request: Mapping[str, Any] | None = None
-    """The ASGI scope, for the feed."""
 
     def nested(self, tenant: str) -> "Exchange":
-        """Begin the fill of a value of a tenant within this request: its own reads, the same
-        transactions and bumps."""
+        """Begin the fill of a tenant's value within this request.
+
+        It has its own reads, and shares transactions and bumps.
+        """
         alive = [session for session in (begun() for begun in self.sessions) if session is not None]
-        # objects read before the capture, given out again
-        held = any(len(session.identity_map) > 0 for session in alive)
+        # a session may return objects again that it loaded before the certificate was captured
+        loaded = any(len(session.identity_map) > 0 for session in alive)
         return Exchange(
+            asgi_scope=self.asgi_scope,
             scope=self.scope,
-            reads=ReadSet(tenant, old_snapshot=held),
-            open=self.open,
+            reads=ReadSet(tenant, old_snapshot=loaded),
+            open_transactions=self.open_transactions,
             sessions=self.sessions,
             bumps=self.bumps,
-            request=self.request,
         )
 
     def absorb(self, inner: "Exchange") -> None:
-        """Take over what a nested fill did: what it read and wrote, this request read and wrote."""
+        """Add what a nested fill read and wrote to this request."""
         self.wrote |= inner.wrote
         self.note(Ack(inner.outcome, inner.token))
         if self.reads is not None and inner.reads is not None:
@@ -90,42 +106,40 @@ class Exchange:
             self.reads.old_snapshot |= inner.reads.old_snapshot
 
     async def settle(self) -> None:
-        """Wait until every write of this request so far may be acknowledged; remember what its
-        answer has to say.
+        """Wait until every write of this request so far may be acknowledged.
 
-        Who is cancelled meanwhile takes no bump along, and whoever settles at the same time waits
-        for it too.
+        Cancelling one waiter does not cancel the bump, and other waiters still wait for it.
         """
         while self.bumps:
-            sent = self.bumps[0]
-            await asyncio.wait([sent])
-            if self.bumps and self.bumps[0] is sent:
+            bump = self.bumps[0]
+            await asyncio.wait([bump])
+            if self.bumps and self.bumps[0] is bump:
                 self.bumps.pop(0)
-            self.note(sent.result())
+            self.note(bump.result())
 
     def note(self, ack: Ack) -> None:
-        """Remember the worst of what became of this request's invalidations, and one token for all
-        of them."""
+        """Keep the worst outcome of this request's invalidations, and one token for all of them."""
         if _BY_SEVERITY.index(ack.outcome) > _BY_SEVERITY.index(self.outcome):
             self.outcome = ack.outcome
         self.token = both(self.token, ack.token)
 
 
-current: ContextVar[Exchange | None] = ContextVar("respcache_record", default=None)
+current: ContextVar[Exchange | None] = ContextVar("respcache_exchange", default=None)
 cause: ContextVar[str | None] = ContextVar("respcache_cause", default=None)
-"""Why something is invalidated, where it is not the request's work: for the feed."""
+"""Why something is invalidated if the current request is not the reason. Shown in the feed."""
 
 
 def bind_scope(scope: Scope) -> None:
-    """Tell the wrapper which scope a handler resolved itself: the tenant that ``invalidate_cache``
-    then invalidates."""
+    """Report the scope that a handler resolved itself. ``invalidate_cache`` uses its tenant."""
     exchange = current.get()
     if exchange is not None:
         exchange.scope = scope
 
 
 def current_scope() -> Scope | None:
-    """Return the scope that the wrapper resolved for the request being handled, or None where it
-    did not (writes, bypasses)."""
+    """Return the scope of the request that is being handled, if the middleware resolved it.
+
+    None for writes and bypasses.
+    """
     exchange = current.get()
     return None if exchange is None else exchange.scope

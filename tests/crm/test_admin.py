@@ -52,8 +52,8 @@ class Ground:
             page = await self.admin.keys(self.root, tenant=tenant, module="leads")
             self.key[tenant] = page.keys[0].key
             await self.admin.purge(self.root, tenant=tenant, module="contacts")
-            self.crm.cache.verifier.findings.append(finding(tenant))
-            self.crm.cache._invalidator._pending[tenant] = 1
+            self.crm.cache.runtime.verifier.findings.append(finding(tenant))
+            self.crm.cache.runtime.invalidator._pending[tenant] = 1
         await self.admin.switch(self.root, off=True, tenant=self.globex)
         async with asyncio.timeout(20):
             while len((await self.admin.feed(self.root)).events) < 4:
@@ -164,7 +164,7 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
     (row,) = [row for row in await ground.admin.routes(ground.root) if row.name == "/api/leads"]
     assert (row.module, row.kind, row.level, row.ttl_s) == ("leads", "list", "strict", 180)
     assert row.fill_mean_s is not None
-    ground.crm.cache._invalidator._pending.clear()
+    ground.crm.cache.runtime.invalidator._pending.clear()
     for name, deed in (
         deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)
     ).items():
@@ -191,7 +191,7 @@ async def test_a_viewer_sees_everything_and_does_nothing(ground: Ground) -> None
 
 async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground: Ground) -> None:
     """Trailed under that name; the others notice nothing."""
-    ground.crm.cache._invalidator._pending.clear()
+    ground.crm.cache.runtime.invalidator._pending.clear()
     await ground.admin.switch(ground.root, off=False, tenant=ground.globex)
     for name, deed in deeds(ground, ground.acme, ground.key[ground.acme]).items():
         if name == "reveal":
@@ -216,8 +216,8 @@ async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground:
 async def test_an_operator_of_a_tenant_does_nothing_that_concerns_others(ground: Ground) -> None:
     """Another tenant is not found, whether it exists or not; what is for all is refused."""
     audit_log = await ground.admin.audit_log(ground.root)
-    assert ground.crm.cache.switches is not None
-    off = ground.crm.cache.switches.off
+    assert ground.crm.cache.runtime.switches is not None
+    off = ground.crm.cache.runtime.switches.off
     for tenant, key in (
         (ground.globex, ground.key[ground.globex]),
         ("nobody", ground.key[ground.globex].replace(ground.globex, "nobody")),
@@ -230,7 +230,7 @@ async def test_an_operator_of_a_tenant_does_nothing_that_concerns_others(ground:
         with pytest.raises(AccessRefused, match="all tenants"):
             await deed(ground.abe)
     assert await ground.admin.audit_log(ground.root) == audit_log
-    assert ground.crm.cache.switches.off == off
+    assert ground.crm.cache.runtime.switches.off == off
 
 
 @pytest.mark.parametrize("role", ["abe", "max"])
@@ -292,7 +292,7 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     ground: Ground, module: str | None
 ) -> None:
     """And who did it is trailed."""
-    ground.crm.cache._invalidator._pending.clear()
+    ground.crm.cache.runtime.invalidator._pending.clear()
     said = await ground.admin.switch(ground.root, off=True, module=module)
     assert said.told
     assert (said.everything, said.modules, said.enabled) == (

@@ -35,8 +35,8 @@ async def psql(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 def audit_of(crm: Crm) -> Verifier:
-    assert crm.cache.verifier is not None
-    return crm.cache.verifier
+    assert crm.cache.runtime.verifier is not None
+    return crm.cache.runtime.verifier
 
 
 @asynccontextmanager
@@ -144,7 +144,7 @@ async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
 
 async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm) -> None:
     """The writer's and the rounds' alike, while everybody writes. At default settings."""
-    store, relay = crm.cache.store, crm.cache.relay
+    store, relay = crm.cache.store, crm.cache.runtime.relay
     assert store is not None
     assert relay is not None
     await crm.save(*(crm.account("acme", f"Acorn {number}") for number in range(5)))
@@ -192,14 +192,14 @@ async def test_after_a_round_what_was_committed_before_is_bumped(
     crm: Crm, psql: asyncpg.Connection
 ) -> None:
     """That is what a suspicion waits for."""
-    assert crm.cache.relay is not None
+    assert crm.cache.runtime.relay is not None
     await crm.save(crm.account("acme", "Acorn"))
     abe = crm.as_user("abe")
     for _ in range(2):
         answer = await abe.get("/api/accounts")
     assert "; hit" in answer.headers["cache-status"]
     await psql.execute(RENAME, crm.tenants["acme"].id, "Oak")
-    await crm.cache.relay.caught_up()
+    await crm.cache.runtime.relay.caught_up()
     answer = await abe.get("/api/accounts")
     assert "Oak" in answer.text
     assert "fwd=stale" in answer.headers["cache-status"]

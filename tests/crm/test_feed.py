@@ -118,10 +118,10 @@ async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
                 "INSERT INTO tasks (id, tenant_id, description) VALUES (gen_random_uuid(), $1, $2)"
             )
             await psql.execute(insert, crm.tenants["globex"].id, f"task {number}")
-            await asyncio.wait_for(crm.cache.relay.caught_up(), 20)
+            await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 20)
             await asyncio.wait_for(other.relay.caught_up(), 20)
             await crm.as_user("abe").post("/api/leads", json=NEW["leads"])
-            await asyncio.wait_for(crm.cache.relay.caught_up(), 20)
+            await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 20)
             await asyncio.wait_for(other.relay.caught_up(), 20)
         events = await caused(admin_of(crm), "outbox", 5)
         assert all(
@@ -167,7 +167,7 @@ async def test_what_the_audit_finds_is_told(crm: Crm, psql: asyncpg.Connection) 
         await psql.execute(
             "DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id_if_assigned()"
         )
-    verifier = crm.cache.verifier
+    verifier = crm.cache.runtime.verifier
     assert verifier is not None
 
     async def found() -> bool:
@@ -380,6 +380,6 @@ async def test_a_report_that_fails_fails_no_write(crm: Crm) -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    crm.cache._invalidator.told = broken
+    crm.cache.runtime.invalidator.told = broken
     answer = await crm.as_user("abe").post("/api/leads", json=NEW["leads"])
     assert (answer.status_code, answer.headers.get("x-cache-invalidation")) == (201, None)

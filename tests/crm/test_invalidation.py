@@ -270,7 +270,7 @@ async def walk(crm: Crm, write: Write) -> tuple[set[str], set[str], set[str]]:
         assert hit(before[read]), f"{read}: {status(before[read])}, {crm.cache.stats()['fence']}"
     await write(crm, ids)
     after = {read: await http.get(path.format(**ids)) for read, path in READS.items()}
-    crm.cache.switches.everything = True
+    crm.cache.runtime.switches.everything = True
     truth = {read: await http.get(path.format(**ids)) for read, path in READS.items()}
     wrong = {
         read

@@ -70,7 +70,7 @@ async def test_the_watched_tables_are_those_that_the_running_application_depends
     crm: Crm,
 ) -> None:
     """A route that declares its tables elsewhere than in ``crm/caching.py`` shows here."""
-    assert {*crm.cache.tables, *crm.cache.resolver.tables} == set(TABLES)
+    assert {*crm.cache.registry.tables, *crm.cache.resolver.tables} == set(TABLES)
 
 
 def test_hooks_and_triggers_name_the_same_tenants(database_url: str) -> None:

@@ -369,16 +369,16 @@ async def test_a_purge_of_a_key_deletes_it_everywhere(stored: Stored, valkey_url
     )
     await other.connect()
     assert other.near is not None
-    assert stored.crm.cache.near is not None
-    other.near.put(key, stored.crm.cache.near.peek(key), size_bytes=100)  # type: ignore[arg-type]
-    other.near.put(key + "x", stored.crm.cache.near.peek(key), size_bytes=100)  # type: ignore[arg-type]
+    assert stored.crm.cache.runtime.near is not None
+    other.near.put(key, stored.crm.cache.runtime.near.peek(key), size_bytes=100)  # type: ignore[arg-type]
+    other.near.put(key + "x", stored.crm.cache.runtime.near.peek(key), size_bytes=100)  # type: ignore[arg-type]
     purge = await stored.admin.purge(ROOT, key=key)
     assert (purge.tenant, purge.entries, purge.confirmed) == (stored.acme, 1, True)
     async with asyncio.timeout(20):
         while key in other.near:
             await asyncio.sleep(0.01)
     assert key + "x" in other.near
-    assert key not in stored.crm.cache.near
+    assert key not in stored.crm.cache.runtime.near
     assert not hit(await stored.crm.as_user("abe").get("/api/leads"))
     assert hit(await stored.crm.as_user("abe").get("/api/contacts"))
     await other.close()
@@ -425,8 +425,8 @@ async def test_a_store_in_memory_is_searched_too() -> None:
     assert (await admin.purge(ROOT, tenant="t", dry_run=True)).entries == 3
     assert (await admin.inspect(ROOT, keys[0])).held
     assert (await admin.purge(ROOT, key=keys[0])).entries == 1
-    assert cache.near is not None
-    assert keys[0] not in cache.near
+    assert cache.runtime.near is not None
+    assert keys[0] not in cache.runtime.near
     assert len((await admin.keys(ROOT)).keys) == 2
     await cache.get_or_set("t", "words", {}, make)
     await asyncio.sleep(0)

@@ -103,7 +103,7 @@ async def test_the_number_of_statements_does_not_depend_on_the_number_of_rows(
     method, path = request_line.split(" ")
     body = {"ids": ids["ids"]} if "bulk" in path else BODIES.get(method, {})
     http = crm.as_user("ann")
-    crm.cache.switches.everything = True
+    crm.cache.runtime.switches.everything = True
     await http.get("/api/auth/me")  # the connection's first statements are its own
     with counting(crm) as identity:
         await http.get("/api/auth/me")

@@ -31,9 +31,9 @@ pytestmark = pytest.mark.anyio
 async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
     """The cache being away is said and is no failure."""
     http = crm.as_user(None)
-    assert crm.cache.relay is not None
+    assert crm.cache.runtime.relay is not None
     async with asyncio.timeout(60):
-        await crm.cache.relay.caught_up()  # with what made these people
+        await crm.cache.runtime.relay.caught_up()  # with what made these people
     assert (await http.get("/api/system/status")).json()["data"]["up"] is True
     health = (await http.get("/api/system/health")).json()["data"]
     assert 0 <= health.pop("fence_age_s") < 3600

@@ -58,9 +58,9 @@ async def test_rounds_that_a_request_began_are_not_its_own(crm: Crm) -> None:
     spans, tracers = InMemorySpanExporter(), TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(spans))
     otel.instrument(crm.cache, tracer_provider=tracers)
-    assert crm.cache.relay is not None
+    assert crm.cache.runtime.relay is not None
     with tracers.get_tracer("server").start_as_current_span("GET"):
-        with crm.cache.relay.tracing.invalidation(tenants=1, cause="outbox"):
+        with crm.cache.runtime.relay.tracing.invalidation(tenants=1, cause="outbox"):
             assert trace.get_current_span().get_span_context().is_valid
     (found,) = [span for span in spans.get_finished_spans() if span.name == "invalidate"]
     assert found.parent is None

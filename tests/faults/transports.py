@@ -69,7 +69,7 @@ class Points:
 
     def put_into(self, cache: Cache) -> None:
         """Replace the methods by which this cache passes the points."""
-        store, relay = cache.store, cache.relay
+        store, relay = cache.store, cache.runtime.relay
         assert store is not None
         assert relay is not None
         committed, bump, page, put = cache.committed, store.bump, relay.outbox.page, store.put
@@ -278,4 +278,8 @@ class Below(OverHttp):
 
 
 def _alarms(cache: Cache) -> list[str]:
-    return [] if cache.verifier is None else [str(finding) for finding in cache.verifier.findings]
+    return (
+        []
+        if cache.runtime.verifier is None
+        else [str(finding) for finding in cache.runtime.verifier.findings]
+    )

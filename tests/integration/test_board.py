@@ -201,8 +201,8 @@ async def test_a_process_says_how_it_is(valkey_url: str) -> None:
         publisher=publisher,
         near_bytes=1_000_000,
     )
-    assert cache.verifier is not None
-    cache.verifier.findings.append(finding)
+    assert cache.runtime.verifier is not None
+    cache.runtime.verifier.findings.append(finding)
     await publisher.publish()
     found = await reader.fleet()
     (process,) = found.processes

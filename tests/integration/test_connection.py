@@ -736,7 +736,7 @@ async def test_a_busy_event_loop_does_not_condemn_a_live_server(meet: Meet) -> N
     waiting = asking(connection, ("GET", "k"), deadline_s=0.05)
     await peer.heard_commands(1)
     peer.say(bulk(b"v"))  # written to the socket at once: it is in our kernel before we block
-    time.sleep(0.15)  # noqa: ASYNC251 - the stimulus: a handler that blocks the loop
+    time.sleep(0.15)
     assert await waiting == [b"v"]
     assert (lost, connection.timeouts) == ([], 0)
 
@@ -779,7 +779,7 @@ async def test_a_tick_that_is_kept_busy_does_not_use_up_the_deadline(listen: Any
     peer, url = await listen(greeting())
     async with connected(url) as connection:
         waiting = connection.request([("GET", "k")], deadline_s=0.1)
-        time.sleep(0.2)  # noqa: ASYNC251 - the stimulus: the rest of the tick takes longer than the deadline
+        time.sleep(0.2)
         await peer.heard_commands(1)
         await asyncio.sleep(0.03)
         peer.say(bulk(b"v"))
@@ -1005,7 +1005,7 @@ async def test_a_server_that_does_not_read_cannot_fill_our_memory(
     peer, connection = await meet()
     peer.connections[-1].transport.pause_reading()  # type: ignore[attr-defined]
     accepted = 0
-    with pytest.raises(StoreUnavailable, match="too many"):  # noqa: PT012 - how much the kernel takes is not ours to say
+    with pytest.raises(StoreUnavailable, match="too many"):
         while accepted < 100:
             connection.send([("SET", "k", b"x" * 1_000_000)])
             accepted += 1

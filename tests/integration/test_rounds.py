@@ -99,8 +99,8 @@ class Process:
 
     @property
     def relay(self) -> OutboxRelay:
-        assert self.cache.relay is not None
-        return self.cache.relay
+        assert self.cache.runtime.relay is not None
+        return self.cache.runtime.relay
 
     async def names(self) -> list[str]:
         names: list[str] = (await self.http.get("/things")).json()
@@ -492,7 +492,7 @@ async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(
     one.relay.lease = type(one.relay.lease)(one.relay.lease.server, one.relay.clock() + 3600)
     await one.stop_rounds()
     late = 0.0
-    one.relay.clock = one.cache.clock = one.cache._lookup._clock = lambda: boottime() + late
+    one.relay.clock = one.cache.clock = one.cache.runtime.lookup._clock = lambda: boottime() + late
 
     async def end() -> None:
         nonlocal late
@@ -512,7 +512,9 @@ async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(
     relay.lease = type(still_proven)(still_proven.server, relay.clock() + 3600)
     assert all(["; hit" in await one.said() for _ in range(2)])
     (scoped,) = (plan.scoped for plan in one.app.plan_cache.plans())
-    assert one.cache.still_proven(scoped, one.cache.clock()) is scoped.proof is not None
+    assert (
+        one.cache.runtime.proofs.still_proven(scoped, one.cache.clock()) is scoped.proof is not None
+    )
     if lost == "lease":
         relay.lease = type(still_proven)()
     else:
@@ -539,7 +541,7 @@ async def test_a_fence_granted_while_the_store_is_asked_does_not_count(
         assert await one.said() == "respcache; fwd=bypass; detail=no-lease"
     else:
         (plan,) = (slot.value for slot in one.app.plan_cache._plans._slots.values())
-        assert await one.cache._lookup.hit(plan.scoped) is None
+        assert await one.cache.runtime.lookup.hit(plan.scoped) is None
 
 
 async def test_only_the_authority_is_served(

@@ -425,7 +425,7 @@ async def test_tables_that_can_never_be_invalidated_are_refused_at_start_up(
 ) -> None:
     """A misspelt table and one without tenants."""
     for table in ("acounts", "rates"):
-        cache.tables = {table}
+        cache.registry.tables = {table}
         with pytest.raises(ConfigurationError, match=table):
             cache.register([])
 

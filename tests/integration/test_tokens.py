@@ -95,7 +95,7 @@ class Process:
         """Have the answer, its plan and a view of the present in memory."""
         await self.read("validate", tenant)
         async with asyncio.timeout(20):
-            while (await self.read(tenant=tenant))[1] != "hit" or self.cache._views.recent(
+            while (await self.read(tenant=tenant))[1] != "hit" or self.cache.runtime.views.recent(
                 generation_key(tenant), frozenset({"*", "M:numbers"}), since=0.0
             ) is None:
                 await asyncio.sleep(0.01)

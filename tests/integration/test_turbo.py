@@ -522,7 +522,7 @@ async def test_a_switch_counts_for_who_waits_for_a_view(valkey_url: str, name: s
         view = server.cache.store.view
 
         def off(*arguments: Any) -> None:
-            server.cache.switches._take(frozenset({name}))
+            server.cache.runtime.switches._take(frozenset({name}))
             view(*arguments)
 
         server.cache.store.view = off
@@ -567,7 +567,7 @@ async def test_a_request_cut_anywhere_is_one_request(valkey_url: str) -> None:
                 )
                 assert (status == 200) == rest.endswith(request)
         for rest in (request[1:], request[10:], b"xy" + request):
-            assert rest not in only_class(server).known
+            assert rest not in only_class(server).by_bytes
 
 
 def only_class(server: Server) -> Any:

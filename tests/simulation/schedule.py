@@ -269,8 +269,8 @@ class Process:
     @property
     def relay(self) -> OutboxRelay:
         """The rounds of this process."""
-        assert self.cache.relay is not None
-        return self.cache.relay
+        assert self.cache.runtime.relay is not None
+        return self.cache.runtime.relay
 
 
 class Schedule:
@@ -540,7 +540,7 @@ class Schedule:
     def whole(self, process: Process, rows: Rows) -> Rows | None:
         """Tell whether these are all rows that the transaction will have left: not where triggers
         may write in COMMIT."""
-        relay = process.cache.relay
+        relay = process.cache.runtime.relay
         return None if relay is not None and relay.deferred else rows
 
     def tell(self, process: Process, rows: Rows | None) -> None:

@@ -191,7 +191,7 @@ async def test_undeclared_parameters_neither_split_nor_reach_the_handler() -> No
     cache, wrapped = make_cache(app)
     async with client(wrapped, cache) as http:
         first, second = await http.get("/things?_t=1&q=a"), await http.get("/things?q=a&_t=2")
-        cache.switches.everything = True
+        cache.runtime.switches.everything = True
         without = await http.get("/things?_t=3&q=a")
     assert first.json() == "q=a"
     assert "hit" in status(second)
@@ -329,7 +329,7 @@ async def test_a_leader_that_is_cancelled_hangs_nobody() -> None:
         leader.cancel()
         gate.go.set()
         assert (await follower).status_code == 200
-    assert len(cache._filler._flights) == 0
+    assert cache.runtime.filler.flights == 0
 
 
 async def test_refused_answers_are_passed_on_and_not_stored() -> None:
@@ -558,7 +558,7 @@ async def test_a_change_of_what_somebody_may_see_takes_effect_at_once() -> None:
     async with client(wrapped, cache) as http:
         await http.get("/things", headers={"x-user": "ann"})
         people.rows["ann"] = ("acme", "g2", "employee")
-        cache.changed({"acme": {"employees"}})
+        cache.writes.changed({"acme": {"employees"}})
         await cache.settled()
         moved = await http.get("/things", headers={"x-user": "ann"})
         stayed = await http.get("/things", headers={"x-user": "bob"})
@@ -668,7 +668,7 @@ async def test_an_application_that_raises_without_an_answer_settles_first() -> N
     """The server then answers 500 by itself: no sooner than the invalidation is confirmed."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        cache.bump_modules("public", ["things"])
+        cache.writes.bump_modules("public", ["things"])
         raise RuntimeError("after the commit")
 
     cache, wrapped = make_cache(app, routes=[])
@@ -694,11 +694,11 @@ async def test_the_kill_switch_is_told_when_the_store_comes_back() -> None:
     assert not await cache.disable()
     assert not cache.enabled
     await store.connect()
-    await cache.switches.poll()
-    await other.switches.poll()
+    await cache.runtime.switches.poll()
+    await other.runtime.switches.poll()
     assert (cache.enabled, other.enabled) == (False, False)
     assert await cache.enable()
-    await other.switches.poll()
+    await other.runtime.switches.poll()
     assert (cache.enabled, other.enabled) == (True, True)
     for one in (cache, other):
         await one.close()
@@ -716,7 +716,7 @@ async def test_an_older_look_at_the_kill_switch_does_not_undo_a_decision() -> No
             return found
 
     cache, _ = make_cache(things(number), store=Slow())
-    looking = asyncio.create_task(cache.switches.poll())
+    looking = asyncio.create_task(cache.runtime.switches.poll())
     await asyncio.sleep(0)
     assert await cache.disable()
     go.set()
@@ -760,12 +760,12 @@ async def test_the_kill_switch_stops_serving_but_not_invalidating() -> None:
         await http.get("/things")
         assert await cache.disable()
         assert status(await http.get("/things")) == "respcache; fwd=bypass; detail=off"
-        await other.switches.poll()
+        await other.runtime.switches.poll()
         assert not other.enabled
         gate.version = 1
         await http.post("/things")
         assert await cache.enable()
-        await other.switches.poll()
+        await other.runtime.switches.poll()
         assert (await elsewhere.get("/things")).json()["value"] == 1
 
 
@@ -843,7 +843,7 @@ async def test_the_first_route_that_matches_decides_as_in_the_router() -> None:
             assert ("cache-status" in (await http.get(path)).headers) == cached
         assert "stored" in status(await http.get("/sub/inside/5"))
         assert "hit" in status(await http.get("/sub/inside/5"))
-    assert cache.modules == {"things", "inner"}
+    assert cache.registry.modules == {"things", "inner"}
 
 
 async def test_two_versions_of_a_route_do_not_share() -> None:
@@ -1054,7 +1054,7 @@ async def test_get_or_set_makes_a_value_once_and_again_after_a_write() -> None:
 
     assert await asyncio.gather(*(get() for _ in range(20))) == [{"calls": 1}] * 20
     assert await get(id="1") == {"calls": 2}
-    cache.changed({"acme": {"plans"}})
+    cache.writes.changed({"acme": {"plans"}})
     await cache.settled()
     assert await get() == {"calls": 3}
     await cache.invalidate_tenant_cache("acme", "plans")

@@ -85,7 +85,7 @@ class World:
     """An application with a list of each level, its cache, and its clock."""
 
     def __init__(self, store: Counting | None = None, **options: Any) -> None:
-        self.clock = Clock()
+        self.clock = options.pop("clock", None) or Clock()
         self.store = store or Counting()
         self.version = 0
         self.made = 0
@@ -226,11 +226,8 @@ async def test_ttl_hits_last_without_the_store(world: World) -> None:
 async def test_an_entry_in_memory_ends_when_it_ends_in_the_store(world: World) -> None:
     """Its time is what the store says is left, not the whole of it again."""
     clock, server = Clock(), MemoryServer()
-    server._clock = clock
-    first, second = World(Counting(server)), World(Counting(server))
-    for one in (first, second):
-        one.cache.clock = one.cache._lookup._clock = one.clock = clock
-        one.cache._views._clock = clock
+    server._clock = clock  # private: the server's time must be the test's, too
+    first, second = (World(Counting(server), clock=clock) for _ in range(2))
     async with running(first), running(second):
         await first.get()
         clock.now += 60
@@ -458,15 +455,14 @@ async def test_a_plan_that_moves_on_takes_no_request_along() -> None:
         while not store.held:
             await asyncio.sleep(0)
         going, store.held = store.held, None
-        plan = next(slot.value for slot in world.wrapped.plan_cache._plans._slots.values())
-        scoped = plan.scoped
-        known = await world.cache._lookup._identities.read(
-            Claim("ann", "public"), view=(found := store.server.view("tenant:public:~gen", (), server=store.server.identity)),
-            certificate=found.certificate(),
-        )  # fmt: skip
-        plan.known = known
-        moved = world.cache._lookup._scoped(plan, known, Claim("ann", "public"))
-        assert moved is not scoped
+        (plan,), claim = world.wrapped.plan_cache.plans(), Claim("ann", "public")
+        scoped, runtime = plan.scoped, world.cache.runtime
+        found = store.server.view("tenant:public:~gen", (), server=store.server.identity)
+        plan.cached_scope = await runtime.scopes.read(
+            claim, view=found, certificate=found.certificate()
+        )
+        plan.scoped = runtime.lookup.scope_plan(plan, claim, plan.cached_scope)
+        assert plan.scoped is not scoped
         for go in going:
             go()
         assert await first == "own rows miss"
@@ -488,7 +484,9 @@ async def proven(world: World, level: str) -> ScopedPlan:
         if plan.route.template == f"/{level}"
     )
     assert scoped is not None
-    assert world.cache.still_proven(scoped, world.clock()) is scoped.proof is not None
+    assert (
+        world.cache.runtime.proofs.still_proven(scoped, world.clock()) is scoped.proof is not None
+    )
     world.body = b"made anew"
     return scoped
 
@@ -545,24 +543,18 @@ async def test_a_proof_ends_with_its_entry(world: World, level: str) -> None:
     """Dropped from memory, all of memory dropped, or another entry in its place: what is there now
     is served."""
     scoped = await proven(world, level)
-    near = world.cache.near
-    assert near is not None
+    near = world.cache.runtime.near
     for drop in (lambda: near.discard(scoped.cache_key.entry_key), near.clear):
         drop()
-        assert world.cache.still_proven(scoped, world.clock()) is None
+        assert world.cache.runtime.proofs.still_proven(scoped, world.clock()) is None
         world.store.reads.clear()
         assert await world.get(f"/{level}") == "proven hit"
         assert world.store.reads == [scoped.cache_key.entry_key]
         assert await world.get(f"/{level}") == "proven hit"
         assert world.store.reads == [scoped.cache_key.entry_key]
-    held = near.get(scoped.cache_key.entry_key)
-    assert held is not None
-    world.cache._lookup.hold(
-        scoped.cache_key,
-        replace(held.entry, body=b"another"),
-        remaining_ms=50_000,
-        proven=held.proven,
-    )
+    kept = near.get(scoped.cache_key.entry_key)
+    assert kept is not None
+    near.keep(scoped.cache_key, replace(kept.entry, body=b"another"), remaining_ms=50_000)
     assert await world.get(f"/{level}") == "another hit"
 
 
@@ -572,7 +564,7 @@ async def test_a_proof_ends_when_the_entry_does(world: World, level: str) -> Non
     scoped = await proven(world, level)
     world.store.server.values.pop(scoped.cache_key.entry_key)
     assert scoped.proof is not None
-    world.clock.now = scoped.proof.held.expires_at
+    world.clock.now = scoped.proof.memory_entry.expires_at
     assert await world.get(f"/{level}") == "made anew miss"
 
 
@@ -655,16 +647,16 @@ async def test_hits_are_sent_as_the_client_accepts_them(near_bytes: int) -> None
 
 @pytest.mark.parametrize("level", list(Level))
 async def test_who_is_served_before_an_answer_is_compressed_gets_it_compressed_from_then_on(
-    world: World, level: Level
+    world: World, level: Level, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proof that was made with the plain form ends when there is a compressed one."""
     world.body = ROWS
-    lookup = world.cache._lookup
-    pack, held_back = lookup.pack, list[Any]()
-    lookup.pack = lambda *given: held_back.append(given)  # type: ignore[method-assign,func-returns-value]
+    near, delayed = world.cache.runtime.near, list[Any]()
+    add_compressed = near.add_compressed
+    monkeypatch.setattr(near, "add_compressed", lambda *given: delayed.append(given))
     for _ in range(3):
         assert (await coded(world, "zstd", f"/{level}")).raw == ROWS
-    pack(*held_back[0])
+    add_compressed(*delayed[0])
     assert zstd.decompress((await coded(world, "zstd", f"/{level}")).raw) == ROWS
     assert world.made == 1
 
@@ -674,10 +666,11 @@ async def test_what_a_fill_does_with_its_answer_counts_as_no_use(world: World) -
     asked for again."""
     world.body = ROWS
     await coded(world, "gzip")
-    assert world.cache.near is not None
-    assert [slot.frequency for slot in world.cache.near._slots.values()] == [0]
+    (plan,) = world.wrapped.plan_cache.plans()
+    slot = world.cache.runtime.near.slot(plan.scoped.cache_key.entry_key)
+    assert slot.frequency == 0
     await coded(world, "gzip")
-    assert [slot.frequency for slot in world.cache.near._slots.values()] == [1]
+    assert slot.frequency == 1
 
 
 async def test_what_is_kept_in_the_store_is_the_compressed_form(world: World) -> None:
@@ -741,7 +734,7 @@ async def test_memory_is_bounded_by_what_is_kept_in_every_form() -> None:
     """Forms that are made later count too."""
     async with running(World(near_bytes=200_000)) as world:
         world.body = ROWS
-        near = world.cache._lookup._near
+        near = world.cache.runtime.near
         assert near is not None
         await coded(world, "")
         before = near.size_bytes
@@ -796,7 +789,7 @@ async def test_what_clients_send_takes_no_more_memory_than_the_memo_counts(world
     tracemalloc.start()
     try:
         for number in range(40):
-            plan_cache.remember(("/strict", b"%d=" % number + bytes(1_000_000), ""), plan)
+            plan_cache.put(("/strict", b"%d=" % number + bytes(1_000_000), ""), plan)
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -899,7 +892,7 @@ async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, nam
     def off(
         generation: str, tags: Sequence[str], done: Callable[[GenerationView | StoreError], None]
     ) -> None:
-        world.cache.switches._take(frozenset({name}))
+        world.cache.runtime.switches._take(frozenset({name}))
         view(generation, tags, done)
 
     world.store.view = off  # type: ignore[method-assign]
@@ -965,7 +958,7 @@ async def test_an_answer_that_nobody_may_change_says_so_every_time(world: World)
         assert expected in answer.headers["cache-status"]
         assert answer.headers["cache-control"] == "private, no-cache, no-transform"
         if expected == "hit":
-            world.cache.near.clear()  # the next one comes from the store
+            world.cache.runtime.near.clear()  # the next one comes from the store
     world.headers = {}
     await world.http.get("/bounded")
     await asyncio.sleep(0)

@@ -122,7 +122,7 @@ async def test_what_is_off_is_bypassed_and_nothing_else(
     async with processes(2) as (here, there):
         await warm(here, there)
         assert await here.cache.disable(**switch)
-        await there.cache.switches.poll()
+        await there.cache.runtime.switches.poll()
         for process in (here, there):
             for forgetful in (False, True):
                 for tenant in ("a", "b"):
@@ -135,7 +135,7 @@ async def test_what_is_off_is_bypassed_and_nothing_else(
                         )
                         assert await process.value(tenant, module) == ("made" if is_off else "hit")
         assert await here.cache.enable(**switch)
-        await there.cache.switches.poll()
+        await there.cache.runtime.switches.poll()
         for process in (here, there):
             assert [await process.get(f"/{module}/{level}", tenant) for tenant, module in off] == [
                 "hit"
@@ -186,7 +186,7 @@ async def test_a_process_that_starts_follows_at_once() -> None:
         await here.cache.disable(tenant_id="a")
         late = Process(here.cache.store.server)
         await late.cache.connect()
-        assert late.cache.switches.off == {"tenant:a"}
+        assert late.cache.runtime.switches.off == {"tenant:a"}
         await late.cache.close()
 
 
@@ -199,11 +199,15 @@ async def test_decisions_made_while_the_store_is_away_are_told_later_and_each_by
         assert not await here.cache.enable(tenant_id="a")
         assert not await here.cache.disable(module="things")
         assert await there.cache.disable(tenant_id="b")
-        assert here.cache.switches.off == {"module:things"}
+        assert here.cache.runtime.switches.off == {"module:things"}
         await store.connect()
-        await here.cache.switches.poll()
-        await there.cache.switches.poll()
-        assert here.cache.switches.off == there.cache.switches.off == {"module:things", "tenant:b"}
+        await here.cache.runtime.switches.poll()
+        await there.cache.runtime.switches.poll()
+        assert (
+            here.cache.runtime.switches.off
+            == there.cache.runtime.switches.off
+            == {"module:things", "tenant:b"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -216,4 +220,4 @@ async def test_a_switch_that_cannot_be_is_refused(switch: dict[str, str]) -> Non
     async with processes(1) as (here,):
         with pytest.raises(Exception, match=r"tenant|module"):
             await here.cache.disable(**switch)
-        assert here.cache.switches.off == frozenset()
+        assert here.cache.runtime.switches.off == frozenset()

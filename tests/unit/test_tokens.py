@@ -25,10 +25,10 @@ from respcache.core.tokens import (
     UNKNOWN,
     ConsistencyToken,
     both,
+    client_token,
     decode,
     encode,
     reached,
-    sent,
 )
 from respcache.stores.memory import MemoryServer
 
@@ -57,12 +57,12 @@ def test_what_is_spelt_is_read_again(token: ConsistencyToken) -> None:
     assert decode(encode(token)) == token
     assert decode(encode(token).replace(b",", b" ,\t")) == token
     assert (
-        sent(
+        client_token(
             [(b"x-other", b"1"), *((b"x-cache-token", part) for part in encode(token).split(b","))]
         )
         == token
     )
-    assert sent([(b"x-other", b"1")]) is None
+    assert client_token([(b"x-other", b"1")]) is None
 
 
 @pytest.mark.parametrize("text", GARBAGE)
@@ -392,7 +392,7 @@ async def test_with_a_token_a_hit_does_not_last_while_the_store_is_away() -> Non
         for _ in ("with a view", "without one, as the connection is gone"):
             assert await reader.get("/ttl") == (0, "hit")
             assert await reader.get("/ttl", token) == (1, "miss")
-            reader.cache._views.expire_all()
+            reader.cache.runtime.views.expire_all()
         assert await reader.get("/ttl") == (0, "hit")
 
 

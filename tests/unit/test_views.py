@@ -185,7 +185,7 @@ async def test_the_number_of_tenants_is_bounded(
     link: Link, views: ViewReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that nobody waits for go, the oldest first."""
-    monkeypatch.setattr(views_module, "MAX_GROUPS", 16)
+    monkeypatch.setattr(views_module, "MAX_BATCHES", 16)
     readings = [views.read(f"tenant:{number}:~gen", TAGS) for number in range(16)]
     await turn()
     for number in range(1, 16):
@@ -194,7 +194,7 @@ async def test_the_number_of_tenants_is_bounded(
         views.read(f"tenant:{number}:~gen", TAGS)
         await turn()
         link.answer(number)
-        assert len(views._groups) <= 16
+        assert len(views) <= 16
     link.answer(0)
     await asyncio.gather(*readings)
 
@@ -202,16 +202,16 @@ async def test_the_number_of_tenants_is_bounded(
 async def test_who_holds_on_to_a_group_that_goes_learns_of_it(
     link: Link, views: ViewReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody tells it any more of a bump: its view is not to be used again, and a new group begins
+    """Nobody tells it any more of a bump: its view is not to be used again, and a new batch begins
     without one."""
-    monkeypatch.setattr(views_module, "MAX_GROUPS", 8)
+    monkeypatch.setattr(views_module, "MAX_BATCHES", 8)
     reading = views.read(GEN, TAGS)
     await turn()
     found = link.answer(0)
     assert await reading is found
-    group = views.group(GEN)
-    assert group.view is found
+    batch = views.batch(GEN)
+    assert batch.view is found
     for number in range(8):
-        views.group(f"tenant:{number}:~gen")
-    assert views.group(GEN) is not group
-    assert (group.view, group.asked_at, views.group(GEN).view) == (None, float("-inf"), None)
+        views.batch(f"tenant:{number}:~gen")
+    assert views.batch(GEN) is not batch
+    assert (batch.view, batch.requested_at, views.batch(GEN).view) == (None, float("-inf"), None)

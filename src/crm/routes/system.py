@@ -56,8 +56,8 @@ async def health(request: Request) -> Response:
         "cache": state,
         "cache_enabled": cache.enabled,
     }
-    if cache.relay is not None:
-        lease = cache.relay.to_dict()
+    if cache.runtime.relay is not None:
+        lease = cache.runtime.relay.to_dict()
         data |= {
             "invalidations_pending": lease["pending_rows"],
             "oldest_pending_s": lease["pending_s"],
@@ -121,11 +121,11 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
             field="tenant_id",
         )
     named: list[str] | list[None] = [None] if body.modules in ([], ["*"]) else body.modules
-    unknown = sorted({module for module in named if module is not None} - cache.modules)
+    unknown = sorted({module for module in named if module is not None} - cache.registry.modules)
     if unknown:
         raise ApiError(
             400,
-            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.modules))}",
+            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.registry.modules))}",
             field="modules",
         )
     purged = [

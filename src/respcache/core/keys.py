@@ -32,6 +32,7 @@ says. Deleting any of these keys by hand is safe.
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from respcache.core.errors import ConfigurationError
@@ -157,6 +158,21 @@ def routes_key(process: str) -> str:
 def series_key(bucket: int) -> str:
     """Name the key of what happened in a time."""
     return f"respcache:~series:{bucket}"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """Where one response is stored, and what judges it."""
+
+    entry_key: str
+    lock_key: str
+    digest: bytes
+    """The digest that the entry must repeat."""
+    tags: Sequence[str]
+    """What the response depends on, in the generation at ``generation_key``."""
+    generation_key: str
+    route: str
+    """The template of the route; fills of one route take about equally long."""
 
 
 class Digester:

@@ -58,7 +58,7 @@ def decode(text: bytes) -> ConsistencyToken:
     )
 
 
-def sent(headers: Iterable[tuple[bytes, bytes]]) -> ConsistencyToken | None:
+def client_token(headers: Iterable[tuple[bytes, bytes]]) -> ConsistencyToken | None:
     """Return what a request with these headers (names in lower case) brings, or None where it
     brings none."""
     values = [value for name, value in headers if name == HEADER]

@@ -1,18 +1,16 @@
-"""Hits answered below ASGI: a protocol class for uvicorn that sends what is in memory before a
-scope is built.
+"""Hits below ASGI: a uvicorn protocol class that sends a hit before an ASGI scope is built.
 
-    uvicorn.run(wrapped, http=turbo.protocol(wrapped, skips=["GZipMiddleware"]))
+    uvicorn.run(wrapped, http=protocol(wrapped, skips=["GZipMiddleware"]))
 
-It takes requests that were seen before: a GET without a body, on a kept connection, whose plan the
-wrapper remembers (so identity, policy and role were decided by the same code) and whose answer is
-held and proven by the same rules as in ``lookup.py``. Everything else goes the usual way,
-untouched. While a view is being read the request has its place on the connection, so answers never
-overtake each other.
+Experimental, because it subclasses internals of uvicorn. It takes repeated requests only: a GET
+without a body, on a kept connection, whose plan the middleware has (so identity, policy and role
+were decided by the same code), and whose response is a hit from memory by ``read/proofs.py``. Every
+other request goes the usual way, unchanged. While a view is being read, the request keeps its place
+on the connection, so responses never overtake each other.
 
-A hit skips whatever stands around the application and in it. For the wrapper that was so before, of
-what stands inside it; here it is also so for what stands around it. ``protocol`` therefore refuses
-to be made unless every middleware that it finds is named in ``skips``: name those that do nothing
-which a hit needs.
+A hit bypasses all other middleware. The ASGI middleware does so too for everything inside it; here
+the same holds for everything around it. ``protocol`` therefore raises unless every middleware that
+it finds is named in ``skips``. Name those that do nothing that a hit needs.
 """
 
 import asyncio
@@ -31,71 +29,60 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from respcache.core.errors import ConfigurationError, StoreError
 from respcache.core.generations import GenerationView
-from respcache.core.serving_lease import ServingLease
 from respcache.middleware import CacheMiddleware
-from respcache.read.lookup import LookupResult
-from respcache.read.memory import MemoryEntry
-from respcache.read.plans import (
-    PLAN_BYTES,
-    PLAN_CACHE_BYTES,
-    HitProof,
-    Key,
-    Plan,
-    PlanCache,
-    ScopedPlan,
-)
+from respcache.read.lookup import result_of
+from respcache.read.plans import PLAN_BYTES, PLAN_CACHE_BYTES, HitProof, Plan, PlanCache, PlanKey
+from respcache.read.proofs import InMemory
 from respcache.read.s3fifo import S3Fifo
 from respcache.routing.fastapi import before_cached
-from respcache.telemetry.stats import SAMPLE_MASK
+from respcache.runtime import Runtime
 
 HARMLESS = frozenset({"uvicorn.middleware.proxy_headers.ProxyHeadersMiddleware"})
-"""What uvicorn itself puts around an application: it changes who the client is, at which no plan
-may look."""
+"""Uvicorn's own middleware: it changes the client's address, which no plan depends on."""
 
-WITH_A_BODY = frozenset({b"content-length", b"transfer-encoding", b"expect"})
+BODY_HEADERS = frozenset({b"content-length", b"transfer-encoding", b"expect"})
 log = logging.getLogger("respcache")
 
 KEY_BYTES = PLAN_BYTES
-"""What remembering a request takes besides the bytes that it is recognised by: its plan may have
-left the memo."""
+"""The size of a remembered request without its bytes: the plan cache may have dropped its plan."""
 
 Headers = list[tuple[bytes, bytes]]
 
 
 def protocol(app: Any, *, skips: Collection[str] = ()) -> type[HttpToolsProtocol]:
-    """Make the protocol class for an application, to be given to uvicorn as ``http``.
+    """Return a protocol class for this application, for uvicorn's option ``http``.
 
-    ``skips`` names the classes of all middlewares around the wrapper and in the wrapped application
-    (``GZipMiddleware``, or in full ``package.module.GZipMiddleware``): each is declared to do
-    nothing that a hit needs. Raises ``ConfigurationError`` for one that is not named, for an
-    application that is not wrapped, and for a resolver that does not say which headers it reads.
+    ``skips`` names the classes of all middlewares around and inside the wrapped application
+    (``GZipMiddleware``, or in full ``package.module.GZipMiddleware``) and declares that a hit needs
+    none of them. Raises ``ConfigurationError`` for a middleware that is not named, for an
+    application that is not wrapped, and for a resolver that does not name the headers it reads.
     """
-    middleware = _wrapper_of(app, frozenset(skips))
-    if getattr(middleware.cache.resolver, "headers", None) is None:
+    middleware = _middleware_of(app, frozenset(skips))
+    resolver = middleware.cache.resolver
+    if getattr(resolver, "headers", None) is None:
         raise ConfigurationError(
-            f"{type(middleware.cache.resolver).__name__} has no attribute 'headers': without it no "
-            f"request is recognised"
+            f"{type(resolver).__name__} has no attribute 'headers': without it no request can be "
+            "recognized"
         )
-    own = {"wrapper": middleware, "skips": frozenset(skips), "checked": set()}
-    return type(
-        "TurboProtocol",
-        (TurboProtocol,),
-        {**own, "known": S3Fifo(PLAN_CACHE_BYTES), "recognised": S3Fifo(PLAN_CACHE_BYTES)},
-    )
+    own = {"middleware": middleware, "skips": frozenset(skips), "checked": set()}
+    caches: dict[str, Any] = {
+        "by_bytes": S3Fifo(PLAN_CACHE_BYTES),
+        "by_parts": S3Fifo(PLAN_CACHE_BYTES),
+    }
+    return type("HitProtocol", (_HitProtocol,), {**own, **caches})
 
 
-class _Never:
-    """The event that the base class sets for whoever reads a body: here, nobody does."""
+class _Ignored:
+    """The event that the base class sets when a body arrives. No code waits for it here."""
 
     def set(self) -> None:
         """Do nothing."""
 
 
 class _Request:
-    """A request that is answered here, or waits for that: what the base class looks at of a cycle,
-    and how it came.
+    """A request that is answered here or waits for it; it stands in for uvicorn's cycle.
 
-    ``data``: its bytes, where the parser has not seen them.
+    ``data`` holds its bytes if the parser has not seen them.
     """
 
     __slots__ = (
@@ -106,23 +93,20 @@ class _Request:
         "headers",
         "keep_alive",
         "more_body",
+        "plan",
+        "proof",
         "response_complete",
         "url",
     )
-    message_event = _Never()
+    message_event = _Ignored()
 
-    def __init__(
-        self,
-        began: float,
-        *,
-        url: bytes = b"",
-        headers: Headers | None = None,
-        data: bytes | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, began: float, *, data: bytes | None) -> None:
+        self.plan = plan
+        self.proof: HitProof | None = None
         self.began = began
         self.data = data
-        self.url = url
-        self.headers = headers or []
+        self.url = b""
+        self.headers: Headers = []
         self.body = bytearray()
         self.more_body = data is None
         self.keep_alive = True
@@ -130,31 +114,30 @@ class _Request:
         self.response_complete = False
 
 
-class TurboProtocol(HttpToolsProtocol):
+class _HitProtocol(HttpToolsProtocol):
     """One connection.
 
-    ``known``: the plans of requests by their bytes as they came. ``recognised``: the same by what
-    the parser made of them, for those that differ in what no plan depends on.
+    ``by_bytes`` finds plans by the bytes of a whole request; ``by_parts`` by its parsed parts, for
+    requests that differ in bytes that no plan depends on.
     """
 
     middleware: CacheMiddleware
     skips: frozenset[str]
-    known: S3Fifo[bytes, Plan]
-    recognised: S3Fifo[Key, Plan]
+    by_bytes: S3Fifo[bytes, Plan]
+    by_parts: S3Fifo[PlanKey, Plan]
     checked: set[tuple[int, str]]
-    """What uvicorn was seen to serve: whether it is the one application that this was made for,
-    under one path."""
+    """The applications and root paths that uvicorn was seen to serve with this class."""
 
     _between = True
-    """Whether the parser stands between two requests."""
+    """Whether the parser is between two requests."""
     _begun = 0
-    """Requests that began in the data of the present call."""
-    _found: Plan | None = None
-    """The plan that was found for the last of them."""
+    """The number of requests that began in the present call's data."""
+    _recognized: Plan | None = None
+    """The plan of the last of them."""
     _idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Look at what uvicorn really serves, once (asyncio.Protocol)."""
+        """Check once what uvicorn serves (asyncio.Protocol)."""
         served = id(self.app), self.root_path
         if served not in self.checked:
             try:
@@ -166,46 +149,33 @@ class TurboProtocol(HttpToolsProtocol):
         super().connection_made(transport)
 
     def _check_served(self) -> None:
-        if _wrapper_of(self.app, self.skips | HARMLESS) is not self.middleware:
-            raise ConfigurationError(
-                "uvicorn serves another application than the one that turbo.protocol was given"
-            )
+        if _middleware_of(self.app, self.skips | HARMLESS) is not self.middleware:
+            raise ConfigurationError("uvicorn serves another application than protocol() was given")
         if any(path != self.root_path for _, path in self.checked):
             raise ConfigurationError(
-                f"another server has root_path {self.root_path!r}: give it a turbo.protocol of "
-                f"its own"
+                f"another server has root_path {self.root_path!r}: call protocol() for each"
             )
 
     def data_received(self, data: bytes) -> None:
-        """Answer a request whose bytes are known, else have them parsed (asyncio.Protocol).
+        """Answer a request whose bytes are known, else parse them (asyncio.Protocol).
 
-        Bytes that were one whole request when they came between two others are the same request
-        whenever they do so again.
+        Bytes that once were a whole request between two others are the same request whenever they
+        arrive between two requests again.
         """
-        plan = self.known.get(data)
+        plan = self.by_bytes.get(data)
         if plan is not None and self._between and not self._busy():
-            cache, plan_cache = self.middleware.cache, self.middleware.plan_cache
-            now = cache.clock()
-            if (
-                plan_cache is not None
-                and now < plan.expires_at
-                and plan.version == plan_cache.version
-                and self._safely(plan, now, data)
-            ):
+            plan_cache, now = self.middleware.plan_cache, self.middleware.cache.clock()
+            current = plan_cache is not None and plan.version == plan_cache.version
+            if current and now < plan.expires_at and self._try_answer(plan, now, data):
                 return
-        between, self._begun, self._found = self._between, 0, None
+        between, self._begun, self._recognized = self._between, 0, None
         super().data_received(data)
-        if (
-            self._found is not None
-            and between
-            and self._between
-            and self._begun == 1
-            and data.endswith(b"\r\n\r\n")
-        ):
-            self.known.put(data, self._found, size_bytes=len(data) + KEY_BYTES)
+        whole = between and self._between and self._begun == 1 and data.endswith(b"\r\n\r\n")
+        if self._recognized is not None and whole:
+            self.by_bytes.put(data, self._recognized, size_bytes=len(data) + KEY_BYTES)
 
     def on_message_begin(self) -> None:
-        """Begin a request (httptools). The scope is not built before it is needed."""
+        """Begin a request (httptools). The ASGI scope is built only if it is needed."""
         self._between = False
         self._begun += 1
         self.url = b""
@@ -221,167 +191,159 @@ class TurboProtocol(HttpToolsProtocol):
         """Answer at once, or wait for a view, or go the usual way (httptools)."""
         now = self.middleware.cache.clock()
         try:
-            self._found = plan = self._recognise(now)
+            self._recognized = plan = self._recognize(now)
         except Exception:
-            log.exception("a request could not be recognised")
+            log.exception("a request could not be recognized")
             plan = None
-        if plan is None or not self._safely(plan, now, None):
-            self._go_on()
+        if plan is None or not self._try_answer(plan, now, None):
+            self._continue()
 
-    # -- which requests ----------------------------------------------------------------------------
+    # -- recognizing -------------------------------------------------------------------------------
 
     def _busy(self) -> bool:
-        """Whether nothing may be answered here at present: an answer is under way, or uvicorn wants
-        to see every request."""
+        """Whether no request may be answered here now: a response is in progress, or uvicorn must
+        see every request."""
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             return True
         return self.access_log or self.limit_concurrency is not None or self.flow.write_paused
 
-    def _recognise(self, now: float) -> Plan | None:
-        """Return the plan of this request, if it is one that can be answered here."""
+    def _recognize(self, now: float) -> Plan | None:
+        """Return the plan of the parsed request if it may be answered here."""
         plan_cache, parser = self.middleware.plan_cache, self.parser
         if plan_cache is None or self._busy():
             return None
-        if (
-            parser.get_method() != b"GET"
-            or parser.get_http_version() != "1.1"
-            or not parser.should_keep_alive()
-        ):
+        if parser.get_method() != b"GET" or parser.get_http_version() != "1.1":
             return None
-        if parser.should_upgrade():
+        if not parser.should_keep_alive() or parser.should_upgrade():
             return None
-        wanted, seen = plan_cache.wanted, []
+        headers, seen = plan_cache.headers, []
         for pair in self.headers:
             name = pair[0]
-            if name in WITH_A_BODY:
+            if name in BODY_HEADERS:
                 return None
-            if name in wanted:
+            if name in headers:
                 seen.append(pair)
         key = (self.url, *seen)
-        plan = self.recognised.get(key)
-        if plan is None or now >= plan.expires_at or plan.version != plan_cache.version:
-            return self._recall(plan_cache, key, seen, now)
+        plan = self.by_parts.get(key)
+        if plan is not None and now < plan.expires_at and plan.version == plan_cache.version:
+            return plan
+        plan = self._find_plan(plan_cache, seen, now)
+        if plan is not None:
+            size_bytes = len(self.url) + sum(len(value) for _, value in seen) + KEY_BYTES
+            self.by_parts.put(key, plan, size_bytes=size_bytes)
         return plan
 
-    def _recall(self, plan_cache: PlanCache, key: Key, seen: Headers, now: float) -> Plan | None:
-        """Ask the wrapper's memo. Not for the absolute form of an address, nor for what is none at
-        all."""
+    def _find_plan(self, plan_cache: PlanCache, seen: Headers, now: float) -> Plan | None:
+        """Return the middleware's plan. None for an absolute or an invalid request target."""
         if not self.url.startswith(b"/"):
             return None
         parsed = httptools.parse_url(self.url)
         path = parsed.path.decode("ascii")
         path = self.root_path + (unquote(path) if "%" in path else path)
-        plan = plan_cache.recall((path, parsed.query or b"", self.root_path, *seen), now)
-        if plan is not None:
-            self.recognised.put(
-                key,
-                plan,
-                size_bytes=len(self.url) + sum(len(value) for _, value in seen) + KEY_BYTES,
-            )
-        return plan
+        return plan_cache.get((path, parsed.query or b"", self.root_path, *seen), now)
 
-    # -- proving -----------------------------------------------------------------------------------
+    # -- deciding ----------------------------------------------------------------------------------
 
-    def _safely(self, plan: Plan, now: float, data: bytes | None) -> bool:
+    def _try_answer(self, plan: Plan, now: float, data: bytes | None) -> bool:
+        """Answer, or begin to wait for a view. Return False if neither is possible.
+
+        ``data`` is the request if the parser has not seen it.
+        """
+        runtime = self.middleware.cache.runtime
         try:
-            return self._answer(plan, now, data)
-        except StoreError:  # no view is to be had
+            return runtime is not None and self._answer(runtime, _Request(plan, now, data=data))
+        except StoreError:  # no view can be read
             return False
         except Exception:
             log.exception("a request could not be answered below ASGI")
             return False
 
-    def _answer(self, plan: Plan, now: float, data: bytes | None) -> bool:
-        """Answer, or begin to wait for a view; whether either could be done.
-
-        ``data``: the request, if the parser has not seen it.
-        """
-        cache, scoped = self.middleware.cache, plan.scoped
+    def _answer(self, runtime: Runtime, request: _Request) -> bool:
+        scoped, now, proofs = request.plan.scoped, request.began, runtime.proofs
         if scoped is None:
             return False
-        proof = cache.still_proven(scoped, now)
-        if proof is None:
-            candidate = cache.candidate(scoped, now)
+        proof = request.proof = proofs.still_proven(scoped, now)
+        if proof is not None:
+            if scoped.max_view_age_s:
+                proof.count_use()
+                self._begin(request)
+                self._send(request, proof, now)
+                return True
+            found = InMemory(proof.memory_entry, proof.lease, None)
+        else:
+            candidate = proofs.candidate(scoped, now)
             if candidate is None:
                 return False
-            held, lease, view = candidate
-            if view is not None:
-                proof = cache.prove(plan, scoped, held, lease, view, now)
+            found = candidate
+            if found.view is not None:
+                proof = proofs.prove(scoped, found, view=found.view, now=now)
                 if proof is None:
                     return False
-        else:
-            held, lease, view = (
-                proof.held,
-                proof.lease,
-                proof.view if scoped.max_view_age_s else None,
-            )
-        request = (
-            _Request(now, data=data)
-            if data is not None
-            else _Request(now, url=self.url, headers=self.headers)
+                self._begin(request)
+                self._send(request, proof, now)
+                return True
+        runtime.views.wait(
+            scoped.cache_key.generation_key,
+            scoped.tags,
+            partial(self._on_view, runtime, request, found),
         )
-        if view is None:
-            cache.wait_for_view(
-                scoped, partial(self._complete, request, plan, scoped, proof, held, lease)
-            )
-            if data is None:
-                self._unset_keepalive_if_required()
-            self.cycle = request  # type: ignore[assignment]
-        else:
-            assert proof is not None
-            self.cycle = request  # type: ignore[assignment]
-            self._send(request, plan, scoped, proof, now)
+        self._begin(request)
+        if request.data is None:
+            self._unset_keepalive_if_required()
         return True
 
-    def _complete(
+    def _begin(self, request: _Request) -> None:
+        """Let the request take its place on the connection."""
+        if request.data is None:
+            request.url, request.headers = self.url, self.headers
+        self.cycle = request  # type: ignore[assignment]
+
+    def _on_view(
         self,
+        runtime: Runtime,
         request: _Request,
-        plan: Plan,
-        scoped: ScopedPlan,
-        proof: HitProof | None,
-        held: MemoryEntry,
-        lease: ServingLease | None,
+        found: InMemory,
+        /,
         result: GenerationView | StoreError,
     ) -> None:
-        """The view is there, or is not to be had: answer, or go the usual way after all."""
+        """Receive the view: answer, or go the usual way after all."""
         if request.disconnected:
             return
         try:
-            cache = self.middleware.cache
-            now = cache.clock()
-            if isinstance(result, StoreError) or not cache.serves(scoped):
-                proof = None
-            elif proof is None or result is not proof.view or now >= proof.until:
-                proof = cache.prove(plan, scoped, held, lease, result, now)
+            now, scoped = self.middleware.cache.clock(), request.plan.scoped
+            assert scoped is not None
+            proof = None
+            if not isinstance(result, StoreError):
+                proof = runtime.proofs.confirm(scoped, request.proof, found, view=result, now=now)
             if proof is None or self.flow.write_paused or not request.keep_alive:
-                self._go_on_late(request)
+                self._continue_late(request)
             else:
-                self._send(request, plan, scoped, proof, now)
+                self._send(request, proof, now)
         except Exception:
             log.exception("a request could not be answered below ASGI")
             self.transport.close()
 
-    # -- answering ---------------------------------------------------------------------------------
+    # -- responding --------------------------------------------------------------------------------
 
-    def _send(
-        self, request: _Request, plan: Plan, scoped: ScopedPlan, proof: HitProof, now: float
-    ) -> None:
+    def _send(self, request: _Request, proof: HitProof, now: float) -> None:
+        """Send and count a hit."""
         request.response_complete = True
-        held, representation, counters = proof.held, proof.representation, scoped.counters
-        body, state = representation.body, self.server_state
-        head = representation.head(
-            STATUS_LINE[held.entry.status], state.default_headers, int(held.expires_at - now)
+        memory_entry, state = proof.memory_entry, self.server_state
+        scoped, body = request.plan.scoped, proof.representation.body
+        assert scoped is not None
+        head = proof.representation.head(
+            STATUS_LINE[memory_entry.entry.status],
+            state.default_headers,
+            ttl_s=int(memory_entry.expires_at - now),
         )
         self.transport.writelines((head, body))
-        counters.hits = hits = counters.hits + 1
-        counters.bytes_served += len(body)
-        cache = self.middleware.cache
-        if hits & SAMPLE_MASK == counters.phase:
-            counters.sample(cache.clock() - request.began, held.entry.fill_ms)
-        if cache.verifier is not None and proof.view is not None and cache.verifier.due():
-            look = LookupResult(scoped, proof.view, held.entry.certificate, held, outdated=False)
-            self.middleware.verifier(plan, look, self._scope(request))
+        if scoped.counters.hit(len(body)):
+            elapsed_s = self.middleware.cache.clock() - request.began
+            scoped.counters.sample(elapsed_s, memory_entry.entry.fill_ms)
+        if self.middleware.verification_due(proof.view):
+            result = result_of(scoped, proof)
+            self.middleware.verify(request.plan, result, self._asgi_scope(request))
         if self.pipeline or self.flow.read_paused:
             self.on_response_complete()
             return
@@ -391,9 +353,11 @@ class TurboProtocol(HttpToolsProtocol):
             self._arm(self.timeout_keep_alive)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if it was idle for so long, else look again later: hits move no
-        timer."""
-        if self.transport.is_closing():  # a cycle whose client has left is never complete
+        """Close the connection if it was idle long enough, else check again later.
+
+        So a hit moves no timer.
+        """
+        if self.transport.is_closing():  # the cycle of a client that left never completes
             return
         left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if self.cycle is not None and not self.cycle.response_complete:
@@ -404,26 +368,28 @@ class TurboProtocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def _arm(self, seconds: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(
-            seconds, self.timeout_keep_alive_handler
-        )
+        handler = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, handler)
 
     # -- the usual way -----------------------------------------------------------------------------
 
-    def _go_on(self) -> None:
-        """Let the base class have the request whose head was read just now."""
-        self._unset_keepalive_if_required()  # an answer to the same packet may have armed it
+    def _continue(self) -> None:
+        """Let the base class handle the request whose head was just parsed."""
+        # the response to an earlier request of the same packet may have armed it
+        self._unset_keepalive_if_required()
         url, headers, expect = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expect
         self.headers += headers
         super().on_headers_complete()
 
-    def _go_on_late(self, request: _Request) -> None:
-        """Run the application for a request that waited: the parser may be at another one by now,
-        or has not seen this one."""
+    def _continue_late(self, request: _Request) -> None:
+        """Run the application for a request that has waited.
+
+        The parser may be at a later request by now, or may not have seen this one.
+        """
         cycle = RequestResponseCycle(
-            scope=self._scope(request),
+            scope=self._asgi_scope(request),
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -442,8 +408,8 @@ class TurboProtocol(HttpToolsProtocol):
             self.cycle = cycle
         self._start_asgi_task(cycle, self.app)
 
-    def _scope(self, request: _Request) -> Any:
-        """Build the scope that the base class would have built."""
+    def _asgi_scope(self, request: _Request) -> Any:
+        """Build the ASGI scope that the base class would have built."""
         if request.data is not None:
             request.url, request.headers = _parse(request.data)
             request.data = None
@@ -466,46 +432,55 @@ class TurboProtocol(HttpToolsProtocol):
         }
 
 
+class _HeadCollector:
+    """Collects URL and headers of one request (the callbacks of httptools)."""
+
+    def __init__(self) -> None:
+        self.url = bytearray()
+        self.headers = Headers()
+
+    def on_url(self, part: bytes) -> None:
+        self.url.extend(part)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+
 def _parse(data: bytes) -> tuple[bytes, Headers]:
     """Return URL and headers of one whole request, as the base class collects them."""
-    url, headers = bytearray(), Headers()
-
-    class HeadCollector:
-        def on_url(self, part: bytes) -> None:
-            url.extend(part)
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            headers.append((name.lower(), value))
-
-    httptools.HttpRequestParser(HeadCollector()).feed_data(data)
-    return bytes(url), headers
+    collector = _HeadCollector()
+    httptools.HttpRequestParser(collector).feed_data(data)
+    return bytes(collector.url), collector.headers
 
 
-def _wrapper_of(app: Any, skips: frozenset[str]) -> CacheMiddleware:
-    """Find the wrapper in a chain of ASGI applications. Raises ``ConfigurationError`` for a layer
-    that is not in ``skips``."""
+def _middleware_of(app: Any, skips: frozenset[str]) -> CacheMiddleware:
+    """Find the cache middleware in a chain of ASGI applications.
+
+    Raises ``ConfigurationError`` for a layer that is not in ``skips``.
+    """
     layer = app
     while not isinstance(layer, CacheMiddleware):
         inner = getattr(layer, "app", None)
         if inner is None:
             raise ConfigurationError(
-                f"{type(app).__name__} is not wrapped by a cache: give what Cache.wrap returned"
+                f"{type(app).__name__} is not wrapped by a cache: pass the result of Cache.wrap"
             )
         _check(type(layer), skips)
         layer = inner
-    for middleware in _inside(layer.app):
-        _check(middleware, skips)
+    for inside in _inside(layer.app):
+        _check(inside, skips)
     return layer
 
 
 def _inside(app: Any) -> Iterator[type]:
-    """Name the middlewares within a wrapped application, and within its mounts and routes that lead
-    to a cached endpoint: those of Starlette's lists, and plain ASGI layers."""
+    """Yield the middlewares inside a wrapped application.
+
+    They are those of Starlette's lists and plain ASGI layers, also within mounts and routes that
+    lead to a cached endpoint.
+    """
     while app is not None:
-        yield from (
-            getattr(middleware.cls, "__wrapped__", middleware.cls)
-            for middleware in getattr(app, "user_middleware", ())
-        )
+        for middleware in getattr(app, "user_middleware", ()):
+            yield getattr(middleware.cls, "__wrapped__", middleware.cls)
         for mounted in before_cached(getattr(app, "routes", ())):
             yield from _inside(mounted)
         inner = getattr(app, "app", None)
@@ -518,5 +493,5 @@ def _check(layer: type, skips: frozenset[str]) -> None:
     name = f"{layer.__module__}.{layer.__qualname__}"
     if not skips & {layer.__name__, name}:
         raise ConfigurationError(
-            f"a hit would skip {name}: if nothing that it does is needed then, name it in skips"
+            f"cache hits bypass {name}; if that is safe, add it to skips (skips=[{name!r}])"
         )

@@ -87,7 +87,7 @@ class Admin:
         settings: Sequence[Setting] = (),
     ) -> None:
         self._cache = cache
-        self._publisher = publisher or cache.publisher or _local_board(cache)
+        self._publisher = publisher or _publisher_of(cache)
         self._audit_log: AuditLog = LoggingAuditLog() if audit_log is None else audit_log
         self._settings = tuple(settings)
         self._feed = Reporter(cache, self._publisher)
@@ -178,7 +178,7 @@ class Admin:
 
     def module_names(self) -> list[str]:
         """Name the modules that this application caches: no secret of anybody."""
-        return sorted(self._cache.modules)
+        return sorted(self._cache.registry.modules)
 
     # -- what is stored ----------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Admin:
             raise InvalidOperation("the cache wraps no application in this process")
         given = tuple(headers.items()) if isinstance(headers, Mapping) else tuple(headers)
         return await explain(
-            self._cache, middleware, ExplainedRequest(method, path, query, given), access
+            self._cache, middleware, ExplainedRequest(method, path, query, given), access=access
         )
 
     # -- what happens ------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ class Admin:
                     access, "failed", owner, key=key, problem=type(error).__name__
                 )
                 raise
-            if self._cache.near is not None:
-                self._cache.near.discard(key)
+            if self._cache.runtime is not None:
+                self._cache.runtime.near.discard(key)
             return msgspec.structs.replace(made, entries=deleted, complete=True, confirmed=True)
         token = cause.set(f"purge by {access.name}")
         try:
@@ -330,7 +330,8 @@ class Admin:
         owner = None if tenant is None else access.within(tenant)
         if module is not None:
             self._known_module(module)
-        switches = self._cache.switches
+        runtime = self._cache.runtime
+        switches = None if runtime is None else runtime.switches
         if (
             off
             and (tenant or module)
@@ -347,7 +348,8 @@ class Admin:
 
     async def switches(self, access: Access) -> SwitchStates:
         """Return what is switched off."""
-        enabled, switches = self._cache.enabled, self._cache.switches
+        enabled, runtime = self._cache.enabled, self._cache.runtime
+        switches = None if runtime is None else runtime.switches
         if switches is None:
             return SwitchStates(enabled=enabled, everything=False, tenants=[], modules=[])
         tenants = [tenant for tenant in sorted(switches.tenants) if access.tenant in (None, tenant)]
@@ -403,10 +405,13 @@ class Admin:
         )
 
     def _known_module(self, module: str) -> None:
-        if module not in self._cache.modules and module not in self._cache.counters.modules():
+        if (
+            module not in self._cache.registry.modules
+            and module not in self._cache.counters.modules()
+        ):
             raise NotFound(
                 f"no module {module!r}; known are "
-                f"{', '.join(sorted(self._cache.modules)) or 'none'}"
+                f"{', '.join(sorted(self._cache.registry.modules)) or 'none'}"
             )
 
     async def _write_down(
@@ -418,8 +423,10 @@ class Admin:
         )
 
 
-def _local_board(cache: "Cache") -> StatsPublisher:
-    """Give a cache that has none a board of its own figures."""
+def _publisher_of(cache: "Cache") -> StatsPublisher:
+    """Return the cache's publisher, or give it one of this process's own statistics."""
+    if isinstance(cache.publisher, StatsPublisher):
+        return cache.publisher
     publisher = cache.publisher = StatsPublisher()
     publisher.attach(cache)
     return publisher

@@ -25,7 +25,7 @@ class LoadedApp:
         ``ConfigurationError``."""
         self.middleware.prepare()
         cache = self.middleware.cache
-        return {*cache.tables, *cache.resolver.tables}
+        return {*cache.registry.tables, *cache.resolver.tables}
 
 
 def load(name: str, folder: Path) -> LoadedApp:

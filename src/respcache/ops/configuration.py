@@ -28,16 +28,17 @@ def settings_of(cache: "Cache") -> list[Setting]:
         name: parameter.default
         for name, parameter in inspect.signature(type(cache)).parameters.items()
     }
-    outbox = None if cache.relay is None else cache.relay.outbox
+    relay = None if cache.runtime is None else cache.runtime.relay
+    outbox = None if relay is None else relay.outbox
     given: dict[str, Any] = {
         "store": cache.store,
         "resolver": type(cache.resolver).__name__,
         "outbox": None if outbox is None else f"{type(outbox).__name__}, lease {outbox.lease_s} s",
-        "schema_version": cache.schema_version,
-        "enabled": cache.configured,
-        "strict_reads": cache.strict_reads,
-        "audit_share": cache.verify_share,
-        "near_bytes": cache.near_bytes,
+        "schema_version": cache.options.schema_version,
+        "enabled": cache.options.enabled,
+        "strict_reads": cache.options.strict_reads,
+        "audit_share": cache.options.verify_share,
+        "near_bytes": cache.options.near_bytes,
         "board": cache.publisher,
     }
     secret = Setting(name="Cache.secret", value="set", source="argument")

@@ -1,5 +1,4 @@
-"""What is said of a request: what would become of it now, and why. ``ops/explainer.py`` finds it
-out."""
+"""The shapes of an explanation: what would become of a request now, and why."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,52 +11,52 @@ from respcache.ops.facts import EntryFacts, GenerationFacts, Part, PolicyFacts
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """Who asks, as the resolver says. Nothing of the credentials."""
+    """The caller, according to the resolver. Contains no credentials."""
 
     tenant: str | None
     owner_tenant: str
-    """The tenant whose generation covers what decides who sees what."""
+    """The tenant whose generation covers the rows that decide what the caller may see."""
     role: str | None
-    """Where the application's scope has one."""
+    """None if the application's scope has none."""
     fingerprint: str
-    """Short digest of what the caller may see: equal for callers who see the same rows."""
+    """A short digest that is equal for callers who see the same rows."""
     tables: tuple[str, ...]
-    """Which were read to know."""
+    """The tables that the resolver reads."""
     remembered: bool
-    """By this process, and still valid."""
+    """This process has the caller's scope cached, and it is valid."""
 
 
 class LeaseFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Until when this process may serve."""
+    """This process's serving lease."""
 
     alive: bool
     left_s: float
     age_s: float | None
-    """How long ago the moment is up to which every write was seen."""
+    """The age of the moment up to which this process has seen every write."""
     server: str
     problem: str
-    """What kept the last round from being completed."""
+    """Why the last relay cycle failed; empty if it did not."""
 
 
 class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What this process holds itself."""
+    """What is in the memory of this process."""
 
     plan: bool
-    """The request would be recognised by its bytes."""
+    """The request's plan is cached."""
     held: bool = False
-    """Its answer is in memory."""
+    """Its response is in memory."""
     size_bytes: int = 0
     ttl_left_s: float = 0.0
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """What would become of a request now, in this process."""
+    """What would become of a request now, in this process. Mirrors the JSON field by field."""
 
     outcome: str
     """``hit``, ``miss`` or ``bypass``."""
     reason: str
-    """Of a hit: ``memory`` or ``store``. Of a miss: ``absent``, ``unreadable``, ``damaged`` or the
-    verdict on the entry. Of a bypass: the ``detail=`` of ``Cache-Status``, or ``not-cached``."""
+    """Hit: ``memory`` or ``store``. Miss: ``absent``, ``unreadable``, ``damaged`` or the verdict on
+    the entry. Bypass: the ``detail`` of ``Cache-Status``, or ``not-cached``."""
     why: str
     """A sentence."""
     method: str
@@ -65,17 +64,17 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     route: str | None = None
     policy: PolicyFacts | None = None
     parameters: list[Part] = []
-    """What the key is made of, besides the tenant and what the caller may see."""
+    """The parts of the key, besides the tenant and the fingerprint."""
     left_out: list[str] = []
-    """What the request has and the key has not."""
+    """The parts of the request that are not in the key."""
     caller: Caller | None = None
     key: str | None = None
     lock_key: str | None = None
     tags: tuple[str, ...] = ()
-    """What the answer depends on."""
+    """What the response depends on."""
     generation: GenerationFacts | None = None
-    owner_tenant: GenerationFacts | None = None
-    """That of the caller's home, where it is another one."""
+    owner_generation: GenerationFacts | None = None
+    """The owner tenant's, if that is another tenant."""
     lease: LeaseFacts | None = None
     entry: EntryFacts | None = None
     memory: MemoryFacts | None = None
@@ -85,7 +84,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class ExplainedRequest:
-    """A request to explain. ``path`` may carry the query."""
+    """A request to explain. ``path`` may contain the query."""
 
     method: str
     path: str
@@ -93,7 +92,7 @@ class ExplainedRequest:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def scope(self) -> dict[str, Any]:
-        """Make the ASGI scope that a server would make of it. Raises ``InvalidOperation``."""
+        """Return the ASGI scope that a server would build. Raises ``InvalidOperation``."""
         path, _, query = self.path.partition("?")
         if not path.startswith("/"):
             raise InvalidOperation(f"path {self.path!r} must begin with '/'")
@@ -107,7 +106,7 @@ class ExplainedRequest:
             )
         except UnicodeEncodeError as error:
             raise InvalidOperation(
-                f"{error.object!r} holds characters that no HTTP request can: percent-encode them"
+                f"{error.object!r} has characters that HTTP does not allow: percent-encode them"
             ) from None
         return {
             "type": "http",

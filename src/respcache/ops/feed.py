@@ -149,7 +149,7 @@ class Reporter:
         It was caused by ``by``, or else by what this runs for.
         """
         by, exchange = by or cause.get(), current.get()
-        request = None if exchange is None else exchange.request
+        request = None if exchange is None else exchange.asgi_scope
         for tenant, (tags, ids) in _by_tenant(rows).items():
             if len(self._waiting) >= MAX_AT_ONCE:
                 self._skipped += 1
@@ -269,7 +269,7 @@ class Reporter:
         modules = {
             tag.removeprefix(module_tag("")) for tag in noted.tags if tag.startswith(module_tag(""))
         }
-        modules.update(self._cache.readers(tables))
+        modules.update(self._cache.registry.readers(tables))
         return Event(
             id=f"{int(noted.at * 1000)}-{self._number}",
             at=datetime.fromtimestamp(noted.at, UTC),

@@ -112,7 +112,9 @@ def report_of(
     cache: "Cache", summary: StatsSummary, *, process: str, started_at: float
 ) -> ProcessReport:
     """Return all that this process says of itself."""
-    findings = [] if cache.verifier is None else list(cache.verifier.findings)
+    runtime = cache.runtime
+    verifier = None if runtime is None else runtime.verifier
+    findings = [] if verifier is None else list(verifier.found.mismatches)
     return ProcessReport(
         _describe(cache, process, started_at), summary.routes, summary.writes, findings
     )
@@ -140,7 +142,10 @@ def chunks(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def _describe(cache: "Cache", process: str, started_at: float) -> Process:
-    near, relay, verifier, stats = cache.near, cache.relay, cache.verifier, cache.counters
+    runtime, stats = cache.runtime, cache.counters
+    near = None if runtime is None else runtime.near
+    relay = None if runtime is None else runtime.relay
+    verifier = None if runtime is None else runtime.verifier
     return Process(
         id=process,
         host=socket.gethostname(),

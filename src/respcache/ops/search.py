@@ -224,7 +224,7 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
     plan = _plan_to(cache, key)
     if plan is not None:
         possible = [plan.route]
-    tags = _tags(named.module, possible, cache.tables)
+    tags = _tags(named.module, possible, cache.registry.tables)
     reading, entry = await _read(cache, key, named, tags)
     view = reading.generations[0]
     size_bytes, ttl_left_s = len(reading.entry or b""), reading.remaining_ms / 1000
@@ -253,7 +253,7 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
         route=plan.route.template if plan is not None else None,
         policy=policy_facts(plan.policy) if plan is not None else None,
         parts=key_parts(plan.form.parameters) if plan is not None else [],
-        held=cache.near is not None and key in cache.near,
+        held=cache.runtime is not None and key in cache.runtime.near,
     )
 
 

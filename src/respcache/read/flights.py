@@ -1,9 +1,9 @@
 """One fill per key in this process: callers of the same key wait for the first one's result.
 
-A caller joins only a flight whose certificate is valid in its own view of the generation, which it
-read after its own request began; otherwise it starts a newer flight in its place. Joining any
-flight would serve a caller that began after a write was acknowledged with a read from before it
-(the JOINANY mutant of the model).
+A caller joins only a flight whose certificate is valid in the caller's own view of the generation,
+which was read after the caller's request began. Otherwise it starts a newer flight that replaces
+the older one. Joining any flight would give a caller that began after an acknowledged write a read
+from before that write (the JOINANY mutant of the model).
 """
 
 import asyncio
@@ -16,8 +16,7 @@ T = TypeVar("T")
 
 
 class Flight(Generic[T]):
-    """A fill under way. It lands exactly once, with a result or with None when there is nothing to
-    share."""
+    """A fill in progress. It completes exactly once, with a result or with None."""
 
     __slots__ = ("_flights", "_key", "_result", "certificate")
 
@@ -28,20 +27,19 @@ class Flight(Generic[T]):
         self._result: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
 
     def complete(self, result: T | None) -> None:
-        """Give the result to whoever waits, and make room. Landing again does nothing."""
+        """Give all waiters the result. Completing again does nothing."""
         self._flights._forget(self._key, self)
         if not self._result.done():
             self._result.set_result(result)
 
     async def wait(self) -> T | None:
-        """Wait for the landing. Cancelling one waiter disturbs neither the flight nor the
-        others."""
+        """Return the result, or None if there is none to share. Cancelling a waiter cancels neither
+        the flight nor other waiters."""
         return await asyncio.shield(self._result)
 
 
 class Flights(Generic[T]):
-    """The fills under way in this process, by key. Bounded by the number of requests in the
-    process."""
+    """The flights of this process, by key. The number of its requests bounds their number."""
 
     def __init__(self) -> None:
         self._flying: dict[Hashable, Flight[T]] = {}
@@ -50,15 +48,14 @@ class Flights(Generic[T]):
         return len(self._flying)
 
     def join(self, key: Hashable, *, view: GenerationView, tags: Sequence[str]) -> Flight[T] | None:
-        """Return the flight of this key if its result will be valid for a caller with this view,
-        else None."""
+        """Return the key's flight if its result will be valid in this view, else None."""
         flight = self._flying.get(key)
         if flight is None or view.judge(flight.certificate, tags) is not Verdict.VALID:
             return None
         return flight
 
     def begin(self, key: Hashable, certificate: Certificate) -> Flight[T]:
-        """Start a flight; it takes the place of an older one that nobody may join any more."""
+        """Start a flight. It replaces an older one, which later callers may not join."""
         flight = self._flying[key] = Flight(self, key, certificate)
         return flight
 

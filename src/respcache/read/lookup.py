@@ -1,16 +1,12 @@
-"""One look into the cache: identity, key, and the one round trip that fetches entry and generation
-together.
+"""The lookup: identity, key, and the one round trip that reads entry and generation together.
 
-The order is the guarantee: credentials are verified, the scope is known and the route's role rule
-has said yes before a key exists. A scope or an entry is used only after it was judged in a view
-that was read after the request began (or is as old as the route's bound allows), and while the
-fence holds that was held before that view was asked for (``core/fence.py``).
+The order is the guarantee. Credentials are verified, the scope is known and the route's role rule
+has allowed the caller before a key exists. ``core.decision.decide`` then judges scope and entry in
+a view that was read after the request began, under the serving lease that was held before that.
 
-``hit`` is the short way, for what this process holds in memory; whatever it cannot prove goes the
-long way, ``request``.
+This is the long way of a request. ``proofs.py`` is the short way, for entries in memory.
 """
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -18,406 +14,197 @@ from dataclasses import dataclass
 
 from respcache.core import entry as entries
 from respcache.core import keys
-from respcache.core.encoding import ContentCoding
-from respcache.core.entry import Entry
+from respcache.core.decision import (
+    HIT,
+    Bypass,
+    Caller,
+    Candidate,
+    Decision,
+    Hit,
+    Miss,
+    Need,
+    admit,
+    check_lease,
+    decide,
+)
 from respcache.core.errors import Denied, StoreError
-from respcache.core.generations import Certificate, GenerationView, Verdict
+from respcache.core.generations import Certificate, GenerationView
 from respcache.core.identity import Claim, RequestHead, Scope
+from respcache.core.keys import CacheKey
 from respcache.core.policy import Policy
 from respcache.core.serving_lease import ServingLease
-from respcache.core.tokens import ConsistencyToken, reached
-from respcache.read.fill_locks import CacheKey
-from respcache.read.memory import MemoryEntry, Representation
-from respcache.read.plans import HitProof, Plan, ScopedPlan
-from respcache.read.s3fifo import MAX_FREQUENCY, S3Fifo
+from respcache.core.tokens import ConsistencyToken
+from respcache.read.guards import Guards
+from respcache.read.memory import MemoryEntry, NearCache
+from respcache.read.plans import Generations, HitProof, Plan, ScopedPlan
+from respcache.read.proofs import Proofs
 from respcache.read.scopes import CachedScope, ScopeCache
-from respcache.read.views import ViewReader
 from respcache.routing.table import Route
 from respcache.stores.base import Reading, Store
 from respcache.telemetry.stats import Counters
-from respcache.writes.invalidator import Invalidator
-from respcache.writes.relay import OutboxRelay
-from respcache.writes.switches import Switches
 
 log = logging.getLogger("respcache")
 
 MAX_ATTEMPTS = 6
-"""Round trips that one look may take while generations are being made or the scope keeps
-changing."""
+"""Round trips of one lookup while generations are being created or the scope keeps changing."""
 
-Near = S3Fifo[str, MemoryEntry]
-Candidate = tuple[MemoryEntry, ServingLease | None, GenerationView | None]
-"""Held in memory; the fence that must vouch for the view; and the view, or None where one must be
-read first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bypass:
-    """The cache is left alone for this request, and why."""
-
-    reason: str
-    tenant: str | None = None
+Parameters = Sequence[tuple[str, str, str]]
+"""The canonical ``(place, name, value)`` triples of a request."""
 
 
 @dataclass(slots=True)
 class LookupResult:
-    """What was found: a valid entry, or none and the capture under which a fill may be stored."""
+    """What a lookup found: a hit with its entry, or a miss with the certificate for its fill.
+
+    ``view`` is the one that decided. A fill may be stored only under ``certificate``, which was
+    captured from it.
+    """
 
     scoped: ScopedPlan
+    decision: Hit | Miss
     view: GenerationView
     certificate: Certificate
-    held: MemoryEntry | None
-    outdated: bool
-
-    @property
-    def entry(self) -> Entry | None:
-        """The valid entry, if there is one."""
-        return None if self.held is None else self.held.entry
-
-    @property
-    def cache_key(self) -> CacheKey:
-        """What it is stored under."""
-        return self.scoped.cache_key
+    memory_entry: MemoryEntry | None = None
 
     @property
     def scope(self) -> Scope | None:
-        """Who asked, where that was a request."""
-        return None if self.scoped.known is None else self.scoped.known.scope
+        """The caller's scope; None for values."""
+        cached = self.scoped.cached_scope
+        return None if cached is None else cached.scope
 
 
-class _NoLease(Exception):
-    """No fence vouches for what the store says now."""
+@dataclass(frozen=True, slots=True)
+class StoreRead:
+    """One read of the store: the reply, and the serving lease that was held before it was sent."""
+
+    reading: Reading
+    lease: ServingLease | None
+
+    @property
+    def view(self) -> GenerationView:
+        """The view of the tenant's generation."""
+        return self.reading.generations[0]
+
+    @property
+    def owner_view(self) -> GenerationView:
+        """The view of the owner tenant's generation; often the same one."""
+        return self.reading.generations[-1]
 
 
 class Lookup:
-    """Looks things up for requests and for values."""
+    """Looks responses and values up."""
 
     def __init__(
         self,
         store: Store,
         *,
         digester: keys.Digester,
-        identities: ScopeCache,
-        invalidator: Invalidator,
-        switches: Switches,
-        relay: OutboxRelay | None,
-        near: Near | None,
-        views: ViewReader,
+        scopes: ScopeCache,
+        guards: Guards,
+        near: NearCache,
+        proofs: Proofs,
         clock: Callable[[], float],
-        stats: Counters,
-        ttl_ms: int,
+        counters: Counters,
+        generation_ttl_ms: int,
     ) -> None:
         self._store = store
         self._digester = digester
-        self._identities = identities
-        self._invalidator = invalidator
-        self._switches = switches
-        self._blocked_tenants = invalidator.blocked_tenants
-        self._relay = relay
+        self._scopes = scopes
+        self._guards = guards
         self._near = near
-        self._views = views
+        self._proofs = proofs
         self._clock = clock
-        self._stats = stats
-        self._generation_ttl_ms = ttl_ms
+        self._counters = counters
+        self._generation_ttl_ms = generation_ttl_ms
 
-    async def hit(
-        self, scoped: ScopedPlan, *, sent: ConsistencyToken | None = None
-    ) -> MemoryEntry | None:
-        """Return what this process's memory answers, if that can be proven, else None. At most one
-        round trip, for a view.
-
-        For values, and for requests whose bytes are new here. The wrapper and ``turbo`` take the
-        same steps by themselves. ``sent``: the token that the request brings.
-        """
-        now = self._clock()
-        if sent is not None:
-            scoped = self.require_token(scoped, sent, now)
-        candidate = self.candidate(scoped, now)
-        if candidate is None:
-            return None
-        held, lease, view = candidate
-        if view is None:
-            try:
-                view = await self.read_view(scoped)
-            except StoreError:
-                return held if self.needs_no_view(scoped) else None
-            if self._switches.off and self._switches.is_off(scoped.tenant, scoped.policy.module):
-                return None
-        return held if self.proves(scoped, held, lease, view, self._clock()) else None
-
-    def require_token(self, scoped: ScopedPlan, sent: ConsistencyToken, now: float) -> ScopedPlan:
-        """Return the aim for a request that brings this token: a strict one, unless the view that
-        may be used has reached it."""
-        if not scoped.max_view_age_s:
-            return scoped
-        view = self._views.recent(
-            scoped.cache_key.generation_key, scoped.tags, since=now - scoped.max_view_age_s
-        )
-        return scoped if view is not None and reached(sent, view) else scoped.strict()
-
-    def candidate(self, scoped: ScopedPlan, now: float) -> Candidate | None:
-        """Return what this process holds in memory for a request that comes now, and what is needed
-        to prove it."""
-        near, varies_by, relay = self._near, scoped.policy.varies_by, self._relay
-        if near is None or not scoped.tags:
-            return None
-        if (self._switches.off or self._blocked_tenants) and self._left_alone(scoped):
-            return None
-        held = near.get(scoped.cache_key.entry_key)
-        if held is None:
-            return None
-        if now >= held.expires_at:
-            near.discard(scoped.cache_key.entry_key)
-            return None
-        if varies_by is not None and not self._varies_as_before(scoped):
-            return None
-        lease = None
-        if relay is not None and not scoped.needs_no_view:
-            # before the view is asked for: one granted later knows of writes that the view does not
-            lease = relay.lease
-            if now >= lease.until or not (scoped.covered_by is relay.tables or self._cover(scoped)):
-                return None
-        view = (
-            self._views.recent(
-                scoped.cache_key.generation_key, scoped.tags, since=now - scoped.max_view_age_s
-            )
-            if scoped.max_view_age_s
-            else None
-        )
-        return held, lease, view
-
-    def _left_alone(self, scoped: ScopedPlan) -> bool:
-        is_blocked = self._invalidator.is_blocked
-        return (
-            self._switches.is_off(scoped.tenant, scoped.policy.module)
-            or is_blocked(scoped.tenant)
-            or is_blocked(scoped.owner_tenant)
-        )
-
-    def needs_no_view(self, scoped: ScopedPlan) -> bool:
-        """Whether what is held may be used although no view is to be had: not when it was heard to
-        be out of date."""
-        return scoped.needs_no_view and not self._views.bumped(scoped.cache_key.generation_key)
-
-    def _varies_as_before(self, scoped: ScopedPlan) -> bool:
-        varies_by, known = scoped.policy.varies_by, scoped.known
-        try:
-            return (
-                varies_by is not None
-                and known is not None
-                and varies_by(known.scope) == scoped.vary_value
-            )
-        except Exception:  # the long way meets it too, and says so
-            return False
-
-    def read_view(self, scoped: ScopedPlan) -> "asyncio.Future[GenerationView]":
-        """Read a view that is younger than this call. Raises ``StoreUnavailable``, the future
-        ``StoreError``."""
-        return self._views.read(scoped.cache_key.generation_key, scoped.tags)
-
-    def wait_for_view(
-        self, scoped: ScopedPlan, done: Callable[[GenerationView | StoreError], None]
-    ) -> None:
-        """Have ``done``, which must not raise, called with what ``read_view`` returns or raises
-        later."""
-        self._views.wait(scoped.cache_key.generation_key, scoped.tags, done)
-
-    def proves(
-        self,
-        scoped: ScopedPlan,
-        held: MemoryEntry,
-        lease: ServingLease | None,
-        view: GenerationView,
-        now: float,
-    ) -> bool:
-        """Whether the fence still vouches for this view, and entry and scope are valid in it.
-
-        They need not be judged again in a view that they were judged in.
-        """
-        if lease is not None and not lease.allows(view.server, now):
-            return False
-        if held.proven is not view:
-            if view.judge(held.entry.certificate, scoped.cache_key.tags) is not Verdict.VALID:
-                self._drop(scoped.cache_key.entry_key, held)
-                # if it was an old one: what is made next must not be judged by it
-                self._views.expire(scoped.cache_key.generation_key)
-                return False
-            held.proven = view
-        if scoped.known is not None and scoped.proven is not view:
-            if not self._identities.judge(scoped.known, view):
-                return False
-            scoped.proven = view
-        return True
-
-    def still_proven(self, scoped: ScopedPlan, now: float) -> HitProof | None:
-        """Return the last proof of this hit if nothing that it rests on has changed, but for the
-        view at level ``strict``: that has to be read, and be the one of the proof."""
-        proof = scoped.proof
-        if proof is None or now >= proof.until or self._blocked_tenants or self._switches.off:
-            return None
-        slot, lease = proof.slot, proof.lease
-        if slot is None or slot.value is not proof.held:
-            return None
-        if lease is not None and self._relay is not None:
-            relay = self._relay
-            if lease is not relay.lease or proof.tables is not relay.tables:
-                return None
-        if scoped.max_view_age_s and proof.group.view is not proof.view:
-            return None
-        if slot.frequency < MAX_FREQUENCY:
-            slot.frequency += 1
-        return proof
-
-    def prove(
-        self,
-        plan: Plan,
-        scoped: ScopedPlan,
-        held: MemoryEntry,
-        lease: ServingLease | None,
-        view: GenerationView | None,
-        now: float,
-    ) -> HitProof | None:
-        """Prove a hit with what ``candidate`` found and the view that was read for it, and have
-        that remembered.
-
-        ``view`` is None where none was to be had and the entry lasts without.
-        """
-        if view is not None and not self.proves(scoped, held, lease, view, now):
-            return None
-        representation = held.representations.get(plan.coding) or self.representation(
-            scoped, held, plan.coding
-        )
-        if representation is None or self._near is None:
-            return None
-        group = self._views.group(scoped.cache_key.generation_key)
-        proof = HitProof(
-            held, representation, view, self._near.slot(scoped.cache_key.entry_key), group, lease
-        )
-        proof.tables = scoped.covered_by
-        if scoped.max_view_age_s:
-            proof.until = min(proof.until, group.asked_at + scoped.max_view_age_s)
-        # what it varies by is asked for anew for every request
-        if view is not None and scoped.policy.varies_by is None:
-            scoped.proof = proof
-        return proof
-
-    def _drop(self, entry_key: str, held: MemoryEntry) -> None:
-        near = self._near
-        if near is not None and near.peek(entry_key) is held:
-            near.discard(entry_key)
-
-    async def request(
-        self, plan: Plan, head: RequestHead, *, sent: ConsistencyToken | None = None
+    async def fetch(
+        self, plan: Plan, head: RequestHead, token: ConsistencyToken | None
     ) -> LookupResult | Bypass:
-        """Look for the answer to a request, which brings the token ``sent``.
+        """Look up the response to a request that brings this token.
 
-        One round trip when its scope and its tenant's generation are known.
+        One round trip if its scope is cached and its tenant's generation exists.
         """
+        if self._guards.is_off(plan.policy.module):
+            return Bypass("off")
         try:
             if plan.claim is None:
-                plan.claim = self._identities.resolver.claim(head)
-                plan.known = self._identities.recall(plan.claim)
-            return await self._request(plan, plan.claim, sent)
+                plan.claim = self._scopes.resolver.claim(head)
+                plan.cached_scope = self._scopes.get(plan.claim)
+            return await self._fetch(plan, plan.claim, token)
         except Denied:
             return Bypass("denied")
-        except _NoLease:
-            return Bypass("no-lease")
         except StoreError as error:
-            self._stats.errors += 1
+            self._counters.errors += 1
             log.debug("[Cache] Store failed: %s", error)
             return Bypass("store")
         except Exception:
-            log.warning(
-                "the resolver failed; the application answers without the cache", exc_info=True
-            )
+            log.warning("the resolver failed; the request bypasses the cache", exc_info=True)
             return Bypass("identity")
 
-    async def value(self, scoped: ScopedPlan) -> LookupResult | Bypass:
-        """Look for a value of a tenant. One round trip when the tenant's generation exists."""
-        tenant, cache_key = scoped.tenant, scoped.cache_key
-        if self._switches.is_off(tenant, scoped.policy.module):
-            return Bypass("off", tenant)
-        if not self._covered(scoped.policy):
-            return Bypass("no-trigger", tenant)
+    async def fetch_value(self, scoped: ScopedPlan) -> LookupResult | Bypass:
+        """Look up a value of a tenant. One round trip if the tenant's generation exists."""
         try:
             for _ in range(MAX_ATTEMPTS):
-                if self._invalidator.is_blocked(tenant):
-                    return Bypass("pending-invalidation", tenant)
-                reading = await self._read(cache_key.entry_key, scoped.wanted)
-                if await self._made(tenant, reading.generations[0]):
-                    return self._judge(scoped, reading)
-        except _NoLease:
-            return Bypass("no-lease", tenant)
+                caller = self._guards.caller_of(scoped)
+                bypass = admit(caller)
+                if bypass is not None:
+                    return bypass
+                read = await self.read(scoped.cache_key.entry_key, scoped.generations)
+                found = read if isinstance(read, Bypass) else self._decide(scoped, caller, read)
+                if not isinstance(found, Need):
+                    return found
+                await self._create_generation(scoped.tenant)
         except StoreError:
-            self._stats.errors += 1
-            return Bypass("store", tenant)
-        return Bypass("unstable", tenant)
+            self._counters.errors += 1
+            return Bypass("store", scoped.tenant)
+        return Bypass("unstable", scoped.tenant)
 
-    async def review(
-        self, look: LookupResult, policy: Policy
-    ) -> tuple[GenerationView, GenerationView] | None:
-        """Read the generations of a hit anew, its tenant's and its scope's. None unless it would be
-        served in this view too.
+    async def recheck(self, result: LookupResult) -> tuple[GenerationView, GenerationView] | None:
+        """Read the generations of a hit again: its tenant's, and its owner tenant's.
 
-        One round trip.
+        None unless the entry would be a hit in these views, too. One round trip.
         """
-        scoped, entry, cache_key, tags = (
-            look.scoped,
-            look.entry,
-            look.cache_key,
-            self._identities.tags,
-        )
-        assert scoped.known is not None
-        assert entry is not None
-        if not self._covered(policy) or self._left_alone(scoped):
+        scoped, cached = result.scoped, result.memory_entry
+        assert cached is not None
+        owner = keys.generation_key(scoped.owner_tenant)
+        wanted = [scoped.generations[0], (owner, self._scopes.tags)]
+        caller = self._guards.caller_of(scoped)
+        if admit(caller) is not None:
             return None
         try:
-            reading = await self._read(
-                None,
-                [
-                    (cache_key.generation_key, cache_key.tags),
-                    (keys.generation_key(scoped.owner_tenant), tags),
-                ],
-            )
-        except (StoreError, _NoLease):
+            read = await self.read(None, wanted)
+        except StoreError:
             return None
-        view, owner_tenant = reading.generations
-        valid = view.judge(
-            entry.certificate, cache_key.tags
-        ) is Verdict.VALID and self._identities.judge(scoped.known, owner_tenant)
-        return (view, owner_tenant) if valid else None
+        if isinstance(read, Bypass):
+            return None
+        decision = decide(
+            Candidate(scoped.cache_key, cached.entry),
+            caller,
+            read.lease,
+            view=read.view,
+            owner_view=read.owner_view,
+            now=self._clock(),
+        )
+        return (read.view, read.owner_view) if decision is HIT else None
 
     def key_for(
-        self,
-        route: Route,
-        policy: Policy,
-        *,
-        scope: Scope,
-        parameters: Sequence[tuple[str, str, str]],
+        self, route: Route, policy: Policy, *, scope: Scope, parameters: Parameters
     ) -> CacheKey:
-        """Name everything that the answer to a request of this caller is stored under, now. The
-        scope must name a tenant."""
+        """Return the key of the response to this caller now. The scope must name a tenant."""
         assert scope.tenant is not None
-        also = [] if policy.varies_by is None else [("varies", "", policy.varies_by(scope))]
-        return self.cache_key(
+        varies = [] if policy.varies_by is None else [("varies", "", policy.varies_by(scope))]
+        return self.key(
             policy,
             tenant=scope.tenant,
             route=route.template,
             fingerprint=scope.fingerprint,
-            parameters=[*parameters, *also],
+            parameters=[*parameters, *varies],
         )
 
-    def cache_key(
-        self,
-        policy: Policy,
-        *,
-        tenant: str,
-        route: str,
-        fingerprint: bytes,
-        parameters: Sequence[tuple[str, str, str]],
+    def key(
+        self, policy: Policy, *, tenant: str, route: str, fingerprint: bytes, parameters: Parameters
     ) -> CacheKey:
-        """Name everything that a response is stored under. ``route`` is the template of its
-        path."""
+        """Return the key of a response or value. ``route`` is the template of its path."""
         digest = self._digester.digest(
             tenant=tenant,
             route=route,
@@ -426,221 +213,159 @@ class Lookup:
             parameters=parameters,
         )
         return CacheKey(
-            entry_key=keys.entry_key(tenant, policy.module, policy.kind, digest),
-            lock_key=keys.lock_key(tenant, policy.module, policy.kind, digest),
+            entry_key=keys.entry_key(tenant, policy.module, policy.kind, digest=digest),
+            lock_key=keys.lock_key(tenant, policy.module, policy.kind, digest=digest),
             digest=digest,
             tags=policy.tags,
             generation_key=keys.generation_key(tenant),
             route=route,
         )
 
-    async def _request(
-        self, plan: Plan, claim: Claim, sent: ConsistencyToken | None
-    ) -> LookupResult | Bypass:
-        identities, policy = self._identities, plan.policy
-        if not self._covered(policy):
-            return Bypass("no-trigger")
-        for _ in range(MAX_ATTEMPTS):
-            known = plan.known
-            if known is None:
-                owner_tenant = (
-                    await self._read(
-                        None, [(keys.generation_key(claim.owner_tenant), identities.tags)]
-                    )
-                ).generations[0]
-                plan.known = await self._identify(claim, owner_tenant)
-                continue
-            scope = known.scope
-            if scope.tenant is None:
-                return Bypass("no-tenant")
-            if not identities.resolver.permits(scope, policy.rule):
-                return Bypass("denied", scope.tenant)
-            if self._switches.is_off(scope.tenant, policy.module):
-                return Bypass("off", scope.tenant)
-            if self._invalidator.is_blocked(scope.tenant) or self._invalidator.is_blocked(
-                claim.owner_tenant
-            ):
-                return Bypass("pending-invalidation", scope.tenant)
-            tried, scoped = plan.scoped, self._scoped(plan, known, claim)
-            cache_key = scoped.cache_key
-            if scoped is not tried:  # the bytes of the request are new here, its answer need not be
-                held = await self.hit(scoped, sent=sent)
-                if held is not None and held.proven is not None:
-                    return LookupResult(
-                        scoped, held.proven, held.entry.certificate, held, outdated=False
-                    )
-            reading = await self._read(cache_key.entry_key, scoped.wanted)
-            view, owner_tenant = reading.generations[0], reading.generations[-1]
-            if scoped.proven is not owner_tenant and not identities.judge(known, owner_tenant):
-                # others may have read it anew under the same claim
-                latest = identities.recall(claim)
-                plan.known = (
-                    latest if latest is not known else await self._identify(claim, owner_tenant)
-                )
-            elif await self._made(scope.tenant, view):
-                scoped.proven = owner_tenant
-                return self._judge(scoped, reading)
-        return Bypass("unstable")
-
-    def _scoped(self, plan: Plan, known: CachedScope, claim: Claim) -> ScopedPlan:
-        """Name everything that the answer is stored under and judged by, unless the plan knows it
-        already."""
-        scope, policy, scoped = known.scope, plan.policy, plan.scoped
+    def scope_plan(
+        self, plan: Plan, claim: Claim, cached: CachedScope, *, counted: bool = True
+    ) -> ScopedPlan:
+        """Return the plan bound to this scope. It names everything that the response is stored
+        under and judged by. ``counted=False``: its counters are not the live ones."""
+        scope, policy = cached.scope, plan.policy
+        assert scope.tenant is not None
         vary_value = None if policy.varies_by is None else policy.varies_by(scope)
-        if scoped is None or scoped.known is not known or scoped.vary_value != vary_value:
-            assert scope.tenant is not None
-            cache_key = self.key_for(
-                plan.route, policy, scope=scope, parameters=plan.form.parameters
-            )
-            mine, alone = self._identities.tags, claim.owner_tenant == scope.tenant
-            scoped = plan.scoped = ScopedPlan(
-                scope.tenant,
-                cache_key,
-                policy,
-                counters=self._stats.at(scope.tenant, policy.module, plan.route.template),
-                known=known,
-                owner_tenant=claim.owner_tenant,
-                wanted=[(cache_key.generation_key, (*cache_key.tags, *mine))]
-                if alone
-                else [
-                    (cache_key.generation_key, cache_key.tags),
-                    (keys.generation_key(claim.owner_tenant), mine),
-                ],
-                vary_value=vary_value,
-                max_view_age_s=policy.max_view_age_s(
-                    anonymous=not self._identities.resolver.tables
-                ),
-            )
-        return scoped
-
-    def _cover(self, scoped: ScopedPlan) -> bool:
-        """Whether the tables are covered; if so, that is remembered until the next round has
-        looked."""
-        assert self._relay is not None
-        tables = self._relay.tables
-        if not self._covered(scoped.policy):
-            return False
-        scoped.covered_by = tables
-        return True
-
-    def _covered(self, policy: Policy) -> bool:
-        """Whether no write to what the answer depends on, or what decides who may see it, can be
-        missed."""
-        relay = self._relay
-        return relay is None or (
-            relay.covers(policy.tables) and relay.covers(self._identities.resolver.tables)
+        scoped = plan.scoped
+        if scoped is not None and scoped.cached_scope is cached and scoped.vary_value == vary_value:
+            return scoped
+        cache_key = self.key_for(plan.route, policy, scope=scope, parameters=plan.form.parameters)
+        generation, tags = cache_key.generation_key, cache_key.tags
+        generations: Generations = [(generation, (*tags, *self._scopes.tags))]
+        if claim.owner_tenant != scope.tenant:
+            owner = keys.generation_key(claim.owner_tenant)
+            generations = [(generation, tags), (owner, self._scopes.tags)]
+        counters = self._counters if counted else Counters()
+        return ScopedPlan(
+            scope.tenant,
+            cache_key,
+            policy,
+            counters=counters.at(scope.tenant, policy.module, plan.route.template),
+            cached_scope=cached,
+            owner_tenant=claim.owner_tenant,
+            generations=generations,
+            vary_value=vary_value,
+            max_view_age_s=policy.max_view_age_s(anonymous=not self._scopes.resolver.tables),
+            coding=plan.coding,
         )
 
-    async def _read(
-        self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]]
-    ) -> Reading:
-        """Read from the store. Raises ``_NoLease`` unless the fence held before vouches for what
-        came back."""
-        relay = self._relay
-        if relay is None:
-            return await self._store.read(entry, wanted)
-        # before the request is sent: one granted later knows of writes that the reply does not
-        lease = relay.lease
-        if relay.clock() >= lease.until:
-            raise _NoLease
-        reading = await self._store.read(entry, wanted)
-        if not lease.allows(reading.generations[0].server, relay.clock()):
-            raise _NoLease
-        return reading
+    async def read(self, entry_key: str | None, generations: Generations) -> StoreRead | Bypass:
+        """Read an entry (or none) and views under the serving lease. One round trip.
 
-    async def _identify(self, claim: Claim, owner_tenant: GenerationView) -> CachedScope | None:
-        """Read the scope under a capture from this view of its home; None when that generation had
-        to be made first."""
-        certificate = owner_tenant.certificate()
-        if certificate is None:
-            await self._open(claim.owner_tenant)
-            return None
-        return await self._identities.read(claim, view=owner_tenant, certificate=certificate)
-
-    async def _made(self, tenant: str, view: GenerationView) -> bool:
-        """Whether the view is of a usable generation; if not, make one, to be read in the next
-        attempt.
-
-        What ``open`` returns cannot stand for that reading: it names no bumps.
+        A bypass means that the lease has ended. Raises ``StoreError``.
         """
-        if view.certificate() is not None:
-            return True
-        await self._open(tenant)
-        return False
+        lease = self._guards.lease
+        bypass = check_lease(lease, None, self._clock())
+        if bypass is not None:
+            return bypass
+        return StoreRead(await self._store.read(entry_key, generations), lease)
 
-    async def _open(self, tenant: str) -> None:
+    async def _fetch(
+        self, plan: Plan, claim: Claim, token: ConsistencyToken | None
+    ) -> LookupResult | Bypass:
+        policy = plan.policy
+        if not self._guards.covers(policy):
+            return Bypass("no-trigger")
+        for _ in range(MAX_ATTEMPTS):
+            cached = plan.cached_scope
+            if cached is None:
+                read = await self.read(
+                    None, [(keys.generation_key(claim.owner_tenant), self._scopes.tags)]
+                )
+                if isinstance(read, Bypass):
+                    return read
+                bypass = check_lease(read.lease, read.view, self._clock())
+                if bypass is not None:
+                    return bypass
+                plan.cached_scope = await self._read_scope(claim, read.view)
+                continue
+            caller = self._guards.caller(policy, claim, cached)
+            bypass = admit(caller)
+            if bypass is not None:
+                return bypass
+            before, scoped = plan.scoped, self.scope_plan(plan, claim, cached)
+            plan.scoped = scoped
+            if scoped is not before:  # the request's bytes are new here, its response need not be
+                hit = await self._from_memory(scoped, token)
+                if hit is not None:
+                    return hit
+            read = await self.read(scoped.cache_key.entry_key, scoped.generations)
+            found = read if isinstance(read, Bypass) else self._decide(scoped, caller, read)
+            if not isinstance(found, Need):
+                return found
+            assert isinstance(read, StoreRead)
+            if found is Need.GENERATION:
+                await self._create_generation(scoped.tenant)
+                continue
+            latest = self._scopes.get(claim)  # another request may have read the scope since
+            plan.cached_scope = (
+                latest if latest is not cached else await self._read_scope(claim, read.owner_view)
+            )
+        return Bypass("unstable")
+
+    def _decide(
+        self, scoped: ScopedPlan, caller: Caller, read: StoreRead
+    ) -> LookupResult | Bypass | Need:
+        data = read.reading.entry
+        entry = None if data is None else entries.decode(data)
+        decision: Decision = decide(
+            Candidate(scoped.cache_key, entry, present=data is not None),
+            caller,
+            read.lease,
+            view=read.view,
+            owner_view=read.owner_view,
+            now=self._clock(),
+        )
+        if isinstance(decision, Bypass | Need):
+            return decision
+        certificate = read.view.certificate()
+        assert certificate is not None
+        result = LookupResult(scoped, decision, read.view, certificate)
+        if decision is HIT and entry is not None:
+            remaining_ms = read.reading.remaining_ms
+            result.memory_entry = self._near.keep(
+                scoped.cache_key, entry, remaining_ms=remaining_ms
+            )
+        return result
+
+    async def _from_memory(
+        self, scoped: ScopedPlan, token: ConsistencyToken | None
+    ) -> LookupResult | None:
+        now = self._clock()
+        proof = await self._proofs.hit(self._proofs.require_token(scoped, token, now), now)
+        return None if proof is None else result_of(scoped, proof)
+
+    async def _read_scope(self, claim: Claim, owner_view: GenerationView) -> CachedScope | None:
+        """Read the caller's scope under a certificate from this view of the owner's generation.
+
+        None if that generation had to be created first.
+        """
+        certificate = owner_view.certificate()
+        if certificate is None:
+            await self._create_generation(claim.owner_tenant)
+            return None
+        return await self._scopes.read(claim, view=owner_view, certificate=certificate)
+
+    async def _create_generation(self, tenant: str) -> None:
+        """Create a tenant's generation. It is read in the next attempt, because the reply to this
+        command names no bumps."""
         nonce = secrets.token_hex(8).encode("ascii")
         await self._store.open(
             keys.generation_key(tenant), nonce=nonce, ttl_ms=self._generation_ttl_ms
         )
 
-    def _judge(self, scoped: ScopedPlan, reading: Reading) -> LookupResult:
-        view, cache_key = reading.generations[0], scoped.cache_key
-        certificate = view.certificate()
-        assert certificate is not None
-        entry = None if reading.entry is None else entries.decode(reading.entry)
-        held = None
-        if (
-            entry is not None
-            and entry.digest == cache_key.digest
-            and view.judge(entry.certificate, cache_key.tags) is Verdict.VALID
-        ):
-            held = self.hold(cache_key, entry, remaining_ms=reading.remaining_ms, proven=view)
-        return LookupResult(
-            scoped, view, certificate, held, reading.entry is not None and held is None
-        )
 
-    def hold(
-        self,
-        cache_key: CacheKey,
-        entry: Entry,
-        *,
-        remaining_ms: int,
-        proven: GenerationView | None = None,
-    ) -> MemoryEntry:
-        """Keep an entry in memory, if there is one for that; ``proven``: the view that it is known
-        to be valid in."""
-        near = self._near
-        held = MemoryEntry(
-            entry,
-            expires_at=self._clock() + remaining_ms / 1000,
-            proven=proven,
-            lasting=near is not None,
-        )
-        if near is not None:
-            near.put(cache_key.entry_key, held, size_bytes=held.size_bytes)
-        return held
-
-    def pack(self, cache_key: CacheKey, held: MemoryEntry, body: bytes) -> None:
-        """Keep the compressed form of what is held, too. A hit that was proven with the plain one
-        meanwhile is proven anew."""
-        held.pack(body)
-        near = self._near
-        if near is not None and near.peek(cache_key.entry_key) is held:
-            near.renew(cache_key.entry_key)
-            near.resize(cache_key.entry_key, held.size_bytes)
-
-    def representation(
-        self, scoped: ScopedPlan, held: MemoryEntry, coding: ContentCoding
-    ) -> Representation | None:
-        """Make a form of what is held that it does not have yet; None, and it is dropped, where its
-        bytes are damaged."""
-        if self._near is None:
-            return held.make(coding, max_bytes=scoped.policy.max_body_bytes)
-        before = held.size_bytes
-        made = held.make(coding, max_bytes=scoped.policy.max_body_bytes)
-        if made is None:
-            self._drop(scoped.cache_key.entry_key, held)
-        elif held.size_bytes != before:
-            self._resize(scoped.cache_key, held)
-        return made
-
-    def _resize(self, cache_key: CacheKey, held: MemoryEntry) -> None:
-        near = self._near
-        if near is not None and near.peek(cache_key.entry_key) is held:
-            near.resize(cache_key.entry_key, held.size_bytes)
+def result_of(scoped: ScopedPlan, proof: HitProof) -> LookupResult | None:
+    """Return the proof of a hit as a lookup result; None for a hit without a view."""
+    if proof.view is None:
+        return None
+    certificate = proof.memory_entry.entry.certificate
+    return LookupResult(scoped, HIT, proof.view, certificate, proof.memory_entry)
 
 
-def as_parameters(values: Mapping[str, object]) -> tuple[tuple[str, str, str], ...]:
-    """Bring the key of a value into canonical form: sorted by name, each value by its ``repr``."""
+def as_parameters(values: Mapping[str, object]) -> Parameters:
+    """Return the canonical form of a value's key: sorted by name, each value by its ``repr``."""
     return tuple(("value", name, repr(values[name])) for name in sorted(values))

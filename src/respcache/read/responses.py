@@ -1,40 +1,37 @@
-"""The three ways in which an answer passes the wrapper: sent as stored, held until a write is
-confirmed, recorded by a fill.
+"""How a response passes the middleware: as stored, deferred until a write is confirmed, or recorded.
 
-These are ASGI ``send`` callables; they own no decisions but those about their messages.
+These are ASGI ``send`` callables. They decide nothing but what concerns their messages.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import NamedTuple
 
-from respcache.context import Exchange
+from respcache.context import Exchange, Message, Send
 from respcache.core import tokens
 from respcache.core.encoding import negotiable, vary
 from respcache.core.errors import AckBarrierOverflow
 from respcache.core.http_caching import cache_status, for_browsers, refusal
 from respcache.core.serving_lease import Outcome
 
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
-MAX_HELD_BYTES = 4 * 1024 * 1024
+MAX_DEFERRED_BYTES = 4 * 1024 * 1024
 INVALIDATION = b"x-cache-invalidation"
-"""On the answer of a write that is committed, but whose invalidation the store has not confirmed:
-``pending; safe``, or ``pending`` where there is no outbox."""
+"""On the response of a committed write whose invalidation is not confirmed: ``pending; safe``, or
+``pending`` if there is no outbox."""
 
 
 async def send_stored(
-    send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *said: str
+    send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], *, body: bytes, forward: str
 ) -> None:
-    """Send a stored response, and what became of the request. No JSON, no copying of the body."""
-    sent = for_browsers([*headers, cache_status(*said)], replace=True)
-    await send({"type": "http.response.start", "status": status, "headers": sent})
+    """Send the stored response of another caller's fill, with ``Cache-Status``."""
+    marked = for_browsers([*headers, cache_status(forward, "collapsed")], replace=True)
+    await send({"type": "http.response.start", "status": status, "headers": marked})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def without_body(send: Send) -> Send:
-    """Answer a HEAD request from what GET would have sent (RFC 9110, section 9.3.2)."""
+    """Return a ``send`` for HEAD: what GET would have sent, without the body (RFC 9110, 9.3.2)."""
 
     async def send_head(message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -45,7 +42,7 @@ def without_body(send: Send) -> Send:
 
 
 def at_head(send: Send, callback: Callable[[], object]) -> Send:
-    """Call back when the head of an answer leaves."""
+    """Return a ``send`` that calls back when the head of the response leaves."""
 
     async def send_on(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -55,182 +52,185 @@ def at_head(send: Send, callback: Callable[[], object]) -> Send:
     return send_on
 
 
-class HeldResponse:
-    """Holds an answer back until every bump of its request is settled: the acknowledgement of a
-    write is its answer.
+class DeferredResponse:
+    """Keeps a response back until every bump of its request is settled.
 
-    While a transaction of the request still has uncommitted changes (a session that a ``yield``
-    dependency commits after the handler), messages are kept, up to ``MAX_HELD_BYTES``; ``release``
-    sends them when the application has returned.
+    The response acknowledges the write. While a transaction of the request has uncommitted changes
+    (a session that a ``yield`` dependency commits after the handler), messages are kept, up to
+    ``MAX_DEFERRED_BYTES``. ``release`` sends them after the application has returned.
     """
 
     def __init__(
-        self, send: Send, exchange: Exchange, before: Callable[[], Awaitable[None]] | None = None
+        self, exchange: Exchange, before: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        self._send = send
         self._exchange = exchange
         self._before = before
-        self._held: list[Message] = []
-        self._held_bytes = 0
+        self._kept: list[Message] = []
+        self._kept_bytes = 0
         self._passing = False
         self.started = False
 
     async def __call__(self, message: Message) -> None:
-        """Take a message from the application."""
+        """Receive a message from the application (ASGI ``send``)."""
         if self._passing:
-            await self._send(message)
+            await self._exchange.send(message)
             return
-        self._held.append(message)
-        self._held_bytes += len(message.get("body", b""))
-        if not self._exchange.open:
+        self._kept.append(message)
+        self._kept_bytes += len(message.get("body", b""))
+        if not self._exchange.open_transactions:
             await self.release()
-        elif self._held_bytes > MAX_HELD_BYTES:
-            self._held.clear()
+        elif self._kept_bytes > MAX_DEFERRED_BYTES:
+            self._kept.clear()
             raise AckBarrierOverflow(
-                f"the response outgrew {MAX_HELD_BYTES} bytes while its transaction was still "
-                f"open: commit before answering"
+                f"the response exceeded {MAX_DEFERRED_BYTES} bytes while its transaction was still "
+                "open: commit before responding"
             )
 
     async def release(self) -> None:
         """Settle the bumps, then send what was kept and pass on the rest.
 
-        Also when nothing was kept: the server itself answers for an application that raises, and
-        that answer must wait too.
+        Also needed if nothing was kept: the server itself responds for an application that raises,
+        and that response must wait too.
         """
         if self._passing:
             return
         if self._before is not None:
             await self._before()
         await self._exchange.settle()
-        if not self._held:
+        if not self._kept:
             return
         self._passing = self.started = True
-        held, self._held = self._held, []
-        for message in held:
+        kept, self._kept = self._kept, []
+        for message in kept:
             if message["type"] == "http.response.start":
-                message = {
-                    **message,
-                    "headers": [*message.get("headers", ()), *_said(self._exchange)],
-                }
-            await self._send(message)
+                headers = [*message.get("headers", ()), *_write_headers(self._exchange)]
+                message = {**message, "headers": headers}
+            await self._exchange.send(message)
 
     async def send_error(self, message: bytes) -> None:
-        """Answer 500 in place of an answer that could not be held, if nothing was sent yet."""
-        if not self.started:
-            self.started = self._passing = True
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(message)).encode()),
-            ]
-            await self._send({"type": "http.response.start", "status": 500, "headers": headers})
-            await self._send({"type": "http.response.body", "body": message, "more_body": False})
+        """Send a 500 response instead of the deferred one, if nothing was sent yet."""
+        if self.started:
+            return
+        self.started = self._passing = True
+        length = str(len(message)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        send = self._exchange.send
+        await send({"type": "http.response.start", "status": 500, "headers": headers})
+        await send({"type": "http.response.body", "body": message, "more_body": False})
 
 
-def _said(exchange: Exchange) -> Headers:
-    """Return what the answer of a request says of its writes."""
-    said: Headers = (
-        [] if exchange.token is None else [(tokens.HEADER, tokens.encode(exchange.token))]
-    )
+def _write_headers(exchange: Exchange) -> Headers:
+    """Return the headers that report a request's writes."""
+    headers: Headers = []
+    if exchange.token is not None:
+        headers.append((tokens.HEADER, tokens.encode(exchange.token)))
     if exchange.outcome is not Outcome.CONFIRMED:
-        said.append((INVALIDATION, exchange.outcome.encode()))
-    return said
+        headers.append((INVALIDATION, exchange.outcome.encode()))
+    return headers
 
 
 class StatusMarker:
-    """Adds ``Cache-Status`` and ``Cache-Control`` to an answer that is not stored, and passes
-    everything on as it comes."""
+    """Adds ``Cache-Status`` and ``Cache-Control`` to a response that is not stored."""
 
     def __init__(self, send: Send, *status: str) -> None:
         self._send = send
         self._status = status
 
     async def __call__(self, message: Message) -> None:
-        """Take a message from the application."""
+        """Receive a message from the application (ASGI ``send``)."""
         if message["type"] == "http.response.start":
             headers: Headers = [*message.get("headers", ()), cache_status(*self._status)]
             message = {**message, "headers": for_browsers(headers, replace=False)}
         await self._send(message)
 
 
-class ResponseRecorder:
-    """Collects the answer of a fill and lands it when its last byte is there, before anything is
-    sent.
+class WholeResponse(NamedTuple):
+    """A complete response of a handler."""
 
-    ``land(refused, status, headers, body)`` is called exactly once, with the reason for not storing
-    or None; it returns the reason that finally holds. What cannot be stored is passed on at once,
-    so streams stay streams.
+    status: int
+    headers: Headers
+    body: bytes
+
+
+OnRecorded = Callable[[WholeResponse | str], str | None]
+"""Receives a complete response, or the reason why it cannot be stored. Returns the final reason, or
+None if it was stored."""
+
+
+class ResponseRecorder:
+    """Records the response of a fill, and reports it before anything is sent.
+
+    ``on_recorded`` is called exactly once, when the last byte has arrived. A response that cannot
+    be stored is passed on at once, so streams stay streams.
     """
 
     def __init__(
         self,
         send: Send,
+        on_recorded: OnRecorded,
         *,
-        complete: Callable[[str | None, int, Headers, bytes], str | None],
         forward: str,
         max_body_bytes: int,
         key_headers: frozenset[bytes],
     ) -> None:
         self._send = send
-        self._complete = complete
+        self._on_recorded = on_recorded
         self._forward = forward
         self._max_body_bytes = max_body_bytes
         self._key_headers = key_headers
         self._start: Message | None = None
         self._body: list[bytes] = []
         self._size = 0
-        self._through = False
+        self._passing = False
 
     async def __call__(self, message: Message) -> None:
-        """Take a message from the application."""
-        if self._through:
+        """Receive a message from the application (ASGI ``send``)."""
+        if self._passing:
             await self._send(message)
         elif message["type"] == "http.response.start":
             self._start = message
-            headers = message.get("headers", ())
             reason = refusal(
                 message["status"],
-                headers,
+                message.get("headers", ()),
                 max_body_bytes=self._max_body_bytes,
                 key_headers=self._key_headers,
             )
             if reason is not None:
-                await self._pass_through(reason)
+                await self._pass_on(reason)
         elif message["type"] == "http.response.body" and self._start is not None:
-            await self._take_body(message, self._start)
+            await self._record(message, self._start)
         else:
-            await self._pass_through("stream")
+            await self._pass_on("stream")
             await self._send(message)
 
-    async def _take_body(self, message: Message, start: Message) -> None:
+    async def _record(self, message: Message, start: Message) -> None:
+        more_body = message.get("more_body", False)
         self._body.append(message.get("body", b""))
         self._size += len(self._body[-1])
         if self._size > self._max_body_bytes:
-            await self._pass_through("too-large")
-            if not message.get("more_body", False):
+            await self._pass_on("too-large")
+            if not more_body:
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-        elif not message.get("more_body", False):
+        elif not more_body:
             body = b"".join(self._body)
-            reason = self._complete(None, start["status"], list(start.get("headers", ())), body)
-            await self._send_start(reason)
-            self._through = True
+            headers = list(start.get("headers", ()))
+            reason = self._on_recorded(WholeResponse(start["status"], headers, body))
+            await self._send_start(start, reason)
+            self._passing = True
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _pass_through(self, reason: str) -> None:
-        self._through = True
-        status = self._start["status"] if self._start is not None else 0
-        self._complete(reason, status, [], b"")
+    async def _pass_on(self, reason: str) -> None:
+        self._passing = True
+        self._on_recorded(reason)
         if self._start is not None:
-            await self._send_start(reason)
+            await self._send_start(self._start, reason)
         for part in self._body:
             await self._send({"type": "http.response.body", "body": part, "more_body": True})
 
-    async def _send_start(self, reason: str | None) -> None:
-        assert self._start is not None
-        status = (
-            (self._forward, "stored") if reason is None else (self._forward, f"detail={reason}")
-        )
-        headers: Headers = [*self._start.get("headers", ()), cache_status(*status)]
+    async def _send_start(self, start: Message, reason: str | None) -> None:
+        result = "stored" if reason is None else f"detail={reason}"
+        headers: Headers = [*start.get("headers", ()), cache_status(self._forward, result)]
         if reason is None and negotiable(headers, length=self._size):
-            # this answer is plain, but others that are made of it will not be
+            # this response is plain, but later ones made from it may be compressed
             headers = [*vary(headers)]
-        await self._send({**self._start, "headers": for_browsers(headers, replace=reason is None)})
+        await self._send({**start, "headers": for_browsers(headers, replace=reason is None)})

@@ -30,7 +30,7 @@ waits in a queue.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from copy import copy
 from typing import Generic, TypeVar
 
@@ -80,6 +80,9 @@ class S3Fifo(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._slots)
 
     def __contains__(self, key: K) -> bool:
         """Say whether an item is kept, without using it."""

@@ -1,17 +1,16 @@
-"""What this process knows of each tenant's generation: one read at a time for all requests that
-need it, and how old it is.
+"""What this process knows of each tenant's generation, and how old that knowledge is.
 
-*Group validation.* A strict hit from memory needs a view of the generation that was read after its
-request began. Requests of one tenant share such readings: those that arrive in one tick of the
-event loop leave together, those that arrive while a reading is under way wait for the next one,
-never for that one, which may have been answered before they began. So a tenant costs its server at
-most one small read per round trip and process, whatever the rate of its requests.
+*Batched views.* A strict hit from memory needs a view of the generation that was read after its
+request began. Requests of one tenant share such reads: those that arrive in one tick of the event
+loop share one. Those that arrive while a read is in progress wait for the next one, never for that
+one, because the server may have answered it before they began. So a tenant costs its server at most
+one small read per round trip and process, whatever its request rate.
 
 *Time-limited views.* A route of level ``bounded`` may use the last view until it is ``bound_s``
-old, counted from the moment before it was asked for. The view is dropped earlier when this process
-bumps the tenant itself, when the server says that somebody did (a push, which may be late or lost:
-the bound does not rest on it), and when the connection ends. A reading that was under way at that
-moment may have been answered before: it serves those who wait for it and is not kept.
+old, counted from the moment before it was requested. The view is dropped earlier when this process
+bumps the tenant itself, when the server pushes the news of another process's bump, and when the
+connection ends. A push may be late or lost, so the bound does not rest on it. A read in progress at
+such a moment may have been answered before it: it serves those that wait for it and is not kept.
 """
 
 import asyncio
@@ -23,154 +22,152 @@ from respcache.core.generations import GenerationView
 from respcache.stores.base import Store
 
 Tags = frozenset[str]
+OnView = Callable[[GenerationView | StoreError], None]
+"""Receives a view or the reason why there is none. Must not raise."""
 
-MAX_GROUPS = 10_000
-"""Generations of which views are kept; the one that was made first goes first."""
+MAX_BATCHES = 10_000
+"""Generations whose last view is kept. The oldest is dropped first."""
 
 
 class ViewReader:
-    """The views of one process. Bound to the event loop that its methods are called in."""
+    """Reads the views of one process. Bound to one event loop."""
 
     def __init__(self, store: Store, *, clock: Callable[[], float]) -> None:
         self.reads = 0
         self._store = store
         self._clock = clock
-        self._groups: dict[str, ViewBatch] = {}
+        self._batches: dict[str, ViewBatch] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def read(self, generation: str, tags: Tags) -> "asyncio.Future[GenerationView]":
-        """Return a view that was asked for after this call, with at least these tags. Raises
-        ``StoreUnavailable``.
+        """Return a view that is requested after this call, with at least these tags.
 
-        At most one round trip longer than the store's own reading; the future may raise
-        ``StoreError``.
+        Takes at most one round trip longer than the store's own read. Raises ``StoreUnavailable``;
+        the future may raise ``StoreError``.
         """
         future: asyncio.Future[GenerationView] = asyncio.get_running_loop().create_future()
         self.wait(generation, tags, partial(_settle, future))
         return future
 
-    def wait(
-        self, generation: str, tags: Tags, done: Callable[[GenerationView | StoreError], None]
-    ) -> None:
-        """Have ``done`` called with what ``read`` returns or raises later, without a future. It
-        must not raise."""
-        group = self._groups.get(generation) or self.group(generation)
-        if tags not in group.asked:
-            group.ask(tags)
-        group.join(done)
+    def wait(self, generation: str, tags: Tags, on_view: OnView) -> None:
+        """Call ``on_view`` with the result of such a ``read``, without a future."""
+        batch = self._batches.get(generation) or self.batch(generation)
+        if tags not in batch.tag_sets:
+            batch.add_tags(tags)
+        batch.join(on_view)
 
     def recent(self, generation: str, tags: Tags, *, since: float) -> GenerationView | None:
-        """Return the last view if it was asked for at ``since`` or later, with these tags; costs
-        nothing."""
-        group = self._groups.get(generation)
-        if group is None or group.asked_at < since or tags not in group.asked:
+        """Return the last view if it has these tags and was requested at ``since`` or later."""
+        batch = self._batches.get(generation)
+        if batch is None or batch.requested_at < since or tags not in batch.tag_sets:
             return None
-        return group.view
+        return batch.view
 
     def expire(self, generation: str) -> None:
-        """Drop what is known of a generation: it was bumped, or may have been."""
-        group = self.group(generation)
-        group.bumped = True
-        group.expire()
+        """Drop the view of a generation, which was bumped or may have been."""
+        batch = self.batch(generation)
+        batch.bumped = True
+        batch.expire()
 
     def bumped(self, generation: str) -> bool:
-        """Whether something was heard of a generation since the last view of it was read."""
-        group = self._groups.get(generation)
-        return group is not None and group.bumped
+        """Whether a bump was reported since the last view of the generation was read."""
+        batch = self._batches.get(generation)
+        return batch is not None and batch.bumped
 
     def expire_all(self) -> None:
-        """Drop everything: the connection is gone, and with it whatever it would have told."""
-        for group in self._groups.values():
-            group.expire()
+        """Drop all views: the connection ended, so pushes may have been lost."""
+        for batch in self._batches.values():
+            batch.expire()
 
-    def group(self, generation: str) -> "ViewBatch":
-        """Return what is known of a generation: its ``view`` is None from the moment that it is not
-        to be used again."""
-        group = self._groups.get(generation)
-        if group is None:
-            if len(self._groups) >= MAX_GROUPS:
+    def batch(self, generation: str) -> "ViewBatch":
+        """Return the batch of a generation. Its ``view`` is None once it may no longer be used."""
+        batch = self._batches.get(generation)
+        if batch is None:
+            if len(self._batches) >= MAX_BATCHES:
                 self._make_room()
-            group = self._groups[generation] = ViewBatch(self, generation)
-        return group
+            batch = self._batches[generation] = ViewBatch(self, generation)
+        return batch
 
     def _make_room(self) -> None:
-        """Forget an eighth of the groups that nobody waits for, the oldest first."""
-        idle = [name for name, group in self._groups.items() if not group.busy]
-        for name in idle[: MAX_GROUPS // 8]:
-            self._groups.pop(name).expire()  # nobody tells it any more when it is bumped
+        """Drop an eighth of the batches, the oldest idle ones."""
+        idle = [name for name, batch in self._batches.items() if not batch.busy]
+        for name in idle[: MAX_BATCHES // 8]:
+            # proofs may still refer to the batch, which no push reaches any more
+            self._batches.pop(name).expire()
 
 
 class ViewBatch:
-    """The requests that need one generation. ``busy``: a reading is under way or about to leave."""
+    """The requests that wait for a view of one generation, and its last view.
+
+    ``busy`` says that a read is in progress or about to be sent.
+    """
 
     __slots__ = (
         "_dirty",
         "_generation",
         "_names",
+        "_reader",
         "_sent_at",
-        "_views",
         "_waiting",
-        "asked",
-        "asked_at",
         "bumped",
         "busy",
+        "requested_at",
+        "tag_sets",
         "view",
     )
 
-    def __init__(self, views: ViewReader, generation: str) -> None:
-        self._views = views
+    def __init__(self, reader: ViewReader, generation: str) -> None:
+        self._reader = reader
         self._generation = generation
-        self._waiting: list[Callable[[GenerationView | StoreError], None]] = []
+        self._waiting: list[OnView] = []
         self._names: tuple[str, ...] = ()
         self._sent_at = 0.0
         self._dirty = False
-        self.asked: set[Tags] = set()
+        self.tag_sets: set[Tags] = set()
         self.bumped = False
         self.busy = False
         self.view: GenerationView | None = None
-        self.asked_at = float("-inf")
+        self.requested_at = float("-inf")
 
-    def ask(self, tags: Tags) -> None:
-        """Ask for these tags too, from the next reading on."""
-        self.asked.add(tags)
+    def add_tags(self, tags: Tags) -> None:
+        """Read these tags too, from the next read on."""
+        self.tag_sets.add(tags)
         self._names = tuple(sorted(tags.union(self._names)))
         self.expire()
 
     def expire(self) -> None:
-        """Drop the view, and the one that is under way when it comes."""
-        self.view, self.asked_at, self._dirty = None, float("-inf"), True
+        """Drop the view, and do not keep the result of a read in progress."""
+        self.view, self.requested_at, self._dirty = None, float("-inf"), True
 
-    def join(self, done: Callable[[GenerationView | StoreError], None]) -> None:
-        """Wait for a reading that has not left yet."""
+    def join(self, on_view: OnView) -> None:
+        """Wait for a read that has not been sent yet."""
         if not self.busy:
-            self._views._store.soon(self._leave)
+            self._reader._store.soon(self._send)
             self.busy = True
-        self._waiting.append(done)
+        self._waiting.append(on_view)
 
-    def _leave(self) -> None:
-        views = self._views
+    def _send(self) -> None:
+        reader = self._reader
         waiting, self._waiting = self._waiting, []
-        self._sent_at, self._dirty = views._clock(), False
-        views.reads += 1
+        self._sent_at, self._dirty = reader._clock(), False
+        reader.reads += 1
         try:
-            views._store.view(
-                self._generation, self._names, lambda result: self._complete(waiting, result)
+            reader._store.view(
+                self._generation, self._names, lambda result: self._receive(waiting, result)
             )
-        except Exception as error:  # nobody may wait for ever, whatever it is
-            self._complete(
-                waiting, error if isinstance(error, StoreError) else StoreUnavailable(repr(error))
-            )
+        except Exception as error:  # whatever it is, no request may wait forever
+            failure = error if isinstance(error, StoreError) else StoreUnavailable(repr(error))
+            self._receive(waiting, failure)
 
-    def _complete(
-        self,
-        waiting: Iterable[Callable[[GenerationView | StoreError], None]],
-        result: GenerationView | StoreError,
-    ) -> None:
+    def _receive(self, waiting: Iterable[OnView], result: GenerationView | StoreError) -> None:
         if not self._dirty and isinstance(result, GenerationView):
-            self.view, self.asked_at, self.bumped = result, self._sent_at, False
-        for done in waiting:
-            done(result)
+            self.view, self.requested_at, self.bumped = result, self._sent_at, False
+        for on_view in waiting:
+            on_view(result)
         if self._waiting:
-            self._leave()
+            self._send()
         else:
             self.busy = False
 
@@ -179,7 +176,7 @@ def _settle(future: "asyncio.Future[GenerationView]", result: GenerationView | S
     if future.done():
         return
     if isinstance(result, StoreError):
-        # a copy each: a raised exception collects tracebacks
+        # a copy for each waiter, because a raised exception collects tracebacks
         future.set_exception(type(result)(*result.args))
     else:
         future.set_result(result)

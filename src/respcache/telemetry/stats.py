@@ -1,9 +1,8 @@
-"""Counters of this process, as plain integers: a hit costs additions and one comparison. Exporters
-read them, nobody resets them.
+"""The counters of this process: plain integers that exporters read and that are never reset.
 
-What is counted is kept per tenant and route (``RouteCounters``); times are kept per route (``RouteTimes``),
-all tenants together. Every miss is timed, and one hit in ``SAMPLED``: from when the request came to
-the wrapper until the head of its answer leaves it.
+Events are counted per tenant and route (``RouteCounters``). Durations are kept per route
+(``RouteTimes``), all tenants together. Every miss is timed, and one hit in ``SAMPLED``, from the
+request's arrival at the middleware until the head of its response leaves it.
 """
 
 from bisect import bisect_left
@@ -14,65 +13,62 @@ from typing import Any
 import msgspec
 
 MAX_COUNTERS = 50_000
-"""Pairs of tenant and route that are kept apart, some 300 bytes each; what comes later is added up
-under ``OTHER``."""
+"""Pairs of tenant and route with counters of their own, about 300 bytes each. Later pairs are
+counted under ``OTHER``."""
 
 OTHER = "~other"
-"""Stands for requests without a tenant, and for tenants beyond the bound. No tenant can have this
-name."""
+"""Requests without a tenant, and tenants beyond the bound. No tenant can have this name."""
 
 VALUE = "value:"
-"""Begins the route of values (``get_or_set``), which are named by their module."""
+"""The prefix of the route of values (``get_or_set``), which are named by their module."""
 
 SAMPLED = 64
-"""One hit in so many is timed; a power of two."""
+"""One hit in this many is timed. A power of two."""
 
 SAMPLE_MASK = SAMPLED - 1
 
 BOUNDS_S = (
     25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3, 250e-3, 500e-3, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
-"""Upper ends of the buckets of a histogram, in seconds, each included; one more bucket holds what
-took longer."""
+"""The inclusive upper bounds of a histogram's buckets, in seconds. One more bucket holds the rest."""
 
 _EMPTY: Mapping[str, int] = Counter()
 
 
 class Histogram(msgspec.Struct):
-    """How long things took: their number by bucket of ``BOUNDS_S``, and the sum in seconds."""
+    """Durations: their number per bucket of ``BOUNDS_S``, and their sum in seconds."""
 
     counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
     seconds: float = 0.0
 
     @property
     def count(self) -> int:
-        """How many."""
+        """The number of durations."""
         return sum(self.counts)
 
     @property
     def mean_s(self) -> float | None:
-        """Their mean in seconds; None where there is none."""
+        """The mean in seconds; None if there are none."""
         count = self.count
         return self.seconds / count if count else None
 
     def observe(self, seconds: float) -> None:
-        """Count one."""
+        """Add one duration."""
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.seconds += seconds
 
     def add(self, other: "Histogram") -> None:
-        """Add another's to these."""
+        """Add the other's to these."""
         self.counts = [
             mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)
         ]
         self.seconds += other.seconds
 
     def quantile(self, share: float) -> float | None:
-        """Estimate what this share (0 to 1) of them did not exceed, in seconds; None where there is
-        none.
+        """Return the estimated quantile for a share from 0 to 1, in seconds; None if there are none.
 
-        Within a bucket they are taken to lie evenly; whatever took longer than the last bound
-        counts as that.
+        Durations are taken to be spread evenly within a bucket. Those above the last bound count
+        as that bound.
         """
         rest = share * self.count
         for position, count in enumerate(self.counts):
@@ -85,38 +81,38 @@ class Histogram(msgspec.Struct):
 
 
 class RouteTimes(msgspec.Struct):
-    """How long the requests of one route took, whoever asked."""
+    """The durations of one route, for all tenants."""
 
     hits: Histogram = msgspec.field(default_factory=Histogram)
-    """One hit in ``SAMPLED``."""
+    """Of one hit in ``SAMPLED``."""
     misses: Histogram = msgspec.field(default_factory=Histogram)
-    """Every miss that was answered."""
+    """Of every miss that was answered."""
     fill_s: float = 0.0
-    """What the fills took that were stored: their handlers, with the database."""
+    """The total duration of the fills that were stored: their handlers, with the database."""
     saved_s: float = 0.0
-    """What hits would have taken had they been fills: estimated from the sampled ones."""
+    """The estimated duration of all hits had they been fills, from the sampled ones."""
 
     def add(self, other: "RouteTimes") -> None:
-        """Add another's to these."""
+        """Add the other's to these."""
         self.hits.add(other.hits)
         self.misses.add(other.misses)
         self.fill_s += other.fill_s
         self.saved_s += other.saved_s
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the stats endpoint says of them: estimates, in milliseconds and seconds."""
-        said: dict[str, Any] = {
+        """Return the estimates for the stats endpoint, in milliseconds and seconds."""
+        quantiles: dict[str, Any] = {
             f"{name}_{label}_ms": None
             if (seconds := taken.quantile(share)) is None
             else round(seconds * 1000, 3)
             for name, taken in (("hit", self.hits), ("miss", self.misses))
             for label, share in (("p50", 0.5), ("p95", 0.95))
         }
-        return {**said, "fill_s": round(self.fill_s, 3), "saved_s": round(self.saved_s, 3)}
+        return {**quantiles, "fill_s": round(self.fill_s, 3), "saved_s": round(self.saved_s, 3)}
 
 
 class Totals(msgspec.Struct):
-    """What happened to requests and writes, added up."""
+    """Sums of what happened to requests and writes."""
 
     hits: int = 0
     misses: int = 0
@@ -126,33 +122,33 @@ class Totals(msgspec.Struct):
     bytes_served: int = 0
     bytes_stored: int = 0
     bypasses: dict[str, int] = msgspec.field(default_factory=dict)
-    """By reason, as in ``Cache-Status``."""
+    """By the reason in ``Cache-Status``."""
     refusals: dict[str, int] = msgspec.field(default_factory=dict)
-    """Answers that were not stored, by reason."""
+    """Responses that were not stored, by reason."""
 
     @property
     def requests(self) -> int:
-        """Of cached routes."""
+        """All requests of cached routes."""
         return self.hits + self.misses + self.bypassed
 
     @property
     def bypassed(self) -> int:
-        """Bypasses, whatever the reason."""
+        """All bypasses."""
         return sum(self.bypasses.values())
 
     @property
     def refused(self) -> int:
-        """Refusals, whatever the reason."""
+        """All refusals."""
         return sum(self.refusals.values())
 
     @property
     def hit_ratio(self) -> float | None:
-        """Hits of all look-ups; None before the first."""
-        looked = self.hits + self.misses
-        return round(self.hits / looked, 4) if looked else None
+        """Hits per lookup; None before the first."""
+        lookups = self.hits + self.misses
+        return round(self.hits / lookups, 4) if lookups else None
 
     def add(self, other: "Totals | RouteCounters") -> None:
-        """Add another's to these."""
+        """Add the other's to these."""
         self.hits += other.hits
         self.misses += other.misses
         self.collapsed += other.collapsed
@@ -164,7 +160,7 @@ class Totals(msgspec.Struct):
         add_counts(self.refusals, other.refusals)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures under the names that the stats endpoint uses."""
+        """Return the counters under the names of the stats endpoint."""
         return {
             "hits": self.hits,
             "misses": self.misses,
@@ -180,23 +176,34 @@ class Totals(msgspec.Struct):
 
 
 def add_counts(total: dict[str, int], counts: Mapping[str, int]) -> None:
-    """Add counts by name to others."""
+    """Add these counts to a total, by name."""
     for name, count in counts.items():
         total[name] = total.get(name, 0) + count
 
 
 class RouteCounters:
-    """What happens to the requests of one route of one tenant, or to the writes of one module: then
-    ``route`` is empty.
+    """The live counters of one route of one tenant; or, without ``route``, of a module's writes.
 
-    The live counters: whoever has them adds to them. ``phase`` says which hits are sampled: others
-    for every tenant, so that it is one in ``SAMPLED`` however few each of them has.
+    ``phase`` chooses the hits that are sampled. It differs between tenants, so that one hit in
+    ``SAMPLED`` is sampled even if each tenant has few.
     """
 
     __slots__ = (
-        "bypassed", "bytes_served", "bytes_stored", "collapsed", "hits", "invalidations", "key", "misses", "module", "phase",
-        "refused", "route", "stores", "times",
-    )  # fmt: skip
+        "bypassed",
+        "bytes_served",
+        "bytes_stored",
+        "collapsed",
+        "hits",
+        "invalidations",
+        "key",
+        "misses",
+        "module",
+        "phase",
+        "refused",
+        "route",
+        "stores",
+        "times",
+    )
 
     def __init__(self, module: str, route: str, times: RouteTimes, *, phase: int = 0) -> None:
         self.key = route or f"~{module}"
@@ -211,47 +218,52 @@ class RouteCounters:
         self.invalidations = 0
         self.bytes_served = 0
         self.bytes_stored = 0
-        # by reason; made by the first, as most never have one
+        # by reason; created by the first one, because most routes never have any
         self.bypassed: Counter[str] | None = None
         self.refused: Counter[str] | None = None
 
     @property
     def bypasses(self) -> Mapping[str, int]:
-        """By reason; to be read."""
+        """Read-only, by reason."""
         return self.bypassed or _EMPTY
 
     @property
     def refusals(self) -> Mapping[str, int]:
-        """By reason; to be read."""
+        """Read-only, by reason."""
         return self.refused or _EMPTY
 
+    def hit(self, size_bytes: int) -> bool:
+        """Count a hit. Return whether it must be timed (``sample``)."""
+        self.hits = hits = self.hits + 1
+        self.bytes_served += size_bytes
+        return hits & SAMPLE_MASK == self.phase
+
     def bypass(self, reason: str, count: int = 1) -> None:
-        """Count requests that left the cache alone."""
+        """Count requests that bypassed the cache."""
         if self.bypassed is None:
             self.bypassed = Counter()
         self.bypassed[reason] += count
 
     def refuse(self, reason: str, count: int = 1) -> None:
-        """Count answers that were not stored."""
+        """Count responses that were not stored."""
         if self.refused is None:
             self.refused = Counter()
         self.refused[reason] += count
 
     def store(self, *, size_bytes: int, seconds: float) -> None:
-        """Count a fill that is stored, and what it took."""
+        """Count a fill that is stored, and its duration."""
         self.stores += 1
         self.bytes_stored += size_bytes
         self.times.fill_s += seconds
 
     def sample(self, seconds: float, fill_ms: int) -> None:
-        """Time a hit that stands for ``SAMPLED`` of them. ``fill_ms``: what its fill had taken."""
+        """Record the duration of a sampled hit. ``fill_ms`` is the duration of its fill."""
         self.times.hits.observe(seconds)
         self.times.saved_s += SAMPLED * fill_ms / 1000
 
 
 class Counters:
-    """Figures per tenant and route, at most ``MAX_COUNTERS``; the number of routes is the
-    application's."""
+    """The counters of one process: at most ``MAX_COUNTERS`` pairs of tenant and route."""
 
     __slots__ = (
         "_kept",
@@ -273,9 +285,9 @@ class Counters:
         self.stale_served = 0
 
     def at(self, tenant: str | None, module: str, route: str = "") -> RouteCounters:
-        """Return the figures to add to: of a route, or without one of a module's writes.
+        """Return the live counters of a route, or without ``route`` of a module's writes.
 
-        ``tenant`` is None where the request had none or it was not resolved.
+        ``tenant`` is None for requests whose tenant is missing or unknown.
         """
         key = route or f"~{module}"
         routes = self._tenants.get(tenant or OTHER)
@@ -295,11 +307,11 @@ class Counters:
         return self._tenants.setdefault(tenant, {}).setdefault(key, counters)
 
     def of(self, tenant: str | None, module: str) -> Totals:
-        """Add up what happened to a module of a tenant; None: of requests without one."""
+        """Return the sums of one module of a tenant; None: of requests without a tenant."""
         return self.modules(tenant or OTHER).get(module) or Totals()
 
     def tenants(self) -> Iterable[str]:
-        """Name the tenants that have figures."""
+        """Return the tenants that have counters."""
         return [tenant for tenant, routes in list(self._tenants.items()) if routes]
 
     def counters(self, tenant: str | None = None) -> list[RouteCounters]:
@@ -308,14 +320,14 @@ class Counters:
         return [counters for routes in chosen for counters in list(routes.values())]
 
     def modules(self, tenant: str | None = None) -> dict[str, Totals]:
-        """Return figures per module: of one tenant, or added up over all."""
+        """Return the sums per module, of one tenant or of all."""
         total: dict[str, Totals] = {}
         for counters in self.counters(tenant):
             total.setdefault(counters.module, Totals()).add(counters)
         return total
 
     def routes(self, tenant: str | None = None) -> dict[str, tuple[str, Totals]]:
-        """Return module and figures per route: of one tenant, or added up over all."""
+        """Return module and sums per route, of one tenant or of all."""
         total: dict[str, tuple[str, Totals]] = {}
         for counters in self.counters(tenant):
             if counters.route:
@@ -323,5 +335,35 @@ class Counters:
         return total
 
     def times(self, route: str) -> RouteTimes:
-        """Return how long the requests of a route took, all tenants together."""
+        """Return the durations of a route, for all tenants."""
         return self._times.get(route) or RouteTimes()
+
+    def to_dict(self, tenant: str | None = None) -> dict[str, Any]:
+        """Return the statistics of one tenant or of all, for ``Cache.stats``."""
+        modules, routes = self.modules(tenant), self.routes(tenant)
+        total = Totals()
+        for totals in modules.values():
+            total.add(totals)
+        by_route = {
+            route: {"module": module, **totals.to_dict()}
+            for route, (module, totals) in sorted(routes.items())
+        }
+        if tenant is None:
+            for route in by_route:
+                by_route[route] |= self.times(route).to_dict()
+        return {
+            "modules": {module: totals.to_dict() for module, totals in sorted(modules.items())},
+            "routes": by_route,
+            "hits": total.hits,
+            "misses": total.misses,
+            "bypasses": total.bypassed,
+            "stores": total.stores,
+            "stores_refused": total.refused,
+            "invalidations": total.invalidations,
+            "bytes_served": total.bytes_served,
+            "bytes_stored": total.bytes_stored,
+            "stale_served": self.stale_served,
+            "errors": self.errors,
+            "unconfirmed_invalidations": self.unconfirmed_invalidations,
+            "acknowledgements_delayed": self.acknowledgements_delayed,
+        }

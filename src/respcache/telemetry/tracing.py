@@ -1,33 +1,35 @@
-"""What a tracer is told: fills, invalidations, and that the store goes and comes. Never a hit.
-Pure; ``ops/otel.py`` traces."""
+"""What a tracer receives: fills, invalidations, and outages of the store. Never a hit. Pure.
+
+``integrations/otel.py`` is a tracer.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 Trace = Callable[[str], None]
-"""Says what became of it, in the words of ``Cache-Status`` or ``core.fence.Outcome``."""
+"""Receives the outcome: a word of ``Cache-Status``, or a ``core.serving_lease.Outcome``."""
 
 
 class Tracing:
-    """Traces nothing. Its methods are on the way of misses and writes: they must not wait and not
-    raise."""
+    """Traces nothing. Misses and writes call its methods, which must not wait and not raise."""
 
     def fill(self, *, tenant: str, module: str, route: str) -> AbstractContextManager[Trace]:
-        """Surround a fill: the handler that makes an answer, or what makes a value (``route``
-        begins with ``value:``)."""
+        """Surround the fill of a response, or of a value (its route begins with ``value:``)."""
         return _UNTRACED
 
     def invalidation(self, *, tenants: int | None, cause: str) -> AbstractContextManager[Trace]:
-        """Surround an invalidation of so many tenants (None: not known yet). ``cause``: ``write``
-        here, ``outbox`` by others."""
+        """Surround an invalidation of this many tenants (None: not known yet).
+
+        ``cause`` is ``write`` for writes of this process, ``outbox`` for those of others.
+        """
         return _UNTRACED
 
     def store(self, cause: Exception | None) -> None:
-        """Hear that the store is away, and why, or (None) that it is back."""
+        """Report that the store became unavailable, and why, or (None) available again."""
 
 
-def _unheard(outcome: str, /) -> None:
-    """Say nothing."""
+def _ignore(outcome: str, /) -> None:
+    """Do nothing."""
 
 
-_UNTRACED: AbstractContextManager[Trace] = nullcontext(_unheard)
+_UNTRACED: AbstractContextManager[Trace] = nullcontext(_ignore)

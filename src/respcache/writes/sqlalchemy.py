@@ -104,7 +104,7 @@ class Transaction:
         self.doubtful = True
         exchange = current.get()
         if exchange is not None:
-            exchange.open.add(self)
+            exchange.open_transactions.add(self)
             self.exchange = exchange
 
 
@@ -138,6 +138,8 @@ class Watch:
     ) -> None:
         self._engine = engine
         self._cache = cache
+        self._relay = None if cache.runtime is None else cache.runtime.relay
+        self._misspelt: set[str] = set()
         self._schema = schema
         self._shared = shared
         self._facts: dict[str, Facts] = {}
@@ -154,7 +156,7 @@ class Watch:
         ]
         for target, name, listener in self._listeners:
             event.listen(target, name, listener)
-        cache.add_check(self._check_tables)
+        cache.registry.add_check(self._check_tables)
         self._wrap("do_commit", committed=True)
         self._wrap("do_commit_twophase", committed=True)
         self._wrap("do_rollback", committed=False)
@@ -196,7 +198,7 @@ class Watch:
         below all events. What it raises must reach the application: the transaction is then
         aborted, and a COMMIT would roll it back without a word.
         """
-        relay = self._cache.relay
+        relay = self._relay
         if relay is None or transaction is None or not transaction.doubtful:
             return None
         cursor = connection.cursor()
@@ -222,17 +224,17 @@ class Watch:
         if committed:
             self._tell(transaction, rows)
         if transaction.exchange is not None:
-            transaction.exchange.open.discard(transaction)
+            transaction.exchange.open_transactions.discard(transaction)
 
     def _tell(self, transaction: Transaction, rows: Rows | None) -> None:
         if not transaction.wrote:
             return
         changes, transaction.changes, transaction.wrote = transaction.changes, {}, False
         transaction.targets.clear()
-        if self._cache.relay is not None:
+        if self._relay is not None:
             self._cache.committed(rows)
         elif changes:
-            self._cache.changed(changes)
+            self._cache.writes.changed(changes)
 
     # -- engine events -----------------------------------------------------------------------------
 
@@ -250,7 +252,7 @@ class Watch:
     ) -> None:
         facts = self._facts_of(sql, context)
         transaction: Transaction = _info(connection).setdefault(_KEY, Transaction())
-        relay = self._cache.relay
+        relay = self._relay
         if relay is not None:
             declared = context.execution_options.get("respcache_writes")
             if facts.raw or facts.change is not None or declared:
@@ -301,7 +303,7 @@ class Watch:
             or _isolation(connection) != "AUTOCOMMIT"
         ):
             return
-        if self._cache.relay is not None:  # without one, what is only doubtful is nothing
+        if self._relay is not None:  # without one, what is only doubtful is nothing
             transaction.touch()
         transaction.doubtful = False
         self._tell(transaction, None)
@@ -385,9 +387,10 @@ class Watch:
             )
 
     def _say_misspelt(self, tenant: str, table: str) -> None:
-        if self._cache.first_time(f"misspelt: {table}"):
+        if table not in self._misspelt:
+            self._misspelt.add(table)
             log.warning(
-                "not cached: reads of %s for tenant %r, which its rows spell otherwise; mend "
+                "not cached: reads of %s for tenant %r, which its rows spell differently: correct "
                 "Scope.tenant",
                 table,
                 tenant,
@@ -407,7 +410,7 @@ class Watch:
     def _before_flush(self, session: Session, flush_context: Any, instances: Any) -> None:
         """Load the tenant of what changes while statements may still be sent: an expired object no
         longer knows it."""
-        if self._cache.relay is not None:
+        if self._relay is not None:
             return
         for instance in (*session.dirty, *session.deleted):
             for key, _ in self._tenant_attributes(object_mapper(instance)):

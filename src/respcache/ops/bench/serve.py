@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from respcache.middleware import App, CacheMiddleware, Receive, Scope
+from respcache.context import App, AsgiScope, Receive, Send
+from respcache.middleware import CacheMiddleware
 from respcache.ops.application import load
 from respcache.ops.bench.processes import READY, Prepared
-from respcache.read.responses import Send
 
 
 class Announced(uvicorn.Server):
@@ -43,7 +43,7 @@ def bare(answers: list[Prepared]) -> App:
     """Make the floor: an application that only sends what others must first find."""
     by_target = {answer.target.encode(): answer for answer in answers}
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         query = scope["query_string"]

@@ -104,9 +104,9 @@ def _render(out: Output, found: Document) -> None:
         pairs += [("key", found["key"]), ("made of", ", ".join(parts) or "the route alone")]
         pairs.append(("left out", ", ".join(found["left_out"]) or "nothing"))
         pairs.append(("depends on", ", ".join(found["tags"])))
-    for name in ("generation", "home"):
+    for name in ("generation", "owner_generation"):
         if found[name] is not None:
-            pairs += generation_pairs(found[name], name)
+            pairs += generation_pairs(found[name], name.replace("_", " "))
     if found["lease"] is not None:
         pairs.append(("lease", _lease(found["lease"])))
     if found["entry"] is not None:

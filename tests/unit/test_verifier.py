@@ -34,7 +34,7 @@ from respcache.read.verifier import (
     EVERY_S,
     LEAST_PAUSE_S,
     LOG_EVERY_S,
-    MAX_FINDINGS,
+    MAX_MISMATCHES,
     MOST_SHARE_OF_TIME,
     Verifier,
 )
@@ -66,8 +66,8 @@ class World:
 
     @property
     def verifier(self) -> Verifier:
-        assert self.cache.verifier is not None
-        return self.cache.verifier
+        assert self.cache.runtime.verifier is not None
+        return self.cache.runtime.verifier
 
     def later(self, seconds: float, callback: Callable[[], object]) -> Timer:
         self.timers.append(Timer(seconds, callback))
@@ -87,15 +87,15 @@ class World:
 
     async def audited_hit(self, path: str = "/things", **headers: str) -> httpx2.Response:
         """Be served from the cache, and have just that hit audited."""
-        self.verifier.countdown, self.verifier._rest_until = 1, self.now
+        self.verifier.countdown, self.verifier.rest_until = 1, self.now
         answer = await self.http.get(path, headers=headers)
         assert "; hit" in answer.headers["cache-status"]
-        assert self.verifier._task is not None
+        assert self.verifier.busy
         return answer
 
     async def done(self) -> None:
         """Wait until no audit is under way."""
-        await until(lambda: self.verifier._task is None)
+        await until(lambda: not self.verifier.busy)
 
     async def confirmed(self) -> None:
         """Let the lease pass for which a suspicion waits, then wait for what comes of it."""
@@ -126,8 +126,11 @@ async def running(app: Any, *, routes: Any = None, **options: Any) -> AsyncItera
     transport = httpx2.ASGITransport(app=server, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
         world = World(cache, http)
-        if cache.verifier is not None:
-            cache.verifier._clock, cache.verifier._later = lambda: world.now, world.later
+        if cache.runtime.verifier is not None:
+            cache.runtime.verifier.clock, cache.runtime.verifier.later = (
+                lambda: world.now,
+                world.later,
+            )
         await cache.connect()
         yield world
         await cache.close()
@@ -203,10 +206,10 @@ async def test_an_equal_answer_is_counted_and_nothing_else(world: World, data: D
     assert (counters["hits"], counters["misses"], counters["stores"], data.calls) == (1, 1, 1, 2)
     verifier = world.cache.stats()["verifier"]
     assert (
-        verifier["audits"],
+        verifier["verifications"],
         verifier["equal"],
         verifier["inconclusive"],
-        verifier["findings"],
+        verifier["mismatches"],
     ) == (
         1,
         1,
@@ -232,7 +235,7 @@ async def test_a_hit_does_not_wait_for_its_audit_and_one_is_under_way_at_most(
         assert "; hit" in (await world.get()).headers["cache-status"]
     data.go.set()
     await world.done()
-    assert (world.verifier.audits, data.calls) == (1, 2)
+    assert (world.verifier.found.verifications, data.calls) == (1, 2)
 
 
 async def test_a_write_that_overtakes_the_audit_is_no_finding(world: World, data: Data) -> None:
@@ -245,7 +248,7 @@ async def test_a_write_that_overtakes_the_audit_is_no_finding(world: World, data
     await world.http.post("/things")
     data.go.set()
     await world.done()
-    assert (world.verifier.inconclusive, world.verifier.stale, data.calls) == (
+    assert (world.verifier.found.inconclusive, world.verifier.found.stale, data.calls) == (
         {"overtaken": 1},
         0,
         2,
@@ -260,7 +263,7 @@ async def test_a_commit_whose_bump_is_under_way_is_no_finding(world: World, data
     await until(lambda: world.timers[-1].seconds == WAIT_S)
     await world.cache.invalidate_tenant_cache("public", "things")
     await world.confirmed()
-    assert (world.verifier.inconclusive, world.verifier.stale, data.calls) == (
+    assert (world.verifier.found.inconclusive, world.verifier.found.stale, data.calls) == (
         {"overtaken": 1},
         0,
         2,
@@ -281,7 +284,7 @@ async def test_a_lost_invalidation_is_found(
     assert (await world.audited_hit()).json() == 7_654_321
     await world.confirmed()
     stats = world.cache.stats()
-    (finding,) = stats["verifier"]["findings"]
+    (finding,) = stats["verifier"]["mismatches"]
     assert (stats["verifier"]["stale"], stats["verifier"]["leaks"], stats["stale_served"]) == (
         1,
         0,
@@ -331,8 +334,8 @@ async def test_an_answer_that_differs_by_itself_is_said_once_and_no_finding(
             world.fire()
             await world.confirmed()
         assert (
-            world.verifier.nondeterministic,
-            world.verifier.stale,
+            world.verifier.found.nondeterministic,
+            world.verifier.found.stale,
             world.cache.stats()["stale_served"],
         ) == (2, 0, 0)
         assert world.cache.stats()["verifier"]["nondeterministic_routes"] == ["/things"]
@@ -351,7 +354,7 @@ async def test_an_answer_that_returns_to_what_was_served_is_no_finding(
     await until(lambda: world.timers[-1].seconds == WAIT_S)
     world.fire()
     await world.confirmed()
-    assert (world.verifier.nondeterministic, world.verifier.stale) == (1, 0)
+    assert (world.verifier.found.nondeterministic, world.verifier.found.stale) == (1, 0)
 
 
 async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondeterminism(
@@ -363,7 +366,7 @@ async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondetermini
     def write(data: Data) -> None:
         if data.calls == 4:
             data.version = 2
-            world.cache.bump_modules("public", ["things"])
+            world.cache.writes.bump_modules("public", ["things"])
 
     data.before = write
     await world.audited_hit()
@@ -372,7 +375,10 @@ async def test_a_write_between_the_confirming_runs_is_not_taken_for_nondetermini
     await until(lambda: data.calls == 5 and world.timers[-1].seconds == WAIT_S)
     await world.cache.settled()
     await world.confirmed()
-    assert (world.verifier.inconclusive, world.verifier.nondeterministic) == ({"overtaken": 1}, 0)
+    assert (world.verifier.found.inconclusive, world.verifier.found.nondeterministic) == (
+        {"overtaken": 1},
+        0,
+    )
 
 
 class NoOutbox:
@@ -390,8 +396,9 @@ async def test_nothing_is_found_where_nothing_would_be_served(
 ) -> None:
     """The kill switch, an outage, a server life that ended, an invalidation known to be pending, no
     fence, no triggers."""
-    store = world.cache.store
+    store, guards = world.cache.store, world.cache.runtime.guards
     assert isinstance(store, MemoryStore)
+    blocked: Any = world.cache.runtime.invalidator.blocked_tenants
     data.version = 1
     await world.audited_hit()
     await until(lambda: world.timers[-1].seconds == WAIT_S)
@@ -402,15 +409,15 @@ async def test_nothing_is_found_where_nothing_would_be_served(
     elif accident == "other server":
         store.restart(keep_data=True)
     elif accident == "no fence":
-        world.cache._lookup._relay = OutboxRelay(store, NoOutbox(), generation_ttl_ms=1000)
-        world.cache._lookup._covered = lambda policy: True  # type: ignore[method-assign]
+        guards.relay = OutboxRelay(store, NoOutbox(), generation_ttl_ms=1000)
+        guards.covers = lambda policy: True  # type: ignore[method-assign]
     elif accident == "no trigger":
-        world.cache._lookup._covered = lambda policy: False  # type: ignore[method-assign]
+        guards.covers = lambda policy: False  # type: ignore[method-assign]
     else:
-        world.cache._invalidator._pending["public"] = 1
+        blocked["public"] = 1
     await world.confirmed()
-    world.cache._invalidator._pending.clear()
-    assert (world.verifier.inconclusive, world.verifier.stale) == ({"overtaken": 1}, 0)
+    blocked.clear()
+    assert (world.verifier.found.inconclusive, world.verifier.found.stale) == ({"overtaken": 1}, 0)
 
 
 @pytest.mark.parametrize("problem", ["raises", 500, 503, 429])
@@ -434,7 +441,7 @@ async def test_a_failing_handler_proves_nothing_and_reaches_nobody(
         caplog.set_level("DEBUG", "respcache")
         assert (await world.audited_hit()).status_code == 200
         await world.done()
-        assert world.verifier.inconclusive == {"failed": 1}
+        assert world.verifier.found.inconclusive == {"failed": 1}
         assert "a row of somebody" not in "".join(
             r.getMessage() for r in caplog.records if r.name == "respcache"
         )
@@ -456,7 +463,7 @@ async def test_a_row_that_is_gone_is_a_finding(data: Data) -> None:
         gone = True
         await world.audited_hit()
         await world.confirmed()
-        assert world.verifier.stale == 1
+        assert world.verifier.found.stale == 1
 
 
 async def test_a_kept_header_counts_and_one_that_is_not_kept_does_not() -> None:
@@ -474,11 +481,11 @@ async def test_a_kept_header_counts_and_one_that_is_not_kept_does_not() -> None:
         other = "2"
         await world.audited_hit()
         await world.done()
-        assert world.verifier.equal == 1
+        assert world.verifier.found.equal == 1
         total = "2"
         await world.audited_hit()
         await world.confirmed()
-        assert world.verifier.stale == 1
+        assert world.verifier.found.stale == 1
 
 
 async def test_the_time_of_compression_makes_no_difference() -> None:
@@ -499,7 +506,7 @@ async def test_the_time_of_compression_makes_no_difference() -> None:
         await world.get()
         await world.audited_hit()
         await world.done()
-        assert (calls, world.verifier.equal) == (2, 1)
+        assert (calls, world.verifier.found.equal) == (2, 1)
 
 
 async def test_an_answer_that_varies_by_something_which_went_on_is_not_compared() -> None:
@@ -517,11 +524,11 @@ async def test_an_answer_that_varies_by_something_which_went_on_is_not_compared(
         await world.audited_hit()
         day = 2
         await world.done()
-        assert world.verifier.inconclusive == {"another key": 1}
+        assert world.verifier.found.inconclusive == {"another key": 1}
         day = 1
         await world.audited_hit()
         await world.done()
-        assert world.verifier.equal == 1
+        assert world.verifier.found.equal == 1
 
 
 async def test_values_are_made_anew(data: Data) -> None:
@@ -540,7 +547,7 @@ async def test_values_are_made_anew(data: Data) -> None:
         data.version = 1
         await world.audited_hit()
         await world.confirmed()
-        assert world.verifier.stale == 1
+        assert world.verifier.found.stale == 1
         assert world.cache.counters.of("public", "values").hits == 0
 
 
@@ -621,14 +628,14 @@ async def test_a_scope_that_ended_unnoticed_is_a_leak(
             0,
             1,
         )
-        (finding,) = stats["verifier"]["findings"]
+        (finding,) = stats["verifier"]["mismatches"]
         assert (finding["kind"], finding["found"], finding["certificate"]["sequence"]) == (
             "leak",
             word,
             0,
         )
-        assert world.cache.stats("other")["verifier"]["findings"] == []
-        assert "found a leak answer" in caplog.text
+        assert world.cache.stats("other")["verifier"]["mismatches"] == []
+        assert "found a leak response" in caplog.text
         people.people["ann"] = ("acme", b"south", "admin")
         assert (await world.get(**{"x-user": "ann"})).json() == "south"
 
@@ -647,7 +654,7 @@ async def test_the_audit_sees_no_more_of_a_request_than_the_look_did() -> None:
         await world.get(**{"x-user": "ann"})
         await world.audited_hit(**{"x-user": "ann", "x-instead": "bob"})
         await world.done()
-        assert (world.verifier.equal, world.verifier.leaks) == (1, 0)
+        assert (world.verifier.found.equal, world.verifier.found.leaks) == (1, 0)
 
 
 async def test_a_change_of_scope_whose_bump_is_under_way_is_no_leak() -> None:
@@ -660,7 +667,10 @@ async def test_a_change_of_scope_whose_bump_is_under_way_is_no_leak() -> None:
         await until(lambda: world.timers[-1].seconds == WAIT_S)
         await world.cache.invalidate_all_tenant("acme")
         await world.confirmed()
-        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"overtaken": 1}, 0)
+        assert (world.verifier.found.inconclusive, world.verifier.found.leaks) == (
+            {"overtaken": 1},
+            0,
+        )
 
 
 async def test_a_scope_is_judged_where_it_was_read_from() -> None:
@@ -673,7 +683,10 @@ async def test_a_scope_is_judged_where_it_was_read_from() -> None:
         await until(lambda: world.timers[-1].seconds == WAIT_S)
         await world.cache.invalidate_all_tenant("hq")
         await world.confirmed()
-        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"overtaken": 1}, 0)
+        assert (world.verifier.found.inconclusive, world.verifier.found.leaks) == (
+            {"overtaken": 1},
+            0,
+        )
 
 
 async def test_a_scope_that_returned_is_no_leak() -> None:
@@ -686,7 +699,10 @@ async def test_a_scope_that_returned_is_no_leak() -> None:
         await until(lambda: world.timers[-1].seconds == WAIT_S)
         people.people["ann"] = before
         await world.confirmed()
-        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"overtaken": 1}, 0)
+        assert (world.verifier.found.inconclusive, world.verifier.found.leaks) == (
+            {"overtaken": 1},
+            0,
+        )
 
 
 async def test_credentials_that_end_meanwhile_are_no_leak() -> None:
@@ -697,7 +713,10 @@ async def test_credentials_that_end_meanwhile_are_no_leak() -> None:
         await world.audited_hit(**{"x-user": "ann"})
         people.ended.add("ann")
         await world.done()
-        assert (world.verifier.inconclusive, world.verifier.leaks) == ({"credentials ended": 1}, 0)
+        assert (world.verifier.found.inconclusive, world.verifier.found.leaks) == (
+            {"credentials ended": 1},
+            0,
+        )
 
 
 async def test_the_request_is_made_anew_as_it_came_and_can_be_told_apart() -> None:
@@ -721,7 +740,7 @@ async def test_the_request_is_made_anew_as_it_came_and_can_be_told_apart() -> No
                 await request.body(),
             )
         )
-        seen.append("respcache.audit" in request.scope.get("extensions", {}))
+        seen.append("respcache.verifier" in request.scope.get("extensions", {}))
         return q
 
     async with running(app) as world:
@@ -739,7 +758,7 @@ async def test_the_client_of_an_audit_stays_and_each_run_has_a_state_of_its_own(
     states: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        if "respcache.audit" in scope.get("extensions", {}):
+        if "respcache.verifier" in scope.get("extensions", {}):
             await receive()
             listening = asyncio.ensure_future(receive())
             await asyncio.sleep(0)
@@ -759,7 +778,7 @@ async def test_the_client_of_an_audit_stays_and_each_run_has_a_state_of_its_own(
         data.version = 1
         await world.audited_hit()
         await world.confirmed()
-        assert world.verifier.stale == 1
+        assert world.verifier.found.stale == 1
     assert (heard, states) == ([False] * 4, [{"pool": 1}] * 5)
 
 
@@ -783,7 +802,7 @@ async def test_an_execution_in_an_older_snapshot_is_not_compared() -> None:
         await world.get()
         await world.audited_hit()
         await world.done()
-        assert world.verifier.inconclusive == {"old snapshot": 1}
+        assert world.verifier.found.inconclusive == {"old snapshot": 1}
 
 
 # -- handlers that write ---------------------------------------------------------------------------
@@ -816,12 +835,12 @@ async def test_a_route_that_writes_is_not_audited_again(when: str) -> None:
         if when == "in the audit":
             await world.audited_hit()
             await world.done()
-            assert world.verifier.inconclusive == {"wrote": 1}
+            assert world.verifier.found.inconclusive == {"wrote": 1}
         assert world.cache.stats()["verifier"]["excluded_routes"] == ["/things"]
         before = calls
-        world.verifier.countdown, world.verifier._rest_until = 1, 0
+        world.verifier.countdown, world.verifier.rest_until = 1, 0
         await world.get()
-        assert world.verifier._task is None
+        assert not world.verifier.busy
         assert world.timers[-1].seconds == LEAST_PAUSE_S, "another route's hit is audited soon"
         assert calls == before
 
@@ -836,22 +855,22 @@ async def test_a_share_of_the_hits_is_audited(data: Data) -> None:
         for count in (0, 0, 0, 1, 1, 1, 1, 2):
             await world.get()
             await world.done()
-            assert world.verifier.audits == count
-            world.verifier._rest_until = 0
+            assert world.verifier.found.verifications == count
+            world.verifier.rest_until = 0
 
 
 async def test_where_hits_are_few_one_a_second_is_audited(world: World) -> None:
     """The default share would come to it after a thousand."""
     assert world.timers[-1].seconds == EVERY_S
     await world.get()
-    assert world.verifier.audits == 0
+    assert world.verifier.found.verifications == 0
     for count in (1, 2):
         world.fire()
         await world.get()
         await world.done()
-        assert (world.verifier.audits, world.timers[-1].seconds) == (count, EVERY_S)
+        assert (world.verifier.found.verifications, world.timers[-1].seconds) == (count, EVERY_S)
         await world.get()
-        assert world.verifier.audits == count
+        assert world.verifier.found.verifications == count
 
 
 async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(
@@ -867,11 +886,11 @@ async def test_audits_rest_as_long_as_keeps_them_below_their_share_of_time(
     world.now += 8
     world.verifier.countdown = 1
     await world.get()
-    assert (world.verifier._task, world.verifier.audits) == (None, 1)
+    assert (world.verifier.busy, world.verifier.found.verifications) == (False, 1)
     world.now += 1.001
     world.verifier.countdown = 1
     await world.get()
-    assert world.verifier.audits == 2
+    assert world.verifier.found.verifications == 2
 
 
 async def test_waiting_for_the_writers_is_not_time_used(world: World, data: Data) -> None:
@@ -880,7 +899,7 @@ async def test_waiting_for_the_writers_is_not_time_used(world: World, data: Data
     await world.audited_hit()
     await world.confirmed()
     assert world.now >= WAIT_S
-    assert world.verifier._rest_until == world.now + LEAST_PAUSE_S
+    assert world.verifier.rest_until == world.now + LEAST_PAUSE_S
 
 
 async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
@@ -891,7 +910,7 @@ async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
     def said() -> list[str]:
         return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
 
-    for number in range(MAX_FINDINGS + 2):
+    for number in range(MAX_MISMATCHES + 2):
         await world.get()
         data.version = number + 1
         await world.audited_hit()
@@ -899,13 +918,13 @@ async def test_findings_are_bounded_and_said_at_most_every_few_seconds(
         world.timers.pop().callback()  # as if no time had passed
         await world.done()
     assert len(said()) == 1
-    assert len(world.verifier.findings) == MAX_FINDINGS
+    assert len(world.verifier.found.mismatches) == MAX_MISMATCHES
     world.now += LOG_EVERY_S
     await world.get()
     data.version = 0
     await world.audited_hit()
     await world.confirmed()
-    assert f"{MAX_FINDINGS + 1} more" in said()[1]
+    assert f"{MAX_MISMATCHES + 1} more" in said()[1]
 
 
 # -- the switch, and the end -----------------------------------------------------------------------
@@ -916,7 +935,7 @@ async def test_switched_off_nothing_is_audited(data: Data) -> None:
     async with running(things(data), verify_share=0) as world:
         for _ in range(3):
             await world.get()
-        assert (world.cache.verifier, world.cache.stats()["verifier"], data.calls) == (
+        assert (world.cache.runtime.verifier, world.cache.stats()["verifier"], data.calls) == (
             None,
             None,
             1,
@@ -926,7 +945,7 @@ async def test_switched_off_nothing_is_audited(data: Data) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_cannot_be_is_refused(share: float) -> None:
     """By name."""
-    with pytest.raises(ConfigurationError, match="audit_share"):
+    with pytest.raises(ConfigurationError, match="verify_share"):
         Cache(None, secret=SECRET, resolver=SingleTenant("public"), verify_share=share)
 
 
@@ -937,17 +956,17 @@ async def test_closing_ends_an_audit_under_way(data: Data) -> None:
         await world.get()
         data.stop()
         hits: list[Any] = []
-        run = world.verifier._run
-        world.verifier._run = lambda hit: hits.append(hit) or run(hit)  # type: ignore[method-assign]
+        begin = world.verifier.begin
+        world.verifier.begin = lambda hit: hits.append(hit) or begin(hit)  # type: ignore[method-assign]
         await world.audited_hit()
         await data.entered.wait()
         await world.cache.close()
         assert asyncio.all_tasks() == before
-        assert world.verifier._task is None
+        assert not world.verifier.busy
         assert all(timer.cancelled for timer in world.timers)
-        world.verifier._rest_until = 0
-        world.verifier.begin(hits[0])  # of a request that was under way
-        assert world.verifier._task is None
+        world.verifier.rest_until = 0
+        begin(hits[0])  # of a request that was under way
+        assert not world.verifier.busy
 
 
 async def test_closing_between_audits_leaves_no_timer(world: World) -> None:
