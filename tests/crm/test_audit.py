@@ -94,10 +94,10 @@ def writer(
 async def found(crm: Crm) -> float:
     """Wait for a finding; return how long that took."""
     verifier, began = audit_of(crm), time.monotonic()
-    most = verifier.verifiers + FOUND_WITHIN
-    while not verifier.findings and verifier.verifiers < most:
+    most = verifier.found.verifications + FOUND_WITHIN
+    while not verifier.found.mismatches and verifier.found.verifications < most:
         await asyncio.sleep(0.02)
-    assert verifier.findings, (verifier.to_dict(), crm.cache.stats())
+    assert verifier.found.mismatches, (verifier.to_dict(), crm.cache.stats())
     return time.monotonic() - began
 
 
@@ -248,13 +248,13 @@ async def test_there_are_no_false_alarms(
         move,
     ]
     async with endlessly(*busy), asyncio.timeout(100):
-        while verifier.verifiers < 100:
+        while verifier.found.verifications < 100:
             await asyncio.sleep(0.1)
     counters = verifier.to_dict()
     assert counters["equal"] > 20
     assert counters["inconclusive"].keys() == {"overtaken"}
     assert (
-        counters["findings"],
+        counters["mismatches"],
         counters["stale"],
         counters["leaks"],
         counters["nondeterministic"],

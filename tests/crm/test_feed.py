@@ -119,10 +119,10 @@ async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
             )
             await psql.execute(insert, crm.tenants["globex"].id, f"task {number}")
             await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 20)
-            await asyncio.wait_for(other.relay.caught_up(), 20)
+            await asyncio.wait_for(other.runtime.relay.caught_up(), 20)
             await crm.as_user("abe").post("/api/leads", json=NEW["leads"])
             await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 20)
-            await asyncio.wait_for(other.relay.caught_up(), 20)
+            await asyncio.wait_for(other.runtime.relay.caught_up(), 20)
         events = await caused(admin_of(crm), "outbox", 5)
         assert all(
             (event.tenant, event.tables) == (str(crm.tenants["globex"].id), ("tasks",))

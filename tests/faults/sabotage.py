@@ -5,14 +5,15 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from respcache.core.decision import HIT
 from respcache.core.errors import StoreError
 from respcache.core.generations import GenerationView, Verdict
 from respcache.core.serving_lease import Outcome, ServingLease
-from respcache.integrations import uvicorn as turbo
-from respcache.read.memory import MemoryEntry
-from respcache.read.plans import Plan, ScopedPlan
+from respcache.integrations import uvicorn
+from respcache.read.proofs import InMemory
 from respcache.read.views import Tags, ViewReader
 from respcache.resp.connection import Connection
+from respcache.runtime import Runtime
 from respcache.stores.redis import RedisStore
 from respcache.writes.relay import OutboxRelay
 
@@ -92,8 +93,8 @@ def _no_bound() -> None:
     def last(
         self: ViewReader, generation: str, tags: Tags, *, since: float
     ) -> GenerationView | None:
-        group = self._groups.get(generation)
-        return group.view if group is not None and tags in group.asked else None
+        batch = self._batches.get(generation)
+        return batch.view if batch is not None and tags in batch.tag_sets else None
 
     ViewReader.recent = last  # type: ignore[method-assign]
     _no_push()
@@ -106,23 +107,25 @@ def _no_push() -> None:
 
 def _no_view_below() -> None:
     """Send below ASGI what lies in memory, whatever the view says that was read for it."""
-    complete = turbo.TurboProtocol._complete
+    on_view = uvicorn._HitProtocol._on_view
 
-    def land_unjudged(
+    def on_view_unjudged(
         self: Any,
+        runtime: Runtime,
         request: Any,
-        plan: Plan,
-        scoped: ScopedPlan,
-        proof: Any,
-        held: MemoryEntry,
-        lease: Any,
+        found: InMemory,
+        /,
         result: GenerationView | StoreError,
     ) -> None:
+        proofs = runtime.proofs
         if isinstance(result, GenerationView):
-            held.proven = scoped.proven = result
-        complete(self, request, plan, scoped, proof, held, lease, result)
+            proofs.decide = lambda *others, **named: HIT  # type: ignore[method-assign]
+        try:
+            on_view(self, runtime, request, found, result)
+        finally:
+            proofs.__dict__.pop("decide", None)
 
-    turbo.TurboProtocol._complete = land_unjudged  # type: ignore[method-assign]
+    uvicorn._HitProtocol._on_view = on_view_unjudged  # type: ignore[method-assign]
 
 
 SABOTAGES: dict[str, Callable[[], None]] = {

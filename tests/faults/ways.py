@@ -20,7 +20,7 @@ from crm.db import ReadRows
 from crm.errors import respond
 from crm.models import Account
 from crm.settings import Settings
-from respcache import Level
+from respcache import Cache, Level
 from respcache.integrations import uvicorn as turbo
 from respcache.middleware import CacheMiddleware
 from respcache.routing.fastapi import describe_routes
@@ -75,7 +75,8 @@ def application(settings: Settings) -> CacheMiddleware:
     app: Any = made.app
     app.get(VALUE)(show_value)
     routes = [leveled(route) for route in describe_routes(app, made.cache.resolver)]
-    return made.cache.wrap(app, routes)
+    cache: Cache = app.state.cache
+    return cache.wrap(app, routes)
 
 
 def leveled(route: Route) -> Route:

@@ -85,11 +85,13 @@ class Told(Cache):
         super().__init__(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("public"))
         self.told: list[dict[str, set[str]]] = []
         self.when_told: Callable[[], None] = lambda: None
+        self._reported = self.writes.changed
+        self.writes.changed = self._changed  # type: ignore[method-assign]
 
-    def changed(self, tables: Any) -> None:
+    def _changed(self, tables: Any) -> None:
         self.told.append({tenant: set(names) for tenant, names in tables.items()})
         self.when_told()
-        super().changed(tables)
+        self._reported(tables)
 
 
 @pytest.fixture
@@ -427,7 +429,7 @@ async def test_tables_that_can_never_be_invalidated_are_refused_at_start_up(
     for table in ("acounts", "rates"):
         cache.registry.tables = {table}
         with pytest.raises(ConfigurationError, match=table):
-            cache.register([])
+            cache.registry.register([])
 
 
 # -- when it is told -------------------------------------------------------------------------------

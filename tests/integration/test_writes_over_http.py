@@ -2,6 +2,7 @@
 cache. On real servers."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -248,7 +249,7 @@ async def test_an_undeclared_table_is_not_stored_and_counted(world: World) -> No
             "respcache; fwd=uri-miss; detail=undeclared-table",
         )
     assert world.cache.counters.of(TENANT, "secrets").refusals["undeclared-table"] == 2
-    world.cache.strict_reads = True
+    world.cache.options = dataclasses.replace(world.cache.options, strict_reads=True)
     strict = httpx2.AsyncClient(
         transport=httpx2.ASGITransport(world.wrapped), base_url="http://test"
     )

@@ -9,18 +9,22 @@ happens, where the case is rare.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import respcache.core.serving_lease
+import respcache.read.lookup
+import respcache.read.proofs
 import respcache.writes.relay
 from respcache.context import Exchange, current
 from respcache.core import entry as entries
+from respcache.core.decision import HIT, Bypass, Caller, Candidate, Decision, check_lease, decide
 from respcache.core.entry import Entry
 from respcache.core.epochs import Cursor, Epoch
 from respcache.core.errors import StoreError
 from respcache.core.generations import FLOOR, GenerationView, Verdict
-from respcache.core.keys import EVERYBODY
+from respcache.core.keys import EVERYBODY, CacheKey
 from respcache.core.serving_lease import (
     Ack,
     DueBump,
@@ -32,16 +36,16 @@ from respcache.core.serving_lease import (
     next_step,
 )
 from respcache.core.tokens import ConsistencyToken
-from respcache.middleware import CacheMiddleware
-from respcache.read.fill_locks import CacheKey, FillLocks
+from respcache.read.fill_locks import FillLocks
 from respcache.read.fills import Fill, Filler
 from respcache.read.flights import Flight, Flights
-from respcache.read.lookup import Candidate, Lookup, LookupResult, _NoLease
+from respcache.read.lookup import Lookup, LookupResult, StoreRead
 from respcache.read.memory import MemoryEntry
-from respcache.read.plans import HitProof, Plan, ScopedPlan
-from respcache.read.values import Values
+from respcache.read.plans import HitProof, ScopedPlan
+from respcache.read.proofs import InMemory, Proofs
+from respcache.read.values import Values, _ValueFill
 from respcache.read.views import ViewBatch, ViewReader
-from respcache.stores.base import Bumped, Reading
+from respcache.stores.base import Bumped
 from respcache.stores.memory import MemoryServer
 from respcache.writes.invalidator import Invalidator
 from respcache.writes.relay import OutboxRelay, Rows
@@ -85,26 +89,31 @@ def _mix(*faults: str, writers: Mapping[str, int] | None = None, **others: Any) 
 # -- what is captured, and when --------------------------------------------------------------------
 
 
-async def _make_then_capture(
-    values: Values,
-    make: Any,
-    look: LookupResult,
-    lead: Fill,
-    *others: Any,
-    original: Any = Values._make,
+_READ_STORE: ContextVar[Any] = ContextVar("read_store")
+
+
+async def _remember_the_store(
+    values: Values, result: LookupResult, *others: Any, original: Any = Values._fill
 ) -> Any:
+    _READ_STORE.set(values._lookup._store.read)
+    return await original(values, result, *others)
+
+
+async def _make_then_capture(
+    value_fill: _ValueFill[Any], make: Any, outer: Any, original: Any = _ValueFill.run
+) -> Any:
+    fill, cache_key = value_fill._fill, value_fill._scoped.cache_key
+
     async def made() -> Any:
         value = await make()
         try:
-            reading = await values._lookup._store.read(
-                None, [(look.cache_key.generation_key, look.cache_key.tags)]
-            )
+            reading = await _READ_STORE.get()(None, [(cache_key.generation_key, cache_key.tags)])
         except StoreError:
             return value
-        lead.certificate = reading.generations[0].certificate() or lead.certificate
+        fill.certificate = reading.generations[0].certificate() or fill.certificate
         return value
 
-    return await original(values, made, look, lead, *others)
+    return await original(value_fill, made, outer)
 
 
 async def _open_with_the_same_nonce(lookup: Lookup, tenant: str) -> None:
@@ -132,16 +141,11 @@ def _compact_without_floor(
     return bumped
 
 
-def _judge_without_digest(
-    lookup: Lookup, scoped: ScopedPlan, reading: Reading, original: Any = Lookup._judge
-) -> LookupResult:
-    entry = None if reading.entry is None else entries.decode(reading.entry)
+def _decide_without_digest(candidate: Candidate, *others: Any, **named: Any) -> Decision:
+    entry = candidate.entry
     if entry is not None:
-        reading = replace(
-            reading, entry=entries.encode(replace(entry, digest=scoped.cache_key.digest))
-        )
-    found: LookupResult = original(lookup, scoped, reading)
-    return found
+        candidate = replace(candidate, entry=replace(entry, digest=candidate.key.digest))
+    return decide(candidate, *others, **named)
 
 
 # -- who is asked ----------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ async def _enter_any(
     *,
     view: GenerationView,
     certificate: Any,
-    original: Any = Filler.enter,
+    original: Any = Filler.begin_or_join,
 ) -> Entry | Fill | None:
     flight = filler._flights._flying.get(cache_key.entry_key)
     found: Entry | Fill | None
@@ -279,27 +283,27 @@ def _id_of_transaction(database: Database, xid: int) -> str:
 # -- what lies in memory ---------------------------------------------------------------------------
 
 
-def _leave_with_the_door_open(group: ViewBatch) -> None:
+def _send_with_the_door_open(batch: ViewBatch) -> None:
     """Let those who come while the reading is under way have its answer."""
-    waiting = group._waiting
-    group._sent_at, group._dirty = group._views._clock(), False
+    waiting, reader = batch._waiting, batch._reader
+    batch._sent_at, batch._dirty = reader._clock(), False
 
-    def complete(result: GenerationView | StoreError) -> None:
-        group._waiting = []
-        group._complete(waiting, result)
+    def receive(result: GenerationView | StoreError) -> None:
+        batch._waiting = []
+        batch._receive(waiting, result)
 
     try:
-        group._views._store.view(group._generation, group._names, complete)
+        reader._store.view(batch._generation, batch._names, receive)
     except StoreError as error:
-        complete(error)
+        receive(error)
 
 
 def _hear_nothing(views: ViewReader, generation: str) -> None:
     """Leave the view as it is."""
 
 
-def _drop_the_view_only(group: ViewBatch) -> None:
-    group.view, group.asked_at = None, float("-inf")
+def _drop_the_view_only(batch: ViewBatch) -> None:
+    batch.view, batch.requested_at = None, float("-inf")
 
 
 def _look_at_no_bound(
@@ -313,49 +317,38 @@ def _look_at_no_bound(
     return original(views, generation, tags, since=0.0)
 
 
-def _heed_no_token(
-    lookup: Lookup, scoped: ScopedPlan, sent: ConsistencyToken, now: float
+def _require_no_token(
+    proofs: Proofs, scoped: ScopedPlan, token: ConsistencyToken | None, now: float
 ) -> ScopedPlan:
     return scoped
 
 
-def _prove_by_the_fence_alone(
-    lookup: Lookup,
-    scoped: ScopedPlan,
-    held: MemoryEntry,
-    lease: ServingLease | None,
-    view: GenerationView,
-    now: float,
-) -> bool:
-    return lease is None or lease.allows(view.server, now)
+def _decide_by_the_lease_alone(
+    candidate: Candidate, caller: Caller, lease: ServingLease | None, **named: Any
+) -> Decision:
+    view, now = named["view"], named["now"]
+    return check_lease(lease, view, now) or HIT
 
 
-def _take_any_grant(lookup: Lookup, scoped: ScopedPlan, now: float) -> HitProof | None:
+def _take_any_proof(proofs: Proofs, scoped: ScopedPlan, now: float) -> HitProof | None:
     """Take the last proof, whatever became of its view."""
     proof = scoped.proof
     return None if proof is None or now >= proof.until else proof
 
 
-def _take_a_grant_for_ever(lookup: Lookup, scoped: ScopedPlan, now: float) -> HitProof | None:
-    """Take the last proof while its view is the last one, whatever the time and the fence."""
+def _take_a_proof_forever(proofs: Proofs, scoped: ScopedPlan, now: float) -> HitProof | None:
+    """Take the last proof while its view is the last one, whatever the time and the lease."""
     proof = scoped.proof
-    return (
-        None
-        if proof is None or (scoped.max_view_age_s and proof.group.view is not proof.view)
-        else proof
-    )
+    if proof is None or (scoped.max_view_age_s and proof.batch.view is not proof.view):
+        return None
+    return proof
 
 
-async def _grant_without_its_view(
-    middleware: CacheMiddleware,
-    plan: Plan,
-    scoped: ScopedPlan,
-    proof: HitProof | None,
-    now: float,
-    original: Any = CacheMiddleware._prove,
+async def _hit_without_its_view(
+    proofs: Proofs, scoped: ScopedPlan, now: float, original: Any = Proofs.hit
 ) -> HitProof | None:
-    """Read no view where there is a proof."""
-    return proof or await original(middleware, plan, scoped, proof, now)
+    """Read no view if there is a proof."""
+    return proofs.still_proven(scoped, now) or await original(proofs, scoped, now)
 
 
 # -- the fence -------------------------------------------------------------------------------------
@@ -365,42 +358,41 @@ def _grant_from_the_end(relay: OutboxRelay, m0: float, original: Any = OutboxRel
     original(relay, relay.clock())
 
 
-async def _read_then_look_at_the_fence(lookup: Lookup, entry: str | None, wanted: Any) -> Reading:
-    relay = lookup._relay
-    assert relay is not None
-    reading = await lookup._store.read(entry, wanted)
-    if not relay.lease.allows(reading.generations[0].server, relay.clock()):
-        raise _NoLease
-    return reading
+async def _read_then_take_the_lease(
+    lookup: Lookup, entry_key: str | None, generations: Any
+) -> StoreRead | Bypass:
+    reading = await lookup._store.read(entry_key, generations)
+    return StoreRead(reading, lookup._guards.lease)
 
 
-def _prove_by_the_present_fence(
-    lookup: Lookup,
+def _decide_by_the_present_lease(
+    proofs: Proofs, scoped: ScopedPlan, found: InMemory, original: Any = Proofs.decide, **named: Any
+) -> Decision:
+    decision: Decision = original(
+        proofs, scoped, found._replace(lease=proofs._guards.lease), **named
+    )
+    return decision
+
+
+def _examine_without_lease(
+    proofs: Proofs,
     scoped: ScopedPlan,
-    held: MemoryEntry,
-    lease: ServingLease | None,
-    view: GenerationView,
+    memory_entry: MemoryEntry,
     now: float,
-    original: Any = Lookup.proves,
-) -> bool:
-    assert lookup._relay is not None
-    return bool(original(lookup, scoped, held, lookup._relay.lease, view, now))
-
-
-def _candidate_without_fence(
-    lookup: Lookup, scoped: ScopedPlan, now: float, original: Any = Lookup.candidate
-) -> Candidate | None:
-    found: Candidate | None
-    relay, lookup._relay = lookup._relay, None
+    original: Any = Proofs.examine,
+) -> InMemory | None:
+    relay, proofs._guards.relay = proofs._guards.relay, None
     try:
-        found = original(lookup, scoped, now)
+        found: InMemory | None = original(proofs, scoped, memory_entry, now)
     finally:
-        lookup._relay = relay
+        proofs._guards.relay = relay
     return found
 
 
-async def _read_without_fence(lookup: Lookup, entry: str | None, wanted: Any) -> Reading:
-    return await lookup._store.read(entry, wanted)
+async def _read_without_lease(
+    lookup: Lookup, entry_key: str | None, generations: Any
+) -> StoreRead | Bypass:
+    return StoreRead(await lookup._store.read(entry_key, generations), None)
 
 
 def _allow_any_server(lease: ServingLease, server: str, now: float) -> bool:
@@ -526,15 +518,21 @@ BACK_AND_FORTH = _mix(
 """One process that comes back to a server on which nobody has bumped meanwhile."""
 
 SABOTAGES: Mapping[str, Sabotage] = {
-    "capture after the read": Sabotage([(Values, "_make", _make_then_capture)]),
+    "capture after the read": Sabotage(
+        [(Values, "_fill", _remember_the_store), (_ValueFill, "run", _make_then_capture)]
+    ),
     "the same nonce for every generation": Sabotage(
-        [(Lookup, "_open", _open_with_the_same_nonce)], _mix("evict", "flush")
+        [(Lookup, "_create_generation", _open_with_the_same_nonce)], _mix("evict", "flush")
     ),
     "compaction without raising the floor": Sabotage(
         [(MemoryServer, "bump", _compact_without_floor)], _mix(small_limits=1.0)
     ),
     "the digest is not compared": Sabotage(
-        [(Lookup, "_judge", _judge_without_digest)], _mix("copy an entry")
+        [
+            (respcache.read.lookup, "decide", _decide_without_digest),
+            (respcache.read.proofs, "decide", _decide_without_digest),
+        ],
+        _mix("copy an entry"),
     ),
     "no identity of the server": Sabotage(
         [(MemoryServer, "restart", _restart_as_the_same)], _mix("restart with old data")
@@ -548,7 +546,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
         _mix("restart with old data"),
     ),
     "join any flight in the process": Sabotage(
-        [(Flights, "join", _join_any), (Filler, "enter", _enter_any)]
+        [(Flights, "join", _join_any), (Filler, "begin_or_join", _enter_any)]
     ),
     "wait for any lease of another process": Sabotage(
         [(FillLocks, "_acquire", _wait_for_any_lease), (FillLocks, "_filled", _find_any)]
@@ -585,8 +583,8 @@ SABOTAGES: Mapping[str, Sabotage] = {
     ),
     "the fence is looked at after the answer": Sabotage(
         [
-            (Lookup, "_read", _read_then_look_at_the_fence),
-            (Lookup, "proves", _prove_by_the_present_fence),
+            (Lookup, "read", _read_then_take_the_lease),
+            (Proofs, "decide", _decide_by_the_present_lease),
         ],
         _mix(
             "database out of reach",
@@ -604,10 +602,10 @@ SABOTAGES: Mapping[str, Sabotage] = {
         ),
     ),
     "a request joins a reading that has left": Sabotage(
-        [(ViewBatch, "_leave", _leave_with_the_door_open)], IN_MEMORY
+        [(ViewBatch, "_send", _send_with_the_door_open)], IN_MEMORY
     ),
     "what lies in memory is not judged": Sabotage(
-        [(Lookup, "proves", _prove_by_the_fence_alone)], IN_MEMORY
+        [(respcache.read.proofs, "decide", _decide_by_the_lease_alone)], IN_MEMORY
     ),
     "the bound of a view is not looked at": Sabotage(
         [(ViewReader, "recent", _look_at_no_bound)],
@@ -636,14 +634,16 @@ SABOTAGES: Mapping[str, Sabotage] = {
             most_faults=12,
         ),
     ),
-    "a proof outlives its view": Sabotage([(Lookup, "granted", _take_any_grant)], BOUNDED),
-    "a proof outlives its time": Sabotage([(Lookup, "granted", _take_a_grant_for_ever)], BOUNDED),
-    "a proof needs no view of the request's own": Sabotage(
-        [(CacheMiddleware, "_prove", _grant_without_its_view)], IN_MEMORY
+    "a proof outlives its view": Sabotage([(Proofs, "still_proven", _take_any_proof)], BOUNDED),
+    "a proof outlives its time": Sabotage(
+        [(Proofs, "still_proven", _take_a_proof_forever)], BOUNDED
     ),
-    "a token is not looked at": Sabotage([(Lookup, "heed", _heed_no_token)], TOKENS),
+    "a proof needs no view of the request's own": Sabotage(
+        [(Proofs, "hit", _hit_without_its_view)], IN_MEMORY
+    ),
+    "a token is not looked at": Sabotage([(Proofs, "require_token", _require_no_token)], TOKENS),
     "no fence": Sabotage(
-        [(Lookup, "_read", _read_without_fence), (Lookup, "candidate", _candidate_without_fence)]
+        [(Lookup, "read", _read_without_lease), (Proofs, "examine", _examine_without_lease)]
     ),
     "the fence names no server": Sabotage(
         [(ServingLease, "allows", _allow_any_server)], _mix("evict", *SPLIT)

@@ -20,10 +20,10 @@ from typing import Any
 
 import msgspec
 
-import respcache.cache
 import respcache.core.serving_lease
-import respcache.middleware
+import respcache.read.response_fill
 import respcache.read.values
+import respcache.runtime
 import respcache.stores.memory
 import respcache.writes.relay
 import tests.simulation.database
@@ -199,14 +199,12 @@ class Session:
 class Process:
     """One process of the application."""
 
-    def __init__(self, schedule: "Schedule", name: str, owner_tenant: Server) -> None:
+    def __init__(self, schedule: "Schedule", name: str, home: Server) -> None:
         world, rng = schedule.world, schedule.rng
         self.host = Host(
             name, rate=1 + rng.uniform(-CLOCK_SPREAD, CLOCK_SPREAD), offset=rng.uniform(0, 1000)
         )
-        self.client = Client(
-            world, self.host, owner_tenant, proposes=lambda: schedule.proposes(self)
-        )
+        self.client = Client(world, self.host, home, proposes=lambda: schedule.proposes(self))
         self.outbox = SimulatedOutbox(
             schedule.database,
             self.host,
@@ -222,7 +220,7 @@ class Process:
             token=lambda: f"{rng.getrandbits(64):016x}",
         )
         self.ready = False
-        with replaced(respcache.cache, "Rounds", relay):
+        with replaced(respcache.runtime, "OutboxRelay", relay):
             self.cache = Cache(
                 self.client,
                 secret=SECRET,
@@ -386,7 +384,7 @@ class Schedule:
 
         self.world.counts["reads"] += 1
         request = current.set(
-            None if session.token is None else Exchange(sent=tokens.decode(session.token))
+            None if session.token is None else Exchange(client_token=tokens.decode(session.token))
         )
         try:
             if self.rng.random() < 0.5:
@@ -836,7 +834,7 @@ def run(seed: int, mix: Mix | None = None) -> Result:
         stack.enter_context(replaced(logging.getLogger("respcache"), "disabled", True))
         stack.enter_context(_limits(random.Random(f"limits {seed}"), chosen))
         runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualLoop))
-        for module in (respcache.asgi, respcache.values):
+        for module in (respcache.read.response_fill, respcache.read.values):
             stack.enter_context(replaced(module, "time", _VirtualTime(runner)))
         random.seed(seed)
         schedule = runner.run(_run(seed, chosen))

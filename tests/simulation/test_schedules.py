@@ -30,7 +30,7 @@ HAPPENED = (
         "stores",
         "joined fills",
         "bounded is served by token",
-        "bypass: fence",
+        "bypass: no-lease",
         "bypass: store",
         "bypass: no-trigger",
     ),
