@@ -10,7 +10,7 @@ settled. Whatever the store does, the application responds.
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from respcache.context import App, AsgiScope, Exchange, Message, Receive, Send, current
 from respcache.core import tokens
@@ -24,7 +24,8 @@ from respcache.core.keys import SHARED
 from respcache.core.policy import Invalidation, canonical
 from respcache.read.lookup import LookupResult, result_of
 from respcache.read.memory import MemoryEntry, Representation
-from respcache.read.plans import Plan, PlanCache, PlanKey, ScopedPlan
+from respcache.read.plans import HitProof, Plan, PlanCache, PlanKey, ScopedPlan
+from respcache.read.proofs import Proofs
 from respcache.read.response_fill import ResponseFill
 from respcache.read.responses import (
     DeferredResponse,
@@ -69,15 +70,6 @@ class WrappingCache(Protocol):
         ...
 
 
-class _Hit(NamedTuple):
-    """A hit that is to be sent. ``began`` is when its request arrived."""
-
-    scoped: ScopedPlan
-    memory_entry: MemoryEntry
-    representation: Representation
-    began: float
-
-
 class CacheMiddleware:
     """Responds for an ASGI application from the cache where it may. Made by ``Cache.wrap``."""
 
@@ -86,6 +78,7 @@ class CacheMiddleware:
         self.cache = cache
         self.plan_cache: PlanCache | None = None
         """None if requests cannot be recognized, or if there is no store."""
+        self._proofs: Proofs | None = None
         self._describe = describe
         self._table: RouteTable | None = None
 
@@ -99,23 +92,27 @@ class CacheMiddleware:
             table = self.prepare()
             await self.cache.connect()
         key = plan = None
-        plan_cache, runtime = self.plan_cache, self.cache.runtime
-        if plan_cache is not None and runtime is not None and scope["method"] in READS:
+        plan_cache, proofs = self.plan_cache, self._proofs
+        if plan_cache is not None and proofs is not None and scope["method"] in READS:
+            began = self.cache.clock()
             key = plan_cache.key(scope)
-            plan = plan_cache.get(key, self.cache.clock())
-            scoped = None if plan is None else plan.scoped
-            if plan is not None and scoped is not None:
-                answered = await self._hit_from_memory(scope, send, plan, scoped=scoped)
-                if answered:
+            plan = plan_cache.get(key, began)
+            if plan is not None and plan.scoped is not None:
+                scoped = plan.scoped
+                proof = proofs.recall(scoped, began) or await proofs.hit(scoped, began)
+                if proof is not None:
+                    await self._send_proven(scope, send, plan, proof=proof, began=began)
                     return
         token = tokens.client_token(scope["headers"])
-        if token is not None and plan_cache is not None and runtime is not None and key is not None:
+        if token is not None and plan_cache is not None and proofs is not None and key is not None:
             key = plan_cache.without_token(key)  # plans are stored without tokens
-            now = self.cache.clock()
-            plan = plan_cache.get(key, now)
+            began = self.cache.clock()
+            plan = plan_cache.get(key, began)
             if plan is not None and plan.scoped is not None:
-                scoped = runtime.proofs.require_token(plan.scoped, token, now)
-                if await self._hit_from_memory(scope, send, plan, scoped=scoped):
+                scoped = proofs.require_token(plan.scoped, token, began)
+                proof = await proofs.hit(scoped, began)
+                if proof is not None:
+                    await self._send_proven(scope, send, plan, proof=proof, began=began)
                     return
         exchange = Exchange(scope, receive, send, client_token=token)
         context = current.set(exchange)
@@ -139,6 +136,7 @@ class CacheMiddleware:
             runtime = self.cache.runtime
             if runtime is not None:
                 runtime.report_uncovered()
+                self._proofs = runtime.proofs
                 self.plan_cache = runtime.add_plan_cache(routes)
         return self._table
 
@@ -210,7 +208,7 @@ class CacheMiddleware:
         await self._read(exchange, plan, key)
 
     async def _read(self, exchange: Exchange, plan: Plan, key: PlanKey | None) -> None:
-        """Look up the response to a request of a cached route. ``key``: where to keep a new plan."""
+        """Look up the response to a request of a cached route. ``key`` is for a new plan."""
         cache, began, scope = self.cache, self.cache.clock(), exchange.asgi_scope
         if scope["method"] == "HEAD":
             exchange.send = without_body(exchange.send)
@@ -236,40 +234,55 @@ class CacheMiddleware:
                 max_bytes=plan.policy.max_body_bytes,
             )
             if representation is not None:
-                hit = _Hit(scoped, memory_entry, representation, began)
-                await self._send_hit(exchange.asgi_scope, exchange.send, hit)
+                await self._send_hit(
+                    exchange.asgi_scope,
+                    exchange.send,
+                    scoped,
+                    memory_entry=memory_entry,
+                    representation=representation,
+                    began=began,
+                )
                 if self.verification_due(found.view):
                     self.verify(plan, found, exchange.asgi_scope)
                 return
         await self._miss(exchange, plan, found, began=began)
 
-    async def _hit_from_memory(
-        self, scope: AsgiScope, send: Send, plan: Plan, *, scoped: ScopedPlan
-    ) -> bool:
-        """Answer from memory if that can be proven. Return whether it was."""
-        runtime, began = self.cache.runtime, self.cache.clock()
-        assert runtime is not None
-        proof = await runtime.proofs.hit(scoped, began)
-        if proof is None:
-            return False
-        hit = _Hit(scoped, proof.memory_entry, proof.representation, began)
-        await self._send_hit(scope, send, hit)
+    async def _send_proven(
+        self, scope: AsgiScope, send: Send, plan: Plan, *, proof: HitProof, began: float
+    ) -> None:
+        """Send a hit from memory."""
+        scoped = plan.scoped
+        assert scoped is not None
+        await self._send_hit(
+            scope,
+            send,
+            scoped,
+            memory_entry=proof.memory_entry,
+            representation=proof.representation,
+            began=began,
+        )
         if self.verification_due(proof.view):
             self.verify(plan, result_of(scoped, proof), scope)
-        return True
 
-    async def _send_hit(self, scope: AsgiScope, send: Send, hit: "_Hit") -> None:
-        """Count and send a hit."""
-        scoped, memory_entry, representation, began = hit
-        now, counters, entry = self.cache.clock(), scoped.counters, memory_entry.entry
-        body = representation.body
+    async def _send_hit(
+        self,
+        scope: AsgiScope,
+        send: Send,
+        scoped: ScopedPlan,
+        *,
+        memory_entry: MemoryEntry,
+        representation: Representation,
+        began: float,
+    ) -> None:
+        """Count and send a hit. ``began`` is when its request arrived."""
+        counters, entry, body = scoped.counters, memory_entry.entry, representation.body
         if counters.hit(len(body)):
-            counters.sample(now - began, entry.fill_ms)
+            counters.sample(self.cache.clock() - began, entry.fill_ms)
         if log.isEnabledFor(logging.DEBUG):
-            policy = scoped.policy
-            log.debug("[Cache] Hit: %s %s for tenant %s", policy.module, policy.kind, scoped.tenant)
+            module, kind = scoped.policy.module, scoped.policy.kind
+            log.debug("[Cache] Hit: %s %s for tenant %s", module, kind, scoped.tenant)
         # a copy, because outer middleware may append headers
-        headers = representation.headers(int(memory_entry.expires_at - now)).copy()
+        headers = representation.headers(int(memory_entry.expires_at - began)).copy()
         await send({"type": "http.response.start", "status": entry.status, "headers": headers})
         body = body if scope["method"] == "GET" else b""
         await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""Facts outside the cache's data that a read depends on: coverage, switches, blocked tenants, lease.
+"""What a read depends on besides data: coverage, switches, blocked tenants, the serving lease.
 
 It gathers the ``Caller`` that ``core/decision.py`` judges, and decides nothing itself.
 """

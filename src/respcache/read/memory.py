@@ -149,7 +149,7 @@ class NearCache(S3Fifo[str, MemoryEntry]):
     def represent(
         self, entry_key: str, memory_entry: MemoryEntry, coding: ContentCoding, *, max_bytes: int
     ) -> Representation | None:
-        """Return ``MemoryEntry.represent``, and account for its size. A damaged entry is dropped."""
+        """Return ``MemoryEntry.represent``, and account for its size. Drops a damaged entry."""
         before = memory_entry.size_bytes
         representation = memory_entry.represent(coding, max_bytes=max_bytes)
         if representation is None:

@@ -47,16 +47,26 @@ class Proofs:
         self._guards = guards
         self._clock = clock
 
+    def recall(self, scoped: ScopedPlan, now: float) -> HitProof | None:
+        """Return the standing proof of a plan that needs no view of its own, and count a use."""
+        if not scoped.max_view_age_s:
+            return None
+        proof = self.still_proven(scoped, now)
+        if proof is not None:
+            proof.count_use()
+        return proof
+
     async def hit(self, scoped: ScopedPlan, now: float) -> HitProof | None:
         """Return the proof that this process's memory answers the request, or None.
 
         At most one round trip, for a view.
         """
-        proof = self.still_proven(scoped, now)
+        proof = self.recall(scoped, now)
         if proof is not None:
-            if scoped.max_view_age_s:
-                proof.count_use()
-                return proof
+            return proof
+        if not scoped.max_view_age_s:
+            proof = self.still_proven(scoped, now)
+        if proof is not None:
             found = InMemory(proof.memory_entry, proof.lease, None)
         else:
             candidate = self.candidate(scoped, now)

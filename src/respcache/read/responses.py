@@ -1,4 +1,4 @@
-"""How a response passes the middleware: as stored, deferred until a write is confirmed, or recorded.
+"""How a response passes the middleware: as stored, deferred, or recorded.
 
 These are ASGI ``send`` callables. They decide nothing but what concerns their messages.
 """

@@ -251,7 +251,7 @@ class Verifier:
         self._task = asyncio.create_task(self._run(hit))
 
     def to_dict(self, tenant: str | None = None) -> dict[str, Any]:
-        """Return the figures for the stats endpoint, with the mismatches of one tenant or of all."""
+        """Return the counts for the stats endpoint, with one tenant's mismatches or all."""
         return {"share": self.share, **self.found.to_dict(tenant)}
 
     # -- when --------------------------------------------------------------------------------------

@@ -28,9 +28,26 @@ SAMPLED = 64
 SAMPLE_MASK = SAMPLED - 1
 
 BOUNDS_S = (
-    25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3, 250e-3, 500e-3, 1.0, 2.5, 5.0, 10.0,
-)  # fmt: skip
-"""The inclusive upper bounds of a histogram's buckets, in seconds. One more bucket holds the rest."""
+    25e-6,
+    50e-6,
+    100e-6,
+    250e-6,
+    500e-6,
+    1e-3,
+    2.5e-3,
+    5e-3,
+    10e-3,
+    25e-3,
+    50e-3,
+    100e-3,
+    250e-3,
+    500e-3,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+"""The inclusive upper bounds of a histogram's buckets, in seconds. One more holds the rest."""
 
 _EMPTY: Mapping[str, int] = Counter()
 
@@ -65,7 +82,7 @@ class Histogram(msgspec.Struct):
         self.seconds += other.seconds
 
     def quantile(self, share: float) -> float | None:
-        """Return the estimated quantile for a share from 0 to 1, in seconds; None if there are none.
+        """Return the estimated quantile for a share from 0 to 1, in seconds, or None.
 
         Durations are taken to be spread evenly within a bucket. Those above the last bound count
         as that bound.
