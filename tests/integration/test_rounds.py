@@ -61,8 +61,13 @@ class Process:
         self.engine = create_async_engine(database_url)
         self.outbox = PostgresOutbox(self.engine, lease_s=lease_s, retention_s=retention_s)
         self.store = RedisStore(valkey_url, deadline_s=0.5)
+        self.late_s = 0.0
         self.cache = Cache(
-            self.store, secret=b"k" * 32, resolver=SingleTenant(TENANT), outbox=self.outbox
+            self.store,
+            secret=b"k" * 32,
+            resolver=SingleTenant(TENANT),
+            outbox=self.outbox,
+            clock=lambda: boottime() + self.late_s,
         )
         self.watching = watch(self.engine, self.cache, metadata=Base.metadata)
         app = FastAPI()
@@ -491,12 +496,9 @@ async def test_a_fence_that_ends_while_the_store_is_asked_does_not_serve(
     """What counts is the fence held before, at the moment of the reply."""
     one.relay.lease = type(one.relay.lease)(one.relay.lease.server, one.relay.clock() + 3600)
     await one.stop_rounds()
-    late = 0.0
-    one.relay.clock = one.cache.clock = one.cache.runtime.lookup._clock = lambda: boottime() + late
 
     async def end() -> None:
-        nonlocal late
-        late = 1e9
+        one.late_s = 1e9
 
     interpose(one, where, end)
     assert await one.said() == "respcache; fwd=bypass; detail=no-lease"
@@ -540,8 +542,8 @@ async def test_a_fence_granted_while_the_store_is_asked_does_not_count(
     if where == "store":
         assert await one.said() == "respcache; fwd=bypass; detail=no-lease"
     else:
-        (plan,) = (slot.value for slot in one.app.plan_cache._plans._slots.values())
-        assert await one.cache.runtime.lookup.hit(plan.scoped) is None
+        (plan,) = one.app.plan_cache.plans()
+        assert await one.cache.runtime.proofs.hit(plan.scoped, one.cache.clock()) is None
 
 
 async def test_only_the_authority_is_served(
@@ -1333,7 +1335,7 @@ async def test_a_tenant_that_is_spelt_otherwise_than_in_the_rows_is_not_cached(
         assert ("; hit" in said[1]) is stored
         watching.close()
         await cache.close()
-    assert "mend Scope.tenant" in caplog.text
+    assert "correct Scope.tenant" in caplog.text
     await engine.dispose()
 
 
