@@ -51,7 +51,7 @@ async def read(books: Books, book: str, recorder: Recorder) -> None:
             {f"acme/{body['book']}": body["sold"]},
             "reader",
             asked=book,
-            told=body["book"],
+            received=body["book"],
             how=how,
         )
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from respcache.testing.history import Event, Read, Recorder, Write
-from respcache.testing.proofs import ViolationKind
+from respcache.testing.staleness import ViolationKind
 from respcache.testing.servers import ServerFailed
 
 from . import run

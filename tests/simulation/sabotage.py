@@ -436,7 +436,7 @@ async def _store_the_epoch_first(
     reason: str,
     original: Any = OutboxRelay._renew,
 ) -> bool:
-    renewed: bool = await original(relay, old, identity, page, reason)
+    renewed: bool = await original(relay, old, identity, page, reason=reason)
     if renewed:
         relay._cursor = (await relay.outbox.page(None)).cursor
     return renewed

@@ -17,7 +17,7 @@ from respcache.testing.history import Event, Read, Recorder, Write, load
 TIMES = st.floats(0, 1e9)
 READS = st.builds(
     Read, start=TIMES, end=TIMES, values=st.dictionaries(st.text(), st.integers(0, 2**62)), process=st.text(), asked=st.text(),
-    told=st.text(), session=st.none() | st.text(), how=st.text(), slack_s=TIMES,
+    received=st.text(), session=st.none() | st.text(), how=st.text(), slack_s=TIMES,
 )  # fmt: skip
 WRITES = st.builds(
     Write, register=st.text(), version=st.none() | st.integers(0, 2**62), started=TIMES, committed=st.none() | TIMES,

@@ -38,7 +38,7 @@ def test_a_fence_allows_its_own_server_until_its_moment() -> None:
         ({}, None),
         ({"pruned": 100}, None),
         ({"pruned": 101}, "pruned"),
-        ({"incarnation": "other"}, "not the same"),
+        ({"incarnation": "other"}, "have changed"),
         ({"cursor": Cursor("99:107:", 2.0)}, "back in time"),
         ({"rows": [("a", "T:x", str(n)) for n in range(MAX_ROWS)]}, None),
         ({"rows": [("a", "T:x", str(n)) for n in range(MAX_ROWS + 1)]}, "replayed"),
