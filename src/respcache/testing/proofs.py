@@ -3,6 +3,7 @@ put into words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
 import msgspec
 
 from respcache.testing.history import Event, Read, Write
