@@ -392,7 +392,7 @@ async def store_link_half_open(scene: Scene) -> bool:
 
 @_fault("links")
 async def store_link_black_hole(scene: Scene) -> bool:
-    """The link of a process to Valkey delays everything until repaired."""
+    """The link of a process to Valkey delays all data for a time."""
     return await _bad_store_link(scene, State.BLACK_HOLE)
 
 
@@ -417,13 +417,13 @@ async def database_link_half_open(scene: Scene) -> bool:
 
 @_fault("links")
 async def database_link_black_hole(scene: Scene) -> bool:
-    """The link of a process to PostgreSQL delays everything until repaired."""
+    """The link of a process to PostgreSQL delays all data for a time."""
     return await _bad_database_link(scene, State.BLACK_HOLE)
 
 
 @_fault("links")
 async def writer_and_readers_apart(scene: Scene) -> bool:
-    """One process loses Valkey, the others PostgreSQL, beyond the lease."""
+    """One process loses Valkey, others PostgreSQL, beyond the lease."""
     stage = scene.stage
     writer = scene.random.choice(stage.plan.names)
     readers = [name for name in stage.plan.names if name != writer]
