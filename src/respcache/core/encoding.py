@@ -2,7 +2,7 @@
 Also the headers that declare them.
 
 A body is compressed once, when it is stored. Every function here depends on its arguments only; the
-one piece of state is a bounded memo. No I/O, no clock. No compressor is kept between calls, so any
+one piece of state is a bounded cache of parsed headers. No I/O, no clock. No compressor is kept between calls, so any
 thread may call these functions. (A shared compressor would save about a tenth of the time, but
 would not be safe for threads.)
 
@@ -46,7 +46,7 @@ GZIP_LEVEL = 1
 MAX_ACCEPT_BYTES = 256
 """Longer ``Accept-Encoding`` values are not parsed; browsers send about 25 bytes."""
 MAX_ACCEPT_VALUES = 256
-"""Distinct values in the memo: with the limit above, at most 64 KiB of clients' text."""
+"""Distinct values that are cached: with the limit above, at most 64 KiB of clients' text."""
 
 
 class ContentCoding(StrEnum):
@@ -78,8 +78,8 @@ def accepted(header: bytes | None) -> ContentCoding:
 
     ``header`` is the value, several lines joined by commas, or None. The highest weight wins; at
     equal weight, the better compression. An absent, malformed or too long value gets plain bytes,
-    and so does a client that accepts no coding of ours. Never raises. 0.2 us for a value in the
-    memo, else about 10 us.
+    and so does a client that accepts no coding of ours. Never raises. 0.2 us for a cached
+    value, else about 10 us.
     """
     if header is None or len(header) > MAX_ACCEPT_BYTES:
         return ContentCoding.identity
