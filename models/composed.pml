@@ -329,8 +329,8 @@ proctype fill(byte p; byte fills) {
 #define MUST (acknowledged | OVERDUE(T1,at1) | OVERDUE(T2,at2))
 #define STALE(p,e) (now<process[p].lease && process[p].lease_life==process[p].life \
   && AT(p).here && AT(p).recorded==process[p].life \
-  && slot[e]==ENTRY && certified_nonce[e]==AT(p).nonce && AT(p).bumped<=certified_sequence[e] &&
-      (MUST & ~value[e])!=0)
+  && slot[e]==ENTRY && certified_nonce[e]==AT(p).nonce && AT(p).bumped<=certified_sequence[e] \
+  && (MUST & ~value[e])!=0)
 #define AT(p) server[process[p].connected]
 #define HIT(p,e) :: d_step { STALE(p,e) \
   -> printf("MSC: process %d HIT %d, must see %d: STALE\n",p,value[e],MUST); assert(false) }

@@ -407,7 +407,10 @@ async def test_a_request_that_cannot_be_sent_raises_at_once(real: Connection) ->
 async def test_commands_that_cannot_be_written_take_no_place_in_the_queue(real: Connection) -> None:
     """A command that fails to be packed raises, and the next caller still gets its own reply."""
     with pytest.raises(TypeError):
-        await real.execute([("ECHO", "a"), ("ECHO", object())], deadline_s=LONG_S)  # type: ignore[list-item]
+        await real.execute(
+            [("ECHO", "a"), ("ECHO", object())],  # type: ignore[list-item]
+            deadline_s=LONG_S,
+        )
     with pytest.raises(UnicodeEncodeError):
         await real.execute([("ECHO", "\ud800")], deadline_s=LONG_S)
     assert await real.execute([("ECHO", "b")], deadline_s=LONG_S) == [b"b"]
@@ -736,7 +739,7 @@ async def test_a_busy_event_loop_does_not_condemn_a_live_server(meet: Meet) -> N
     waiting = asking(connection, ("GET", "k"), deadline_s=0.05)
     await peer.heard_commands(1)
     peer.say(bulk(b"v"))  # written to the socket at once: it is in our kernel before we block
-    time.sleep(0.15)
+    time.sleep(0.15)  # noqa: ASYNC251 - the loop must be blocked
     assert await waiting == [b"v"]
     assert (lost, connection.timeouts) == ([], 0)
 
@@ -779,7 +782,7 @@ async def test_a_tick_that_is_kept_busy_does_not_use_up_the_deadline(listen: Any
     peer, url = await listen(greeting())
     async with connected(url) as connection:
         waiting = connection.request([("GET", "k")], deadline_s=0.1)
-        time.sleep(0.2)
+        time.sleep(0.2)  # noqa: ASYNC251 - the loop must be blocked
         await peer.heard_commands(1)
         await asyncio.sleep(0.03)
         peer.say(bulk(b"v"))
@@ -1005,7 +1008,7 @@ async def test_a_server_that_does_not_read_cannot_fill_our_memory(
     peer, connection = await meet()
     peer.connections[-1].transport.pause_reading()  # type: ignore[attr-defined]
     accepted = 0
-    with pytest.raises(StoreUnavailable, match="too many"):
+    with pytest.raises(StoreUnavailable, match="too many"):  # noqa: PT012 - it counts what is sent
         while accepted < 100:
             connection.send([("SET", "k", b"x" * 1_000_000)])
             accepted += 1
@@ -1498,7 +1501,8 @@ def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(
     certificates: Path,
 ) -> None:
     """OpenSSL would ask on the terminal of the server process, and wait."""
-    url = f"rediss://h?ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/encrypted.key"
+    files = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/encrypted.key"
+    url = f"rediss://h?{files}"
     program = f"import sys; from respcache.resp.url import ServerURL; ServerURL.parse({url!r})"
     ours, terminal = pty.openpty()
     try:

@@ -18,16 +18,30 @@ BOUND_S = 2.0
 
 
 def write(
-    version: int | None, started: float, committed: float | None = None, acked: float | None = None, *, process: str = "w",
-    session: str | None = None, register: str = "x",
-) -> Write:  # fmt: skip
+    version: int | None,
+    started: float,
+    committed: float | None = None,
+    acked: float | None = None,
+    *,
+    process: str = "w",
+    session: str | None = None,
+    register: str = "x",
+) -> Write:
     return Write(register, version, started, committed, acked, process, session)
 
 
 def read(
-    version: int, start: float, end: float, *, session: str | None = None, received: str = "q", how: str = "", register: str = "x",
-    process: str = "r", slack_s: float = 0.0,
-) -> Read:  # fmt: skip
+    version: int,
+    start: float,
+    end: float,
+    *,
+    session: str | None = None,
+    received: str = "q",
+    how: str = "",
+    register: str = "x",
+    process: str = "r",
+    slack_s: float = 0.0,
+) -> Read:
     return Read(start, end, {register: version}, process, "q", received, session, how, slack_s)
 
 
@@ -533,16 +547,27 @@ MOMENTS = st.integers(0, 12).map(float)
 REGISTERS = st.sampled_from("xy")
 SESSIONS = st.sampled_from([None, "s", "t"])
 SOME_WRITES = st.builds(
-    Write, register=REGISTERS, version=st.none() | st.integers(1, 6), started=MOMENTS, committed=st.none() | MOMENTS,
-    acked=st.none() | MOMENTS, process=st.sampled_from("pq"), session=SESSIONS,
-)  # fmt: skip
+    Write,
+    register=REGISTERS,
+    version=st.none() | st.integers(1, 6),
+    started=MOMENTS,
+    committed=st.none() | MOMENTS,
+    acked=st.none() | MOMENTS,
+    process=st.sampled_from("pq"),
+    session=SESSIONS,
+)
 SOME_READS = st.builds(
     lambda start, length, values, asked, received, session, slack_s: Read(
         start, start + length, values, "r", asked, received, session, "", slack_s
     ),
-    MOMENTS, MOMENTS, st.dictionaries(REGISTERS, st.integers(0, 7)), st.sampled_from("ab"), st.sampled_from("ab"), SESSIONS,
+    MOMENTS,
+    MOMENTS,
+    st.dictionaries(REGISTERS, st.integers(0, 7)),
+    st.sampled_from("ab"),
+    st.sampled_from("ab"),
+    SESSIONS,
     st.sampled_from([0.0, 1.0, 4.0]),
-)  # fmt: skip
+)
 
 
 def resolved(events: Sequence[Event]) -> list[Write]:

@@ -2,9 +2,9 @@
 Also the headers that declare them.
 
 A body is compressed once, when it is stored. Every function here depends on its arguments only; the
-one piece of state is a bounded cache of parsed headers. No I/O, no clock. No compressor is kept between calls, so any
-thread may call these functions. (A shared compressor would save about a tenth of the time, but
-would not be safe for threads.)
+one piece of state is a bounded cache of parsed headers. No I/O, no clock. No compressor is kept
+between calls, so any thread may call these functions. (A shared compressor would save about a tenth
+of the time, but would not be safe for threads.)
 
 Entity tags. A strong tag identifies bytes, so one tag must not be sent with two codings of a body
 (RFC 9110, sections 8.8.1 and 8.8.3.3). Weakening it, as nginx and Django do, keeps
