@@ -1,8 +1,8 @@
-"""Is my cache ever stale? A small application with a cache of its own, its recorded history, and
-what the checker says.
+"""Is a cache ever stale? A small application with its own cache, its recorded history, and the
+checker's report.
 
 Run: python examples/check_history.py [FILE]. The cache deletes on every write, and still serves
-what was overwritten.
+stale data.
 """
 
 import asyncio
@@ -16,8 +16,7 @@ from respcache.testing.history import Read, Recorder, Write, load, now
 
 
 class Books:
-    """The application: the number of copies sold of each book (a version that grows by one), and a
-    cache in front of it."""
+    """The application: copies sold of each book (a version that grows by one), behind a cache."""
 
     def __init__(self) -> None:
         self.sold = {"Emma": 0}
@@ -51,7 +50,7 @@ async def read(books: Books, book: str, recorder: Recorder) -> None:
             {f"acme/{body['book']}": body["sold"]},
             "reader",
             asked=book,
-            told=body["book"],
+            received=body["book"],
             how=how,
         )
     )
@@ -66,8 +65,7 @@ async def sell(books: Books, book: str, recorder: Recorder) -> None:
 
 
 async def use(books: Books, recorder: Recorder) -> None:
-    """A slow read begins, a sale overtakes it, and somebody reads after the sale was
-    acknowledged."""
+    """Begin a slow read, sell a copy before it ends, and read again after the acknowledgement."""
     books.handler_may_end.clear()
     slow = asyncio.create_task(read(books, "Emma", recorder))
     await asyncio.sleep(0)

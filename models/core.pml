@@ -1,14 +1,18 @@
 /* core.pml: certified entries (src/respcache/core/generations.py).
- * One tenant, two tags; key 1 depends on tag 0, key 3 on both. Storing entries is in the hands of an adversary: a reader may be
- * offered any entry that was ever put under its key, or none (lost, late, repeated, reordered, rolled back or evicted puts).
- *   EVICT  the generation may vanish at any moment       COMPACT  it may forget its tags at any moment
- *   FAILOVERS=n  a replica with old data is promoted     CRASH  a writer may die after COMMIT
- *   ROUNDS  committed outbox rows are bumped at any moment, in any order, by somebody
+ * One tenant, two tags; key 1 depends on tag 0, key 3 on both. An adversary controls the storage of
+ * entries: a reader may be offered any entry that was ever put under its key, or none (lost, late,
+ * repeated, reordered, rolled back or evicted puts).
+ *   EVICT  the generation may vanish at any moment
+ *   COMPACT  it may forget its tags at any moment
+ *   FAILOVERS=n  a replica with old data is promoted
+ *   CRASH  a writer may die after COMMIT
+ *   CYCLES  a relay bumps committed outbox rows at any moment, in any order
  *   JOIN  a reader may wait for a flight of the same key instead of reading
- * I1: a read that begins after a write was acknowledged, or its row was bumped by a round, sees that write on each of its tags.
+ * I1: a read that begins after a write was acknowledged, or after a cycle bumped its row, sees that
+ * write on each of its tags.
  * Mutants: NORCHECK NONONCE CAPLATE BUMPFIRST JOINANY NOFLOOR
- * Fewer states, same behaviour: nonces are only compared for equality, so a fresh one may be any that nobody holds, and
- * entries whose nonce can never be the current one again are forgotten. */
+ * Fewer states, same behavior: nonces are only compared for equality, so a fresh one may be any
+ * that is not in use; and entries whose nonce can never be the current one again are forgotten. */
 #ifndef READERS
 #define READERS 2
 #endif
@@ -29,11 +33,12 @@
 #define FLIGHT 1
 #define ENTRY 2
 
-typedef Generation { bool here; byte nonce; byte recorded; byte sequence; byte floor; byte bumps[2] };
-Generation g;                     /* on the server that is master now */
-Generation replica;               /* what its replica has of it */
+typedef Generation { bool here; byte nonce; byte recorded; byte sequence; byte floor;
+    byte bumps[2] };
+Generation g;                     /* on the present master */
+Generation replica;               /* on its replica */
 byte server=1, failovers=0;       /* identity of the master */
-byte database[2], settled[2];     /* version of each tag: committed; acknowledged or bumped by a round */
+byte database[2], settled[2];     /* versions: committed; acknowledged or bumped by a cycle */
 byte row_tag[WRITERS], row_version[WRITERS]; bool row[WRITERS];
 byte slot[SLOTS], key[SLOTS], waiting[SLOTS];      /* flights, then the entries that they put */
 byte certified_nonce[SLOTS], certified_sequence[SLOTS], value0[SLOTS], value1[SLOTS];
@@ -53,8 +58,10 @@ byte i, candidate;                /* scratch, 0 between steps */
 #endif
 #define LIVE(n) ((g.here && n==g.nonce) || (replica.here && n==replica.nonce))
 
-inline clear(x) { x.here=false; x.nonce=0; x.recorded=0; x.sequence=0; x.floor=0; x.bumps[0]=0; x.bumps[1]=0 }
-inline assign(x,y) { x.here=y.here; x.nonce=y.nonce; x.recorded=y.recorded; x.sequence=y.sequence; x.floor=y.floor;
+inline clear(x) { x.here=false; x.nonce=0; x.recorded=0; x.sequence=0; x.floor=0; x.bumps[0]=0;
+    x.bumps[1]=0 }
+inline assign(x,y) { x.here=y.here; x.nonce=y.nonce; x.recorded=y.recorded; x.sequence=y.sequence;
+    x.floor=y.floor;
                      x.bumps[0]=y.bumps[0]; x.bumps[1]=y.bumps[1] }
 inline forget() {
   i=0;
@@ -63,8 +70,10 @@ inline forget() {
   :: i<SLOTS ->
      if
      :: slot[i]==ENTRY && waiting[i]==0 && !LIVE(certified_nonce[i]) ->
-        slot[i]=FREE; key[i]=0; certified_nonce[i]=0; certified_sequence[i]=0; value0[i]=0; value1[i]=0
-     :: slot[i]==FLIGHT && !LIVE(certified_nonce[i]) -> certified_nonce[i]=0; certified_sequence[i]=0
+        slot[i]=FREE; key[i]=0; certified_nonce[i]=0; certified_sequence[i]=0; value0[i]=0;
+            value1[i]=0
+     :: slot[i]==FLIGHT && !LIVE(certified_nonce[i]) -> certified_nonce[i]=0;
+         certified_sequence[i]=0
      :: else
      fi;
      i++
@@ -101,7 +110,8 @@ proctype writer(byte id; byte tag) {
 #ifdef BUMPFIRST
   atomic { bump(identity,tag); printf("MSC: writer %d bumps tag %d BEFORE COMMIT\n",id,tag) }
 #endif
-  atomic { database[tag]++; version=database[tag]; row[id]=true; row_tag[id]=tag; row_version[id]=version;
+  atomic { database[tag]++; version=database[tag]; row[id]=true; row_tag[id]=tag;
+      row_version[id]=version;
            printf("MSC: writer %d: COMMIT of tag %d v%d with its outbox row\n",id,tag,version) }
 #ifdef CRASH
   if :: skip :: atomic { printf("MSC: writer %d dies\n",id); goto dead } fi;
@@ -109,8 +119,10 @@ proctype writer(byte id; byte tag) {
 #ifndef BUMPFIRST
 again:
   if
-  :: atomic { identity!=server -> identity=server; printf("MSC: writer %d connects to server %d\n",id,identity) }; goto again
-  :: atomic { identity==server -> bump(identity,tag); printf("MSC: writer %d bumps tag %d (sequence %d)\n",id,tag,g.sequence) }
+  :: atomic { identity!=server -> identity=server;
+      printf("MSC: writer %d connects to server %d\n",id,identity) }; goto again
+  :: atomic { identity==server -> bump(identity,tag);
+      printf("MSC: writer %d bumps tag %d (sequence %d)\n",id,tag,g.sequence) }
   fi;
 #endif
   d_step { if :: version>settled[tag] -> settled[tag]=version :: else fi;
@@ -119,13 +131,13 @@ dead:
   atomic { version=0; identity=0 }
 }
 
-#ifdef ROUNDS
-proctype rounds() {
+#ifdef CYCLES
+proctype cycles() {
   byte r, tag;
   do
   :: atomic { r=0; do :: r<WRITERS-1 -> r++ :: break od; row[r] -> tag=row_tag[r]; bump(server,tag);
        if :: row_version[r]>settled[tag] -> settled[tag]=row_version[r] :: else fi;
-       printf("MSC: a round bumps tag %d for row %d (sequence %d)\n",tag,r,g.sequence);
+       printf("MSC: a cycle bumps tag %d for row %d (sequence %d)\n",tag,r,g.sequence);
        row[r]=false; row_tag[r]=0; row_version[r]=0; r=0; tag=0 }
   :: break
   od
@@ -146,17 +158,21 @@ proctype reader(byte id; byte reads) {
        :: k=3
 #endif
        fi;
-       least0=settled[0]; least1=settled[1]; printf("MSC: reader %d begins key %d (must see %d,%d)\n",id,k,least0,least1) }
+       least0=settled[0]; least1=settled[1];
+           printf("MSC: reader %d begins key %d (must see %d,%d)\n",id,k,least0,least1) }
      if
      :: atomic { identity!=server -> identity=server; v0=database[0]; v1=database[1]; way=SERVED;
-          printf("MSC: reader %d lost its connection, now server %d; bypass reads the database\n",id,identity) }
+          printf("MSC: reader %d lost its connection, now server %d; bypass reads the database\n",
+                 id,identity) }
      :: atomic { identity==server ->
-          if :: !g.here || OTHER_SERVER(identity) -> open(); printf("MSC: reader %d opens a generation, nonce %d\n",id,g.nonce)
+          if :: !g.here || OTHER_SERVER(identity) -> open();
+              printf("MSC: reader %d opens a generation, nonce %d\n",id,g.nonce)
              :: else fi;
           way=FILLS; e=0;
           if
           :: do :: e<SLOTS-1 -> e++ :: break od;
-             if :: slot[e]==ENTRY && key[e]==k && VALID(e) -> v0=value0[e]; v1=value1[e]; way=SERVED;
+             if :: slot[e]==ENTRY && key[e]==k && VALID(e) -> v0=value0[e]; v1=value1[e];
+                 way=SERVED;
                    printf("MSC: reader %d HIT key %d (%d,%d)\n",id,k,v0,v1)
                 :: else -> e=0 fi
 #ifdef JOIN
@@ -169,9 +185,12 @@ proctype reader(byte id; byte reads) {
           fi;
           if
           :: way==FILLS -> e=0; do :: slot[e]!=FREE && e<SLOTS-1 -> e++ :: else -> break od;
-             if :: slot[e]!=FREE -> v0=database[0]; v1=database[1]; way=SERVED    /* no slot left: bypass */
-                :: else -> slot[e]=FLIGHT; key[e]=k; certified_nonce[e]=g.nonce; certified_sequence[e]=g.sequence;
-                   printf("MSC: reader %d MISS key %d, captures (n%d,s%d)\n",id,k,g.nonce,g.sequence) fi
+             /* no slot left: bypass */
+             if :: slot[e]!=FREE -> v0=database[0]; v1=database[1]; way=SERVED
+                :: else -> slot[e]=FLIGHT; key[e]=k; certified_nonce[e]=g.nonce;
+                    certified_sequence[e]=g.sequence;
+                   printf("MSC: reader %d MISS key %d, captures (n%d,s%d)\n",
+                          id,k,g.nonce,g.sequence) fi
           :: else
           fi }
      fi;
@@ -190,7 +209,8 @@ put:    atomic {
           certified_nonce[e]=g.nonce; certified_sequence[e]=g.sequence;
 #endif
           slot[e]=ENTRY;
-          printf("MSC: reader %d puts key %d (%d,%d) as (n%d,s%d)\n",id,k,v0,v1,certified_nonce[e],certified_sequence[e]);
+          printf("MSC: reader %d puts key %d (%d,%d) as (n%d,s%d)\n",
+                 id,k,v0,v1,certified_nonce[e],certified_sequence[e]);
           forget() }
      fi;
      d_step {
@@ -218,7 +238,8 @@ proctype accidents() {
        g.bumps[0]=0; g.bumps[1]=0; printf("MSC: tags forgotten, floor %d\n",g.floor) }
 #endif
 #if FAILOVERS>0
-  :: d_step { failovers<FAILOVERS -> assign(replica,g); forget(); printf("MSC: the replica catches up (sequence %d)\n",g.sequence) }
+  :: d_step { failovers<FAILOVERS -> assign(replica,g); forget();
+      printf("MSC: the replica catches up (sequence %d)\n",g.sequence) }
   :: d_step { failovers<FAILOVERS -> failovers++; server++; assign(g,replica);
        if :: failovers==FAILOVERS -> clear(replica) :: else fi; forget();
        printf("MSC: FAILOVER to server %d (sequence %d)\n",server,g.sequence) }
@@ -232,8 +253,8 @@ init {
   atomic {
     do :: k<WRITERS -> run writer(k,k%2); k++ :: else -> break od; k=0;
     do :: k<READERS -> run reader(k,(k==0 -> READS : READS2)); k++ :: else -> break od; k=0;
-#ifdef ROUNDS
-    run rounds();
+#ifdef CYCLES
+    run cycles();
 #endif
     run accidents()
   }

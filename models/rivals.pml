@@ -1,9 +1,12 @@
 /* rivals.pml: simpler protocols for one key, and why they are not enough. One of
- *   DELETE   read through; a write commits, deletes the entry, acknowledges
- *   MARKER   as DELETE, then sets a marker; a fill stores nothing while it sees the marker (it looks, then stores)
- *   ATOMIC   as MARKER, but deleting and marking are one step, looking and storing too (EXPIRE: the marker may run out)
- *   COUNTER  the key contains a number that a write increments (EVICT: the number may be evicted and begins again)
- * I1: a read that begins after a write was acknowledged sees it. */
+ *   DELETE   read through; a write commits, deletes the entry, and acknowledges
+ *   MARKER   as DELETE, and then sets a marker; a fill that sees the marker stores nothing (it
+ *            checks, then stores)
+ *   ATOMIC   as MARKER, but deleting and marking are one step, and so are checking and storing
+ *            (EXPIRE: the marker may expire)
+ *   COUNTER  the key contains a number that a write increments (EVICT: the number may be evicted,
+ *            and starts again)
+ * I1: a read that begins after a write was acknowledged returns it. */
 #ifndef READERS
 #define READERS 2
 #endif
@@ -20,10 +23,12 @@ bool numbered=true; byte number; bool filled[4]; byte values[4];    /* COUNTER *
 active proctype writer() {
   atomic { committed=1; printf("MSC: writer: COMMIT v1\n") };
 #ifdef COUNTER
-  atomic { if :: numbered -> number++ :: else -> numbered=true; number=1 fi; printf("MSC: writer: number is %d\n",number) };
+  atomic { if :: numbered -> number++ :: else -> numbered=true; number=1 fi;
+      printf("MSC: writer: number is %d\n",number) };
 #else
 #ifdef ATOMIC
-  atomic { entry=false; marker=true; printf("MSC: writer deletes the entry and sets the marker\n") };
+  atomic { entry=false; marker=true;
+      printf("MSC: writer deletes the entry and sets the marker\n") };
 #else
   atomic { entry=false; printf("MSC: writer deletes the entry\n") };
 #ifdef MARKER
@@ -49,15 +54,18 @@ active [READERS] proctype reader() {
      :: hit -> printf("MSC: reader %d HIT v%d\n",_pid,v)
      :: else -> atomic { v=committed; printf("MSC: reader %d reads the database: v%d\n",_pid,v) }
      fi;
-     atomic { if :: v<must -> printf("MSC: reader %d STALE v%d\n",_pid,v) :: else fi; assert(v>=must) };
+     atomic { if :: v<must -> printf("MSC: reader %d STALE v%d\n",_pid,v) :: else fi;
+         assert(v>=must) };
      if
      :: hit
      :: else ->
 #ifdef COUNTER
-        atomic { filled[mine]=true; values[mine]=v; printf("MSC: reader %d puts v%d as number %d\n",_pid,v,mine) }
+        atomic { filled[mine]=true; values[mine]=v;
+            printf("MSC: reader %d puts v%d as number %d\n",_pid,v,mine) }
 #else
 #ifdef ATOMIC
-        atomic { if :: !marker -> entry=true; value=v; printf("MSC: reader %d puts v%d\n",_pid,v) :: else fi }
+        atomic { if :: !marker -> entry=true; value=v; printf("MSC: reader %d puts v%d\n",_pid,v)
+            :: else fi }
 #else
         if
         :: marker
@@ -78,7 +86,7 @@ active proctype accidents() {
   :: atomic { numbered -> numbered=false; number=0; printf("MSC: the number is EVICTED\n") }
 #endif
 #ifdef EXPIRE
-  :: atomic { marker -> marker=false; printf("MSC: the marker runs out\n") }
+  :: atomic { marker -> marker=false; printf("MSC: the marker expires\n") }
 #endif
   :: break
   od

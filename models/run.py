@@ -1,4 +1,4 @@
-"""Checks the models with spin: what must hold holds in every state, and each mutant fails. See
+"""Checks the models with spin: the invariants hold in every state, and each mutant fails. See
 README.md."""
 
 import argparse
@@ -24,7 +24,7 @@ SMALL_S, FULL_S = 300, 7200
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One model with one choice of its flags, and what must become of it."""
+    """A model, its flags, and the expected verdict."""
 
     name: str
     model: str
@@ -35,16 +35,16 @@ class Configuration:
 
     @property
     def defines(self) -> list[str]:
-        """The flags as spin takes them."""
+        """The flags as arguments of spin."""
         return [f"-D{flag}" for flag in self.flags.split()]
 
 
 def mutants(model: str, flags: str, *names: str) -> list[Configuration]:
-    """Make one configuration for each rule that is left out."""
+    """Return a configuration for each omitted rule."""
     return [Configuration(f"{model}-{name}", model, f"{flags} {name}", FAILS) for name in names]
 
 
-CORE = "EVICT COMPACT FAILOVERS=1 CRASH ROUNDS JOIN"
+CORE = "EVICT COMPACT FAILOVERS=1 CRASH CYCLES JOIN"
 CONFIGURATIONS = [
     Configuration("core-accidents", "core", f"{CORE} READS=1 ONEKEY"),
     Configuration("core-two-tags", "core", "EVICT COMPACT JOIN READS=1 WRITERS=2"),
@@ -53,17 +53,17 @@ CONFIGURATIONS = [
     *mutants("core", "ONEKEY EVICT", "NONONCE"),
     *mutants("core", "ONEKEY COMPACT", "NOFLOOR"),
     *mutants("core", "ONEKEY FAILOVERS=1", "NORCHECK"),
-    Configuration("fence-partition", "fence", "T=4"),
-    Configuration("fence-split", "fence", "T=4 SPLIT ROUNDS0=2"),
-    *mutants("fence", "T=4", "NOWAIT", "LATEM0", "LATEFENCE", "NOFENCE", "NORECORD"),
-    *mutants("fence", "T=4 SPLIT ROUNDS0=2", "ACKALWAYS", "NOEFF", "EARLYRECORD"),
+    Configuration("serving_lease-partition", "serving_lease", "T=4"),
+    Configuration("serving_lease-split", "serving_lease", "T=4 SPLIT CYCLES0=2"),
+    *mutants("serving_lease", "T=4", "NOWAIT", "LATEM0", "LATELEASE", "NOLEASE", "NORECORD"),
+    *mutants("serving_lease", "T=4 SPLIT CYCLES0=2", "ACKALWAYS", "NOEFF", "EARLYRECORD"),
     Configuration("composed-rows", "composed", "TWOROWS UNKNOWN"),
     Configuration("composed-losses", "composed", "T=2 LOSSES=1"),
     Configuration(
-        "composed-saves", "composed", "T=2 LOSSES=2 SAVE ROUNDS0=2 ROUNDS1=0 FILLS1=0 FILLS0=1"
+        "composed-saves", "composed", "T=2 LOSSES=2 SAVE CYCLES0=2 CYCLES1=0 FILLS1=0 FILLS0=1"
     ),
     Configuration("composed-failover", "composed", "T=2 FAILOVER"),
-    *mutants("composed", "PSQL ROUNDS0=0 ROUNDS1=2", "IDCURSOR"),
+    *mutants("composed", "PSQL CYCLES0=0 CYCLES1=2", "IDCURSOR"),
     *mutants("composed", "TWOROWS", "DEDUPEXID"),
     *mutants("composed", "UNKNOWN", "EARLYID"),
     *mutants("composed", "T=2 LOSSES=1", "EPOCHFIRST", "ACKADOPTED"),
@@ -76,27 +76,30 @@ CONFIGURATIONS = [
     Configuration("core-accidents-full", "core", f"{CORE} READS=2 ONEKEY", full=True),
     Configuration("core-two-tags-full", "core", "EVICT COMPACT JOIN READS=2 WRITERS=2", full=True),
     Configuration(
-        "core-failovers-full", "core", "FAILOVERS=2 CRASH ROUNDS READS=2 ONEKEY", full=True
+        "core-failovers-full", "core", "FAILOVERS=2 CRASH CYCLES READS=2 ONEKEY", full=True
     ),
-    Configuration("fence-partition-full", "fence", "T=5 READS1=2 ROUNDS0=2", full=True),
-    Configuration("fence-split-full", "fence", "T=5 SPLIT ROUNDS0=2 CLAIMS=2", full=True),
     Configuration(
-        "fence-reader-moves-full",
-        "fence",
-        "T=4 SPLIT ROUNDS1=0 ROUNDS2=2 READS1=0 READS2=1",
+        "serving_lease-partition-full", "serving_lease", "T=5 READS1=2 CYCLES0=2", full=True
+    ),
+    Configuration(
+        "serving_lease-split-full", "serving_lease", "T=5 SPLIT CYCLES0=2 CLAIMS=2", full=True
+    ),
+    Configuration(
+        "serving_lease-reader-moves-full",
+        "serving_lease",
+        "T=4 SPLIT CYCLES1=0 CYCLES2=2 READS1=0 READS2=1",
         full=True,
     ),
     Configuration("composed-psql-full", "composed", "T=3 PSQL TWOROWS UNKNOWN", full=True),
     Configuration("composed-losses-full", "composed", "T=3 LOSSES=1 SAVE", full=True),
-    Configuration("composed-two-losses-full", "composed", "T=2 LOSSES=2 SAVE ROUNDS0=2", full=True),
+    Configuration("composed-two-losses-full", "composed", "T=2 LOSSES=2 SAVE CYCLES0=2", full=True),
     Configuration("composed-failover-full", "composed", "T=3 FAILOVER CLAIMS=2", full=True),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a configuration; a verdict that is neither of the two says what cut the search
-    off."""
+    """The verdict on a configuration: ``HOLDS``, ``FAILS``, or what cut off the search."""
 
     name: str
     verdict: str
@@ -107,12 +110,12 @@ class Result:
 
     @property
     def right(self) -> bool:
-        """Whether it is what must be."""
+        """Whether the verdict is the expected one."""
         return self.verdict == self.expected
 
 
 def main() -> int:
-    """Check the configurations that the command line names; return the exit status."""
+    """Check the configurations named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="exit status: 0 as expected, 1 not, 2 usage, 3 no spin or compiler",
@@ -124,14 +127,14 @@ def main() -> int:
         "--only", metavar="NAME", action="append", help="only this configuration (may be repeated)"
     )
     parser.add_argument(
-        "--trace", metavar="NAME", help="print the shortest way in which a mutant fails"
+        "--trace", metavar="NAME", help="print the shortest counterexample of a mutant"
     )
     parser.add_argument("--list", action="store_true", help="print the names of all configurations")
     arguments = parser.parse_args()
     known = {one.name: one for one in CONFIGURATIONS}
     for name in (arguments.only or []) + ([arguments.trace] if arguments.trace else []):
         if name not in known:
-            parser.error(f"there is no configuration {name!r}; --list names them")
+            parser.error(f"there is no configuration {name!r}; --list prints their names")
     if arguments.list:
         print("\n".join(known))
         return 0
@@ -185,14 +188,14 @@ def check(one: Configuration, compiler: str) -> Result:
 
 
 def search(one: Configuration, compiler: str, folder: Path, *, shortest: bool = False) -> str:
-    """Generate, compile and run the search; return what it printed. A counterexample stays in the
+    """Generate, compile and run the search; return its output. A counterexample is left in the
     folder."""
     model = shutil.copy(HERE / f"{one.model}.pml", folder)
     run = ["spin", "-a", *one.defines, Path(model).name]
     subprocess.run(
         run, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    # Most of a mutant's time goes into compiling, most of the others' into searching.
+    # a mutant takes most of its time to compile, the others to search
     choices = ["-O0"] if one.expected == FAILS else ["-O2", "-DCOLLAPSE"] if one.full else ["-O1"]
     limit = f"-DMEMLIM={FULL_MIB if one.full else SMALL_MIB}"
     run = [
@@ -210,7 +213,7 @@ def search(one: Configuration, compiler: str, folder: Path, *, shortest: bool = 
         run, cwd=folder, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     size = "-w20" if one.expected == FAILS else "-w28" if one.full else "-w24"
-    # -E: a process that waits for ever is no error.
+    # -E: a process that waits for ever is no error
     run = ["./pan", "-E", size, *one.options.split()]
     timeout = FULL_S if one.full else SMALL_S
     return subprocess.run(
@@ -224,8 +227,7 @@ def search(one: Configuration, compiler: str, folder: Path, *, shortest: bool = 
 
 
 def judge(output: str) -> str:
-    """Tell the verdict from what a search printed: only a complete one shows that something
-    holds."""
+    """Return the verdict from a search's output. Only a complete search proves ``HOLDS``."""
     if re.search(r"^pan:\d+: assertion violated", output, re.MULTILINE):
         return FAILS
     cut = re.search(rf"^.*(?:{CUT_OFF}).*$", output, re.MULTILINE)
@@ -256,7 +258,7 @@ def print_table(results: list[Result]) -> None:
     width = max(len(result.name) for result in results)
     print(f"\n{'configuration':{width}}  {'verdict':10} {'states':>12} {'seconds':>8} {'MiB':>7}")
     for result in results:
-        remark = "" if result.right else f"   MUST BE: {result.expected}"
+        remark = "" if result.right else f"   EXPECTED: {result.expected}"
         print(
             f"{result.name:{width}}  {result.verdict:10} {result.states:12,} "
             f"{result.seconds:8.1f} {result.mib:7.0f}{remark}"

@@ -204,7 +204,7 @@ class Cache:
     @property
     def pending_tenants(self) -> tuple[str, ...]:
         """The tenants that this process bypasses until an invalidation is confirmed."""
-        return () if self.runtime is None else self.runtime.invalidator.pending
+        return () if self.runtime is None else tuple(self.runtime.invalidator.blocked_tenants)
 
     def forget(self) -> None:
         """Drop verified credentials, scopes and entries from the memory of this process.
@@ -284,9 +284,9 @@ class Cache:
         """Report the invalidations of this process to a feed from here on."""
         self.feed = feed
         if self.runtime is not None:
-            self.runtime.invalidator.told = feed.note
+            self.runtime.invalidator.on_invalidated = feed.note
             if self.runtime.relay is not None:
-                self.runtime.relay.told = feed.found
+                self.runtime.relay.on_bumped = feed.found
 
     async def _switch(self, tenant_id: str | None, module: str | None, *, off: bool) -> bool:
         if tenant_id is not None and module is not None:
@@ -296,4 +296,4 @@ class Cache:
             name = keys.tenant_switch(keys.check_tenant(tenant_id))
         if module is not None:
             name = keys.module_switch(keys.check_module(module))
-        return self.runtime is not None and await self.runtime.switches.turn(name, off=off)
+        return self.runtime is not None and await self.runtime.switches.set(name, off=off)

@@ -181,7 +181,7 @@ class Runtime:
     def report_uncovered(self) -> None:
         """Warn of tables that cached reads depend on and that leave no rows in the outbox."""
         relay, registry = self.relay, self.registry
-        if relay is None or not relay.completed:
+        if relay is None or not relay.counters.cycles:
             return
         uncovered = sorted({*registry.tables, *self.scopes.resolver.tables} - relay.tables)
         if uncovered:

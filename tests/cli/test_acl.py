@@ -27,8 +27,8 @@ from .conftest import Run, document, log_in_as
 
 HOUR_MS = 3_600_000
 LONG_S = 5.0
-GEN, ENTRY = generation_key("a"), entry_key("a", "accounts", "list", bytes(16))
-FILL = lock_key("a", "accounts", "list", bytes(16))
+GEN, ENTRY = generation_key("a"), entry_key("a", "accounts", "list", digest=bytes(16))
+FILL = lock_key("a", "accounts", "list", digest=bytes(16))
 
 
 async def until(condition: Callable[[], object], seconds: float = 2.0) -> bool:

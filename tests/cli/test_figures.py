@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 ROOT = Access(name="root", role=Role.OPERATOR)
 OWN = Access(name="ann", role=Role.OPERATOR, tenant="acme")
 FENCE = LeaseStats(
-    alive=False, age_s=None, lease_s=2.0, relay=0, rounds_failed=1, epochs_begun=0, pending_rows=3, pending_s=4.5,
+    alive=False, age_s=None, lease_s=2.0, cycles=0, cycles_failed=1, epochs_begun=0, pending_rows=3, pending_s=4.5,
     problem="the database is away", unsound_tables=["leads"],
 )  # fmt: skip
 FINDING = Mismatch(

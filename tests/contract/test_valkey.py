@@ -112,8 +112,10 @@ async def test_a_look_up_is_one_round_trip_of_plain_commands(
         await store.read(ENTRY, [(GEN, ["T:accounts", FLOOR]), ("tenant:~shared:~gen", [FLOOR])])
         called = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
     assert {name: calls for name, calls in called.items() if "config" not in name} == {
-                "cmdstat_get": 1, "cmdstat_pttl": 1, "cmdstat_hmget": 2,
-            }  # fmt: skip
+        "cmdstat_get": 1,
+        "cmdstat_pttl": 1,
+        "cmdstat_hmget": 2,
+    }
     assert store.counters()["commands"] == 4 + 4  # and four of the handshake
 
 

@@ -53,7 +53,7 @@ class Ground:
             self.key[tenant] = page.keys[0].key
             await self.admin.purge(self.root, tenant=tenant, module="contacts")
             self.crm.cache.runtime.verifier.findings.append(finding(tenant))
-            self.crm.cache.runtime.invalidator._pending[tenant] = 1
+            self.crm.cache.runtime.invalidator._blocked[tenant] = 1
         await self.admin.switch(self.root, off=True, tenant=self.globex)
         async with asyncio.timeout(20):
             while len((await self.admin.feed(self.root)).events) < 4:
@@ -164,7 +164,7 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
     (row,) = [row for row in await ground.admin.routes(ground.root) if row.name == "/api/leads"]
     assert (row.module, row.kind, row.level, row.ttl_s) == ("leads", "list", "strict", 180)
     assert row.fill_mean_s is not None
-    ground.crm.cache.runtime.invalidator._pending.clear()
+    ground.crm.cache.runtime.invalidator._blocked.clear()
     for name, deed in (
         deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)
     ).items():
@@ -191,7 +191,7 @@ async def test_a_viewer_sees_everything_and_does_nothing(ground: Ground) -> None
 
 async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground: Ground) -> None:
     """Trailed under that name; the others notice nothing."""
-    ground.crm.cache.runtime.invalidator._pending.clear()
+    ground.crm.cache.runtime.invalidator._blocked.clear()
     await ground.admin.switch(ground.root, off=False, tenant=ground.globex)
     for name, deed in deeds(ground, ground.acme, ground.key[ground.acme]).items():
         if name == "reveal":
@@ -292,7 +292,7 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     ground: Ground, module: str | None
 ) -> None:
     """And who did it is trailed."""
-    ground.crm.cache.runtime.invalidator._pending.clear()
+    ground.crm.cache.runtime.invalidator._blocked.clear()
     said = await ground.admin.switch(ground.root, off=True, module=module)
     assert said.told
     assert (said.everything, said.modules, said.enabled) == (

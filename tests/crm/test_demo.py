@@ -19,7 +19,7 @@ import pytest
 from crm.auth import issue_token
 from crm.cli.commands import main
 from crm.demo.counters import DemoCounters
-from crm.demo.expected import VERSION, ExpectedRows, stale_record, stale_rows
+from crm.demo.expected import VERSION, ExpectedRows, minimum, stale_record, stale_rows
 from crm.demo.run import Outages
 from crm.demo.traffic import LOOKS, WRITES, Traffic, Visitor
 from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey, free_port
@@ -258,23 +258,23 @@ def test_an_answer_older_than_a_confirmed_write_is_noticed() -> None:
     memory.add("leads", row("a", "t1"))
     memory.add("leads", row("b", "t2"))
     old = [row("b", "t2"), row("a", "t1")]
-    assert not [*stale_rows(memory.look("leads"), old, first=50)]
+    assert not [*stale_rows(memory.expected("leads"), old, first=50)]
     mine = memory.find("leads", "a")
     assert mine is not None
     mine.sent = 2
-    before = memory.look("leads")
+    before = memory.expected("leads")
     memory.written(mine)
     assert not [*stale_rows(before, old, first=50)], (
         "it was asked for before the write was confirmed"
     )
-    assert [*stale_rows(memory.look("leads"), old)] == ["leads a is shown in version 1, not 2"]
+    assert [*stale_rows(memory.expected("leads"), old)] == ["leads a is shown in version 1, not 2"]
     memory.add("leads", row("c", "t3"))
-    assert "leads c is missing" in [*stale_rows(memory.look("leads"), old, first=50)]
+    assert "leads c is missing" in [*stale_rows(memory.expected("leads"), old, first=50)]
     mine.ending = True
     memory.ended(mine)
-    assert "leads a is shown although it is gone" in [*stale_rows(memory.look("leads"), old)]
-    assert [*stale_record(mine, mine.known, gone=True, row=row("a", "t1", 2))]
-    assert not [*stale_record(mine, mine.known, gone=True, row=None)]
+    assert "leads a is shown although it is deleted" in [*stale_rows(memory.expected("leads"), old)]
+    assert [*stale_record(mine, minimum(mine), row=row("a", "t1", 2))]
+    assert not [*stale_record(mine, minimum(mine), row=None)]
 
 
 def test_what_a_list_need_not_show_is_not_missed() -> None:
@@ -283,14 +283,14 @@ def test_what_a_list_need_not_show_is_not_missed() -> None:
     memory = ExpectedRows()
     memory.add("leads", row("a", "t1"))
     newer = [row("y", "t3"), row("x", "t2")]
-    assert not [*stale_rows(memory.look("leads"), newer, first=2)]
-    assert not [*stale_rows(memory.look("leads"), newer)]
-    assert [*stale_rows(memory.look("leads"), newer, first=3)] == ["leads a is missing"]
+    assert not [*stale_rows(memory.expected("leads"), newer, first=2)]
+    assert not [*stale_rows(memory.expected("leads"), newer)]
+    assert [*stale_rows(memory.expected("leads"), newer, first=3)] == ["leads a is missing"]
     taken = memory.take("leads", Random(1))
     assert taken is not None
     assert memory.take("leads", Random(1)) is None, "one write at a time"
     taken.ending = True
-    assert not [*stale_rows(memory.look("leads"), newer, first=3)]
+    assert not [*stale_rows(memory.expected("leads"), newer, first=3)]
 
 
 WRITTEN = ("create", "change", "delete", "convert", "promote")

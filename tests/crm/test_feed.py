@@ -380,6 +380,6 @@ async def test_a_report_that_fails_fails_no_write(crm: Crm) -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("broken")
 
-    crm.cache.runtime.invalidator.told = broken
+    crm.cache.runtime.invalidator.on_invalidated = broken
     answer = await crm.as_user("abe").post("/api/leads", json=NEW["leads"])
     assert (answer.status_code, answer.headers.get("x-cache-invalidation")) == (201, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from respcache.testing.checker import check
 from respcache.testing.history import load
-from respcache.testing.proofs import ViolationKind
+from respcache.testing.staleness import ViolationKind
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "checker.md").read_text()

@@ -119,8 +119,7 @@ async def store_restarted_old(scene: Scene) -> bool:
 
 @_fault("store")
 async def replica_promoted(scene: Scene) -> bool:
-    """A replica that lags behind is promoted; at first only some processes go there, and the old
-    master lives on."""
+    """A lagging replica is promoted; some processes stay at the old master."""
     stage = scene.stage
     async with asyncio.timeout(REPLICATE_S):
         while (await stage.insist("INFO", "replication", server=stage.replica))[
@@ -184,19 +183,19 @@ async def generations_deleted(scene: Scene) -> bool:
 
 @_fault("keys")
 async def epoch_deleted(scene: Scene) -> bool:
-    """DEL of the epoch and the kill switch."""
+    """DEL of the epoch and the switches."""
     return await _asked(scene, ("DEL", "respcache:~inc", "respcache:~off"))
 
 
 @_fault("keys")
 async def entries_deleted(scene: Scene) -> bool:
-    """DEL of some stored answers."""
+    """DEL of some stored responses."""
     return await _deleted(scene, "tenant:*:*:*:*")
 
 
 @_fault("keys")
 async def leases_deleted(scene: Scene) -> bool:
-    """DEL of the leases of fills, again and again."""
+    """DEL of the fill locks, repeatedly."""
     found = False
     for _ in range(20):
         found |= await _deleted(scene, "tenant:*:~fill:*")
@@ -212,7 +211,7 @@ async def scripts_flushed(scene: Scene) -> bool:
 
 @_fault("keys")
 async def clients_killed(scene: Scene) -> bool:
-    """CLIENT KILL of all connections, a few times."""
+    """CLIENT KILL of all connections, several times."""
     done = False
     for _ in range(scene.random.randint(1, 4)):
         done |= await _asked(scene, ("CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES"))
@@ -233,7 +232,7 @@ async def clients_paused(scene: Scene) -> bool:
 
 @_fault("keys")
 async def evictions(scene: Scene) -> bool:
-    """maxmemory 2 MB and others' keys: generations, epoch and entries are really evicted."""
+    """maxmemory 2 MB and other keys: generations, epoch and entries are evicted."""
     stage = scene.stage
     before = await _evicted(stage)
     done = await _asked(scene, ("CONFIG", "SET", "maxmemory", "2mb"))
@@ -293,7 +292,7 @@ async def _client(stage: Stage) -> AsyncIterator[Any]:
 
 @_fault("processes")
 async def killed_after_commit(scene: Scene) -> bool:
-    """kill -9 of a process when COMMIT has returned and nothing is bumped."""
+    """kill -9 of a process after COMMIT, before any bump."""
     return await _killed(scene, POINTS[0])
 
 
@@ -305,25 +304,25 @@ async def killed_between_bumps(scene: Scene) -> bool:
 
 @_fault("processes")
 async def killed_before_acknowledgement(scene: Scene) -> bool:
-    """kill -9 of a process that has bumped and not acknowledged."""
+    """kill -9 of a process that has bumped, but not acknowledged."""
     return await _killed(scene, POINTS[2])
 
 
 @_fault("processes")
 async def killed_in_round(scene: Scene) -> bool:
-    """kill -9 of a process whose round has read rows and not bumped them."""
+    """kill -9 of a process whose relay cycle has read rows."""
     return await _killed(scene, POINTS[3])
 
 
 @_fault("processes")
 async def killed_after_put(scene: Scene) -> bool:
-    """kill -9 of a process that has sent an entry and still holds the lease of the fill."""
+    """kill -9 of a process that has sent an entry and owns the fill lock."""
     return await _killed(scene, POINTS[4])
 
 
 @_fault("processes")
 async def server_killed(scene: Scene) -> bool:
-    """kill -9 of the process that serves HTTP, anywhere."""
+    """kill -9 of the process that serves HTTP, at any moment."""
     server, name = scene.stage.server, scene.stage.plan.names[-1]
     with scene.stage.unavailable([name]):
         await server.kill()
@@ -393,7 +392,7 @@ async def store_link_half_open(scene: Scene) -> bool:
 
 @_fault("links")
 async def store_link_black_hole(scene: Scene) -> bool:
-    """The link of a process to Valkey swallows everything, and lets go of it later."""
+    """The link of a process to Valkey delays all data for a time."""
     return await _bad_store_link(scene, State.BLACK_HOLE)
 
 
@@ -418,14 +417,13 @@ async def database_link_half_open(scene: Scene) -> bool:
 
 @_fault("links")
 async def database_link_black_hole(scene: Scene) -> bool:
-    """The link of a process to PostgreSQL swallows everything, and lets go of it later."""
+    """The link of a process to PostgreSQL delays all data for a time."""
     return await _bad_database_link(scene, State.BLACK_HOLE)
 
 
 @_fault("links")
 async def writer_and_readers_apart(scene: Scene) -> bool:
-    """One process cannot reach Valkey, the others cannot reach PostgreSQL, longer than the
-    lease."""
+    """One process loses Valkey, others PostgreSQL, beyond the lease."""
     stage = scene.stage
     writer = scene.random.choice(stage.plan.names)
     readers = [name for name in stage.plan.names if name != writer]
@@ -471,7 +469,7 @@ async def _bad(scene: Scene, link: Link, state: State, *, delay_s: float = 0.0) 
 
 @_fault("database")
 async def postgres_restarted(scene: Scene) -> bool:
-    """PostgreSQL is stopped in order and started again."""
+    """PostgreSQL is shut down and started again."""
     postgres = scene.stage.postgres
     with scene.stage.unavailable(scene.stage.plan.names):
         await asyncio.to_thread(postgres.stop)
@@ -484,7 +482,7 @@ async def postgres_restarted(scene: Scene) -> bool:
 
 @_fault("database")
 async def postgres_stopped_at_once(scene: Scene) -> bool:
-    """PostgreSQL is stopped as in a crash (immediate), recovers and is there again."""
+    """PostgreSQL is stopped as in a crash (immediate), and recovers."""
     postgres = scene.stage.postgres
     process = postgres.process
     assert process is not None
@@ -501,8 +499,7 @@ async def postgres_stopped_at_once(scene: Scene) -> bool:
 
 @_fault("database")
 async def long_transaction(scene: Scene) -> bool:
-    """A transaction changes rows of all tenants and commits seconds later; its number is then older
-    than those of many others."""
+    """A transaction changes rows of all tenants, and commits seconds later."""
     rows = [f"{tenant}/{scene.random.choice(ACCOUNTS)}" for tenant in TENANTS]
     try:
         connection = await scene.stage.connect()
@@ -519,7 +516,7 @@ async def long_transaction(scene: Scene) -> bool:
 
 @_fault("database")
 async def slow_fills(scene: Scene) -> bool:
-    """Handlers take up to 3 s after they have read."""
+    """Handlers take up to 3 s after their reads."""
     workers = scene.stage.workers.values()
     for worker in workers:
         worker.order(slow=True)
@@ -533,7 +530,7 @@ async def slow_fills(scene: Scene) -> bool:
 
 @_fault("database")
 async def outbox_pruned(scene: Scene) -> bool:
-    """Rows of the outbox are deleted as if everybody had had time to read them."""
+    """Rows of the outbox are deleted before all processes have read them."""
     try:
         connection = await scene.stage.connect()
         try:

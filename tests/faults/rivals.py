@@ -25,7 +25,7 @@ from aiocache.serializers import JsonSerializer
 
 from respcache.testing.checker import Report, check
 from respcache.testing.history import Read, Recorder, Write, load, now
-from respcache.testing.proofs import ViolationKind
+from respcache.testing.staleness import ViolationKind
 
 TABLE = (
     "CREATE TABLE registers (tenant text, name text, version bigint NOT NULL DEFAULT 0, PRIMARY "

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm.app import create_app
 from crm.settings import Settings
-from respcache.testing.proofs import ViolationKind
+from respcache.testing.staleness import ViolationKind
 from respcache.testing.servers import EmbeddedPostgres
 from respcache.writes.postgres import PostgresOutbox
 

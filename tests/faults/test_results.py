@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from respcache.testing.history import Event, Read, Recorder, Write
-from respcache.testing.proofs import ViolationKind
 from respcache.testing.servers import ServerFailed
+from respcache.testing.staleness import ViolationKind
 
 from . import run
 from .outsiders import Outsiders
@@ -298,16 +298,14 @@ def test_an_old_state_is_gone_on_with(tmp_path: Path) -> None:
     state = json.loads(json.dumps(OLD_STATE))
     assert kept(state)
     assert line(state)["alarms"] == line(state)["aborted"] == 0
-    assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n" in summary(state, command="c")
+    assert f"\nSeeds 100 to 101, 103:\n\n```\n{NO_COMMAND}\n```\n" in summary(state, command="c")
     add(state, result(tmp_path, *RIGHT), command="run --seed 7")
     assert (state["reads"], state["seeds"], state["faults"]) == (
         6,
         ["100", "101", "103", "7"],
         {"flushall": 5},
     )
-    assert f"\n| {NO_COMMAND} | 100 to 101, 103 |\n| `run --seed 7` | 7 |\n" in summary(
-        state, command="c"
-    )
+    assert f"{NO_COMMAND}\n```\n\nSeeds 7:\n\n```\nrun --seed 7\n" in summary(state, command="c")
 
 
 def test_the_page_counts_reads_by_level_and_hits_below_asgi(tmp_path: Path) -> None:
@@ -330,9 +328,7 @@ def test_the_page_counts_reads_by_level_and_hits_below_asgi(tmp_path: Path) -> N
     assert "\n| hits among the reads at level `strict` | 6 of 8 |\n" in page
     assert "\n| hits among the reads at level `bounded` | 2 of 3 |\n" in page
     assert "\n| hits among the reads at level `ttl` | 0 of 1 |\n" in page
-    assert (
-        "\n| hits that were answered below ASGI (`respcache.integrations.uvicorn`) | 2 |\n" in page
-    )
+    assert "\n| hits answered below ASGI (`respcache.integrations.uvicorn`) | 2 |\n" in page
 
 
 def test_the_page_says_which_commands_made_it_and_what_was_aborted(
@@ -350,9 +346,9 @@ def test_the_page_says_which_commands_made_it_and_what_was_aborted(
     started = (
         f"python -m tests.faults.run --seed 100 --folder {tmp_path} --state {state} --total-reads 4"
     )
-    assert f"\n| `{started}` | 100 to 101 |\n" in text
-    assert f"This page: `python -m tests.faults.run --state {state} --summary {page}`." in text
-    assert "their histories were checked (seed 100: ServerFailed: a / b) | 1 |" in text
+    assert f"\nSeeds 100 to 101:\n\n```\n{started}\n" in text
+    assert f"\n```\npython -m tests.faults.run --state {state} --summary {page}\n" in text
+    assert "whose histories were checked (seed 100: ServerFailed: a / b) | 1 |" in text
     assert "4 reads and 2 writes in 2 runs of together 120 seconds" in text
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from respcache.testing.checker import check
 from respcache.testing.history import Recorder, load
-from respcache.testing.proofs import ViolationKind
+from respcache.testing.staleness import ViolationKind
 from respcache.testing.servers import EmbeddedValkey
 
 from .rivals import (

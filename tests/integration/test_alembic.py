@@ -39,11 +39,14 @@ from respcache.writes.triggers import EVENTS, FENCE, OUTBOX, Watched, watched
 
 R = TypeVar("R")
 ROWS = """
-    INSERT INTO tenants (id, slug, name) VALUES ('00000000-0000-0000-0000-00000000000a', 'acme', 'Acme');
+    INSERT INTO tenants (id, slug, name)
+        VALUES ('00000000-0000-0000-0000-00000000000a', 'acme', 'Acme');
     INSERT INTO accounts (id, tenant_id, name)
-    SELECT gen_random_uuid(), '00000000-0000-0000-0000-00000000000a', 'Account ' || number FROM generate_series(1, 50) number;
+    SELECT gen_random_uuid(), '00000000-0000-0000-0000-00000000000a', 'Account ' || number
+        FROM generate_series(1, 50) number;
     INSERT INTO tasks (id, tenant_id, description)
-    SELECT gen_random_uuid(), '00000000-0000-0000-0000-00000000000a', 'Task ' || number FROM generate_series(1, 50) number;
+    SELECT gen_random_uuid(), '00000000-0000-0000-0000-00000000000a', 'Task ' || number
+        FROM generate_series(1, 50) number;
 """
 ACME = "00000000-0000-0000-0000-00000000000a"
 STORED = """

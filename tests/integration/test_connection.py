@@ -163,7 +163,7 @@ async def meet(listen: Callable[..., Awaitable[tuple[Peer, ServerURL]]]) -> Asyn
         peer, url = await listen(greeting())
         ends = [] if lost is None else lost
         connection = await Connection.open(
-            url, deadline_s=LONG_S, lost=lambda _, cause: ends.append(cause)
+            url, deadline_s=LONG_S, on_lost=lambda _, cause: ends.append(cause)
         )
         opened.append(connection)
         return peer, connection
@@ -178,7 +178,7 @@ async def meet(listen: Callable[..., Awaitable[tuple[Peer, ServerURL]]]) -> Asyn
 async def real(valkey_url: str) -> AsyncIterator[Connection]:
     """A connection to a real server."""
     connection = await Connection.open(
-        ServerURL.parse(valkey_url), deadline_s=LONG_S, lost=lambda _, __: None
+        ServerURL.parse(valkey_url), deadline_s=LONG_S, on_lost=lambda _, __: None
     )
     yield connection
     connection.abort(StoreUnavailable("end of the test"))
@@ -193,7 +193,7 @@ def asking(
 
 @asynccontextmanager
 async def connected(url: ServerURL) -> AsyncIterator[Connection]:
-    connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+    connection = await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
     try:
         yield connection
     finally:
@@ -217,7 +217,7 @@ async def test_the_handshake_learns_the_identity_and_names_the_connection(real: 
 async def test_the_database_of_the_url_is_selected(valkey_url: str) -> None:
     """A key written over a connection to database 3 is not in database 0."""
     url = ServerURL.parse(valkey_url.removesuffix("/0") + "/3")
-    connection = await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+    connection = await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
     try:
         replies = await connection.execute(
             [("SET", "k", "v"), ("SELECT", 0), ("EXISTS", "k")], deadline_s=LONG_S
@@ -233,7 +233,7 @@ async def test_a_wrong_password_is_a_refusal_that_does_not_repeat_it(valkey_url:
     good = ServerURL.parse(valkey_url)
     url = ServerURL(good.host, good.port, 0, None, "not-the-password")
     with pytest.raises(HandshakeRefused, match="WRONGPASS") as error:
-        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
     assert "not-the-password" not in str(error.value)
 
 
@@ -261,7 +261,7 @@ async def test_servers_that_cannot_serve_us_are_refused(
     and a reason."""
     _, url = await listen(answer)
     with pytest.raises(HandshakeRefused, match=message) as error:
-        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
     assert "`pw`" not in str(error.value)
 
 
@@ -271,7 +271,7 @@ async def test_a_server_that_accepts_and_says_nothing_costs_one_connect_deadline
     """The handshake has a deadline of its own."""
     _, url = await listen(None)
     with pytest.raises(StoreUnavailable, match=r"no answer within 0\.05 s|silent|no reply"):
-        await Connection.open(url, deadline_s=0.05, lost=lambda _, __: None)
+        await Connection.open(url, deadline_s=0.05, on_lost=lambda _, __: None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "a" * 70 + ".invalid"])
@@ -279,7 +279,7 @@ async def test_an_address_without_a_server_is_unavailable(host: str, unused_port
     """Nobody listens, or the name cannot exist: the same error as for a dead server."""
     with pytest.raises(StoreUnavailable):
         await Connection.open(
-            ServerURL(host, unused_port), deadline_s=LONG_S, lost=lambda _, __: None
+            ServerURL(host, unused_port), deadline_s=LONG_S, on_lost=lambda _, __: None
         )
 
 
@@ -407,7 +407,10 @@ async def test_a_request_that_cannot_be_sent_raises_at_once(real: Connection) ->
 async def test_commands_that_cannot_be_written_take_no_place_in_the_queue(real: Connection) -> None:
     """A command that fails to be packed raises, and the next caller still gets its own reply."""
     with pytest.raises(TypeError):
-        await real.execute([("ECHO", "a"), ("ECHO", object())], deadline_s=LONG_S)  # type: ignore[list-item]
+        await real.execute(
+            [("ECHO", "a"), ("ECHO", object())],  # type: ignore[list-item]
+            deadline_s=LONG_S,
+        )
     with pytest.raises(UnicodeEncodeError):
         await real.execute([("ECHO", "\ud800")], deadline_s=LONG_S)
     assert await real.execute([("ECHO", "b")], deadline_s=LONG_S) == [b"b"]
@@ -736,7 +739,7 @@ async def test_a_busy_event_loop_does_not_condemn_a_live_server(meet: Meet) -> N
     waiting = asking(connection, ("GET", "k"), deadline_s=0.05)
     await peer.heard_commands(1)
     peer.say(bulk(b"v"))  # written to the socket at once: it is in our kernel before we block
-    time.sleep(0.15)
+    time.sleep(0.15)  # noqa: ASYNC251 - the loop must be blocked
     assert await waiting == [b"v"]
     assert (lost, connection.timeouts) == ([], 0)
 
@@ -763,7 +766,7 @@ async def test_timers_that_run_before_sockets_are_read_condemn_nobody() -> None:
     server = await asyncio.get_running_loop().create_server(Blocking, "127.0.0.1", 0)
     url = ServerURL("127.0.0.1", server.sockets[0].getsockname()[1])
     connection = await Connection.open(
-        url, deadline_s=LONG_S, lost=lambda _, cause: lost.append(cause)
+        url, deadline_s=LONG_S, on_lost=lambda _, cause: lost.append(cause)
     )
     try:
         assert await connection.execute([("GET", "k")], deadline_s=0.05) == [b"v"]
@@ -779,7 +782,7 @@ async def test_a_tick_that_is_kept_busy_does_not_use_up_the_deadline(listen: Any
     peer, url = await listen(greeting())
     async with connected(url) as connection:
         waiting = connection.request([("GET", "k")], deadline_s=0.1)
-        time.sleep(0.2)
+        time.sleep(0.2)  # noqa: ASYNC251 - the loop must be blocked
         await peer.heard_commands(1)
         await asyncio.sleep(0.03)
         peer.say(bulk(b"v"))
@@ -1005,7 +1008,7 @@ async def test_a_server_that_does_not_read_cannot_fill_our_memory(
     peer, connection = await meet()
     peer.connections[-1].transport.pause_reading()  # type: ignore[attr-defined]
     accepted = 0
-    with pytest.raises(StoreUnavailable, match="too many"):
+    with pytest.raises(StoreUnavailable, match="too many"):  # noqa: PT012 - it counts what is sent
         while accepted < 100:
             connection.send([("SET", "k", b"x" * 1_000_000)])
             accepted += 1
@@ -1278,7 +1281,7 @@ async def test_a_user_who_may_not_do_the_handshake_is_refused_with_the_reason(
     """The message names the command."""
     url = allow(strict_server, "~*", "+@all", "-info")
     with pytest.raises(HandshakeRefused, match=r"NOPERM .*'info") as error:
-        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
     assert "p@:w" not in str(error.value)
 
 
@@ -1323,7 +1326,7 @@ async def test_a_unix_socket_serves_as_well(strict_server: EmbeddedValkey) -> No
             await Connection.open(
                 ServerURL.parse(f"unix://{path.parent}/{missing}"),
                 deadline_s=LONG_S,
-                lost=lambda _, __: None,
+                on_lost=lambda _, __: None,
             )
 
 
@@ -1458,7 +1461,9 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
 ) -> None:
     """By default: only ``ssl_cert_reqs=none`` takes any."""
     with pytest.raises(HandshakeRefused, match="self-signed certificate"):
-        await Connection.open(ServerURL.parse(tls_url), deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(
+            ServerURL.parse(tls_url), deadline_s=LONG_S, on_lost=lambda _, __: None
+        )
     client = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/client.key"
     async with connected(ServerURL.parse(f"{tls_url}?ssl_cert_reqs=none&{client}")) as connection:
         assert await connection.execute([("ECHO", "a")], deadline_s=LONG_S) == [b"a"]
@@ -1468,7 +1473,7 @@ async def test_a_certificate_for_another_name_is_refused(tls_url: str, certifica
     """The server is trusted, and is not the one that the URL names."""
     url = trusting(tls_url.replace("127.0.0.1", "localhost"), certificates)
     with pytest.raises(HandshakeRefused, match="not valid for 'localhost'"):
-        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
 
 
 async def test_a_client_without_its_certificate_is_not_let_in(
@@ -1477,7 +1482,7 @@ async def test_a_client_without_its_certificate_is_not_let_in(
     """The server ends the connection; that is no reply, and no hang."""
     url = ServerURL.parse(f"{tls_url}?ssl_ca_certs={certificates}/server.pem")
     with pytest.raises(StoreUnavailable):
-        await Connection.open(url, deadline_s=LONG_S, lost=lambda _, __: None)
+        await Connection.open(url, deadline_s=LONG_S, on_lost=lambda _, __: None)
 
 
 async def test_tls_to_a_server_without_it_and_the_other_way_round_is_unavailable(
@@ -1489,14 +1494,15 @@ async def test_tls_to_a_server_without_it_and_the_other_way_round_is_unavailable
     )
     for url in (plain, ServerURL.parse(tls_url.replace("rediss://", "redis://"))):
         with pytest.raises(StoreUnavailable):
-            await Connection.open(url, deadline_s=0.5, lost=lambda _, __: None)
+            await Connection.open(url, deadline_s=0.5, on_lost=lambda _, __: None)
 
 
 def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(
     certificates: Path,
 ) -> None:
     """OpenSSL would ask on the terminal of the server process, and wait."""
-    url = f"rediss://h?ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/encrypted.key"
+    files = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/encrypted.key"
+    url = f"rediss://h?{files}"
     program = f"import sys; from respcache.resp.url import ServerURL; ServerURL.parse({url!r})"
     ours, terminal = pty.openpty()
     try:

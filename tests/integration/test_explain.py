@@ -362,9 +362,9 @@ async def test_an_entry_that_is_not_valid_any_more(
             client.hset(generation_key("acme"), "r", server.rpartition(":")[0] + ":" + "0" * 40)
         elif accident == "another epoch":
             client.delete(EPOCH_KEY)
-            epochs = world.cache.runtime.relay.epochs
+            epochs = world.cache.runtime.relay.counters.epochs
             async with asyncio.timeout(20):
-                while world.cache.runtime.relay.epochs == epochs:
+                while world.cache.runtime.relay.counters.epochs == epochs:
                     await asyncio.sleep(0.01)
     if accident == "table":
         async with asyncio.timeout(20):

@@ -221,11 +221,11 @@ async def test_copy_by_another_service_is_seen(one: Process, psql: asyncpg.Conne
 
 async def test_truncate_makes_everything_invalid(one: Process, psql: asyncpg.Connection) -> None:
     """Nobody knows whose rows there were: a new epoch."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     await psql.execute("TRUNCATE things")
     await one.relay.safe(one.relay.clock())
     assert await one.names() == []
-    assert one.relay.epochs == before + 1
+    assert one.relay.counters.epochs == before + 1
     await one.warm()
 
 
@@ -422,13 +422,13 @@ async def test_what_was_written_in_an_outage_is_bumped_before_anything_is_served
         answer = await process.http.post("/rename", params={"to": "new"})
         assert answer.headers["x-cache-invalidation"] == "pending; safe"
         assert process.cache.stats()["lease"]["problem"]
-        await until(lambda: asyncio.sleep(0, process.relay.pending_rows > 0))
-        assert process.relay.pending_s > 0
+        await until(lambda: asyncio.sleep(0, process.relay.counters.pending_rows > 0))
+        assert process.relay.counters.pending_s > 0
         valkey.thaw()
         while "; hit" not in await process.said():
             assert await process.names() == ["new", "new"]
         assert await process.names() == ["new", "new"]
-        assert process.relay.pending_rows == 0
+        assert process.relay.counters.pending_rows == 0
 
 
 async def test_an_invalidation_by_hand_survives_outage_and_process(
@@ -520,7 +520,7 @@ async def test_a_proof_ends_with_the_fence_and_the_tables_that_it_rests_on(
     if lost == "lease":
         relay.lease = type(still_proven)()
     else:
-        relay._cover(frozenset())
+        relay.coverage.replace(frozenset(), now=relay.clock(), lease_s=2.0)
     assert await one.said() == f"respcache; fwd=bypass; detail={why}"
 
 
@@ -565,7 +565,7 @@ async def test_only_the_authority_is_served(
             answer = await first.http.post("/rename", params={"to": "new"})
             assert answer.status_code == 200
             assert await second.names() == ["new", "new"]
-            assert first.relay.problem == "another server has become the authority"
+            assert first.relay.counters.problem == "another server has become the authority"
 
 
 async def test_a_claim_is_effective_when_the_fences_of_the_former_authority_have_ended(
@@ -601,7 +601,7 @@ async def test_a_second_process_joins_the_epoch(
     second = Process(empty_database_url, valkey_url)
     async with running(second):
         assert second.relay._epoch == one.relay._epoch
-        assert second.relay.epochs == 0
+        assert second.relay.counters.epochs == 0
         assert "; hit" in await second.said()
 
 
@@ -609,9 +609,9 @@ async def test_a_lost_epoch_is_made_anew(one: Process, valkey_url: str) -> None:
     """By one process; everything cached before is invalid."""
     with redis.Redis.from_url(valkey_url) as client:
         client.delete(EPOCH_KEY)
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs == before + 1
+    assert one.relay.counters.epochs == before + 1
     assert "; hit" not in await one.said()
     await one.warm()
 
@@ -620,14 +620,14 @@ async def test_more_rows_than_can_be_replayed_are_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """A full outbox costs one write to the store, whatever is in it."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     await psql.execute(
         f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM "
         f"generate_series(1, $1::int) number",
         MAX_ROWS + 1,
     )
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs == before + 1
+    assert one.relay.counters.epochs == before + 1
     await one.warm()
 
 
@@ -635,12 +635,12 @@ async def test_a_cursor_from_before_the_horizon_is_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """Rows that it has not seen may have been deleted."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     await psql.execute(
         f"UPDATE {triggers.FENCE} SET pruned = (pg_current_xact_id()::text::bigint + 1)::text::xid8"
     )
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs > before
+    assert one.relay.counters.epochs > before
 
 
 async def test_rows_are_deleted_once_everybody_may_have_read_them(
@@ -664,7 +664,7 @@ async def test_rows_are_deleted_once_everybody_may_have_read_them(
 
 async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connection) -> None:
     """Its outbox is another one, whatever is in it, and its rows are from another time."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     statements: list[str] = [f"DROP TABLE {triggers.OUTBOX}, {triggers.FENCE}, things"]
     statements += [
         "CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL, name text NOT NULL)"
@@ -675,7 +675,7 @@ async def test_a_restored_dump_is_a_new_epoch(one: Process, psql: asyncpg.Connec
     async with psql.transaction():
         for statement in statements:
             await psql.execute(statement)
-    await until(lambda: asyncio.sleep(0, one.relay.epochs > before))
+    await until(lambda: asyncio.sleep(0, one.relay.counters.epochs > before))
     await one.warm()
     assert await one.names() == ["restored"]
 
@@ -715,13 +715,13 @@ async def test_a_trigger_disabled_within_one_transaction_is_noticed(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """No round sees it disabled; the trigger's life tells."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     async with psql.transaction():
         await psql.execute("ALTER TABLE things DISABLE TRIGGER respcache_update")
         await psql.execute(RENAME)
         await psql.execute("ALTER TABLE things ENABLE ALWAYS TRIGGER respcache_update")
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs == before + 1
+    assert one.relay.counters.epochs == before + 1
     assert await one.names() == ["new", "new"]
 
 
@@ -806,7 +806,7 @@ async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """They are nobody's writes; the cache stays warm."""
-    xid, before = await present_xid(psql) + 10_000, one.relay.epochs
+    xid, before = await present_xid(psql) + 10_000, one.relay.counters.epochs
     rows = (
         f"SELECT number::text::xid8, '{TENANT}', 'T:things' FROM generate_series({xid}, "
         f"{xid + 9}) AS number"
@@ -817,7 +817,7 @@ async def test_rows_that_came_with_a_dump_are_not_replayed_and_go(
     for _ in range(2):
         await one.relay.caught_up()
     assert await psql.fetchval(f"SELECT count(*) FROM {triggers.OUTBOX} WHERE xid >= '{xid}'") == 0
-    assert one.relay.epochs == before
+    assert one.relay.counters.epochs == before
     assert "; hit" in await one.said()
 
 
@@ -855,7 +855,7 @@ async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
     """It lies in the future: by it every cursor would have missed something, for ever."""
     # the round that meets it does not leave it to the housekeeping
     one.relay._pruned_at = one.relay.clock() + 3600
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     ahead = await present_xid(psql) + 1_000_000
     await psql.execute(f"UPDATE {triggers.FENCE} SET {column} = '{ahead}'")
     if column == "horizon":  # it becomes the other when it is moved
@@ -867,7 +867,7 @@ async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
     await one.warm()
     for _ in range(3):
         await one.relay.caught_up()
-    assert one.relay.epochs <= before + 1
+    assert one.relay.counters.epochs <= before + 1
 
 
 async def _is_past(psql: asyncpg.Connection) -> bool:
@@ -959,11 +959,11 @@ async def test_a_table_that_was_renamed_to_and_fro_is_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """Meanwhile another one may have had its name, and been read."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     async with psql.transaction():
         await psql.execute("ALTER TABLE things RENAME TO other; ALTER TABLE other RENAME TO things")
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs == before + 1
+    assert one.relay.counters.epochs == before + 1
 
 
 async def test_ordinary_triggers_are_not_enough(
@@ -1021,14 +1021,14 @@ async def test_what_changes_nothing_that_is_read_keeps_the_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """Maintenance, and tables that nobody watches."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     await psql.execute("VACUUM things")
     await psql.execute("ANALYZE things")
     await psql.execute(
         "CREATE TABLE others (id int); ALTER TABLE others ADD COLUMN name text; DROP TABLE others"
     )
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs == before
+    assert one.relay.counters.epochs == before
 
 
 @pytest.mark.parametrize(
@@ -1091,7 +1091,7 @@ async def test_an_outbox_that_is_removed_fails_no_write(
         for name in ("a", "b", "c"):
             assert (await process.http.post("/rename", params={"to": name})).status_code == 200
             assert await process.names() == [name, name]
-        await until(lambda: asyncio.sleep(0, not process.relay.believed_any()))
+        await until(lambda: asyncio.sleep(0, not process.relay.anything_may_be_cached()))
         before = process.cache.counters.acknowledgements_delayed
         answer = await process.http.post("/rename", params={"to": "new"})
         assert (answer.status_code, "x-cache-invalidation" in answer.headers) == (200, False)
@@ -1109,9 +1109,9 @@ async def test_without_an_outbox_nobody_waits_for_long(
     )
     process = Process(empty_database_url, valkey_url, lease_s=0.6)
     async with running(process):
-        await until(lambda: asyncio.sleep(0, not process.relay.believed_any()))
+        await until(lambda: asyncio.sleep(0, not process.relay.anything_may_be_cached()))
         process.outbox.lease_s = 3600  # what a wait would now be
-        process.relay._missing_since = process.relay.clock() - 4000
+        process.relay.coverage.missing_since = process.relay.clock() - 4000
         for autocommit in (False, True):
             async with asyncio.timeout(10):
                 answer = await process.http.post(
@@ -1131,7 +1131,7 @@ async def test_a_write_to_a_table_that_was_just_unwatched_waits_for_the_others(
     async with running(writer, reader):
         await writer.warm()
         await reader.warm()
-        await until(lambda: asyncio.sleep(0, not writer.relay.believed("unwatched")))
+        await until(lambda: asyncio.sleep(0, not writer.relay.may_be_cached("unwatched")))
         await writer.http.post("/run", params={"sql": "UPDATE unwatched SET id = 2"})
         assert writer.cache.counters.acknowledgements_delayed == 0
         statements: list[str] = []
@@ -1142,7 +1142,7 @@ async def test_a_write_to_a_table_that_was_just_unwatched_waits_for_the_others(
         assert writer.cache.counters.acknowledgements_delayed == 1
         assert await reader.names() == ["new", "new"]
         await until(lambda: asyncio.sleep(0, "things" not in writer.relay.tables))
-        writer.relay._covered_until["things"] += 60  # however slowly this test runs
+        writer.relay.coverage.covered_until["things"] += 60  # however slowly this test runs
         await writer.http.post("/rename", params={"to": "newer"})
         assert writer.cache.counters.acknowledgements_delayed == 2
 
@@ -1183,7 +1183,7 @@ async def test_the_answer_of_a_hidden_write_waits_too(
     is asked."""
     await psql.execute("""
         CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
-    await until(lambda: asyncio.sleep(0, "rename" in one.relay.functions))
+    await until(lambda: asyncio.sleep(0, "rename" in one.relay.coverage.functions))
     await one.warm()
     await one.stop_rounds()
     answer = await one.http.post("/run", params={"sql": sql})
@@ -1254,7 +1254,7 @@ async def test_what_deferred_triggers_write_is_waited_for(
             $$ BEGIN UPDATE things SET name = 'deferred ' || NEW.id; RETURN NULL; END $$;
         CREATE CONSTRAINT TRIGGER later AFTER INSERT ON orders
             DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION later()""")
-    await until(lambda: asyncio.sleep(0, one.relay.deferred))
+    await until(lambda: asyncio.sleep(0, one.relay.coverage.deferred))
     for number in range(5):
         await one.warm()
         assert (
@@ -1271,7 +1271,7 @@ async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
     await psql.execute("""
         INSERT INTO things SELECT n, 'tenant number ' || n, 'old' FROM generate_series(100, 3000) n;
         CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
-    await until(lambda: asyncio.sleep(0, "rename" in one.relay.functions))
+    await until(lambda: asyncio.sleep(0, "rename" in one.relay.coverage.functions))
     await one.warm()
     async with one.engine.begin() as connection:
         await connection.execute(text(sql))
@@ -1368,9 +1368,9 @@ async def test_the_backlog_of_an_outage_is_counted_now_and_then(
             f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || n, 'T:things' FROM "
             f"generate_series(1, 100) n"
         )
-        failed = process.relay.failed
-        await until(lambda: asyncio.sleep(0, process.relay.pending_rows == 100))
-        await until(lambda: asyncio.sleep(0, process.relay.failed > failed + 6))
+        failed = process.relay.counters.failed
+        await until(lambda: asyncio.sleep(0, process.relay.counters.pending_rows == 100))
+        await until(lambda: asyncio.sleep(0, process.relay.counters.failed > failed + 6))
         assert all(later - earlier >= BACKLOG_S * 0.95 for earlier, later in pairwise(asked))
 
 
@@ -1391,14 +1391,14 @@ async def test_a_write_for_thousands_of_tenants_is_a_new_epoch(
     one: Process, psql: asyncpg.Connection
 ) -> None:
     """One command to the store instead of one a tenant, for the writer and for every round."""
-    before = one.relay.epochs
+    before = one.relay.counters.epochs
     await psql.execute(
         f"INSERT INTO {triggers.OUTBOX} (tenant, tag) SELECT 't' || number, 'T:things' FROM "
         f"generate_series(1, $1::int) number",
         MAX_TENANTS + 1,
     )
     await one.relay.safe(one.relay.clock())
-    assert one.relay.epochs == before + 1
+    assert one.relay.counters.epochs == before + 1
 
 
 async def test_a_writer_does_not_bump_thousands_of_tenants_one_by_one(one: Process) -> None:

@@ -223,10 +223,23 @@ async def declared_bulk_by_key(session: AsyncSession) -> None:
 
 
 ACCOUNT_WRITES = [
-    orm_insert, orm_update, orm_update_of_an_expired_object, core_insert, core_insert_of_many, bulk_insert, insert_returning,
-    upsert, upsert_of_everything, insert_unless_there, declared_upsert_by_key,
-    bulk_update, bulk_update_of_in, bulk_save, declared_text, declared_bulk_by_key,
-]  # fmt: skip
+    orm_insert,
+    orm_update,
+    orm_update_of_an_expired_object,
+    core_insert,
+    core_insert_of_many,
+    bulk_insert,
+    insert_returning,
+    upsert,
+    upsert_of_everything,
+    insert_unless_there,
+    declared_upsert_by_key,
+    bulk_update,
+    bulk_update_of_in,
+    bulk_save,
+    declared_text,
+    declared_bulk_by_key,
+]
 
 
 @pytest.mark.parametrize("write", ACCOUNT_WRITES, ids=lambda write: write.__name__)

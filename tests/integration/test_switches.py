@@ -31,12 +31,12 @@ async def test_a_decision_that_the_server_refuses_is_told_as_soon_as_it_does_not
     here, there = Switches(store), Switches(store)
     with redis.Redis.from_url(valkey_url) as admin:
         admin.execute_command("ACL", "SETUSER", DATA_PLANE.name, "-hset")
-        assert not await here.turn(A, off=True)
-        await there.poll()
+        assert not await here.set(A, off=True)
+        await there.sync()
         assert (here.off, there.off) == ({A}, frozenset())
         admin.execute_command("ACL", "SETUSER", DATA_PLANE.name, "+hset")
-    await here.poll()
-    await there.poll()
+    await here.sync()
+    await there.sync()
     assert here.off == there.off == {A}
 
 
@@ -45,11 +45,11 @@ async def test_a_look_that_was_on_its_way_undoes_no_decision(store: RedisStore) 
     switches, seen = Switches(store), list[frozenset[str]]()
 
     async def look() -> None:
-        await switches.poll()
+        await switches.sync()
         seen.append(switches.off)
 
     looking = asyncio.create_task(look())
     await asyncio.sleep(0)
-    assert await switches.turn(A, off=True)
+    assert await switches.set(A, off=True)
     await looking
     assert seen == [{A}]

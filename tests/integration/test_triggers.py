@@ -15,12 +15,16 @@ pytestmark = pytest.mark.anyio
 
 TABLES = """
     CREATE TABLE tenants (id text PRIMARY KEY, name text);
-    CREATE TABLE accounts (id int PRIMARY KEY, tenant_id text REFERENCES tenants ON DELETE CASCADE, name text);
-    CREATE TABLE notes (id int PRIMARY KEY, tenant_id text, account_id int REFERENCES accounts ON DELETE CASCADE);
+    CREATE TABLE accounts (id int PRIMARY KEY,
+        tenant_id text REFERENCES tenants ON DELETE CASCADE, name text);
+    CREATE TABLE notes (id int PRIMARY KEY, tenant_id text,
+        account_id int REFERENCES accounts ON DELETE CASCADE);
     CREATE TABLE flags (name text PRIMARY KEY);
     INSERT INTO tenants VALUES ('a', 'A'), ('b', 'B');
-    INSERT INTO accounts SELECT number, CASE WHEN number % 2 = 0 THEN 'a' ELSE 'b' END, 'x' FROM generate_series(1, 10) number;
-    INSERT INTO notes SELECT number, CASE WHEN number % 2 = 0 THEN 'a' ELSE 'b' END, number FROM generate_series(1, 10) number;
+    INSERT INTO accounts SELECT number, CASE WHEN number % 2 = 0 THEN 'a' ELSE 'b' END, 'x'
+        FROM generate_series(1, 10) number;
+    INSERT INTO notes SELECT number, CASE WHEN number % 2 = 0 THEN 'a' ELSE 'b' END, number
+        FROM generate_series(1, 10) number;
 """
 WATCHED = [
     Watched("tenants", tenant_column="id", shared=True),
@@ -76,7 +80,10 @@ async def left(connection: asyncpg.Connection) -> list[tuple[str, str]]:
         ("INSERT INTO accounts VALUES (11, 'a', 'new')", [("a", "T:accounts")]),
         ("UPDATE accounts SET name = 'y' WHERE id = 2", [("a", "T:accounts")]),
         ("UPDATE accounts SET name = 'y'", [("a", "T:accounts"), ("b", "T:accounts")]),
-        ("UPDATE accounts SET tenant_id = 'b' WHERE id = 2", [("a", "T:accounts"), ("b", "T:accounts")]),
+        (
+            "UPDATE accounts SET tenant_id = 'b' WHERE id = 2",
+            [("a", "T:accounts"), ("b", "T:accounts")],
+        ),
         ("UPDATE accounts SET name = 'y' WHERE id = 99", []),
         ("DELETE FROM notes WHERE id = 1", [("b", "T:notes")]),
         ("DELETE FROM accounts WHERE id = 1", [("b", "T:accounts"), ("b", "T:notes")]),
@@ -87,10 +94,13 @@ async def left(connection: asyncpg.Connection) -> list[tuple[str, str]]:
         ("INSERT INTO accounts VALUES (11, NULL, 'of nobody')", [(SHARED, "T:accounts")]),
         ("INSERT INTO flags VALUES ('dark')", [(SHARED, "T:flags")]),
         ("TRUNCATE notes", [(EVERYBODY, "T:notes")]),
-        ("INSERT INTO accounts VALUES (2, 'b', 'u') ON CONFLICT (id) DO UPDATE SET name = 'u'", [("a", "T:accounts")]),
+        (
+            "INSERT INTO accounts VALUES (2, 'b', 'u') ON CONFLICT (id) DO UPDATE SET name = 'u'",
+            [("a", "T:accounts")],
+        ),
     ],
     ids=lambda value: value[:60] if isinstance(value, str) else "",
-)  # fmt: skip
+)
 async def test_every_kind_of_write_leaves_the_tenants_whose_rows_it_changed(
     database: asyncpg.Connection, write: str, expected: list[tuple[str, str]]
 ) -> None:

@@ -522,7 +522,7 @@ async def test_a_switch_counts_for_who_waits_for_a_view(valkey_url: str, name: s
         view = server.cache.store.view
 
         def off(*arguments: Any) -> None:
-            server.cache.runtime.switches._take(frozenset({name}))
+            server.cache.runtime.switches._apply(frozenset({name}))
             view(*arguments)
 
         server.cache.store.view = off

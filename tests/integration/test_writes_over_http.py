@@ -188,7 +188,7 @@ async def test_an_answer_too_large_to_be_held_is_a_clear_error(world: World) -> 
 
     answer = await world.http.post("/change")
     assert answer.status_code == 500
-    assert "commit before answering" in answer.json()["message"]
+    assert "commit before responding" in answer.json()["message"]
 
 
 async def test_a_get_that_writes_is_neither_stored_nor_shared(world: World) -> None:

@@ -1,32 +1,41 @@
-"""What must be true of every read, checked as soon as it ends.
+"""Judges every simulated read as soon as it ends.
 
-* I1, freshness: a read that begins after a write was acknowledged returns it, or something later.
-* I3, bound: a read that begins at t returns everything that was committed a lease before t, whoever
-  acknowledged it.
-* I4, own writes: a read that brings the token of its client's last write returns whatever that
-  client has written.
-* at level ``bounded``: I1 and I3, for what was acknowledged or committed the bound earlier than
-  that; and everything that the same process has acknowledged.
-* no invention: what is returned was committed before the read ended, in that register. What the
-  database has lost counts as what survived of the register at that moment, and is not returned any
-  more a lease later.
-* I5, isolation: an answer is for the very tenant and query that were asked for.
+``respcache.testing.staleness.Minimum`` decides whether a read was stale; this module collects the
+evidence, which a simulated database can change: it can lose its last commits. Versions are
+positions in the history of a register.
+
+* I1, freshness: a read that begins after a write was acknowledged returns it, or a later one.
+* I3, bound: a read that begins at t returns everything that was committed a lease before t.
+* I4, own writes: a read with the token of its client's last write returns what that client wrote.
+* At level ``bounded``, I1 and I3 hold for what was acknowledged or committed the bound earlier, and
+  I1 for everything that the same process has acknowledged.
+* No invention: what is returned was committed before the read ended, in that register. A commit
+  that the database has lost counts as what survived of the register at that moment, and is no
+  longer returned a lease later.
+* I5, isolation: a response is for the tenant and query that were requested.
 """
 
 import asyncio
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, nextafter
 
 from respcache.core.serving_lease import DRIFT
+from respcache.testing.staleness import Minimum, RegisterHistory, Steps, ViolationKind
 
 Register = tuple[str, str]
 """A row of the application: tenant and table."""
 
+REASONS = {
+    ViolationKind.FRESHNESS: "was acknowledged before",
+    ViolationKind.SESSION: "was written by the client before",
+    ViolationKind.BOUND: "was committed a lease before",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A read that must not be."""
+    """A read that breaks a rule."""
 
     rule: str
     text: str
@@ -38,37 +47,47 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a read must return at least, fixed when it begins: positions in the histories of the
-    registers."""
+    """What a read must return at least, fixed when it begins."""
 
     began: float
-    acknowledged: Mapping[Register, int]
-    overdue: Mapping[Register, int]
-    own: Mapping[Register, int]
+    minimums: Mapping[Register, Minimum]
     slack_s: float = 0.0
 
 
+class _History(RegisterHistory):
+    """A register: its stamps in the order of commits, and who acknowledged which position."""
+
+    __slots__ = ("acknowledged_by", "positions", "stamps")
+
+    def __init__(self, stamp: int) -> None:
+        super().__init__()
+        self.stamps = [stamp]
+        self.positions = {stamp: 0}
+        self.acknowledged_by: dict[str, Steps] = {}
+
+    def lose(self, survived: int) -> None:
+        """Treat everything after a position as that position."""
+        for steps in (self.acknowledged, self.committed, *self.acknowledged_by.values()):
+            steps.limit(survived)
+        for stamp, position in self.positions.items():
+            self.positions[stamp] = min(position, survived)
+
+
 class Oracle:
-    """Knows what was committed and acknowledged, and when."""
+    """Records what was committed and acknowledged, and when."""
 
     def __init__(self, *, lease_s: float) -> None:
         self.bound_s = lease_s * DRIFT
         self.violations: list[Violation] = []
-        self._stamps: dict[Register, list[int]] = {}
-        self._times: dict[Register, list[float]] = {}
-        # when, by whom, position
-        self._acknowledged: dict[Register, list[tuple[float, str, int]]] = {}
-        self._positions: dict[Register, dict[int, int]] = {}
+        self._registers: dict[Register, _History] = {}
         self._lost: dict[int, float] = {}
         self._losses: list[tuple[float, dict[Register, int]]] = []
         self._last = 0
 
     def begin(self, register: Register) -> int:
-        """Make a register; returns the stamp that stands in it."""
+        """Create a register; return its first stamp."""
         stamp = self.new_stamp()
-        self._stamps[register], self._times[register] = [stamp], [float("-inf")]
-        self._positions[register] = {stamp: 0}
-        self._acknowledged[register] = [(float("-inf"), "", 0)]
+        self._registers[register] = _History(stamp)
         return stamp
 
     def new_stamp(self) -> int:
@@ -77,37 +96,34 @@ class Oracle:
         return self._last
 
     def commit(self, register: Register, stamp: int) -> None:
-        """Note that this stamp stands in the register from now on."""
-        self._positions[register][stamp] = len(self._stamps[register])
-        self._stamps[register].append(stamp)
-        self._times[register].append(_now())
+        """Record that the register contains this stamp from now on."""
+        history = self._registers[register]
+        history.positions[stamp] = len(history.stamps)
+        history.add(len(history.stamps), committed=_now(), acknowledged=inf)
+        history.stamps.append(stamp)
 
     def acknowledge(self, register: Register, stamp: int, *, by: str) -> None:
-        """Note that a process has acknowledged a write."""
+        """Record that a process has acknowledged a write."""
         if stamp not in self._lost:
-            self._acknowledged[register].append((_now(), by, self._positions[register][stamp]))
+            history = self._registers[register]
+            position = history.positions[stamp]
+            history.acknowledged.add(_now(), position)
+            history.acknowledged_by.setdefault(by, Steps()).add(_now(), position)
 
     def present(self, register: Register) -> int:
-        """Return what stands in the register."""
-        return self._stamps[register][-1]
+        """Return the stamp that the register contains."""
+        return self._registers[register].stamps[-1]
 
     def lose(self, writes: Sequence[tuple[Register, int]]) -> None:
-        """Note that the database has lost its last commits."""
+        """Record that the database has lost its last commits."""
         for register, stamp in writes:
-            del self._stamps[register][self._positions[register][stamp] :]
-            del self._times[register][len(self._stamps[register]) :]
+            history = self._registers[register]
+            del history.stamps[history.positions[stamp] :]
             self._lost[stamp] = _now()
-        for register in self._stamps:
-            survived = len(self._stamps[register]) - 1
-            self._acknowledged[register] = [
-                (when, by, min(position, survived))
-                for when, by, position in self._acknowledged[register]
-            ]
-            for stamp, position in self._positions[register].items():
-                if position > survived:
-                    self._positions[register][stamp] = survived
+        for history in self._registers.values():
+            history.lose(len(history.stamps) - 1)
         self._losses.append(
-            (_now(), {register: len(stamps) - 1 for register, stamps in self._stamps.items()})
+            (_now(), {one: len(history.stamps) - 1 for one, history in self._registers.items()})
         )
 
     def demand(
@@ -118,33 +134,32 @@ class Oracle:
         own: Mapping[Register, int] | None = None,
         slack_s: float = 0.0,
     ) -> Demand:
-        """Say what a read that begins now in this process must return at least; others' writes may
-        be missed for the slack, but not the stamps of its ``own``."""
+        """Return what a read that begins now in this process must return at least.
+
+        It may miss other processes' writes within the slack, but not the stamps of its ``own``."""
         now = _now()
-        overdue = {
-            one: bisect_right(self._times[one], now - self.bound_s - slack_s) - 1
-            for one in registers
-        }
-        acknowledged = {
-            one: max(
-                position
-                for when, who, position in self._acknowledged[one]
-                if when <= now - slack_s or who == by
+        minimums = {}
+        for register in registers:
+            history = self._registers[register]
+            stamp = (own or {}).get(register)
+            # everything recorded happened before this call, also at the same simulated moment
+            least = history.minimum(
+                nextafter(now, inf),
+                slack_s=slack_s,
+                bound_s=self.bound_s,
+                session=0 if stamp is None else history.positions[stamp],
             )
-            for one in registers
-        }
-        mine = {
-            one: self._positions[one][stamp]
-            for one, stamp in (own or {}).items()
-            if one in acknowledged
-        }
-        return Demand(now, acknowledged, overdue, mine, slack_s)
+            here = history.acknowledged_by.get(by, Steps()).until(now)
+            minimums[register] = Minimum(
+                max(least.acknowledged, here), least.session, least.committed
+            )
+        return Demand(now, minimums, slack_s)
 
     def judge(self, demand: Demand, found: Mapping[Register, int]) -> Violation | None:
         """Judge what a read that ends now returned."""
-        for register in demand.acknowledged:
-            stamp = found[register]
-            position = self._positions[register].get(stamp)
+        for register, minimum in demand.minimums.items():
+            history, stamp = self._registers[register], found[register]
+            position = history.positions.get(stamp)
             if position is None:
                 return self._accuse(
                     "invention", f"{register} = {stamp} was never committed", register
@@ -156,29 +171,24 @@ class Oracle:
                     f"{register} = {stamp} was lost by the database at {lost_at:.4f}",
                     register,
                 )
-            survived = [
-                positions[register] for time, positions in self._losses if time >= demand.began
-            ]
-            if position < (least := min([demand.acknowledged[register], *survived])):
-                due = self._stamps[register][least]
+            for time, survived in self._losses:
+                if time >= demand.began:
+                    minimum = minimum.limited(survived[register])
+            for kind in minimum.violated_by(position):
+                least = {
+                    ViolationKind.FRESHNESS: minimum.acknowledged,
+                    ViolationKind.SESSION: minimum.session,
+                    ViolationKind.BOUND: minimum.committed,
+                }[kind]
+                due = history.stamps[int(least)]
                 return self._accuse(
-                    "I1", f"{register} = {stamp}, and {due} was acknowledged before", register
-                )
-            if position < (least := min([demand.own.get(register, 0), *survived])):
-                due = self._stamps[register][least]
-                return self._accuse(
-                    "I4", f"{register} = {stamp}, and the client has written {due} before", register
-                )
-            if position < (least := min([demand.overdue[register], *survived])):
-                due, since = self._stamps[register][least], self._times[register][least]
-                return self._accuse(
-                    "I3", f"{register} = {stamp}, and {due} was committed at {since:.4f}", register
+                    kind, f"{register} = {stamp}, and {due} {REASONS[kind]}", register
                 )
         return None
 
-    def accuse_isolation(self, asked: object, told: object) -> Violation:
-        """Note that an answer is somebody else's."""
-        return self._accuse("I5", f"asked for {asked}, was given {told}", None)
+    def accuse_isolation(self, asked: object, received: object) -> Violation:
+        """Record that a response was made for another request."""
+        return self._accuse("I5", f"asked for {asked}, received {received}", None)
 
     def _accuse(self, rule: str, text: str, register: Register | None) -> Violation:
         violation = Violation(rule, text, register)

@@ -436,7 +436,7 @@ async def _store_the_epoch_first(
     reason: str,
     original: Any = OutboxRelay._renew,
 ) -> bool:
-    renewed: bool = await original(relay, old, identity, page, reason)
+    renewed: bool = await original(relay, old, identity, page, reason=reason)
     if renewed:
         relay._cursor = (await relay.outbox.page(None)).cursor
     return renewed
@@ -537,7 +537,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "no identity of the server": Sabotage(
         [(MemoryServer, "restart", _restart_as_the_same)], _mix("restart with old data")
     ),
-    "identity learnt in rounds, not per connection": Sabotage(
+    "the identity is read in relay cycles, not per connection": Sabotage(
         [
             (Client, "shake_hands", _know_from_rounds_only),
             (Client, "epoch", _learn_in_rounds),
@@ -548,25 +548,25 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "join any flight in the process": Sabotage(
         [(Flights, "join", _join_any), (Filler, "begin_or_join", _enter_any)]
     ),
-    "wait for any lease of another process": Sabotage(
+    "wait for any fill lock of another process": Sabotage(
         [(FillLocks, "_acquire", _wait_for_any_lease), (FillLocks, "_filled", _find_any)]
     ),
     "bump before COMMIT": Sabotage([(Schedule, "commit_and_tell", _tell_before_commit)]),
-    "acknowledge without looking at the fence": Sabotage(
+    "acknowledge without checking the serving lease": Sabotage(
         [(Invalidator, "_apply", _bump_and_do_not_look_at_the_fence)], _mix(*SPLIT)
     ),
     "acknowledge without waiting": Sabotage([(OutboxRelay, "safe", _wait_for_nothing)]),
-    "acknowledge by a round in a new epoch": Sabotage(
+    "acknowledge by a cycle in a new epoch": Sabotage(
         [(OutboxRelay, "_grant", _catch_up_in_any_epoch)]
     ),
-    "ids of rows are given away when COMMIT raised": Sabotage(
+    "row ids are used although COMMIT raised": Sabotage(
         [(Schedule, "rows_of_unknown_outcome", _rows_before_commit)],
         _mix(writers={"unknown": 2, "acknowledged": 1}),
     ),
-    "what deferred triggers write is not waited for": Sabotage(
+    "writes of deferred triggers are not waited for": Sabotage(
         [(Schedule, "whole", lambda schedule, process, rows: rows)]
     ),
-    "rows are told apart by their transaction": Sabotage(
+    "rows are identified by their transaction": Sabotage(
         [(Database, "new_id", _id_of_transaction)],
         _mix(
             "freeze",
@@ -577,11 +577,11 @@ SABOTAGES: Mapping[str, Sabotage] = {
             deferred=0.0,
         ),
     ),
-    "the fence counts from the end of the round": Sabotage(
+    "the serving lease begins at the end of the cycle": Sabotage(
         [(OutboxRelay, "_grant", _grant_from_the_end)],
         _mix("slow pages", "freeze", processes=(1,), writers=OUTSIDERS, most_faults=10),
     ),
-    "the fence is looked at after the answer": Sabotage(
+    "the serving lease is checked after the reply": Sabotage(
         [
             (Lookup, "read", _read_then_take_the_lease),
             (Proofs, "decide", _decide_by_the_present_lease),
@@ -601,13 +601,13 @@ SABOTAGES: Mapping[str, Sabotage] = {
             bounded=0.0,
         ),
     ),
-    "a request joins a reading that has left": Sabotage(
+    "a request joins a read that was already sent": Sabotage(
         [(ViewBatch, "_send", _send_with_the_door_open)], IN_MEMORY
     ),
-    "what lies in memory is not judged": Sabotage(
+    "entries in memory are not judged": Sabotage(
         [(respcache.read.proofs, "decide", _decide_by_the_lease_alone)], IN_MEMORY
     ),
-    "the bound of a view is not looked at": Sabotage(
+    "the age of a view is not checked": Sabotage(
         [(ViewReader, "recent", _look_at_no_bound)],
         replace(
             BOUNDED,
@@ -622,7 +622,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "a view outlives the bumps of its own process": Sabotage(
         [(ViewReader, "expire", _hear_nothing)], BOUNDED
     ),
-    "a reading under way outlives them": Sabotage(
+    "a read in progress outlives them": Sabotage(
         [(ViewBatch, "expire", _drop_the_view_only)],
         replace(
             BOUNDED,
@@ -641,11 +641,13 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "a proof needs no view of the request's own": Sabotage(
         [(Proofs, "hit", _hit_without_its_view)], IN_MEMORY
     ),
-    "a token is not looked at": Sabotage([(Proofs, "require_token", _require_no_token)], TOKENS),
-    "no fence": Sabotage(
+    "a consistency token is ignored": Sabotage(
+        [(Proofs, "require_token", _require_no_token)], TOKENS
+    ),
+    "no serving lease": Sabotage(
         [(Lookup, "read", _read_without_lease), (Proofs, "examine", _examine_without_lease)]
     ),
-    "the fence names no server": Sabotage(
+    "the serving lease names no server": Sabotage(
         [(ServingLease, "allows", _allow_any_server)], _mix("evict", *SPLIT)
     ),
     "until is never recorded": Sabotage(
@@ -659,7 +661,9 @@ SABOTAGES: Mapping[str, Sabotage] = {
         [(ROUNDS, "next_step", _do_not_wait_for_the_former)], _mix(*SPLIT)
     ),
     "no authority": Sabotage([(ROUNDS, "next_step", _heed_no_authority)], _mix(*SPLIT)),
-    "cursor of ids": Sabotage([(Database, "unseen", _after_the_last_id)], _mix(writers=OUTSIDERS)),
+    "the cursor is a row id": Sabotage(
+        [(Database, "unseen", _after_the_last_id)], _mix(writers=OUTSIDERS)
+    ),
     "the epoch is stored before its snapshot": Sabotage(
         [(OutboxRelay, "_renew", _store_the_epoch_first)],
         _mix("freeze who makes an epoch", processes=(2,), writers=OUTSIDERS),
@@ -667,7 +671,7 @@ SABOTAGES: Mapping[str, Sabotage] = {
     "the cursor outlives the epoch": Sabotage(
         [(OutboxRelay, "_adopt", _keep_the_cursor)], BACK_AND_FORTH
     ),
-    "what was applied outlives the epoch": Sabotage(
+    "the applied rows outlive the epoch": Sabotage(
         [(OutboxRelay, "_adopt", _keep_what_was_applied)],
         replace(
             BACK_AND_FORTH,
@@ -679,15 +683,15 @@ SABOTAGES: Mapping[str, Sabotage] = {
             calm=(10.0,),
         ),
     ),
-    "a round goes on when a bump failed": Sabotage(
+    "a cycle continues after a failed bump": Sabotage(
         [(OutboxRelay, "_bump", _go_on_when_a_bump_fails)],
         _mix("cut from the store", "slow store", trouble=(0.02, 0.05)),
     ),
-    "another life of the database is not noticed": Sabotage(
+    "another life of the database is not detected": Sabotage(
         [(ROUNDS, "outdated", _ignore(incarnation=lambda epoch: epoch.incarnation))],
         _mix("database restart"),
     ),
-    "pruned rows are not missed": Sabotage(
+    "pruned rows are not detected": Sabotage(
         [(ROUNDS, "outdated", _ignore(pruned=0))], BACK_AND_FORTH
     ),
     "TRUNCATE is bumped like a write": Sabotage([(ROUNDS, "outdated", _ignore_everybody)]),

@@ -539,7 +539,7 @@ class Schedule:
         """Tell whether these are all rows that the transaction will have left: not where triggers
         may write in COMMIT."""
         relay = process.cache.runtime.relay
-        return None if relay is not None and relay.deferred else rows
+        return None if relay is not None and relay.coverage.deferred else rows
 
     def tell(self, process: Process, rows: Rows | None) -> None:
         """Tell the cache what was committed."""
@@ -860,9 +860,9 @@ def _count(process: Process, counts: Counter[str]) -> None:
         counts["joined fills"] += one.collapsed
         for reason, count in one.bypasses.items():
             counts[f"bypass: {reason}"] += count
-    counts["rounds"] += process.relay.completed
-    counts["rounds failed"] += process.relay.failed
-    counts["epochs"] += process.relay.epochs
+    counts["rounds"] += process.relay.counters.cycles
+    counts["rounds failed"] += process.relay.counters.failed
+    counts["epochs"] += process.relay.counters.epochs
     counts["acknowledgements delayed"] += process.cache.counters.acknowledgements_delayed
 
 

@@ -162,7 +162,7 @@ class Client:
         self._prefix = ""
         self._connection: Connection | None = None
         self._dialling: asyncio.Task[None] | None = None
-        self._heard: Callable[[str], None] = lambda generation: None
+        self._on_pushed: Callable[[str], None] = lambda generation: None
         self._lost: Callable[[], None] = lambda: None
         home.clients.append(self)
 
@@ -251,9 +251,9 @@ class Client:
         self._connected()
         self.host.spawn(ask())
 
-    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
+    def listen(self, on_pushed: Callable[[str], None], on_lost: Callable[[], None]) -> None:
         """See ``Store.listen``."""
-        self._heard, self._lost = heard, lost
+        self._on_pushed, self._lost = on_pushed, on_lost
 
     def told(self, generation: str) -> None:
         """Have a message of the server on its way to us."""
@@ -262,7 +262,7 @@ class Client:
             self.world.send((self.host.name, self.home.name), lambda: self._hear(generation))
 
     def _hear(self, generation: str) -> None:
-        self.world.loop.happen(0, self._heard, generation, host=self.host)
+        self.world.loop.happen(0, self._on_pushed, generation, host=self.host)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
         """See ``Store.open``."""
@@ -281,7 +281,7 @@ class Client:
     ) -> Bumped:
         """See ``Store.bump``."""
         prefix, connection = self._prefix, self._connected()
-        self._heard(generation)
+        self._on_pushed(generation)
         bumped = await self._ask(
             connection,
             "bump",
@@ -293,7 +293,7 @@ class Client:
             rows,
         )
         self._compare(bumped.server.removeprefix(prefix), connection)
-        self._heard(generation)
+        self._on_pushed(generation)
         return bumped
 
     async def epoch(

@@ -694,11 +694,11 @@ async def test_the_kill_switch_is_told_when_the_store_comes_back() -> None:
     assert not await cache.disable()
     assert not cache.enabled
     await store.connect()
-    await cache.runtime.switches.poll()
-    await other.runtime.switches.poll()
+    await cache.runtime.switches.sync()
+    await other.runtime.switches.sync()
     assert (cache.enabled, other.enabled) == (False, False)
     assert await cache.enable()
-    await other.runtime.switches.poll()
+    await other.runtime.switches.sync()
     assert (cache.enabled, other.enabled) == (True, True)
     for one in (cache, other):
         await one.close()
@@ -716,7 +716,7 @@ async def test_an_older_look_at_the_kill_switch_does_not_undo_a_decision() -> No
             return found
 
     cache, _ = make_cache(things(number), store=Slow())
-    looking = asyncio.create_task(cache.runtime.switches.poll())
+    looking = asyncio.create_task(cache.runtime.switches.sync())
     await asyncio.sleep(0)
     assert await cache.disable()
     go.set()
@@ -760,12 +760,12 @@ async def test_the_kill_switch_stops_serving_but_not_invalidating() -> None:
         await http.get("/things")
         assert await cache.disable()
         assert status(await http.get("/things")) == "respcache; fwd=bypass; detail=off"
-        await other.runtime.switches.poll()
+        await other.runtime.switches.sync()
         assert not other.enabled
         gate.version = 1
         await http.post("/things")
         assert await cache.enable()
-        await other.runtime.switches.poll()
+        await other.runtime.switches.sync()
         assert (await elsewhere.get("/things")).json()["value"] == 1
 
 

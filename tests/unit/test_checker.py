@@ -12,23 +12,37 @@ from hypothesis import strategies as st
 
 from respcache.testing.checker import MAX_WORDS, Report, check
 from respcache.testing.history import Event, History, Read, Recorder, Write, load
-from respcache.testing.proofs import ViolationKind
+from respcache.testing.staleness import ViolationKind
 
 BOUND_S = 2.0
 
 
 def write(
-    version: int | None, started: float, committed: float | None = None, acked: float | None = None, *, process: str = "w",
-    session: str | None = None, register: str = "x",
-) -> Write:  # fmt: skip
+    version: int | None,
+    started: float,
+    committed: float | None = None,
+    acked: float | None = None,
+    *,
+    process: str = "w",
+    session: str | None = None,
+    register: str = "x",
+) -> Write:
     return Write(register, version, started, committed, acked, process, session)
 
 
 def read(
-    version: int, start: float, end: float, *, session: str | None = None, told: str = "q", how: str = "", register: str = "x",
-    process: str = "r", slack_s: float = 0.0,
-) -> Read:  # fmt: skip
-    return Read(start, end, {register: version}, process, "q", told, session, how, slack_s)
+    version: int,
+    start: float,
+    end: float,
+    *,
+    session: str | None = None,
+    received: str = "q",
+    how: str = "",
+    register: str = "x",
+    process: str = "r",
+    slack_s: float = 0.0,
+) -> Read:
+    return Read(start, end, {register: version}, process, "q", received, session, how, slack_s)
 
 
 def violations(*events: Event) -> dict[ViolationKind, int]:
@@ -115,7 +129,7 @@ def test_a_slack_excuses_no_invention_and_nobody_elses_rows() -> None:
     assert violations(read(1, 2.5, 2.9, slack_s=9.0, register="of nobody")) == {
         ViolationKind.INVENTION: 1
     }
-    assert violations(read(0, 1.0, 2.0, told="p", slack_s=9.0)) == {ViolationKind.ISOLATION: 1}
+    assert violations(read(0, 1.0, 2.0, received="p", slack_s=9.0)) == {ViolationKind.ISOLATION: 1}
 
 
 def test_a_read_with_a_slack_returns_what_its_session_wrote_and_may_go_back_otherwise() -> None:
@@ -301,8 +315,8 @@ def test_what_a_session_saw_is_right_in_any_order_of_events() -> None:
 
 def test_a_read_is_told_what_it_asked_for() -> None:
     """I5."""
-    assert violations(read(0, 1.0, 2.0, told="p")) == {ViolationKind.ISOLATION: 1}
-    assert violations(read(0, 1.0, 2.0, told="q")) == {}
+    assert violations(read(0, 1.0, 2.0, received="p")) == {ViolationKind.ISOLATION: 1}
+    assert violations(read(0, 1.0, 2.0, received="q")) == {}
 
 
 def test_registers_are_judged_apart_and_a_read_counts_once() -> None:
@@ -388,8 +402,8 @@ def test_the_excerpt_is_the_violation_with_the_fewest_operations_then_the_shorte
         ONE,
         early,
     )
-    report = check([ONE, TWO, *stale, read(2, 8.0, 8.5, told="p")], bound_s=99)
-    assert report.excerpt().startswith("I5: a read that asked for q was told p\n")
+    report = check([ONE, TWO, *stale, read(2, 8.0, 8.5, received="p")], bound_s=99)
+    assert report.excerpt().startswith("I5: a read that asked for q received p\n")
     assert report.excerpt(ViolationKind.FRESHNESS).startswith("I1: ")
     assert report.excerpt(ViolationKind.SESSION) == ""
 
@@ -533,16 +547,27 @@ MOMENTS = st.integers(0, 12).map(float)
 REGISTERS = st.sampled_from("xy")
 SESSIONS = st.sampled_from([None, "s", "t"])
 SOME_WRITES = st.builds(
-    Write, register=REGISTERS, version=st.none() | st.integers(1, 6), started=MOMENTS, committed=st.none() | MOMENTS,
-    acked=st.none() | MOMENTS, process=st.sampled_from("pq"), session=SESSIONS,
-)  # fmt: skip
+    Write,
+    register=REGISTERS,
+    version=st.none() | st.integers(1, 6),
+    started=MOMENTS,
+    committed=st.none() | MOMENTS,
+    acked=st.none() | MOMENTS,
+    process=st.sampled_from("pq"),
+    session=SESSIONS,
+)
 SOME_READS = st.builds(
-    lambda start, length, values, asked, told, session, slack_s: Read(
-        start, start + length, values, "r", asked, told, session, "", slack_s
+    lambda start, length, values, asked, received, session, slack_s: Read(
+        start, start + length, values, "r", asked, received, session, "", slack_s
     ),
-    MOMENTS, MOMENTS, st.dictionaries(REGISTERS, st.integers(0, 7)), st.sampled_from("ab"), st.sampled_from("ab"), SESSIONS,
+    MOMENTS,
+    MOMENTS,
+    st.dictionaries(REGISTERS, st.integers(0, 7)),
+    st.sampled_from("ab"),
+    st.sampled_from("ab"),
+    SESSIONS,
     st.sampled_from([0.0, 1.0, 4.0]),
-)  # fmt: skip
+)
 
 
 def resolved(events: Sequence[Event]) -> list[Write]:
@@ -623,7 +648,7 @@ def plainly(
     for read in events:
         if not isinstance(read, Read):
             continue
-        found = {ViolationKind.ISOLATION} if read.asked != read.told else set[ViolationKind]()
+        found = {ViolationKind.ISOLATION} if read.asked != read.received else set[ViolationKind]()
         for register, version in read.values.items():
             least = due(read, register, events, bound_s=bound_s)
             found |= {kind for kind, wanted in least.items() if version < wanted}

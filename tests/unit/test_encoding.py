@@ -356,8 +356,11 @@ def test_the_headers_say_what_is_sent(coding: ContentCoding) -> None:
     headers = negotiated(shared(stored), coding=coding, length=900)
     said = {b"content-encoding": coding.encode()} if coding is not ContentCoding.identity else {}
     assert dict(headers) == {
-        **dict(stored), **said, b"content-length": b"900", b"vary": b"X-View, Accept-Encoding",
-    }  # fmt: skip
+        **dict(stored),
+        **said,
+        b"content-length": b"900",
+        b"vary": b"X-View, Accept-Encoding",
+    }
     assert len(headers) == len(dict(headers))
     assert [pair for pair in headers if pair in stored] == [
         JSON,

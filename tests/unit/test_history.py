@@ -16,13 +16,27 @@ from respcache.testing.history import Event, Read, Recorder, Write, load
 
 TIMES = st.floats(0, 1e9)
 READS = st.builds(
-    Read, start=TIMES, end=TIMES, values=st.dictionaries(st.text(), st.integers(0, 2**62)), process=st.text(), asked=st.text(),
-    told=st.text(), session=st.none() | st.text(), how=st.text(), slack_s=TIMES,
-)  # fmt: skip
+    Read,
+    start=TIMES,
+    end=TIMES,
+    values=st.dictionaries(st.text(), st.integers(0, 2**62)),
+    process=st.text(),
+    asked=st.text(),
+    received=st.text(),
+    session=st.none() | st.text(),
+    how=st.text(),
+    slack_s=TIMES,
+)
 WRITES = st.builds(
-    Write, register=st.text(), version=st.none() | st.integers(0, 2**62), started=TIMES, committed=st.none() | TIMES,
-    acked=st.none() | TIMES, process=st.text(), session=st.none() | st.text(),
-)  # fmt: skip
+    Write,
+    register=st.text(),
+    version=st.none() | st.integers(0, 2**62),
+    started=TIMES,
+    committed=st.none() | TIMES,
+    acked=st.none() | TIMES,
+    process=st.text(),
+    session=st.none() | st.text(),
+)
 READ = Read(1.5, 2.5, {"acme/é": 4, "acme/2": 1}, "worker-1", "acme list", "acme list", "s", "hit")
 WRITE = Write("acme/é", 4, 1.0, 1.25, None, "worker-2")
 APPEND_FOR_EVER = """

@@ -25,12 +25,12 @@ def test_keys_have_the_documented_shape() -> None:
     """SCAN and KEYS tooling written for this pattern keeps working."""
     name = digest()
     assert (
-        keys.entry_key("abc-123", "accounts", "list", name)
+        keys.entry_key("abc-123", "accounts", "list", digest=name)
         == f"tenant:abc-123:accounts:list:{name.hex()}"
     )
     assert len(name) == 16
     assert keys.generation_key("abc-123") == "tenant:abc-123:~gen"
-    assert keys.lock_key("abc-123", "accounts", "list", name).startswith(
+    assert keys.lock_key("abc-123", "accounts", "list", digest=name).startswith(
         "tenant:abc-123:~fill:accounts:list:"
     )
 

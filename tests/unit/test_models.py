@@ -16,7 +16,7 @@ NAMES = re.findall(
 
 def test_there_are_names() -> None:
     """The table is found, and it speaks of all models of the protocol."""
-    assert {model for model, _, _, _ in NAMES} == {"core.pml", "fence.pml", "composed.pml"}
+    assert {model for model, _, _, _ in NAMES} == {"core.pml", "serving_lease.pml", "composed.pml"}
 
 
 @pytest.mark.parametrize(("model", "there", "file", "here"), NAMES, ids=lambda name: name)

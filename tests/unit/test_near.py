@@ -892,7 +892,7 @@ async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, nam
     def off(
         generation: str, tags: Sequence[str], done: Callable[[GenerationView | StoreError], None]
     ) -> None:
-        world.cache.runtime.switches._take(frozenset({name}))
+        world.cache.runtime.switches._apply(frozenset({name}))
         view(generation, tags, done)
 
     world.store.view = off  # type: ignore[method-assign]

@@ -122,7 +122,7 @@ async def test_what_is_off_is_bypassed_and_nothing_else(
     async with processes(2) as (here, there):
         await warm(here, there)
         assert await here.cache.disable(**switch)
-        await there.cache.runtime.switches.poll()
+        await there.cache.runtime.switches.sync()
         for process in (here, there):
             for forgetful in (False, True):
                 for tenant in ("a", "b"):
@@ -135,7 +135,7 @@ async def test_what_is_off_is_bypassed_and_nothing_else(
                         )
                         assert await process.value(tenant, module) == ("made" if is_off else "hit")
         assert await here.cache.enable(**switch)
-        await there.cache.runtime.switches.poll()
+        await there.cache.runtime.switches.sync()
         for process in (here, there):
             assert [await process.get(f"/{module}/{level}", tenant) for tenant, module in off] == [
                 "hit"
@@ -201,8 +201,8 @@ async def test_decisions_made_while_the_store_is_away_are_told_later_and_each_by
         assert await there.cache.disable(tenant_id="b")
         assert here.cache.runtime.switches.off == {"module:things"}
         await store.connect()
-        await here.cache.runtime.switches.poll()
-        await there.cache.runtime.switches.poll()
+        await here.cache.runtime.switches.sync()
+        await there.cache.runtime.switches.sync()
         assert (
             here.cache.runtime.switches.off
             == there.cache.runtime.switches.off

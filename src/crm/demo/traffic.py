@@ -24,10 +24,11 @@ from crm.auth import issue_token
 from crm.demo.counters import DemoCounters, Way
 from crm.demo.expected import (
     VERSION,
+    Expected,
     ExpectedRows,
-    LookupResult,
     Mine,
     Row,
+    minimum,
     stale_record,
     stale_rows,
 )
@@ -258,9 +259,9 @@ class Traffic:
             return 0, None
         return answer.status_code, orjson.loads(answer.content).get("data")
 
-    def judge(self, request: str, look: LookupResult, stale: Sequence[str]) -> None:
+    def judge(self, request: str, expected: Expected, stale: Sequence[str]) -> None:
         """Note what an answer shows of records that we wrote."""
-        self._counters.compared += len(look)
+        self._counters.compared += len(expected)
         if stale:
             self._counters.note_stale(request, stale)
 
@@ -313,7 +314,7 @@ class Visit:
     async def _report(self) -> None:
         path, looks = (
             "/api/reports/dashboard-bundle",
-            {module: self._memory.look(module) for module in MODULES},
+            {module: self._memory.expected(module) for module in MODULES},
         )
         if found := await self._get(path):
             for module, look in looks.items():
@@ -356,21 +357,17 @@ class Visit:
             else popular(seen or ours, self._chance)
         )
         mine, path = self._memory.find(module, record), f"/api/{module}/{record}"
-        look = [] if mine is None else [(mine, mine.known, mine.gone)]
+        look = [] if mine is None else [(mine, minimum(mine))]
         status, data = await self._traffic.ask(self._person, "GET", path, may_be_gone=True)
         row = data[MODULES[module].singular] if status == 200 else None
         if status == 404 and mine is None and self._memory.find(module, record) is None:
             self._traffic.missing(path)
         if status:
-            stale = [
-                word
-                for one, known, gone in look
-                for word in stale_record(one, known, gone=gone, row=row)
-            ]
+            stale = [word for one, least in look for word in stale_record(one, least, row=row)]
             self._traffic.judge(path, look, stale)
 
     async def _rows(self, module: str, query: str, *, first: int | None = None) -> list[Row]:
-        path, look = f"/api/{module}{query}", self._memory.look(module)
+        path, look = f"/api/{module}{query}", self._memory.expected(module)
         found = await self._get(path)
         if found is None:
             return []

@@ -1,2 +1,4 @@
-"""Decisions of the cache: pure code. No I/O, no asyncio, no clock and no randomness of its own;
-imports nothing else of ours."""
+"""The decisions of the cache, as pure code: no I/O, no asyncio, no clock, no randomness.
+
+Modules here import no other part of respcache.
+"""

@@ -1,21 +1,21 @@
-"""Which bytes of a stored body a client gets: zstd as stored, gzip, or plain; and the headers that
-say so.
+"""Content codings: which bytes of a stored body a client receives (zstd as stored, gzip, or plain).
+Also the headers that declare them.
 
-A body is compressed once, when it is stored. Everything here is a function of its arguments; the
-one piece of state is a bounded memo. No I/O, no clock; no compressor is kept between calls, so any
-thread may call (a shared one would save about a tenth of the time, and cost a promise about
-threads).
+A body is compressed once, when it is stored. Every function here depends on its arguments only; the
+one piece of state is a bounded cache of parsed headers. No I/O, no clock. No compressor is kept
+between calls, so any thread may call these functions. (A shared compressor would save about a tenth
+of the time, but would not be safe for threads.)
 
-Entity tags. A strong tag names bytes, so one tag must not stand on two codings of a body (RFC 9110,
-sections 8.8.1 and 8.8.3.3). Weakening it, as nginx and Django do, lets ``If-None-Match`` work, but
-makes every ``If-Match`` fail (section 13.1.1 wants the strong comparison): a handler with
-optimistic locking would answer 412 to whoever was sent a body of more than ``MIN_BYTES``. A suffix
-per coding needs every conditional request and every 304 rewritten. So ``encodable`` says no to a
-strongly tagged answer: it stays what the handler made. Weak tags are sent unchanged on every
-coding.
+Entity tags. A strong tag identifies bytes, so one tag must not be sent with two codings of a body
+(RFC 9110, sections 8.8.1 and 8.8.3.3). Weakening it, as nginx and Django do, keeps
+``If-None-Match`` working but makes every ``If-Match`` fail (section 13.1.1 requires the strong
+comparison): a handler with optimistic locking would respond 412 to every client that received a
+body of more than ``MIN_BYTES``. A suffix per coding would require rewriting every conditional
+request and every 304. So ``encodable`` is false for a response with a strong tag, which is sent as
+the handler made it. Weak tags are sent unchanged with every coding.
 
 Sources: RFC 9110 (8.4 codings, 8.8 validators, 12.5.3 Accept-Encoding, 12.5.5 Vary), RFC 8878 and
-9659 (zstd), RFC 1952.
+9659 (zstd), RFC 1952 (gzip).
 """
 
 import re
@@ -33,24 +33,25 @@ else:
 Headers = tuple[tuple[bytes, bytes], ...]
 
 MIN_BYTES = 1024
-"""Shorter bodies fit into a packet or two as they are."""
+"""Shorter bodies fit into one or two packets uncompressed."""
 MAX_RATIO = 0.9
-"""A compressed body must be at most this part of the plain one."""
+"""The largest accepted ratio of compressed to plain size."""
 ZSTD_LEVEL = 1
-"""36.8 KB of 50 accounts: level 1 takes 57 us (3 % of a fill of 2 ms) for a ratio of 5.56, level -1
-50 us for 4.39, level 3 80 us for 5.65. Below level 1 zstd leaves literals alone, hence the step."""
+"""Measured on 36.8 KB of 50 accounts: level 1 takes 57 us (3 % of a fill of 2 ms) for a ratio of
+5.56, level -1 50 us for 4.39, level 3 80 us for 5.65. Below level 1 zstd does not compress
+literals."""
 GZIP_LEVEL = 1
-"""The same list: level 1 takes 139 us for 4.86, level 3 192 us for 5.18, level 6 421 us for 5.63.
-It blocks the loop."""
+"""On the same list: level 1 takes 139 us for 4.86, level 3 192 us for 5.18, level 6 421 us for
+5.63. gzip blocks the event loop."""
 MAX_ACCEPT_BYTES = 256
-"""Longer ``Accept-Encoding`` values are not read: browsers send about 25 bytes."""
+"""Longer ``Accept-Encoding`` values are not parsed; browsers send about 25 bytes."""
 MAX_ACCEPT_VALUES = 256
-"""Distinct values remembered: with the bound above, at most 64 KiB of clients' text."""
+"""Distinct values that are cached: with the limit above, at most 64 KiB of clients' text."""
 
 
 class ContentCoding(StrEnum):
-    """A content coding that we can send (RFC 9110, section 8.4.1). The members stand in the order
-    of our preference."""
+    """A content coding that we can send (RFC 9110, section 8.4.1), in the order of our
+    preference."""
 
     zstd = "zstd"
     gzip = "gzip"
@@ -58,15 +59,14 @@ class ContentCoding(StrEnum):
 
 
 _ACCEPTED_ITEM = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"  # a token, or "*", which is one
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+)"  # a token; "*" is one, too
     rb"(?:[ \t]*;[ \t]*[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?"  # RFC 9110, section 12.4.2
 )
 _COMPRESSIBLE = frozenset({b"application/json", b"application/javascript", b"application/xml"})
 _COMPRESSIBLE_ENDS = (b"+json", b"+xml")  # image/svg+xml is one of them
 _OPTIONS: dict[int, int] = {
     zstd.CompressionParameter.compression_level: ZSTD_LEVEL,
-    # 2.5 us per 36.8 KB, so that a flipped bit is seen here and by the client instead of being read
-    # as data.
+    # 2.5 us per 36.8 KB: we and the client detect a flipped bit instead of reading it as data
     zstd.CompressionParameter.checksum_flag: 1,
 }
 # with the header and trailer of RFC 1952, whose time zlib leaves 0
@@ -74,12 +74,12 @@ _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
 def accepted(header: bytes | None) -> ContentCoding:
-    """Choose what to send for the value of ``Accept-Encoding`` (RFC 9110, section 12.5.3).
+    """Choose the coding for a value of ``Accept-Encoding`` (RFC 9110, section 12.5.3).
 
-    ``header`` is the value, several lines joined by commas, or None where there is none. The
-    highest weight wins, at equal weight the better compression. What is absent, malformed or too
-    long gets plain bytes, and so does a client that accepts nothing we have. Never raises. 0.2 us
-    where the value is known, else about 10 us.
+    ``header`` is the value, several lines joined by commas, or None. The highest weight wins; at
+    equal weight, the better compression. An absent, malformed or too long value gets plain bytes,
+    and so does a client that accepts no coding of ours. Never raises. 0.2 us for a cached
+    value, else about 10 us.
     """
     if header is None or len(header) > MAX_ACCEPT_BYTES:
         return ContentCoding.identity
@@ -87,11 +87,11 @@ def accepted(header: bytes | None) -> ContentCoding:
 
 
 def encodable(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Tell whether an answer with these headers of its handler may be sent in other codings.
+    """Return whether a response with these headers may be sent in other codings.
 
-    Not if the handler chose a coding, forbade it (``no-transform``: RFC 9111, section 5.2.2.6) or
-    vouches for the bytes with a strong entity tag. Ask with all headers of the answer, not only
-    with those that are kept.
+    False if the handler chose a coding, forbade others (``no-transform``: RFC 9111, section
+    5.2.2.6) or identifies the bytes with a strong entity tag. ``headers`` must be all headers of
+    the handler's response, not only those that are stored.
     """
     content_type = None
     for name, value in headers:
@@ -108,12 +108,12 @@ def encodable(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def negotiable(headers: Iterable[tuple[bytes, bytes]], *, length: int) -> bool:
-    """Tell whether an answer that is ``encodable`` is long enough for it to matter."""
+    """Return whether a response is ``encodable`` and long enough to compress."""
     return length >= MIN_BYTES and encodable(headers)
 
 
 def compressible(content_type: bytes | None) -> bool:
-    """Tell whether bodies of a media type are text that shrinks."""
+    """Return whether bodies of a media type are compressible text."""
     if content_type is None:
         return False
     kind = content_type.partition(b";")[0].strip().lower()
@@ -121,10 +121,10 @@ def compressible(content_type: bytes | None) -> bool:
 
 
 def compress(body: bytes) -> bytes | None:
-    """Return the body as one zstd frame that states its size and has a checksum, or None where that
-    is not worth it.
+    """Return the body as one zstd frame with its size and a checksum, or None if that saves too
+    little.
 
-    About 1.5 us per KB. The window stays far below the 8 MiB that a client must grant (RFC 9659).
+    About 1.5 us per KB. The window stays far below the 8 MiB that clients must support (RFC 9659).
     """
     if len(body) < MIN_BYTES:
         return None
@@ -133,12 +133,12 @@ def compress(body: bytes) -> bytes | None:
 
 
 def decompress(data: bytes, *, max_bytes: int) -> bytes | None:
-    """Return the body of what ``compress`` made, or None for what is not one whole frame of at most
-    ``max_bytes``.
+    """Return the body of a frame made by ``compress``; None for anything that is not one whole
+    frame of at most ``max_bytes``.
 
-    Its checksum tells damage; a frame that does not state its size is not ours. Memory is bounded
-    by ``max_bytes``, whatever the frame says: the stated size is looked at first; it limits
-    libzstd's buffer, and the output of a frame that lies.
+    The checksum detects damage; a frame without its size is not ours. Memory is bounded by
+    ``max_bytes`` for any frame: the stated size is checked first, and limits libzstd's buffer and
+    the output of a frame whose stated size is wrong.
     """
     try:
         size = zstd.get_frame_info(data).decompressed_size
@@ -152,17 +152,15 @@ def decompress(data: bytes, *, max_bytes: int) -> bytes | None:
 
 
 def gzip(body: bytes) -> bytes:
-    """Return the body as gzip: the same bytes every time, for there is no time in its header. About
+    """Return the body as gzip: always the same bytes, because the header contains no time. About
     4 us per KB."""
     return zlib.compress(body, GZIP_LEVEL, _GZIP_WINDOW)
 
 
 def vary(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return the headers with a ``Vary`` that names ``Accept-Encoding``, once, beside what it names
-    already.
+    """Return the headers with one ``Vary`` that also names ``Accept-Encoding``.
 
-    It belongs on every answer whose coding was negotiated, on the plain ones too (RFC 9110, section
-    12.5.5).
+    Every response whose coding was negotiated needs it, plain ones too (RFC 9110, section 12.5.5).
     """
     given = tuple(headers)
     parts = b",".join(value for name, value in given if name.lower() == b"vary").split(b",")
@@ -176,13 +174,12 @@ def vary(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 
 def shared(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return what the headers of an answer have in common in all codings: a ``Vary``, and no
-    length."""
+    """Return the headers that all codings of a response share: with ``Vary``, without a length."""
     return vary(pair for pair in headers if pair[0].lower() != b"content-length")
 
 
 def negotiated(headers: Headers, *, coding: ContentCoding, length: int) -> Headers:
-    """Return the headers of an answer in one coding, with ``length`` bytes; ``headers`` are the
+    """Return the headers of a response in one coding, with ``length`` bytes; ``headers`` are the
     ``shared`` ones."""
     if coding is ContentCoding.identity:
         return (*headers, (b"content-length", b"%d" % length))
@@ -195,15 +192,15 @@ def _choose(header: bytes) -> ContentCoding:
     if weights is None:
         return ContentCoding.identity
     others = weights.get(b"*", 0)
-    # What is not named has the weight of "*". Without that, identity stays acceptable, but after
-    # everything that is named.
+    # A coding that is not named has the weight of "*". Without "*", identity stays acceptable, but
+    # after every named coding.
     best = max(ContentCoding, key=lambda coding: weights.get(coding.encode(), others))
     return best if weights.get(best.encode(), others) > 0 else ContentCoding.identity
 
 
 def _weights(header: bytes) -> dict[bytes, int] | None:
-    """Read the weights of the codings in thousandths, or None from a malformed value. Named twice,
-    the lower one counts."""
+    """Return the weights of the codings in thousandths, or None for a malformed value. If a coding
+    is named twice, the lower weight counts."""
     weights: dict[bytes, int] = {}
     for part in header.split(b","):
         part = part.strip(b" \t")

@@ -1,10 +1,10 @@
-"""The bytes of a stored response. Built and read here and only here.
+"""The bytes of a stored response. Encoded and decoded here and only here.
 
 Layout, big-endian: ``RCE`` and format version (4 bytes), nonce (16), sequence (u64), digest (16),
-stored at (u64, milliseconds of the Unix epoch, for display only), time to live (u32, ms), cost of
-the fill (u32, ms), status (u16), flags (u8), length of the headers (u32); then the headers (each:
-u16 length + name, u16 length + value) and, to the end, the body. Flags: 1, the body is compressed
-with zstd; 2, it may be sent in other codings than the handler's.
+stored at (u64, milliseconds of the Unix epoch, for display only), time to live (u32, ms), duration
+of the fill (u32, ms), status (u16), flags (u8), length of the headers (u32); then the headers
+(each: u16 length + name, u16 length + value) and, to the end, the body. Flags: 1, the body is
+compressed with zstd; 2, it may be sent in other content codings than the handler's.
 """
 
 import struct
@@ -21,13 +21,10 @@ _NEGOTIABLE = 2
 _LENGTH = struct.Struct(">H")
 
 
-@dataclass(slots=True)  # not frozen: that would double what each hit from the store costs here
+@dataclass(slots=True)  # not frozen: that would double the cost of decoding for each hit
 class Entry:
-    """A stored response with the certificate that says how long it is true and the digest that says
-    whose it is.
-
-    Never changed.
-    """
+    """A stored response with the certificate that decides its validity, and the digest of the
+    request that it belongs to. Never changed."""
 
     certificate: Certificate
     digest: bytes
@@ -36,11 +33,11 @@ class Entry:
     fill_ms: int
     status: int
     headers: Headers
-    """Those of the handler's answer, or where it is ``negotiable`` those that all its forms share
-    (``encoding.shared``)."""
+    """Those of the handler's response. If it is ``negotiable``: those that all its representations
+    share (``encoding.shared``)."""
     body: bytes
     coding: ContentCoding = ContentCoding.identity
-    """Of the body: ``identity`` or ``zstd``."""
+    """The coding of ``body``: ``identity`` or ``zstd``."""
     negotiable: bool = False
 
 
@@ -49,7 +46,7 @@ HEAD_BYTES = _HEAD.size
 
 @dataclass(frozen=True, slots=True)
 class EntryHeader:
-    """What the first ``HEAD_BYTES`` of a stored response say of its time."""
+    """The times in the first ``HEAD_BYTES`` of a stored response."""
 
     stored_at_ms: int
     ttl_ms: int
@@ -57,8 +54,8 @@ class EntryHeader:
 
 
 def decode_header(data: bytes) -> EntryHeader | None:
-    """Read the first bytes of a stored response, or return None for anything that is not one of
-    this format version."""
+    """Parse the first bytes of a stored response; return None for anything that is not of this
+    format version."""
     if len(data) < HEAD_BYTES:
         return None
     magic, _, _, _, stored_at, ttl, fill, *_ = _HEAD.unpack_from(data)
@@ -84,8 +81,7 @@ def encode(entry: Entry) -> bytes:
 
 
 def decode(data: bytes) -> Entry | None:
-    """Read stored bytes back, or return None for anything that is not an entry of this format
-    version."""
+    """Parse stored bytes; return None for anything that is not an entry of this format version."""
     if len(data) < _HEAD.size:
         return None
     magic, nonce, sequence, digest, stored_at, ttl, fill, status, flags, length = _HEAD.unpack_from(
@@ -119,7 +115,7 @@ def _pair(name: bytes, value: bytes) -> bytes:
 
 @lru_cache(1024)
 def _read_headers(data: bytes) -> Headers | None:
-    """Read the headers back; most entries have the same ones."""
+    """Parse headers. Cached, because most entries have the same ones."""
     parts: list[bytes] = []
     position, end = 0, len(data)
     while position < end:

@@ -1,22 +1,22 @@
-"""The epoch: a life of the whole cache. Its token is part of every generation's ``r``, so a new one
-invalidates everything.
+"""The epoch: one life of the whole cache.
 
-Its record stands in the store under ``respcache:~inc``. ``fence.py`` says why there is one,
-``writes/rounds.py`` makes it; without an outbox there is none and the token is empty.
+Its token is part of every generation's ``r``, so a new epoch invalidates everything. Its record is
+stored on the cache server under ``respcache:~inc``. ``serving_lease.py`` explains why it exists,
+``writes/relay.py`` creates it. Without an outbox there is no epoch, and the token is empty.
 """
 
 import re
 from dataclasses import dataclass
 
 _RECORD = re.compile(r"([0-9a-f]+) ([0-9a-f]+) ([!-~]+) ([0-9]+\.[0-9]+) ([0-9]+:[0-9]+:[0-9,]*)")
-"""The same pattern stands in ``epoch.lua``: a record that only one of the two knew could neither be
-read nor replaced."""
+"""``epoch.lua`` has the same pattern: a record that matches only one of them could neither be read
+nor replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What has been read of the outbox: everything that a snapshot of the database sees
-    (``xmin:xmax:xip,...``)."""
+    """What has been read of the outbox: everything that a snapshot of the database
+    (``xmin:xmax:xip,...``) sees."""
 
     snapshot: str
     taken_at: float
@@ -24,19 +24,19 @@ class Cursor:
 
     @property
     def xmin(self) -> int:
-        """Every transaction before this one had ended."""
+        """All transactions with smaller numbers had ended."""
         return int(self.snapshot.split(":")[0])
 
     @property
     def xmax(self) -> int:
-        """No transaction from this one on had ended."""
+        """No transaction with this or a larger number had ended."""
         return int(self.snapshot.split(":")[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """On which server life (``identity``), for which incarnation of the database and from which
-    snapshot on it holds."""
+    """An epoch: its token, and the server life (``identity``), the incarnation of the database and
+    the snapshot (``cursor``) for which it holds."""
 
     token: str
     identity: str
@@ -45,12 +45,11 @@ class Epoch:
 
     @property
     def server(self) -> str:
-        """What a generation of this epoch records as its ``r``."""
+        """The value that generations of this epoch record as ``r``."""
         return f"{self.token}:{self.identity}"
 
     def encode(self) -> str:
-        """Return the record that the store keeps: fields separated by blanks, token and identity
-        first."""
+        """Return the stored record: fields separated by blanks, token and identity first."""
         return (
             f"{self.token} {self.identity} {self.incarnation} {self.cursor.taken_at!r} "
             f"{self.cursor.snapshot}"
@@ -58,8 +57,7 @@ class Epoch:
 
 
 def decode_epoch(record: str) -> Epoch | None:
-    """Read a record back, or return None for anything that is none (a foreign value under our
-    key)."""
+    """Parse a stored record; return None for anything else."""
     found = _RECORD.fullmatch(record)
     if found is None:
         return None

@@ -1,23 +1,27 @@
-"""The error tree of respcache, and who should catch what.
+"""The error tree of respcache, and what to do about each error.
 
 RespcacheError
-├── ConfigurationError     wrong set-up, raised at start-up: mend the code or the environment, do
-not catch ├── Denied                 raised by a resolver: the caller may not see this; the wrapper
-bypasses, the handler answers ├── UndeclaredWrite        raised before a statement runs whose tables
-or tenant cannot be told: mend the call ├── UndeclaredRead         a cached read selected from a
-table that it does not declare (only with strict_reads) ├── AckBarrierOverflow     a response
-outgrew the buffer while its transaction was still open: commit earlier ├── InvalidationPending
-``settled()`` gave up waiting: the write is safe, its invalidation is retried ├── OutboxError
-the database did not do what a round asked: caught inside the library, never reaches a request │
-└── OutboxMissing      it has no outbox (any more) ├── OperationError         what an operator asked
-for was not done (``ops/admin.py``): tell them; nothing was changed │   ├── AccessRefused      their
-role, or their tenant, may not │   ├── NotFound           there is no such thing, or it is another
-tenant's: indistinguishable │   ├── InvalidOperation   what was asked for cannot be: the message
-names the value and the fix │   └── AuditLogUnavailable         it could not be written down who did it, so
-it was not done └── StoreError             anything the store did wrong: caught inside the library,
-never reaches a request
-    ├── StoreUnavailable   no usable connection, or the deadline passed
-    └── StoreReplyError    the server answered with an error
+├── ConfigurationError          raised at start-up: fix the code or the environment, do not catch
+├── Denied                      raised by a resolver: the request bypasses the cache
+├── UndeclaredWrite             raised before the statement runs: declare its tables or tenant
+├── UndeclaredRead              raised only with strict_reads: declare the table
+├── AckBarrierOverflow          a response outgrew the buffer while its transaction was open:
+│                               commit earlier
+├── InvalidationPending         ``settled()`` timed out: the write is safe, its invalidation is
+│                               retried
+├── OutboxError                 the database failed a relay cycle: caught inside the library,
+│   │                           never reaches a request
+│   └── OutboxMissing           the database has no outbox (any more)
+├── OperationError              an operator's action was not carried out (``ops/admin.py``): show
+│   │                           the message; nothing was changed
+│   ├── AccessRefused           the operator's role or tenant does not allow it
+│   ├── NotFound                it does not exist, or is another tenant's: indistinguishable
+│   ├── InvalidOperation        the message names the value and the fix
+│   └── AuditLogUnavailable     the audit log could not be written
+└── StoreError                  any failure of the cache server: caught inside the library, never
+    │                           reaches a request
+    ├── StoreUnavailable        no usable connection, or the deadline passed
+    └── StoreReplyError         the server replied with an error
 """
 
 
@@ -26,16 +30,16 @@ class RespcacheError(Exception):
 
 
 class ConfigurationError(RespcacheError):
-    """The set-up is wrong; the message names the value and the fix."""
+    """The configuration is wrong. The message names the value and the fix."""
 
 
 class Denied(RespcacheError):
-    """The caller is unknown or may not see what was asked for. Raised by resolvers."""
+    """The caller is unknown, or may not see the resource. Raised by resolvers."""
 
 
 class UndeclaredWrite(RespcacheError):
-    """A statement that changes data was refused, because its tables or its tenant cannot be told
-    from it."""
+    """A statement that changes data was refused, because its tables or its tenant cannot be
+    determined."""
 
 
 class UndeclaredRead(RespcacheError):
@@ -43,50 +47,50 @@ class UndeclaredRead(RespcacheError):
 
 
 class AckBarrierOverflow(RespcacheError):
-    """The response outgrew the buffer that holds it back until its transaction has ended."""
+    """The response outgrew the buffer that defers it until its transaction has ended."""
 
 
 class InvalidationPending(RespcacheError):
-    """Not every invalidation was confirmed in time; they are still being retried."""
+    """Not every invalidation was confirmed in time. They are still being retried."""
 
 
 class OutboxError(RespcacheError):
-    """The outbox could not be read or changed; nothing is served from the cache until it can."""
+    """The outbox could not be read or changed. Nothing is served from the cache until it can."""
 
 
 class OutboxMissing(OutboxError):
-    """There is no outbox in the database: before the migration that creates it, or after the one
-    that drops it."""
+    """The database has no outbox: the migration that creates it has not run, or one has dropped
+    it."""
 
 
 class OperationError(RespcacheError):
-    """What an operator asked for was not done; the message is for them."""
+    """An operator's action was not carried out. The message is for the operator."""
 
 
 class AccessRefused(OperationError):
-    """The access does not allow this: its role is too low, or it is of one tenant and this concerns
-    all."""
+    """The operator's access is insufficient: its role is too low, or it covers one tenant and the
+    action concerns all."""
 
 
 class NotFound(OperationError):
-    """There is no such tenant, module or key, or it is another tenant's."""
+    """The tenant, module or key does not exist, or belongs to another tenant."""
 
 
 class InvalidOperation(OperationError):
-    """What was asked for cannot be; the message names the value and the fix."""
+    """The request is invalid. The message names the value and the fix."""
 
 
 class AuditLogUnavailable(OperationError):
-    """The trail could not be written, so the act was not done."""
+    """The audit log could not be written, so the action was not carried out."""
 
 
 class StoreError(RespcacheError):
-    """The store failed; the request goes on without it."""
+    """The cache server failed. The request continues without it."""
 
 
 class StoreUnavailable(StoreError):
-    """There is no usable connection to the store, or its deadline passed."""
+    """There is no usable connection to the cache server, or its deadline passed."""
 
 
 class StoreReplyError(StoreError):
-    """The server answered a command with an error."""
+    """The cache server replied to a command with an error."""

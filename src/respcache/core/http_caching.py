@@ -1,4 +1,4 @@
-"""What HTTP says about storing a response and about saying so: RFC 9110, RFC 9111 and RFC 9211."""
+"""The rules of HTTP for storing responses and for reporting it: RFC 9110, RFC 9111 and RFC 9211."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -8,15 +8,15 @@ from respcache.core.encoding import Headers
 
 CACHE_NAME = b"respcache"
 BROWSER_CACHE_CONTROL = b"private, no-cache"
-"""What browsers are told: they cannot see our invalidations, so they must ask."""
+"""The directives for browsers: they cannot see our invalidations, so they must revalidate."""
 
 BROWSERS = (b"cache-control", BROWSER_CACHE_CONTROL)
 AS_IT_IS = (b"cache-control", BROWSER_CACHE_CONTROL + b", no-transform")
-"""The same for an answer that nobody on its way may change (RFC 9111, section 5.2.2.6)."""
+"""The same for a response that intermediaries must not change (RFC 9111, section 5.2.2.6)."""
 
 _UNFIT = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
-"""What must not stand in a header (RFC 9110, section 5.5): a server would refuse it, but only when
-it is too late for us."""
+"""Bytes that a header must not contain (RFC 9110, section 5.5). A server would refuse them, but
+only after we have stored the response."""
 
 STORABLE_STATUS = frozenset({200, 203, 204})
 KEPT_HEADERS = frozenset(
@@ -33,7 +33,7 @@ KEPT_HEADERS = frozenset(
         b"x-total-count",
     }
 )
-"""Headers that are stored with the body and sent again on a hit."""
+"""Headers that are stored with the body and sent with a hit."""
 
 
 def refusal(
@@ -43,11 +43,11 @@ def refusal(
     max_body_bytes: int,
     key_headers: Collection[bytes],
 ) -> str | None:
-    """Say why a response with this head must not be stored, or return None. The words are those of
-    the counters.
+    """Return why a response with this status and these headers must not be stored, or None. The
+    words are the counters' names.
 
-    ``key_headers`` are the request headers (lower case) that the key holds. RFC 9111, sections 3
-    and 4.1.
+    ``key_headers`` are the request headers (lower case) that are part of the key. RFC 9111,
+    sections 3 and 4.1.
     """
     if status not in STORABLE_STATUS:
         return "status"
@@ -70,8 +70,7 @@ def refusal(
 
 
 def kept(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Pick the headers that are stored; of ``Cache-Control`` only that nobody may change the
-    answer."""
+    """Return the headers to store; of ``Cache-Control``, only ``no-transform`` is kept."""
     given = list(headers)
     picked = tuple((name.lower(), value) for name, value in given if name.lower() in KEPT_HEADERS)
     return (*picked, AS_IT_IS) if _says_no_transform(given) else picked
@@ -84,7 +83,7 @@ def cache_status(*parts: str) -> tuple[bytes, bytes]:
 
 
 def of_a_hit(headers: Headers, *, ttl_s: int) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer from the cache; ``headers`` are stored ones, so a
+    """Return the headers of a response from the cache; ``headers`` are stored ones, so a
     ``Cache-Control`` among them is ours."""
     return (
         [*headers, _hit_with(ttl_s)]
@@ -95,16 +94,16 @@ def of_a_hit(headers: Headers, *, ttl_s: int) -> list[tuple[bytes, bytes]]:
 
 @lru_cache(4096)
 def _hit_with(ttl_s: int) -> tuple[bytes, bytes]:
-    """Build the ``Cache-Status`` of a hit: one object for all entries, which a processor then has
-    at hand."""
+    """Build the ``Cache-Status`` of a hit. Cached, so that entries share one object, which stays in
+    the processor's cache."""
     return b"cache-status", b"%s; hit; ttl=%d" % (CACHE_NAME, ttl_s)
 
 
 def for_browsers(
     headers: Iterable[tuple[bytes, bytes]], *, replace: bool
 ) -> list[tuple[bytes, bytes]]:
-    """Return the headers with our ``Cache-Control``: always if ``replace``, else only where the
-    handler gave none."""
+    """Return the headers with our ``Cache-Control``: always if ``replace``, else only if the
+    handler set none."""
     given = list(headers)
     if not replace and any(name.lower() == b"cache-control" for name, _ in given):
         return given

@@ -1,8 +1,9 @@
-"""Who asks, and which rows are theirs: what a resolver decides before anything is looked up.
+"""Identity: the caller of a request and the rows it may see, which a resolver decides before any
+lookup.
 
-An application writes one resolver. The wrapper calls it before it looks into the cache, the
-handlers use the very object that it returned, so that "authorised for the cache" and "authorised
-for the handler" cannot differ.
+An application writes one resolver. The middleware calls it before it reads the cache, and the
+handlers use the object that it returned, so that "authorised for the cache" and "authorised for
+the handler" cannot differ.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -17,12 +18,12 @@ Dependency = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a request says of its caller, verified but not yet looked up.
+    """The verified credentials of a request, before any lookup.
 
-    ``key`` holds everything that ``Resolver.scope`` depends on besides the database. ``home`` is
-    the tenant (or ``SHARED``) whose generation covers every row that ``Resolver.scope`` reads for
-    this claim, spelt like ``Scope.tenant``. ``expires_at`` is when the credentials end by
-    themselves (seconds of the Unix epoch), None: never.
+    ``key`` contains everything on which ``Resolver.scope`` depends besides the database.
+    ``owner_tenant`` is the tenant (or ``SHARED``) whose generation covers every row that
+    ``Resolver.scope`` reads for this claim, spelt like ``Scope.tenant``. ``expires_at`` is when the
+    credentials expire (seconds of the Unix epoch; None: never).
     """
 
     key: Hashable
@@ -32,12 +33,12 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What the caller may see. Subclass it with what the handlers filter by.
+    """The rows that the caller may see. Subclass it with the values that handlers filter by.
 
-    ``tenant`` is the one canonical id of the tenant, or None (then nothing is cached): letter for
-    letter what PostgreSQL makes of the tenant column with ``::text``, as that is what writes bump.
-    A uuid is in lower case with hyphens, whatever a token or an address says. ``fingerprint`` is
-    equal for two callers iff they see the same rows of that tenant.
+    ``tenant`` is the canonical id of the tenant, or None (then nothing is cached). It must equal
+    the tenant column cast to ``::text`` in PostgreSQL, because writes bump that value: a uuid is in
+    lower case with hyphens, in whatever form a token or a URL has it. ``fingerprint`` is equal for
+    two callers iff they see the same rows of that tenant.
     """
 
     tenant: str | None
@@ -45,7 +46,7 @@ class Scope:
 
 
 class RequestHead:
-    """The head of an HTTP request, read from an ASGI scope: everything a resolver may look at.
+    """The head of an HTTP request, read from an ASGI scope: everything that a resolver may read.
     Bodies are never read."""
 
     __slots__ = ("_query", "path_params", "scope")
@@ -98,26 +99,25 @@ class RequestHead:
 
 
 class Resolver(Protocol):
-    """Decides identity, tenant and the role rule of a route; the same code serves the wrapper and
-    the handlers.
+    """Decides identity, tenant and the role rule of a route, for the middleware and the handlers.
 
-    A resolver whose ``claim`` looks at nothing but the path, the query string and some headers
-    should name these in an attribute ``headers`` (a collection of lower-case names, ``cookie``
-    among them if it looks at cookies). Requests that agree in all of that are then recognised by
-    their bytes, and their credentials verified again only now and then.
+    If ``claim`` depends only on the path, the query string and some headers, name these headers in
+    an attribute ``headers`` (lower-case names, with ``cookie`` if it reads cookies). Requests that
+    are equal in all of that are then recognised by their bytes, and their credentials are verified
+    again only from time to time.
     """
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The tables that ``scope`` reads; a write to one of them makes the memoised scope
-        invalid."""
+        """The tables that ``scope`` reads. A write to one of them invalidates the cached
+        scope."""
         ...
 
     @property
     def stands_for(self) -> frozenset[Dependency]:
-        """The dependencies of routes whose decision this resolver makes; any other security
-        dependency of a cached route must be named by its policy as ``rule``, or the application
-        does not start."""
+        """The dependencies of routes whose decision this resolver makes. The policy of a cached
+        route must name any other security dependency as ``rule``, or the application does not
+        start."""
         ...
 
     def claim(self, head: RequestHead) -> Claim:
@@ -125,21 +125,19 @@ class Resolver(Protocol):
         ...
 
     async def scope(self, claim: Claim) -> Scope:
-        """Read from the database what the caller may see. Raises ``Denied``. Its reads must be
-        covered by ``claim.home``."""
+        """Read from the database what the caller may see. Raises ``Denied``. The generation of
+        ``claim.owner_tenant`` must cover its reads."""
         ...
 
     def permits(self, scope: Scope, rule: Dependency | None) -> bool:
-        """Decide the role rule of a route, without I/O."""
+        """Return whether the role rule of a route permits the scope, without I/O."""
         ...
 
 
 class SingleTenant:
-    """The resolver of an application without tenants and without logins: everybody sees the same
-    rows.
+    """The resolver of an application without tenants and logins: all callers see the same rows.
 
-    Requests with an ``Authorization`` header are not answered from the cache (RFC 9111, section
-    3.5).
+    Requests with an ``Authorization`` header bypass the cache (RFC 9111, section 3.5).
     """
 
     tables: tuple[str, ...] = ()
@@ -151,15 +149,15 @@ class SingleTenant:
         self._scope = Scope(tenant, b"")
 
     def claim(self, head: RequestHead) -> Claim:
-        """Return the one claim there is. Raises ``Denied`` when the request carries credentials."""
+        """Return the one claim. Raises ``Denied`` if the request has credentials."""
         if head.header("authorization") is not None:
             raise Denied("requests with an Authorization header are not cached by SingleTenant")
         return self._claim
 
     async def scope(self, claim: Claim) -> Scope:
-        """Return the one scope there is."""
+        """Return the one scope."""
         return self._scope
 
     def permits(self, scope: Scope, rule: Dependency | None) -> bool:
-        """Permit routes without a rule; a rule needs a resolver that knows roles."""
+        """Permit routes without a rule. A rule needs a resolver that knows roles."""
         return rule is None

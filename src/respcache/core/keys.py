@@ -1,10 +1,10 @@
 """Every key that respcache writes is built here and only here.
 
-| key                                            | type   | holds                                  |
+| key                                            | type   | contents                               |
 |------------------------------------------------|--------|----------------------------------------|
 | tenant:{tenant}:{module}:{kind}:{digest}       | string | a stored response (``core/entry.py``)  |
 | tenant:{tenant}:~gen                           | hash   | the tenant's generation                |
-| tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the lock of the process that fills it  |
+| tenant:{tenant}:~fill:{module}:{kind}:{digest} | string | the fill lock of that response         |
 | tenant:~shared:~gen                            | hash   | generation of data without a tenant    |
 | respcache:~inc                                 | string | the epoch (``core/epochs.py``)         |
 | respcache:~off                                 | hash   | what is switched off for all processes |
@@ -16,17 +16,17 @@
 | respcache:~feed                                | stream | the latest invalidations               |
 | respcache:~fed                                 | zset   | ids of outbox rows in the feed         |
 
-An entry lives for its TTL and a generation longer than every entry, as does the epoch. A fill lock
-lives for seconds, the ids of the feed for minutes. A process's keys live for a minute after its
-last report, a bucket of the series for 70 minutes, and the feed for a day. Switches stay until
-they are turned on again.
+An entry lives for its TTL. A generation lives longer than every entry, and so does the epoch. A
+fill lock lives for seconds, the ids of the feed for minutes. A process's keys live for a minute
+after its last report, a bucket of the series for 70 minutes, and the feed for a day. Switches stay
+until they are turned on again.
 
 ``{kind}`` is list, detail, count or settings. ``{process}`` is 16 hexadecimal digits that a process
-makes when it starts, ``{bucket}`` the Unix time divided by ten. ``{digest}`` is 32 hexadecimal
+generates when it starts, ``{bucket}`` the Unix time divided by ten. ``{digest}`` is 32 hexadecimal
 digits: a BLAKE2b of 128 bits, keyed with the secret that all processes share, over everything that
-decides the response. The entry repeats it and it is compared on every hit. No part of a key can
-hold a colon, a blank or a glob character, so ``SCAN MATCH tenant:abc:accounts:*`` matches what it
-says. Deleting any of these keys by hand is safe.
+determines the response. The entry repeats it, and every hit compares it. No part of a key can
+contain a colon, a blank or a glob character, so ``SCAN MATCH tenant:abc:accounts:*`` matches
+exactly that tenant and module. Deleting any of these keys by hand is safe.
 """
 
 import hashlib
@@ -38,10 +38,10 @@ from typing import NamedTuple
 from respcache.core.errors import ConfigurationError
 
 SHARED = "~shared"
-"""Stands for the tenant in the generation of rows that belong to no tenant."""
+"""The tenant of rows that belong to no tenant."""
 
 EVERYBODY = "~all"
-"""Stands for the tenant of an outbox row that concerns all of them (TRUNCATE)."""
+"""The tenant of an outbox row that concerns all tenants (TRUNCATE)."""
 
 SWITCHES_KEY = "respcache:~off"
 EPOCH_KEY = "respcache:~inc"
@@ -49,11 +49,11 @@ PROCESSES_KEY = "respcache:~procs"
 FEED_KEY = "respcache:~feed"
 FED_KEY = "respcache:~fed"
 BUMPS_CHANNEL = "respcache:~bumps"
-"""Where every bump is published: the key of the generation; and what an operator deleted: the key
-of the entry. Not a key."""
+"""A channel, not a key. Each bump publishes the key of its generation, each deletion by an operator
+the key of the entry."""
 
 EVERYTHING = "*"
-"""The switch of everything. Not a key, but a field of the switches."""
+"""The switch of everything: not a key, but a field of the switches."""
 
 KINDS = ("list", "detail", "count", "settings")
 DIGEST_BYTES = 16
@@ -62,12 +62,13 @@ MIN_SECRET_BYTES = 16
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _ENTRY = re.compile(
-    f"tenant:({_TENANT.pattern}):({_NAME.pattern}):({'|'.join(KINDS)}):([0-9a-f]{{{2 * DIGEST_BYTES}}})"
+    f"tenant:({_TENANT.pattern}):({_NAME.pattern}):({'|'.join(KINDS)})"
+    f":([0-9a-f]{{{2 * DIGEST_BYTES}}})"
 )
 
 
 def check_tenant(tenant: str) -> str:
-    """Return the tenant id if it can stand in a key. Raises ``ValueError``."""
+    """Return the tenant id if a key can contain it. Raises ``ValueError``."""
     if _TENANT.fullmatch(tenant) is None and tenant != SHARED:
         raise ValueError(
             f"tenant id {tenant!r} must be 1 to 128 letters, digits, '.', '_' or '-', beginning "
@@ -77,7 +78,7 @@ def check_tenant(tenant: str) -> str:
 
 
 def check_module(module: str) -> str:
-    """Return the module's name if it can stand in a key. Raises ``ConfigurationError``."""
+    """Return the module's name if a key can contain it. Raises ``ConfigurationError``."""
     if _NAME.fullmatch(module) is None:
         raise ConfigurationError(
             f"module {module!r} must be 1 to 64 letters, digits, '_' or '-', beginning with a "
@@ -86,13 +87,13 @@ def check_module(module: str) -> str:
     return module
 
 
-def entry_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
-    """Name the key of a stored response."""
+def entry_key(tenant: str, module: str, kind: str, *, digest: bytes) -> str:
+    """Return the key of a stored response."""
     return f"tenant:{tenant}:{module}:{kind}:{digest.hex()}"
 
 
 class EntryKey(NamedTuple):
-    """What the key of a stored response says."""
+    """The parts of a stored response's key."""
 
     tenant: str
     module: str
@@ -101,7 +102,7 @@ class EntryKey(NamedTuple):
 
 
 def read_entry_key(key: str) -> EntryKey | None:
-    """Read the key of a stored response back, or return None for any other key."""
+    """Parse the key of a stored response; return None for any other key."""
     found = _ENTRY.fullmatch(key)
     return (
         None if found is None else EntryKey(found[1], found[2], found[3], bytes.fromhex(found[4]))
@@ -109,54 +110,54 @@ def read_entry_key(key: str) -> EntryKey | None:
 
 
 def entry_pattern(tenant: str | None, module: str | None) -> str:
-    """Return a glob that all stored responses of a tenant and a module match, or None: of all;
-    other keys may match it too."""
+    """Return a glob that matches all stored responses of a tenant and a module (None: of all). It
+    may also match other keys."""
     return f"tenant:{tenant or '*'}:{module or '[A-Za-z]*'}:*"
 
 
-def lock_key(tenant: str, module: str, kind: str, digest: bytes) -> str:
-    """Name the key of the lease for filling a stored response."""
+def lock_key(tenant: str, module: str, kind: str, *, digest: bytes) -> str:
+    """Return the key of the fill lock of a stored response."""
     return f"tenant:{tenant}:~fill:{module}:{kind}:{digest.hex()}"
 
 
 def generation_key(tenant: str) -> str:
-    """Name the key of a tenant's generation."""
+    """Return the key of a tenant's generation."""
     return f"tenant:{tenant}:~gen"
 
 
 def tenant_switch(tenant: str) -> str:
-    """Name the switch of a tenant."""
+    """Return the switch of a tenant."""
     return f"tenant:{tenant}"
 
 
 def module_switch(module: str) -> str:
-    """Name the switch of a module."""
+    """Return the switch of a module."""
     return f"module:{module}"
 
 
 def switched(names: Iterable[str], prefix: str) -> frozenset[str]:
-    """Return whose switches are among these names: of all tenants or of all modules, by the name of
-    the empty one."""
+    """Return the tenants or modules whose switches are among these names; ``prefix`` is the switch
+    of the empty name."""
     return frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
 def counters_key(process: str) -> str:
-    """Name the key of a process's figures."""
+    """Return the key of a process's counters by route."""
     return f"respcache:~figures:{process}"
 
 
 def tenants_key(process: str) -> str:
-    """Name the key of a process's figures of each tenant."""
+    """Return the key of a process's counters by tenant."""
     return f"respcache:~tenants:{process}"
 
 
 def routes_key(process: str) -> str:
-    """Name the key of a process's figures of each tenant, by route."""
+    """Return the key of a process's counters by tenant and route."""
     return f"respcache:~routes:{process}"
 
 
 def series_key(bucket: int) -> str:
-    """Name the key of what happened in a time."""
+    """Return the key of the counters of one bucket of the series."""
     return f"respcache:~series:{bucket}"
 
 
@@ -176,7 +177,7 @@ class CacheKey:
 
 
 class Digester:
-    """Makes the digests of one deployment: the secret and the schema version are part of each."""
+    """Computes the digests of one deployment. Each includes the secret and the schema version."""
 
     __slots__ = ("_prefix", "_secret")
 
@@ -201,11 +202,11 @@ class Digester:
         fingerprint: bytes,
         parameters: Sequence[tuple[str, str, str]],
     ) -> bytes:
-        """Return the 16 bytes that name a response.
+        """Return the 16 bytes that identify a response.
 
-        ``route`` is the template of the path, ``tables`` what the read depends on (another
-        declaration, another key), ``parameters`` the canonical ``(place, name, value)`` triples in
-        order.
+        ``route`` is the template of the path; ``tables`` are the declared tables (another
+        declaration gives another key); ``parameters`` are the canonical ``(place, name, value)``
+        triples in order.
         """
         fields = [
             tenant.encode(),
@@ -222,6 +223,6 @@ class Digester:
 
 
 def _pack(fields: Iterable[bytes]) -> bytes:
-    """Join fields so that no two different sequences give the same bytes: each is preceded by its
-    length."""
+    """Join fields, each preceded by its length, so that different sequences give different
+    bytes."""
     return b"".join(len(field).to_bytes(4, "big") + field for field in fields)

@@ -1,9 +1,9 @@
-"""How a route is cached: policies, declared parameters, and the one canonical form of a request.
+"""How a route is cached: policies, declared parameters, and the canonical form of a request.
 
-A policy is data attached to an endpoint; it changes nothing by itself. The canonical form of a
-request holds the declared parameters only, each in one spelling, in the order of their names; the
-handler of a fill is called with exactly that form, so nothing that the key does not hold can decide
-what the handler answers.
+A policy is data attached to an endpoint; it has no effect by itself. The canonical form of a
+request contains only the declared parameters, each in one spelling, in the order of their names.
+The handler of a fill is called with exactly that form, so nothing outside the key can affect its
+response.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,22 +27,22 @@ FOREVER = float("inf")
 
 
 class Level(StrEnum):
-    """How fresh a hit from memory has to be. Misses, and hits from the store, are strict at every
-    level."""
+    """How fresh a hit from memory must be. Misses and hits from the cache server are always
+    strict."""
 
     STRICT = "strict"
     """No write that was acknowledged before the request began is missing. One small round trip,
     shared by a tenant's requests."""
     BOUNDED = "bounded"
-    """Writes that were acknowledged more than ``bound_s`` ago are never missing; others rarely.
+    """No write that was acknowledged more than ``bound_s`` ago is missing; later ones rarely are.
     Mostly no round trip."""
     TTL = "ttl"
-    """Valid until an invalidation is heard of, at most for the time to live. Who may see it is as
-    fresh as at ``bounded``."""
+    """Valid until an invalidation arrives, at most for the time to live. The caller's permissions
+    are as fresh as at ``bounded``."""
 
     @classmethod
     def of(cls, name: str, module: str) -> "Level":
-        """Read a level by its name. Raises ``ConfigurationError``."""
+        """Return a level by its name. Raises ``ConfigurationError``."""
         if name not in tuple(cls):
             raise ConfigurationError(
                 f"level {name!r} of module {module!r} must be one of {', '.join(cls)}"
@@ -51,14 +51,14 @@ class Level(StrEnum):
 
 
 VariesBy = Callable[[Any], str]
-"""What else an answer depends on, besides its parameters and what the caller may see: a function of
-the caller's ``Scope``."""
+"""A function of the caller's ``Scope``: what a response depends on besides its parameters and the
+scope's fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A declared parameter of a route. ``default`` is the spelling that means the same as leaving
-    it out."""
+    """A declared parameter of a route. ``default`` is the spelling that means the same as omitting
+    it."""
 
     name: str
     place: str = "query"
@@ -68,7 +68,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How the answers of one endpoint are cached. Validated when made."""
+    """How the responses of one endpoint are cached. Validated on creation."""
 
     module: str
     kind: str
@@ -101,14 +101,14 @@ class Policy:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """What an entry of this policy depends on."""
+        """The tags on which an entry of this policy depends."""
         return (FLOOR, module_tag(self.module), *map(table_tag, self.tables))
 
     def max_view_age_s(self, *, anonymous: bool) -> float:
-        """How old a view may be by which a hit from memory is judged; 0: it must be younger than
-        the request.
+        """Return the maximum age of the view by which a hit from memory is judged; 0: the view must
+        be younger than the request.
 
-        ``anonymous``: everybody sees the same, so nothing but the answer itself can be out of date.
+        ``anonymous``: all callers see the same, so no scope can be out of date.
         """
         if self.level is Level.STRICT:
             return 0.0
@@ -117,7 +117,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Invalidation:
-    """The modules that a handler without a database hook invalidates when it answers."""
+    """The modules that a handler without a database hook invalidates when it responds."""
 
     modules: tuple[str, ...]
 
@@ -128,8 +128,8 @@ class Invalidation:
 
 @dataclass(frozen=True, slots=True)
 class Canonical:
-    """The one form of a request: what goes into the key, and the query string that the handler of a
-    fill sees."""
+    """The canonical form of a request: the parameters in the key, and the query string that the
+    handler of a fill receives."""
 
     parameters: tuple[tuple[str, str, str], ...]
     query_string: bytes
@@ -142,12 +142,11 @@ def canonical(
     declared: Sequence[Parameter],
     passed: Sequence[str] = (),
 ) -> Canonical:
-    """Bring a request into its canonical form.
+    """Return the canonical form of a request.
 
     ``declared`` parameters are sorted by (place, name). ``passed`` are names of query parameters
-    that the resolver consumes:
-    they reach the handler (whose own identity dependency may declare them) but are not part of the
-    key.
+    that the resolver consumes: they reach the handler, whose identity dependency may declare them,
+    but are not part of the key.
     """
     given: dict[str, list[str]] = {}
     for name, value in parse_qsl(
@@ -166,17 +165,17 @@ def canonical(
 
 
 def in_order(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
-    """Sort declared parameters into the order of the canonical form, each once."""
+    """Return the declared parameters in the order of the canonical form, each once."""
     return tuple(
         sorted(dict.fromkeys(parameters), key=lambda parameter: (parameter.place, parameter.name))
     )
 
 
 def _values(parameter: Parameter, given: Mapping[str, list[str]], head: RequestHead) -> list[str]:
-    """Return the values that count.
+    """Return the values of a parameter that are part of the key.
 
-    Of a query parameter: all if it is repeated, else the last, and none where that equals the
-    default; the handler gets just these. Headers and cookies reach the handler as they came, so all
+    Of a query parameter: all if it is repeated, else the last, and none if that equals the default.
+    The handler receives exactly these. Headers and cookies reach the handler unchanged, so all
     their values count.
     """
     if parameter.place == "cookie":

@@ -1,21 +1,22 @@
-"""Tokens: how a client sees its own writes in every process, at the levels whose hits may be judged
-by an older view.
+"""Consistency tokens: how a client sees its own writes in every process, at the levels whose hits
+may be judged by an older view.
 
 At level ``bounded`` a process may use a view of a generation until it is ``bound_s`` old, and at
 ``ttl`` for longer. A client that wrote through one process and then reads through another could
-miss its own write. So the answer of a write carries a *token*: the nonce of the generation that was
-bumped, and the sequence that it has reached. For a request that brings it back, a remembered view
-counts only if it is of that life and has reached that sequence: then it holds the bump, and
-whatever the write made invalid is invalid in it. Else a view is read first, as at level ``strict``.
+miss its own write. So the response to a write carries a *token*: the nonce of the generation that
+was bumped, and the sequence that it has reached. For a request that sends it back, a remembered
+view counts only if it is of that life and has reached that sequence: then it includes the bump, and
+whatever the write made invalid is invalid in it. Otherwise a view is read first, as at level
+``strict``.
 
-  * the nonce: a generation that is made anew begins at 0. A view of its former life may have a
-    higher sequence and knows nothing of the bump.
-  * no known sequence (the generation did not exist, which says nothing of the views of others;
-    several tenants were written to; a round has confirmed the bump, not this process): the token
-    says so, and no remembered view ever counts.
+  * the nonce: a generation that is created again begins at 0. A view of its former life may have a
+    higher sequence and not include the bump.
+  * an unknown sequence (the generation did not exist, which says nothing about the views of other
+    processes; several tenants were written to; a relay cycle confirmed the bump, not this
+    process): the token says so, and no remembered view ever counts.
 
-A token can only forbid a remembered view. Whatever stands in one, true, old, foreign or forged, it
-never widens what is served, and costs one reading at most. So it is neither signed nor secret.
+A token can only forbid a remembered view. Whatever it contains, true, old, foreign or forged, it
+never widens what is served, and costs one read at most. So it is neither signed nor secret.
 """
 
 import re
@@ -24,30 +25,30 @@ from collections.abc import Iterable
 from respcache.core.generations import Certificate, GenerationView
 
 HEADER = b"x-cache-token"
-"""Of requests and of answers."""
+"""The header of requests and responses that carries it."""
 
 UNKNOWN = b"validate"
-"""The token that no view has reached."""
+"""The spelling of a token that no view has reached."""
 
 MAX_BYTES = 256
-"""Of all that one request brings; longer ones are not read."""
+"""Limit for all tokens of one request; longer values are not parsed."""
 
 ConsistencyToken = tuple[Certificate, ...]
-"""What a view must have reached, each of it; empty where that is not known."""
+"""The certificates that a view must have reached, all of them; empty if they are unknown."""
 
 _ONE = re.compile(rb"([0-9a-f]{16})\.([0-9]{1,18})")
 
 
 def encode(token: ConsistencyToken) -> bytes:
-    """Spell a token. One that could not be read again (a foreign hand has written the nonce) is
-    spelt ``UNKNOWN``."""
+    """Return the header value of a token: ``UNKNOWN`` if it could not be parsed again, for example
+    because another program has written the nonce."""
     text = b",".join(b"%s.%d" % (one.nonce, one.sequence) for one in token)
     return text if token and decode(text) == token else UNKNOWN
 
 
 def decode(text: bytes) -> ConsistencyToken:
-    """Read one or several tokens, separated by commas; the empty one where that is not what they
-    are."""
+    """Parse one or several tokens, separated by commas; return the empty one for anything
+    else."""
     if len(text) > MAX_BYTES:
         return ()
     found = [_ONE.fullmatch(part.strip(b" \t")) for part in text.split(b",")]
@@ -59,14 +60,13 @@ def decode(text: bytes) -> ConsistencyToken:
 
 
 def client_token(headers: Iterable[tuple[bytes, bytes]]) -> ConsistencyToken | None:
-    """Return what a request with these headers (names in lower case) brings, or None where it
-    brings none."""
+    """Return the token in a request's headers (names in lower case), or None without one."""
     values = [value for name, value in headers if name == HEADER]
     return decode(b",".join(values)) if values else None
 
 
 def both(one: ConsistencyToken | None, other: ConsistencyToken | None) -> ConsistencyToken | None:
-    """Return the token of two writes, each with one of its own; None: nothing was written."""
+    """Return the combined token of two writes; None stands for no write."""
     if one is None or other is None:
         return other if one is None else one
     if not one or not other or len({mark.nonce for mark in one + other}) > 1:
@@ -75,7 +75,7 @@ def both(one: ConsistencyToken | None, other: ConsistencyToken | None) -> Consis
 
 
 def reached(token: ConsistencyToken, view: GenerationView) -> bool:
-    """Whether a view holds everything that the token names."""
+    """Return whether a view has reached everything that the token names."""
     return bool(token) and all(
         view.nonce == mark.nonce and view.sequence >= mark.sequence for mark in token
     )

@@ -281,7 +281,7 @@ class _Explainer:
 
     def _bypassed(self, bypass: Bypass, policy: Policy) -> _Result:
         relay = None if self._cache.runtime is None else self._cache.runtime.relay
-        problem = "" if relay is None else self._shown(relay.problem)
+        problem = "" if relay is None else self._shown(relay.counters.problem)
         uncovered: set[str] = set()
         if relay is not None:
             uncovered = {*policy.tables, *self._cache.resolver.tables} - relay.tables
@@ -368,7 +368,7 @@ class _Explainer:
                 left_s=round(max(0.0, left_s), 3),
                 age_s=None if age_s is None else round(age_s, 3),
                 server=short_server(relay.lease.server),
-                problem=self._shown(relay.problem),
+                problem=self._shown(relay.counters.problem),
             )
 
     def _note_caller(self, claim: Claim, scope: Scope, *, remembered: bool) -> None:

@@ -51,8 +51,8 @@ class LeaseStats(msgspec.Struct):
     age_s: float | None
     """How old the moment is up to which it has seen every write; None before the first round."""
     lease_s: float
-    relay: int
-    rounds_failed: int
+    cycles: int
+    cycles_failed: int
     epochs_begun: int
     pending_rows: int
     """Invalidations in the database that this process has yet to apply, or see applied."""

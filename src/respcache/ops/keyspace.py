@@ -135,7 +135,7 @@ class MemoryKeys:
         """See ``Keyspace.stored``."""
         found = []
         for key in keys:
-            data, ttl_left_s = self._server.look(key)
+            data, ttl_left_s = self._server.peek(key)
             if isinstance(data, bytes):
                 found.append(Stored(key, data[:HEAD_BYTES], len(data), ttl_left_s))
         return found
@@ -148,7 +148,7 @@ class MemoryKeys:
         """See ``Keyspace.delete``."""
         there = key in self._server.values
         self._server.delete(key)
-        self._server.tell(key)
+        self._server.publish(key)
         return int(there)
 
 

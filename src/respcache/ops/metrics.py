@@ -134,8 +134,8 @@ def _lease(field: str) -> Read:
 
 def _relay(report: ProcessReport) -> Iterator[Sample]:
     if (lease := report.process.lease) is not None:
-        yield ("completed",), lease.relay
-        yield ("failed",), lease.rounds_failed
+        yield ("completed",), lease.cycles
+        yield ("failed",), lease.cycles_failed
 
 
 def _audits(report: ProcessReport) -> Iterator[Sample]:

@@ -56,7 +56,7 @@ class Guards:
     @property
     def tables(self) -> object:
         """The set of watched tables; a new object whenever it changes. None without an outbox."""
-        return None if self.relay is None else self.relay.tables
+        return None if self.relay is None else self.relay.coverage.tables
 
     def covers(self, policy: Policy) -> bool:
         """Whether this process sees every write to the tables of the policy and the resolver."""

@@ -1,18 +1,17 @@
 """One socket to a server, shared by all callers of an event loop.
 
-Commands of all callers go out in one stream; replies come back in the same order, so a queue of
+Commands of all callers are sent in one stream. Replies come back in the same order, so a queue of
 futures, first in first out, is all the bookkeeping there is. A caller that is cancelled or runs out
-of time leaves its place in the queue: its replies are still consumed by it and can never become
-somebody else's (redis-py lost that once, CVE-2023-28859).
+of time keeps its place in the queue: its replies are still consumed by it and cannot be delivered
+to another caller (redis-py once had that bug, CVE-2023-28859).
 
-The commands of one event-loop tick leave in one write. Their deadlines begin with that write, not
-before: a tick that is kept busy does not use up the server's time. One timer looks after all
-deadlines.
+The commands of one event-loop tick are sent in one write. Their deadlines begin with that write,
+not before: a busy tick does not use up the server's time. One timer serves all deadlines.
 
-The identity of the server (``master_replid``) is asked in the handshake and belongs to this
-socket's life: every reply that comes over it was given by that server life. Protocol: RESP3, parsed
-by hiredis; its push messages (published ones, and the confirmation of SUBSCRIBE) stand between the
-replies and take no place among them.
+The handshake reads the identity of the server (``master_replid``), which belongs to this socket's
+life: every reply over it came from that server life. Protocol: RESP3, parsed by hiredis. Its push
+messages (published ones, and the confirmation of SUBSCRIBE) come between the replies and take no
+place among them.
 """
 
 import asyncio
@@ -36,39 +35,39 @@ log = logging.getLogger("respcache.resp")
 Command = tuple[str | bytes | int, ...]
 
 MAX_WAITING = 20_000
-"""Commands that may wait for a reply; beyond it, callers are refused at once."""
+"""Commands that may wait for a reply. Beyond it, requests fail at once."""
 
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
-"""Bytes that may wait to be written; beyond it, callers are refused at once."""
+"""Bytes that may wait to be written. Beyond it, requests fail at once."""
 
 GRACE_S = 0.005
-"""A deadline that has passed is looked at again after this: replies may lie unread in the socket
+"""A deadline that has passed is checked again after this time: replies may lie unread in the socket
 because the event loop was busy (uvloop runs timers before it reads)."""
 
 LATENESS = 1 / 16
-"""Deadlines are looked at one after another no sooner than this share of the shortest one (at most
-``GRACE_S``, at least a millisecond, which is how uvloop counts): a busy connection notices a
-deadline later by that, and ends it ``GRACE_S`` later."""
+"""The pause between two checks of deadlines, as a share of the shortest deadline (at most
+``GRACE_S``, at least a millisecond, uvloop's resolution). A busy connection notices a passed
+deadline later by that pause, and fails the request ``GRACE_S`` after that."""
 
 MAX_LATE_IN_A_ROW = 10
-"""A server that answers, but always too late, is as good as hung: its callers would all pay the
-deadline."""
+"""A server that always replies too late is treated as hung: otherwise every request would wait for
+its deadline."""
 
 FATAL_ERRORS = ("LOADING", "READONLY", "MASTERDOWN", "NOAUTH", "WRONGPASS")
-"""Replies that say this connection is of no use."""
+"""Error replies after which this connection cannot be used."""
 
-# RESP3 has a reply that reads as False, hiredis' own sign for "not enough data yet"
+# RESP3's reply false reads as False, which hiredis returns for "not enough data yet"
 _MORE = object()
 
 
 class HandshakeRefused(StoreUnavailable):
-    """The server is there and does not take us: a wrong password, a replica, its data still
-    loading, a false certificate."""
+    """The server is reachable but refuses the connection: wrong password, replica, data still
+    loading, invalid certificate."""
 
 
 class PendingWrite:
-    """What leaves in one write: the commands of one event-loop tick. ``at`` is infinite until they
-    have left."""
+    """The commands of one event-loop tick, sent in one write. ``at`` is infinite until they are
+    sent."""
 
     __slots__ = ("at", "packed", "received", "shortest_s", "size_bytes")
 
@@ -81,7 +80,7 @@ class PendingWrite:
 
 
 class Batch:
-    """The commands that one caller sent together. ``future`` is None when nobody waits."""
+    """The commands that one caller sent together. ``future`` is None if no caller waits."""
 
     __slots__ = ("deadline_s", "expected", "future", "grace_until", "replies", "write")
 
@@ -90,6 +89,7 @@ class Batch:
         expected: int,
         write: PendingWrite,
         future: "asyncio.Future[list[Any]] | None" = None,
+        *,
         deadline_s: float = inf,
     ) -> None:
         self.expected = expected
@@ -100,38 +100,42 @@ class Batch:
         self.grace_until = 0.0
 
     def awaited(self) -> bool:
-        """Whether somebody waits for the replies."""
+        """Return whether a caller waits for the replies."""
         return self.future is not None and not self.future.done()
 
     def due(self) -> float:
-        """Return when to look at it: at its deadline, then once more."""
+        """Return when to check it: at its deadline, then at the end of the grace."""
         return self.grace_until or self.write.at + self.deadline_s
 
 
 class Subscription:
-    """A channel, who hears its messages, and the batch that asked for it."""
+    """A channel, the callback for its messages, and the batch that subscribes to it."""
 
-    __slots__ = ("batch", "channel", "heard")
+    __slots__ = ("batch", "channel", "on_message")
 
-    def __init__(self, channel: bytes, heard: Callable[[bytes], None], batch: Batch) -> None:
+    def __init__(self, channel: bytes, on_message: Callable[[bytes], None], batch: Batch) -> None:
         self.channel = channel
-        self.heard = heard
+        self.on_message = on_message
         self.batch = batch
 
 
 class Connection(asyncio.Protocol):
-    """A connection from its handshake to its end. Make one with ``Connection.open``; it never
-    reconnects."""
+    """A connection from its handshake to its end. Create it with ``Connection.open``; it never
+    reconnects.
 
-    def __init__(self, lost: Callable[["Connection", StoreUnavailable], None]) -> None:
+    It has more than 15 attributes: they are the state of one socket, and an object between them
+    would add a call to every command.
+    """
+
+    def __init__(self, on_lost: Callable[["Connection", StoreUnavailable], None]) -> None:
         self.identity = ""
         self.listening = False
         self.errors = 0
         self.timeouts = 0
         self.commands = 0
-        self._lost = lost
+        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
-        # flushes and timers serve many callers: the context of none of them
+        # flushes and timers serve many callers, so they run in the context of none
         self._context = Context()
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._waiting: deque[Batch] = deque()
@@ -154,14 +158,14 @@ class Connection(asyncio.Protocol):
         url: ServerURL,
         *,
         deadline_s: float,
-        lost: Callable[["Connection", StoreUnavailable], None],
+        on_lost: Callable[["Connection", StoreUnavailable], None],
     ) -> "Connection":
-        """Connect, log in, and learn the server's identity. Raises ``StoreUnavailable``. ``lost``
-        is called once, at the end."""
+        """Connect, log in, and read the server's identity. Raises ``StoreUnavailable``. ``on_lost``
+        is called once, when the connection ends."""
         connection: Connection | None = None
         try:
             async with asyncio.timeout(deadline_s):
-                connection = await _connect(url, lambda: cls(lost))
+                connection = await _connect(url, lambda: cls(on_lost))
                 await connection._shake_hands(url, deadline_s)
                 return connection
         except TimeoutError:
@@ -184,10 +188,9 @@ class Connection(asyncio.Protocol):
     # -- commands ----------------------------------------------------------------------------------
 
     async def execute(self, commands: Sequence[Command], *, deadline_s: float) -> list[Any]:
-        """Send commands in one batch and return their replies in order; errors of the server are
-        returned in their places.
+        """Send commands in one batch and return their replies in order, error replies included.
 
-        Raises ``StoreUnavailable`` when the connection ends or the deadline passes first.
+        Raises ``StoreUnavailable`` if the connection ends or the deadline passes first.
         """
         return await self.request(commands, deadline_s=deadline_s)
 
@@ -195,9 +198,9 @@ class Connection(asyncio.Protocol):
         self, commands: Sequence[Command], *, deadline_s: float
     ) -> "asyncio.Future[list[Any]]":
         """Send commands as ``execute`` does, and return the future of their replies. The deadline
-        begins when they leave.
+        begins when they are sent.
 
-        Raises ``StoreUnavailable`` at once when they cannot be sent. The future may be cancelled.
+        Raises ``StoreUnavailable`` at once if they cannot be sent. The future may be cancelled.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         if commands:
@@ -207,15 +210,16 @@ class Connection(asyncio.Protocol):
         return future
 
     def send(self, commands: Sequence[Command]) -> None:
-        """Send commands whose replies nobody waits for; errors among them are counted. Raises
+        """Send commands without waiting for replies; error replies are counted. Raises
         ``StoreUnavailable``."""
         if commands:
             self._write(commands, None, inf)
 
     def soon(self, callback: Callable[[], None]) -> None:
-        """Call back once, just before this tick's commands leave: what it sends leaves with them.
+        """Call back once, just before this tick's commands are sent; what it sends goes out with
+        them.
 
-        It is called also when the connection ends first. What it raises is logged. Raises
+        It is also called if the connection ends first. Its exceptions are logged. Raises
         ``StoreUnavailable`` after the end.
         """
         if self._ended is not None:
@@ -224,24 +228,24 @@ class Connection(asyncio.Protocol):
         self._flush_soon()
 
     def subscribe(
-        self, channel: str, heard: Callable[[bytes], None], *, deadline_s: float
+        self, channel: str, on_message: Callable[[bytes], None], *, deadline_s: float
     ) -> "asyncio.Future[list[Any]]":
-        """Ask for the messages of a channel, once in a connection's life; ``listening`` is true
-        from the confirmation on.
+        """Subscribe to a channel, once per connection. ``listening`` is true from the confirmation
+        on.
 
-        ``heard`` is called before any reply that came after the message is delivered. What it
-        raises is logged. The future brings the server's error when it refuses. Raises
+        ``on_message`` is called before any reply that follows the message is delivered. Its
+        exceptions are logged. If the server refuses, the future returns its error. Raises
         ``StoreUnavailable`` as ``request`` does.
         """
-        # The confirmation is a push; only a refusal is a reply. PING's reply tells that the one or
-        # the other has come.
+        # The confirmation is a push message; only a refusal is a reply. The reply to PING shows
+        # that one of them has arrived.
         future = self.request([("SUBSCRIBE", channel), ("PING",)], deadline_s=deadline_s)
-        self._subscription = Subscription(channel.encode(), heard, self._waiting[-1])
+        self._subscription = Subscription(channel.encode(), on_message, self._waiting[-1])
         return future
 
     def abort(self, cause: StoreUnavailable) -> None:
-        """End the connection now; everybody who waits gets ``StoreUnavailable``. What was sent
-        before may still arrive."""
+        """End the connection now. All waiting requests fail with ``StoreUnavailable``. Commands
+        sent before may still arrive."""
         self._write_out()
         self._end(cause)
         if self._transport is not None:
@@ -267,7 +271,7 @@ class Connection(asyncio.Protocol):
             raise StoreUnavailable("too many commands are waiting")
         # this may raise: before the batch takes its place, never after
         packed = b"".join(map(hiredis.pack_command, commands))  # type: ignore[arg-type]
-        self._waiting.append(Batch(len(commands), write, future, deadline_s))
+        self._waiting.append(Batch(len(commands), write, future, deadline_s=deadline_s))
         self._unanswered += len(commands)
         self.commands += len(commands)
         write.packed.append(packed)
@@ -288,7 +292,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._flushing = False
             self._write_out()
-            # asked for by callbacks: for the next tick, or they could keep this one for ever
+            # registered by callbacks: next tick, or they could keep this one busy for ever
             if self._callbacks:
                 self._flush_soon()
 
@@ -298,7 +302,7 @@ class Connection(asyncio.Protocol):
             return
         self._next = PendingWrite()
         packed, write.packed = write.packed, []
-        # loop.time() of uvloop is that of the tick's beginning
+        # uvloop's loop.time() is the beginning of the tick
         write.at, write.received = time.monotonic(), self._received
         self._set_alarm(write.at + write.shortest_s)
         transport.write(b"".join(packed))
@@ -310,7 +314,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Hand replies to whoever is next (asyncio.Protocol)."""
+        """Deliver replies in order (asyncio.Protocol)."""
         self._received += len(data)
         reader = self._reader
         try:
@@ -321,7 +325,7 @@ class Connection(asyncio.Protocol):
             self.abort(StoreUnavailable(f"not understood: {error}"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Fail everybody who waits (asyncio.Protocol)."""
+        """Fail all waiting requests (asyncio.Protocol)."""
         self._end(StoreUnavailable(str(error) if error else "closed by the server"))
         if not self._closed.done():
             self._closed.set_result(None)
@@ -330,13 +334,13 @@ class Connection(asyncio.Protocol):
 
     def _take(self, reply: Any) -> None:
         if isinstance(reply, hiredis.PushNotification):
-            self._hear(reply)
+            self._take_push(reply)
             return
         batch = self._waiting[0]
         batch.replies.append(reply)
         self._unanswered -= 1
         if isinstance(reply, hiredis.ReplyError):
-            # an answer, not a fault: the script is sent in full then
+            # not a fault: the script is then sent in full
             self.errors += not str(reply).startswith("NOSCRIPT")
             if not self.identity or str(reply).startswith(FATAL_ERRORS):
                 self._loop.call_soon(self.abort, _refusal(reply))
@@ -346,7 +350,7 @@ class Connection(asyncio.Protocol):
                 self._late_in_a_row = 0
                 batch.future.set_result(batch.replies)
 
-    def _hear(self, push: "list[Any]") -> None:
+    def _take_push(self, push: "list[Any]") -> None:
         subscription = self._subscription
         if (
             subscription is None
@@ -356,14 +360,14 @@ class Connection(asyncio.Protocol):
         ):
             return
         if push[0] == b"message":
-            call_safely(subscription.heard, push[2])
+            call_safely(subscription.on_message, push[2])
         elif push[0] == b"subscribe":
             self._confirm(subscription.batch)
 
     def _confirm(self, batch: Batch) -> None:
-        """Take the confirmation as what SUBSCRIBE was waiting for: one reply fewer is to come."""
+        """Count the confirmation as the reply to SUBSCRIBE: one reply fewer is expected."""
         if self._waiting[0] is not batch or batch.replies or batch.expected == 1:
-            raise hiredis.ProtocolError("a confirmation that nobody waited for")
+            raise hiredis.ProtocolError("a confirmation that was not requested")
         batch.expected -= 1
         self._unanswered -= 1
         self.listening = True
@@ -371,19 +375,19 @@ class Connection(asyncio.Protocol):
     # -- deadlines ---------------------------------------------------------------------------------
 
     def _set_alarm(self, at: float) -> None:
-        """See to it that ``_look`` runs at this moment, or before."""
+        """Schedule ``_check_deadlines`` for this moment, unless it runs before."""
         if at >= self._alarm_at:
             return
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm_at = at
         self._alarm = self._loop.call_later(
-            max(at - time.monotonic(), 0.001), self._look, context=self._context
+            max(at - time.monotonic(), 0.001), self._check_deadlines, context=self._context
         )
 
-    def _look(self) -> None:
-        """Find those whose deadline has passed, and set the alarm for the next of those that wait
-        on; none, if none does."""
+    def _check_deadlines(self) -> None:
+        """Handle passed deadlines, and set the alarm for the next one, if a caller still
+        waits."""
         self._alarm, self._alarm_at = None, inf
         now = time.monotonic()
         for batch in [batch for batch in self._waiting if batch.due() <= now]:
@@ -394,8 +398,8 @@ class Connection(asyncio.Protocol):
             self._set_alarm(max(min(batch.due() for batch in waiting), now + pause_s))
 
     def _late(self, batch: Batch, now: float) -> None:
-        """A deadline has passed: give the loop one more turn to read, then fail the caller, and the
-        link if it is silent."""
+        """Handle a passed deadline: give the loop one more turn to read, then fail the request, and
+        end the connection if it is silent."""
         future = batch.future
         if future is None or future.done():
             return
@@ -424,7 +428,7 @@ class Connection(asyncio.Protocol):
         for batch in waiting:
             if batch.future is not None and not batch.future.done():
                 batch.future.set_exception(_again(cause))
-        self._lost(self, cause)
+        self._on_lost(self, cause)
 
     async def _shake_hands(self, url: ServerURL, deadline_s: float) -> None:
         hello: Command = ("HELLO", "3")
@@ -437,7 +441,7 @@ class Connection(asyncio.Protocol):
             if isinstance(reply, hiredis.ReplyError):
                 raise _refusal(reply)
         info = {**fields_of(replies[2]), **fields_of(replies[3])}
-        # a server that loads its data answers INFO, and nothing that we need
+        # a server that loads its data replies to INFO, but not to the commands we need
         if info.get("loading") != "0":
             raise HandshakeRefused("the server is loading its data")
         if info.get("role") != "master" or not info.get("master_replid"):
@@ -455,35 +459,35 @@ async def _connect(url: ServerURL, make: Callable[[], Connection]) -> Connection
 
 
 def call_safely(callback: Callable[..., None], *arguments: Any) -> None:
-    """Call somebody's callback; what it raises is its own affair, not that of the others."""
+    """Call a callback, and log its exceptions so that they do not affect other callers."""
     try:
         callback(*arguments)
     except (SystemExit, KeyboardInterrupt):
         raise
-    # a CancelledError too: it is that of a future that the callback looked at
+    # CancelledError too: it belongs to a future that the callback read
     except BaseException:
         log.exception("a callback failed")
 
 
 def as_text(reply: Any) -> str:
-    """Read a text reply: bytes, or what RESP3 gives for a verbatim string."""
+    """Return a text reply: bytes, or RESP3's verbatim string."""
     return reply.decode("utf-8", "replace") if isinstance(reply, bytes) else str(reply)
 
 
 def fields_of(info: Any) -> dict[str, str]:
-    """Read the reply to INFO: names and values."""
+    """Parse the reply to INFO into names and values."""
     return dict(line.split(":", 1) for line in as_text(info).splitlines() if ":" in line)
 
 
 def _refusal(reply: Any) -> HandshakeRefused:
-    """Say what the server said, without our arguments: a server that does not know HELLO repeats
+    """Return the server's error without our arguments: a server that does not know HELLO repeats
     the password."""
     return HandshakeRefused(str(reply).partition(", with args")[0])
 
 
 def _again(error: StoreUnavailable) -> StoreUnavailable:
-    """Make a copy for one more caller: a raised exception collects the traceback of whoever raised
-    it."""
+    """Return a copy for another caller: a raised exception collects the tracebacks of all that
+    raise it."""
     return type(error)(*error.args)
 
 
@@ -491,7 +495,7 @@ def _again(error: StoreUnavailable) -> StoreUnavailable:
 async def visit(url: ServerURL, *, deadline_s: float) -> AsyncIterator[Connection]:
     """Connect for a few commands, then disconnect: for probes and tools. Raises
     ``StoreUnavailable``."""
-    connection = await Connection.open(url, deadline_s=deadline_s, lost=lambda *_: None)
+    connection = await Connection.open(url, deadline_s=deadline_s, on_lost=lambda *_: None)
     try:
         yield connection
     finally:

@@ -1,4 +1,4 @@
-"""The address of a server, read from a URL. Its password never shows."""
+"""A server's address, parsed from a URL. Its password is never shown."""
 
 import re
 import ssl
@@ -21,15 +21,15 @@ _PARAMETERS = {
     "rediss": ("ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile"),
     "unix": ("db",),
 }
-"""What may stand in the query, under redis-py's names."""
+"""The allowed query parameters, named as in redis-py."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerURL:
-    """Where a server listens and how to log in: ``redis://``, ``rediss://`` (TLS) or ``unix://`` (a
-    socket's path).
+    """A server's address and login: ``redis://``, ``rediss://`` (TLS) or ``unix://`` (a socket's
+    path).
 
-    The certificates that a URL names are read once, when it is parsed.
+    Certificates that a URL names are read once, when the URL is parsed.
     """
 
     host: str
@@ -42,7 +42,7 @@ class ServerURL:
 
     @classmethod
     def parse(cls, url: str) -> "ServerURL":
-        """Read a URL. Raises ``ConfigurationError`` that shows the URL without its password."""
+        """Parse a URL. Raises ``ConfigurationError``, which shows the URL without its password."""
         shown = _without_secrets(url)
         try:
             parts = urlsplit(url)
@@ -71,7 +71,7 @@ class ServerURL:
 
 
 def _names_a_place(parts: SplitResult, path: str) -> bool:
-    # the rest of a password that is not encoded
+    # a part of a password that is not encoded
     if parts.scheme not in _FORMS or "@" in parts.query or parts.fragment:
         return False
     if parts.scheme == "unix":
@@ -84,12 +84,12 @@ def _options(parts: SplitResult, shown: str) -> dict[str, str]:
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     unknown = sorted({name for name, _ in pairs} - set(known))
     if unknown:
-        said = (
+        hint = (
             f"known for {parts.scheme}:// are {', '.join(known)}" if known else "redis:// has none"
         )
         raise ConfigurationError(
             f"{shown!r} must have the form {_FORMS[parts.scheme]}; unknown query parameters: "
-            f"{', '.join(unknown)} ({said})"
+            f"{', '.join(unknown)} ({hint})"
         )
     options = dict(pairs)
     if len(options) < len(pairs) or not all(options.values()):
@@ -100,7 +100,7 @@ def _options(parts: SplitResult, shown: str) -> dict[str, str]:
 
 
 def _tls(options: dict[str, str], shown: str) -> ssl.SSLContext:
-    """Read the certificates. Verified are the server's certificate and its name, unless
+    """Read the certificates. The server's certificate and name are verified unless
     ``ssl_cert_reqs=none``."""
     required = options.get("ssl_cert_reqs", "required")
     if required not in ("none", "required"):
@@ -113,7 +113,7 @@ def _tls(options: dict[str, str], shown: str) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
         if certificate:
-            # a password: else OpenSSL asks for that of an encrypted key on the terminal, and waits
+            # without a password, OpenSSL would prompt for that of an encrypted key, and wait
             context.load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:
         files = ", ".join(
@@ -129,8 +129,8 @@ def _tls(options: dict[str, str], shown: str) -> ssl.SSLContext:
 
 
 def _without_secrets(url: str) -> str:
-    """Cut out all that could be a password, also one whose special characters are not encoded, and
-    the query."""
+    """Remove everything that could be a password, also with special characters that are not
+    encoded, and the query."""
     return (
         re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL)
         .partition("?")[0]

@@ -1,11 +1,11 @@
 """A store in the memory of one process: for tests, examples and applications of a single process.
 
-The same semantics as a server, time to live and eviction included; the contract tests hold both to
-it. It owns no tasks.
+It behaves like a server, including time to live and eviction; the contract tests check both. It
+owns no tasks.
 
-``MemoryServer`` is what a server does with a command, ``MemoryStore`` a client of it. Several
-clients may share one server, as processes share theirs; the simulator of ``tests/simulation`` puts
-a network between the two.
+``MemoryServer`` executes commands as a server does, ``MemoryStore`` is a client of it. Several
+clients may share one server, as processes do; the simulator in ``tests/simulation`` puts a network
+between them.
 """
 
 import asyncio
@@ -32,11 +32,11 @@ MAX_KEYS = 10_000
 
 
 class MemoryServer:
-    """The keys and the identity of one server life; each method is one atomic command. Never waits,
-    never raises.
+    """The keys and the identity of one server life. Each method is one atomic command, which never
+    waits and never raises.
 
-    Keeps at most ``max_keys`` keys, least recently used out first. ``clock`` returns seconds and
-    never goes back. ``prefix`` is that of the client's epoch, as in the scripts of ``lua/``.
+    Keeps at most ``max_keys`` keys and evicts the least recently used. ``clock`` returns seconds
+    and never goes back. ``prefix`` is the one of the client's epoch, as in the scripts of ``lua/``.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class MemoryServer:
     ) -> None:
         self.identity = secrets.token_hex(8)
         self.values: OrderedDict[str, tuple[Any, float]] = OrderedDict()
-        """Of each key: its value and when it ends. Values are never changed in place, so a copy of
-        this is a dump."""
+        """The value of each key, and when it expires. Values are never changed in place, so a copy
+        of this dictionary is a dump."""
         self.listeners: list[Callable[[str], None]] = []
-        """Called with the key of every generation that was bumped."""
+        """Called with the key of every bumped generation."""
         self.evicted = 0
         self._clock = clock
         self._max_keys = max_keys
@@ -55,7 +55,7 @@ class MemoryServer:
     def read(
         self, entry: str | None, wanted: Sequence[tuple[str, Sequence[str]]], *, server: str
     ) -> Reading:
-        """See ``Store.read``. ``server`` is what the client's connection knows of us."""
+        """See ``Store.read``. ``server`` is the identity that the client's connection knows."""
         found = None if entry is None else self._get(entry)
         remaining_ms = (
             0
@@ -91,7 +91,7 @@ class MemoryServer:
             return Bumped(server)
         if not _usable(fields, server):
             del self.values[generation]
-            self.tell(generation)
+            self.publish(generation)
             return Bumped(server)
         ring = fields.get("x", b"").decode().split()
         new = [row for row in rows if row not in ring]
@@ -103,7 +103,7 @@ class MemoryServer:
             if len(fields) > MAX_FIELDS:
                 fields = {"n": fields["n"], "r": fields["r"], "s": sequence, FLOOR: sequence}
         self._set(generation, fields, ttl_ms)
-        self.tell(generation)
+        self.publish(generation)
         return Bumped(server, Certificate(fields["n"], int(fields["s"])))
 
     def epoch(
@@ -111,13 +111,13 @@ class MemoryServer:
     ) -> tuple[Epoch | None, str]:
         """See ``Store.epoch``."""
         record = self._get(EPOCH_KEY)
-        held = decode_epoch(record) if isinstance(record, str) else None
+        stored = decode_epoch(record) if isinstance(record, str) else None
         if proposed is not None and (
-            held is None or held.identity != self.identity or held.token == replacing
+            stored is None or stored.identity != self.identity or stored.token == replacing
         ):
             self._set(EPOCH_KEY, proposed.encode(), ttl_ms)
-            held = proposed
-        return held, self.identity
+            stored = proposed
+        return stored, self.identity
 
     def put(
         self, entry: str, envelope: bytes, *, ttl_ms: int, generation: str, generation_ttl_ms: int
@@ -130,16 +130,16 @@ class MemoryServer:
 
     def lock(self, key: str, lock: FillLock, *, ttl_ms: int, replacing: str | None) -> FillLock:
         """See ``Store.lock``."""
-        held: FillLock | None = self._get(key)
-        if held is not None and held.token != replacing:
-            return held
+        present: FillLock | None = self._get(key)
+        if present is not None and present.token != replacing:
+            return present
         self._set(key, lock, ttl_ms)
         return lock
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
-        held: FillLock | None = self._get(key)
-        if held is not None and held.token == token:
+        present: FillLock | None = self._get(key)
+        if present is not None and present.token == token:
             del self.values[key]
 
     def switch(self, changes: Mapping[str, bool]) -> frozenset[str]:
@@ -157,24 +157,24 @@ class MemoryServer:
         return ServerInfo(f"evicted_keys:{self.evicted}\r\n", f"keys:{len(self.values)}\r\n")
 
     def restart(self, *, keep_data: bool) -> None:
-        """Become another server life, with the old data or without: what a crash, a failover or a
-        restored dump does."""
+        """Become another server life, with or without the old data, as after a crash, a failover or
+        a restored dump."""
         self.identity = secrets.token_hex(8)
         if not keep_data:
             self.values.clear()
 
     def delete(self, key: str) -> None:
-        """Lose a key, as by eviction."""
+        """Remove a key, as eviction does."""
         self.values.pop(key, None)
 
-    def tell(self, key: str) -> None:
-        """Tell all listeners of a key that was bumped, or deleted by hand."""
-        for heard in self.listeners:
-            heard(key)
+    def publish(self, key: str) -> None:
+        """Pass the key of a bumped or deleted generation to all listeners."""
+        for on_pushed in self.listeners:
+            on_pushed(key)
 
-    def look(self, key: str) -> tuple[Any, float]:
-        """Return a value, without using it, and for how many seconds it will live; None and 0 where
-        there is none."""
+    def peek(self, key: str) -> tuple[Any, float]:
+        """Return a value and its remaining time to live in seconds (None and 0 if there is none),
+        without counting as a use."""
         value, expires = self.values.get(key, (None, 0.0))
         left_s = expires - self._clock()
         return (value, left_s) if left_s > 0 else (None, 0.0)
@@ -198,8 +198,10 @@ class MemoryServer:
 
 
 class MemoryStore:
-    """A client of a server in memory: of its own, with ``max_keys`` and ``clock``, or of the one
-    that is given."""
+    """A client of the given server in memory, or of a new one with ``max_keys`` and ``clock``.
+
+    It has more than 15 methods because it implements all of ``Store``.
+    """
 
     def __init__(
         self,
@@ -215,7 +217,7 @@ class MemoryStore:
 
     @property
     def available(self) -> bool:
-        """Whether the store was not closed."""
+        """Whether the store is open."""
         return self._open
 
     async def connect(self) -> None:
@@ -248,9 +250,9 @@ class MemoryStore:
             seen = self._seen[generation] = found
         asyncio.get_running_loop().call_soon(done, seen)
 
-    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
-        """See ``Store.listen``: nothing is ever missed."""
-        self.server.listeners.append(heard)
+    def listen(self, on_pushed: Callable[[str], None], on_lost: Callable[[], None]) -> None:
+        """See ``Store.listen``. No message is ever missed."""
+        self.server.listeners.append(on_pushed)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
         """See ``Store.open``."""
@@ -310,11 +312,11 @@ class MemoryStore:
         self._open = False
 
     def restart(self, *, keep_data: bool) -> None:
-        """Have the server become another life."""
+        """See ``MemoryServer.restart``."""
         self.server.restart(keep_data=keep_data)
 
     def delete(self, key: str) -> None:
-        """Have the server lose a key, as by eviction."""
+        """See ``MemoryServer.delete``."""
         self.server.delete(key)
 
     def _reach(self) -> MemoryServer:
@@ -324,7 +326,7 @@ class MemoryStore:
 
 
 def _usable(fields: dict[str, bytes] | None, server: str) -> bool:
-    """Whether a generation is whole and of this server life."""
+    """Return whether a generation is complete and of this server life."""
     return read_generation(_values(fields), (), server=server).certificate() is not None
 
 

@@ -1,9 +1,8 @@
-"""The store on a Valkey or Redis server, 6.2 or newer.
+"""The store on a Valkey or Redis server, version 6.2 or newer.
 
-Hits are plain pipelined commands; what must be atomic is a script on one key (``lua/``). ``OPEN``
-and ``BUMP`` ask the server for its identity themselves: a server whose first replica attaches
-changes it in the middle of a connection's life, and the connection is then dropped to learn it
-anew.
+Hits are plain pipelined commands. What must be atomic is a script on one key (``lua/``). ``OPEN``
+and ``BUMP`` also return the server's identity: when a server's first replica attaches, the identity
+changes during a connection's life. The connection is then dropped, to learn the new identity.
 """
 
 import asyncio
@@ -30,11 +29,11 @@ from respcache.resp.url import ServerURL
 from respcache.stores.base import Bumped, FillLock, Reading, ServerInfo
 
 MAX_SEEN = 10_000
-"""Generations whose last view is kept, to recognise it."""
+"""Generations whose last view is kept, so that an equal reply returns the same object."""
 
 
 class Script:
-    """A Lua script with its digest; sent by digest, in full when the server does not have it."""
+    """A Lua script and its digest. Sent by digest, and in full if the server does not know it."""
 
     __slots__ = ("digest", "text")
 
@@ -46,8 +45,10 @@ class Script:
 
 
 class RedisStore:
-    """Entries, generations and leases on one server. ``url``:
-    ``redis://[user]:[password]@host[:port][/database]``."""
+    """A store on one server. ``url``: ``redis://[user]:[password]@host[:port][/database]``.
+
+    It has more than 15 methods because it implements all of ``Store``.
+    """
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class RedisStore:
         self._prefix = ""
         # of each generation: the last view
         self._seen: dict[str, tuple[Sequence[str], list[Any], str, GenerationView]] = {}
-        self._heard: Callable[[str], None] = lambda generation: None
+        self._on_pushed: Callable[[str], None] = lambda generation: None
 
     def __repr__(self) -> str:
         return f"RedisStore({self._link!r})"
@@ -76,11 +77,11 @@ class RedisStore:
 
     @property
     def url(self) -> ServerURL:
-        """Where the server is."""
+        """The server's address."""
         return self._link.url
 
     def counters(self) -> dict[str, int]:
-        """Return errors (replies), timeouts, commands sent and reconnects so far."""
+        """Return the numbers of error replies, timeouts, commands sent and reconnects so far."""
         return self._link.counters()
 
     async def connect(self) -> None:
@@ -104,7 +105,7 @@ class RedisStore:
             found, remaining_ms = _ours(replies[0]), max(0, _good(replies[1]))
             del replies[:2]
         views = [
-            self._recognise(generation, tags, reply, server)
+            self._recognise(generation, tags, reply, server=server)
             for reply, (generation, tags) in zip(replies, wanted, strict=True)
         ]
         return Reading(found, tuple(views), remaining_ms)
@@ -119,32 +120,33 @@ class RedisStore:
         tags: Sequence[str],
         done: Callable[[GenerationView | StoreError], None],
     ) -> None:
-        """See ``Store.view``: HMGET. No generation is made of a reply that says what the last one
-        said."""
+        """See ``Store.view``: HMGET. A reply equal to the last one creates no new view."""
         prefix = self._prefix
         future, identity = self._link.request(("HMGET", generation, "n", "r", "s", *tags))
 
-        def land(replied: "asyncio.Future[list[Any]]") -> None:
+        def complete(replied: "asyncio.Future[list[Any]]") -> None:
             try:
-                view = self._recognise(generation, tags, replied.result()[0], prefix + identity)
+                view = self._recognise(
+                    generation, tags, replied.result()[0], server=prefix + identity
+                )
             except StoreError as error:
                 done(error)
                 return
             done(view)
 
-        future.add_done_callback(land)
+        future.add_done_callback(complete)
 
-    def listen(self, heard: Callable[[str], None], lost: Callable[[], None]) -> None:
-        """See ``Store.listen``: a channel on which ``BUMP`` publishes. Without the permission for
-        it, only ours are heard."""
-        self._heard = heard
+    def listen(self, on_pushed: Callable[[str], None], on_lost: Callable[[], None]) -> None:
+        """See ``Store.listen``: subscribe to the channel on which ``BUMP`` publishes. Without the
+        permission for it, only the bumps of this store are reported."""
+        self._on_pushed = on_pushed
         self._link.listen(
-            BUMPS_CHANNEL, lambda payload: heard(payload.decode("utf-8", "replace")), lost
+            BUMPS_CHANNEL, lambda payload: on_pushed(payload.decode("utf-8", "replace")), on_lost
         )
 
     def watch(self, changed: Callable[[StoreUnavailable | None], None]) -> None:
-        """Have ``changed`` called when the server goes away, with what is wrong, and with None when
-        it is back. One watcher."""
+        """Register the one watcher: ``changed`` is called with the error when the server becomes
+        unavailable, and with None when it is available again."""
         self._link.watch(changed)
 
     async def open(self, generation: str, *, nonce: bytes, ttl_ms: int) -> GenerationView:
@@ -161,8 +163,8 @@ class RedisStore:
     ) -> Bumped:
         """See ``Store.bump``."""
         prefix = self._prefix
-        # what is read from now on is read after it; and again when it had to be sent twice
-        self._heard(generation)
+        # views read from now on come after the bump; again below, if it had to be sent twice
+        self._on_pushed(generation)
         (identity, *reached), learnt = await self._run(
             self._bump,
             generation,
@@ -175,7 +177,7 @@ class RedisStore:
             *rows,
             *tags,
         )
-        self._heard(generation)
+        self._on_pushed(generation)
         self._compare(as_text(identity), learnt)
         return Bumped(
             prefix + as_text(identity),
@@ -215,27 +217,27 @@ class RedisStore:
     ) -> FillLock:
         """See ``Store.lock``. The value: token, nonce and sequence, separated by blanks."""
         value = f"{lock.token} {lock.certificate.nonce.decode()} {lock.certificate.sequence}"
-        held, _ = await self._run(self._lock, key, lock.token, value, ttl_ms, replacing or "")
-        parts = as_text(held).split(" ")
+        present, _ = await self._run(self._lock, key, lock.token, value, ttl_ms, replacing or "")
+        parts = as_text(present).split(" ")
         if len(parts) != 3 or not parts[2].isdigit():
-            raise StoreReplyError("the lease holds something that is not a lease")
+            raise StoreReplyError("the key of a fill lock contains another value")
         return FillLock(parts[0], Certificate(parts[1].encode(), int(parts[2])))
 
     def release(self, key: str, token: str) -> None:
         """See ``Store.release``."""
-        # in full: nobody waits to send it again
+        # in full: no caller waits, so it could not be sent again
         self._link.send(("EVAL", self._release.text, 1, key, token))
 
     async def switch(self, changes: Mapping[str, bool] = {}) -> frozenset[str]:
-        """See ``Store.switch``: HSET or HDEL, and HKEYS, which counts as a use: LRU does not evict
-        first what is looked at."""
+        """See ``Store.switch``: HSET or HDEL, and HKEYS. HKEYS counts as a use, so LRU does not
+        evict the switches early."""
         commands: list[Command] = [
             ("HSET", SWITCHES_KEY, name, "1") if off else ("HDEL", SWITCHES_KEY, name)
             for name, off in changes.items()
         ]
         commands.append(("HKEYS", SWITCHES_KEY))
         replies, _ = await self._link.execute(*commands)
-        if changes and _ours(replies[0]) is None:  # in place of the hash is something else
+        if changes and _ours(replies[0]) is None:  # the key contains something other than a hash
             replies, _ = await self._link.execute(("DEL", SWITCHES_KEY), *commands)
         for reply in replies:
             _ours(reply)
@@ -249,18 +251,16 @@ class RedisStore:
     async def _run(
         self, script: Script, key: str, *arguments: str | bytes | int
     ) -> tuple[Any, str]:
-        """Run a script on one key; returns its reply and the identity of the connection it came
-        over."""
+        """Run a script on one key; return its reply and the server identity of the connection."""
         (reply,), server = await self._link.execute(("EVALSHA", script.digest, 1, key, *arguments))
         if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
             (reply,), server = await self._link.execute(("EVAL", script.text, 1, key, *arguments))
         return _good(reply), server
 
     def _recognise(
-        self, generation: str, tags: Sequence[str], reply: Any, server: str
+        self, generation: str, tags: Sequence[str], reply: Any, *, server: str
     ) -> GenerationView:
-        """Make a view of the reply to HMGET, or return the last one where the reply says the
-        same."""
+        """Return a view of the reply to HMGET: the last one if the reply is equal."""
         found = _ours(reply) or [None] * (3 + len(tags))
         seen = self._seen.get(generation)
         if seen is None or seen[1] != found or seen[0] != tags or seen[2] != server:
@@ -280,8 +280,8 @@ class RedisStore:
 
 
 def _ours(reply: Any) -> Any:
-    """Return a reply, or None for a foreign value under our key: as good as missing, and replaced
-    when it is made anew."""
+    """Return a reply, or None for a value of another type under our key. It counts as missing, and
+    is replaced with the next write."""
     return (
         None
         if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("WRONGTYPE")
@@ -290,8 +290,8 @@ def _ours(reply: Any) -> Any:
 
 
 def _good(reply: Any) -> Any:
-    """Return a reply that is no error. Raises ``StoreUnavailable`` when the server cannot serve
-    now, else ``StoreReplyError``."""
+    """Return a reply that is no error. Raises ``StoreUnavailable`` if the server cannot serve now,
+    ``StoreReplyError`` for other errors."""
     if isinstance(reply, hiredis.ReplyError):
         text = str(reply)
         raise StoreUnavailable(text) if text.startswith(FATAL_ERRORS) else StoreReplyError(text)

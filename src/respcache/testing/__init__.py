@@ -1,2 +1,5 @@
-"""For tests of any cache: record what happened (``history``), decide whether a read was stale
-(``checker``). docs/checker.md."""
+"""For tests of applications (docs/testing.md).
+
+``servers`` starts embedded servers, ``history`` and ``checker`` record and check histories of any
+cache, and ``store_contract`` tests a store.
+"""

@@ -1,67 +1,67 @@
-"""Decides whether a history is one of a cache that keeps its word: O(n log n), reads are streamed,
-never held.
+"""Decides whether a history is possible for a cache that keeps its promises. O(n log n); reads are
+streamed, not kept in memory.
 
-A read that began at ``start``, ended at ``end``, has the slack ``slack_s`` (0 unless it was
-recorded with one: a query that may be answered from a view of that age) and returned version v of a
-register violates
+``staleness.Minimum`` decides whether a read was stale (I1, I3, I4). A read that began at ``start``,
+ended at ``end``, has the slack ``slack_s`` (0 unless recorded with one: the route's permitted age)
+and returned version v of a register violates
 
-* I1, freshness, when a later version was acknowledged before ``start - slack_s``;
-* I3, the bound, when a later version was committed at or before ``start - slack_s - bound_s``,
+* I1, freshness, if a later version was acknowledged before ``start - slack_s``;
+* I3, the bound, if a later version was committed at or before ``start - slack_s - bound_s``,
   acknowledged or not;
-* I4, the session's own view, when a write of the same session that was acknowledged before
-  ``start`` made a later version; or when a read of that session that ended before ``start``
-  returned one, unless this read has a slack: it may be answered from an older view than the one
-  before it;
-* I5, isolation, when the body is not what was asked for (``told != asked``);
-* invention, when v could not be there yet:
+* I4, the session's own view, if a write of the same session that was acknowledged before ``start``
+  made a later version. Or if a read of that session that ended before ``start`` returned one,
+  unless this read has a slack: then it may be answered from an older view than the one before it;
+* I5, isolation, if the body is not what was asked for (``received != asked``);
+* invention, if v could not exist yet:
     - v, or a version before it, was made by a write that began only after ``end``; or
     - no known write of v or a later version had begun by ``end``, and v is further above the
-      highest known version below it than there were attempts of unknown outcome by then (each makes
-      one version at most; how many of them explain gaps elsewhere is not counted, so leftover
-      attempts only make this more lenient).
+      highest known version below it than there were attempts of unknown outcome by then. (Each
+      makes one version at most. How many of them explain gaps elsewhere is not counted, so leftover
+      attempts only make this more lenient.)
 
-"Before" is strict where equal times would accuse: two moments with the same reading of the clock
-may be in either order.
+"Before" is strict where equal times would accuse: two moments with the same clock reading may be in
+either order.
 
-How: all writes to a register are sorted by version once. Then "a later version was acknowledged
-before ``start``" is one comparison with the earliest acknowledgement among all later versions;
-likewise for commits and beginnings. So each value that a read returned costs one binary search.
-What a session saw is kept as the steps at which it rose. Memory: some 100 bytes for each write, and
-for each version that each session saw of each register; nothing for a read.
+How: the writes to a register are sorted by version once, and the steps at which its highest
+acknowledged and committed versions rose are kept; so are those of each session. A returned version
+costs one binary search if it is the newest, a few more if it is not. Memory: some 100 bytes for
+each write, and for each version that each session saw of each register; nothing for a read.
 """
 
 import argparse
 import sys
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 
 from respcache.testing.history import Event, History, Read, Write, load
-from respcache.testing.proofs import Proof, Violation, ViolationKind, find_proofs
+from respcache.testing.proofs import Proof, Violation, find_proofs
+from respcache.testing.staleness import RegisterHistory, Steps, ViolationKind
 
 MAX_WORDS = 100
-"""Distinct words of ``Read.how`` that are counted apart; all others are counted together."""
+"""Distinct values of ``Read.how`` with a counter of their own. All others share one."""
 
 OTHER_WORDS = "(others)"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found. ``str()`` is a summary of a few lines.
+    """The result of a check. ``str()`` is a summary of a few lines.
 
-    ``writes`` counts distinct versions of registers, ``attempts`` writes whose version nobody
-    knows. ``violations`` counts reads, for each kind once however many registers a read had wrong;
-    kinds without any are absent. ``violating_reads`` counts each of these reads once, whatever it
-    violated, so it is at most ``reads``. ``lost_invalidations`` counts the distinct versions that
-    some read did not return although they were committed ``bound_s`` (and its slack) before it
-    began: the writes that the cache has not heard of, for any reason. ``worst_staleness_s`` is the
-    longest that a returned version had been superseded (a later one committed, acknowledged or not)
-    when the read began, less its slack, violation or not. ``lenient_reads`` counts those that had a
-    slack: what the others prove, they do not. ``late_reads`` are those of them that used it: they
-    returned less than was acknowledged before they began.
+    * ``writes`` counts distinct versions of registers; ``attempts``, writes of unknown version.
+    * ``violations`` counts reads by kind, each read once per kind. Kinds without violations are
+      absent. ``violating_reads`` counts each of these reads once.
+    * ``lost_invalidations`` counts the distinct versions that some read missed although they were
+      committed ``bound_s`` (and the read's slack) before it began: the writes whose invalidation
+      did not reach the cache.
+    * ``worst_staleness_s`` is the longest time for which a returned version had been superseded
+      (a later one committed, acknowledged or not) when the read began, less its slack; also where
+      that is allowed.
+    * ``lenient_reads`` counts the reads with a slack, which prove less; ``late_reads``, those of
+      them that used it: they returned less than was acknowledged before they began.
     """
 
     reads: int
@@ -79,16 +79,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether something was read, and no read violated anything: a history without reads proves
-        nothing."""
+        """Whether the history has reads, and none of them violates anything."""
         return self.reads > 0 and not self.violations
 
     def excerpt(self, kind: ViolationKind | None = None) -> str:
-        """Put the shortest proof of a violation into words: fewest operations, then the shortest
-        time. Empty when there is none.
-
-        Of all violations that were found, or of one kind.
-        """
+        """Return the shortest proof (fewest operations, then shortest time) of all violations, or
+        of one kind, in words; empty without violations."""
         among = [proof for each, proof in self.proofs.items() if kind in (None, each)]
         return str(min(among, key=lambda proof: _size(proof.violation))) if among else ""
 
@@ -115,19 +111,18 @@ class Report:
 
 
 def check(history: Iterable[Event], *, bound_s: float) -> Report:
-    """Judge every read of a history that can be iterated again and again: a list, or what ``load``
-    returns.
+    """Judge every read of a history that can be iterated several times: a list, or the result of
+    ``load``.
 
-    ``bound_s`` is how long after its COMMIT a write may stay unseen although nobody acknowledged it
-    (I3), in seconds; a read with a slack has that, too. Raises ``ValueError`` for a bound or a
-    slack below 0.
+    ``bound_s`` is for how many seconds after its COMMIT an unacknowledged write may stay unseen
+    (I3), in addition to a read's slack. Raises ``ValueError`` for a bound or a slack below 0.
     """
     if isinstance(history, Iterator):
-        raise TypeError("a history is iterated several times: give a list, or what load() returns")
+        raise TypeError("a history is iterated several times: pass a list, or the result of load()")
     if not bound_s >= 0:
-        raise ValueError("bound_s is a number of seconds, 0 or more")
-    book = _Book(history)
-    judge = _Judge(book, bound_s=bound_s)
+        raise ValueError("bound_s must be a number of seconds, 0 or more")
+    evidence = _Evidence(history)
+    judge = _Judge(evidence, bound_s=bound_s)
     for event in history:
         if isinstance(event, Read):
             judge.read(event)
@@ -135,8 +130,8 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
         reads=judge.reads,
         lenient_reads=judge.lenient,
         late_reads=judge.late,
-        writes=book.writes,
-        attempts=book.attempts,
+        writes=evidence.writes,
+        attempts=evidence.attempts,
         how=dict(judge.how),
         violations={kind: judge.counts[kind] for kind in ViolationKind if judge.counts[kind]},
         violating_reads=judge.accused,
@@ -148,11 +143,11 @@ def check(history: Iterable[Event], *, bound_s: float) -> Report:
 
 
 class _Register:
-    """The writes to one register by version, and for each version the extremes of all before it and
-    of all from it on.
+    """The writes to one register by version, and for each version the extremes of all before it
+    and of all from it on.
 
-    Positions are those of ``versions``; the one behind the last stands for "no such write" and has
-    infinite times.
+    Positions are those of ``versions``. The one behind the last stands for "no such write" and has
+    infinite times. ``history`` decides; the extremes find the writes that prove it.
     """
 
     def __init__(self) -> None:
@@ -160,9 +155,10 @@ class _Register:
         self.started, self.committed, self.acked = array("d"), array("d"), array("d")
         self.attempts: list[float] = []
         self.unresolved: set[tuple[str, float]] = set()
+        self.history = RegisterHistory()
 
     def add(self, write: Write) -> None:
-        """Take in an event, in any order of versions."""
+        """Add an event, in any order of versions."""
         attempt = write.process, write.started
         if write.version is None:
             self.unresolved.add(attempt)
@@ -175,9 +171,12 @@ class _Register:
         self.acked.append(acked)
 
     def settle(self) -> None:
-        """Sort, make one write of the events of a version, and find the extremes."""
+        """Sort, merge the events of each version into one write, and compute the extremes."""
         self.attempts = sorted(started for _, started in self.unresolved)
         self._merge(sorted(range(len(self.versions)), key=self.versions.__getitem__))
+        for at, version in enumerate(self.versions):
+            self.history.add(version, committed=self.committed[at], acknowledged=self.acked[at])
+        self.history.settle()
         for times in (self.started, self.committed, self.acked):
             times.append(inf)
         self.first_started = _first_from(self.started)
@@ -200,60 +199,14 @@ class _Register:
         self.started, self.committed, self.acked = columns
 
 
-class _Seen:
-    """What one session saw and wrote, or wrote alone, of one register: the steps at which the
-    highest version rose.
-
-    A step that comes in the order of time is only appended. Others are put to the end, and sorted
-    in whenever so many came that the list doubled, or when it is settled: it must be before it is
-    asked.
-    """
-
-    __slots__ = ("_limit", "_sorted", "_times", "_versions")
-
-    def __init__(self) -> None:
-        self._times, self._versions = array("d"), array("q")
-        self._sorted = True
-        self._limit = 64
-
-    def add(self, time: float, version: int) -> None:
-        """Note that a version was seen at a moment."""
-        if self._times:
-            later = time >= self._times[-1]
-            if later and version <= self._versions[-1]:
-                return
-            self._sorted = self._sorted and later
-        self._times.append(time)
-        self._versions.append(version)
-        if len(self._times) > self._limit:
-            self.settle()
-            self._limit = 2 * len(self._times) + 64
-
-    def settle(self) -> None:
-        """Keep what is higher than everything before it."""
-        if self._sorted:
-            return
-        steps = sorted(zip(self._times, self._versions, strict=True))
-        self._times, self._versions, self._sorted = array("d"), array("q"), True
-        for time, version in steps:
-            if not self._versions or version > self._versions[-1]:
-                self._times.append(time)
-                self._versions.append(version)
-
-    def before(self, time: float) -> tuple[float, int]:
-        """Return the last step before a moment: when it was, and the version."""
-        at = bisect_left(self._times, time) - 1
-        return (self._times[at], self._versions[at]) if at >= 0 else (time, 0)
-
-
-class _Book:
-    """What must be known before the first read can be judged: all writes, what each session knew,
-    and what of it it wrote."""
+class _Evidence:
+    """What must be known before the first read is judged: all writes, what each session knew, and
+    what each session wrote."""
 
     def __init__(self, history: Iterable[Event]) -> None:
         self.registers: dict[str, _Register] = {}
-        self.known: dict[tuple[str, str], _Seen] = {}
-        self.wrote: dict[tuple[str, str], _Seen] = {}
+        self.known: dict[tuple[str, str], Steps] = {}
+        self.wrote: dict[tuple[str, str], Steps] = {}
         for event in history:
             if isinstance(event, Write):
                 self._write(event)
@@ -267,6 +220,13 @@ class _Book:
         self.writes = sum(len(table.versions) for table in self.registers.values())
         self.attempts = sum(len(table.attempts) for table in self.registers.values())
 
+    def known_before(self, read: Read, register: str) -> tuple[float, int]:
+        """Return the version of a register that the read's session must see, and since when."""
+        if read.session is None:
+            return read.start, 0
+        seen = (self.wrote if read.slack_s else self.known).get((read.session, register))
+        return (read.start, 0) if seen is None else seen.before(read.start)
+
     def _write(self, event: Write) -> None:
         table = self.registers.get(event.register)
         if table is None:
@@ -276,33 +236,29 @@ class _Book:
             for of in (self.known, self.wrote):
                 self._of(of, event.session, event.register).add(event.acked, event.version)
 
-    def _of(self, sessions: dict[tuple[str, str], _Seen], session: str, register: str) -> _Seen:
+    def _of(self, sessions: dict[tuple[str, str], Steps], session: str, register: str) -> Steps:
         seen = sessions.get((session, register))
         if seen is None:
-            seen = sessions[session, register] = _Seen()
+            seen = sessions[session, register] = Steps()
         return seen
 
 
 class _Judge:
-    """Looks at one read after the other, and keeps for each kind the violation whose proof is the
-    shortest."""
+    """Judges one read after the other, and keeps the violation with the shortest proof of each
+    kind."""
 
-    def __init__(self, book: _Book, *, bound_s: float) -> None:
-        self._registers, self._known, self._wrote, self._bound_s = (
-            book.registers,
-            book.known,
-            book.wrote,
-            bound_s,
-        )
-        self._unwritten = _Register()
-        self._unwritten.settle()
-        self._last_accused: dict[ViolationKind | None, Read] = {}  # None: of any kind
-        self.reads = self.lenient = self.late = self.accused = 0
-        self.how: Counter[str] = Counter()
+    def __init__(self, evidence: _Evidence, *, bound_s: float) -> None:
         self.counts: Counter[ViolationKind] = Counter()
         self.best: dict[ViolationKind, Violation] = {}
         self.missed: dict[str, array[float]] = {}
+        self.how: Counter[str] = Counter()
+        self.reads = self.lenient = self.late = self.accused = 0
         self.worst_staleness_s = 0.0
+        self._evidence = evidence
+        self._bound_s = bound_s
+        self._unwritten = _Register()
+        self._unwritten.settle()
+        self._last_accused: dict[ViolationKind | None, Read] = {}  # None: of any kind
 
     def read(self, read: Read) -> None:
         """Judge one read."""
@@ -313,38 +269,64 @@ class _Judge:
                 f"slack_s {read.slack_s!r} of a read of {read.asked} must be a number of seconds, "
                 f"0 or more"
             )
-        must_know, late = read.start - read.slack_s, False
+        late = False
         self.how[
             read.how if read.how in self.how or len(self.how) < MAX_WORDS else OTHER_WORDS
         ] += 1
-        if read.told != read.asked:
+        if read.received != read.asked:
             self._accuse(Violation(ViolationKind.ISOLATION, read, 1, read.end - read.start))
         for register, version in read.values.items():
-            table = self._registers.get(register, self._unwritten)
+            table = self._evidence.registers.get(register, self._unwritten)
             at = bisect_right(table.versions, version)  # the position behind the returned version
-            late |= table.acked[table.first_acked[at]] < read.start
-            if table.acked[table.first_acked[at]] < must_know:
-                self._stale(ViolationKind.FRESHNESS, read, register, at, due=table.first_acked[at])
-            if table.committed[table.first_committed[at]] <= must_know:
-                self._age(read, register, at)
+            since, known = self._evidence.known_before(read, register)
+            # a read of the newest version cannot be stale
+            if at < len(table.versions) or known > version:
+                late |= table.history.acknowledged.before(read.start)[1] > version
+                self._compare(read, register, at=at, known=(since, known))
             if at and table.started[table.last_started[at - 1]] > read.end:
                 self._too_early(read, register, at)
             elif not at or table.versions[at - 1] != version:
                 self._unknown(read, register, at)
-            if read.session is not None:
-                self._own_view(read, read.session, register)
         self.late += late and read.slack_s > 0
 
     def lost(self, register: str) -> int:
-        """Count the writes to a register that some read should have returned by I3 and did not."""
-        table, missed, latest, count = self._registers[register], self.missed[register], -inf, 0
+        """Return the number of writes to a register that some read had to return by I3, and did
+        not."""
+        table, missed = self._evidence.registers[register], self.missed[register]
+        latest, count = -inf, 0
         for at in range(len(table.versions)):
             latest = max(latest, missed[at])
             count += table.committed[at] <= latest
         return count
 
-    def _stale(self, kind: ViolationKind, read: Read, register: str, at: int, *, due: int) -> None:
-        table = self._registers[register]
+    def _compare(self, read: Read, register: str, *, at: int, known: tuple[float, int]) -> None:
+        """Compare what was returned with the minimum; ``at`` is the position behind it, ``known``
+        what its session knew, and since when."""
+        table = self._evidence.registers.get(register, self._unwritten)
+        minimum = table.history.minimum(
+            read.start, slack_s=read.slack_s, bound_s=self._bound_s, session=known[1]
+        )
+        must_know = read.start - read.slack_s
+        earliest = table.first_committed[at]
+        if table.committed[earliest] <= must_know:
+            self.worst_staleness_s = max(
+                self.worst_staleness_s, must_know - table.committed[earliest]
+            )
+        for kind in minimum.violated_by(read.values[register]):
+            if kind is ViolationKind.SESSION:
+                span = read.end - known[0]
+                self._accuse(Violation(kind, read, 2, span, register, known[1], known[0]))
+            elif kind is ViolationKind.FRESHNESS:
+                self._stale(kind, read, register, at=at, due=table.first_acked[at])
+            else:
+                missed = self.missed.get(register)
+                if missed is None:
+                    missed = self.missed[register] = array("d", [-inf]) * len(table.started)
+                missed[at] = max(missed[at], must_know - self._bound_s)
+                self._stale(kind, read, register, at=at, due=earliest)
+
+    def _stale(self, kind: ViolationKind, read: Read, register: str, *, at: int, due: int) -> None:
+        table = self._evidence.registers[register]
         known = bool(at) and table.versions[at - 1] == read.values[register]
         begin = min(table.started[due], table.started[at - 1] if known else inf, read.start)
         since = table.acked[due] if kind is ViolationKind.FRESHNESS else table.committed[due]
@@ -353,23 +335,8 @@ class _Judge:
             Violation(kind, read, 2 + known, read.end - begin, register, version, since, committed)
         )
 
-    def _age(self, read: Read, register: str, at: int) -> None:
-        """A later version was committed before: note how long ago, and whether that is beyond the
-        bound."""
-        table = self._registers[register]
-        first = table.first_committed[at]
-        must_know = read.start - read.slack_s
-        self.worst_staleness_s = max(self.worst_staleness_s, must_know - table.committed[first])
-        must_show = must_know - self._bound_s
-        if table.committed[first] <= must_show:
-            if register not in self.missed:
-                self.missed[register] = array("d", [-inf]) * len(table.started)
-            missed = self.missed[register]
-            missed[at] = max(missed[at], must_show)
-            self._stale(ViolationKind.BOUND, read, register, at, due=first)
-
     def _too_early(self, read: Read, register: str, at: int) -> None:
-        table = self._registers[register]
+        table = self._evidence.registers[register]
         late = table.last_started[at - 1]
         span = table.started[late] - read.start
         self._accuse(
@@ -385,22 +352,14 @@ class _Judge:
         )
 
     def _unknown(self, read: Read, register: str, at: int) -> None:
-        """Nobody recorded a write of this version: something later was begun, or enough attempts of
-        unknown outcome were."""
-        table = self._registers.get(register, self._unwritten)
+        """Judge a version without a recorded write: a later write, or enough attempts of unknown
+        outcome, must have begun."""
+        table = self._evidence.registers.get(register, self._unwritten)
         above = read.values[register] - (table.versions[at - 1] if at else 0)
         begun = table.started[table.first_started[at]] <= read.end
         if not begun and above > bisect_right(table.attempts, read.end):
             self._accuse(
                 Violation(ViolationKind.INVENTION, read, 1, read.end - read.start, register)
-            )
-
-    def _own_view(self, read: Read, session: str, register: str) -> None:
-        seen = (self._wrote if read.slack_s else self._known).get((session, register))
-        since, due = (read.start, 0) if seen is None else seen.before(read.start)
-        if due > read.values[register]:
-            self._accuse(
-                Violation(ViolationKind.SESSION, read, 2, read.end - since, register, due, since)
             )
 
     def _accuse(self, found: Violation) -> None:
@@ -420,7 +379,7 @@ def _size(found: Violation) -> tuple[int, float]:
 
 
 def _first_from(times: "array[float]") -> "array[int]":
-    """For each position, where the earliest time from there on is."""
+    """Return, for each position, where the earliest time from there on is."""
     first = array("q", range(len(times)))
     for at in range(len(times) - 2, -1, -1):
         if times[first[at + 1]] < times[at]:
@@ -429,7 +388,7 @@ def _first_from(times: "array[float]") -> "array[int]":
 
 
 def _last_until(times: "array[float]") -> "array[int]":
-    """For each position, where the latest time up to and with it is."""
+    """Return, for each position, where the latest time up to and including it is."""
     last = array("q", range(len(times)))
     for at in range(1, len(times)):
         if times[last[at - 1]] > times[at]:
@@ -449,12 +408,12 @@ def _main() -> int:
         type=float,
         required=True,
         metavar="S",
-        help="seconds that an unacknowledged write may stay unseen",
+        help="seconds for which an unacknowledged write may stay unseen",
     )
     options = parser.parse_args()
     try:
         report = check(load(options.files), bound_s=options.bound)
-    # no such file, a line that is no event: that is no verdict on any cache
+    # a missing file, or a line that is no event, is not a violation
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,17 +1,17 @@
-"""Histories: who read and wrote which versions, and when. One event a line; many processes may
-share a file.
+"""Histories: which versions were read and written, by which process, and when. One event per line;
+several processes may share a file.
 
 Registers are named by strings (``tenant/row``). Their versions are integers that grow by one in the
-order of commits (``UPDATE ... SET version = version + 1 RETURNING version``); a register that
-nobody has written has version 0. Times are seconds of ``now``: CLOCK_MONOTONIC, which all processes
-of a host have in common.
+order of commits (``UPDATE ... SET version = version + 1 RETURNING version``). A register without
+writes has version 0. Times are seconds of ``now``: CLOCK_MONOTONIC, which all processes of a host
+share.
 
 The file: each event is a JSON array with a newline *before* it, appended by one write(2) on an
-O_APPEND descriptor. A process that is killed tears at most its own last line, and the newline of
-whoever appends next keeps the fragment apart.
+O_APPEND descriptor. A killed process tears at most its own last line, and the newline before the
+next event keeps the fragment apart.
 
-Events are msgspec structs because they are the lines themselves: no second form, no conversion for
-each of ten million.
+Events are msgspec structs because they are the lines themselves: no second form, and no conversion
+for each of ten million.
 """
 
 import os
@@ -27,17 +27,18 @@ now = time.monotonic
 
 
 class Write(msgspec.Struct, frozen=True, array_like=True, tag="w"):
-    """One write to one register; what changed several registers is one event for each.
+    """A write to one register. A write that changes several registers is one event for each.
 
-    ``started`` is a moment before the write began, ``committed`` one by which its COMMIT had
-    happened (None: not known), ``acked`` the one from which its acknowledgement was free to leave,
-    or later: when it had arrived (None: never acknowledged; so are writes of outsiders).
+    ``started`` is a moment before the write began. ``committed`` is a moment by which its COMMIT
+    had happened (None: unknown). ``acked`` is the moment from which its acknowledgement could be
+    sent, or later, when it had arrived (None: never acknowledged, as for writes outside the
+    application).
 
-    Not all need be known at once. Events of the same version are one write: the process that
-    commits and the client that is answered may each record what they know. An attempt whose version
-    nobody was told has the version None: it may have made any one version from ``started`` on, or
-    none. It may be recorded before it begins, and again with its version: the same register,
-    process and ``started`` are the same attempt, the event without version first.
+    Events of the same version are one write: the committing process and the client may each record
+    what they know. An attempt of unknown outcome has the version None: it may have made any one
+    version from ``started`` on, or none. It may be recorded before it begins, and again with its
+    version: the same register, process and ``started`` are the same attempt, with the event without
+    version first.
     """
 
     register: str
@@ -50,13 +51,12 @@ class Write(msgspec.Struct, frozen=True, array_like=True, tag="w"):
 
 
 class Read(msgspec.Struct, frozen=True, array_like=True, tag="r"):
-    """One read: the version that it returned of each register that it covers (0 for a row that was
-    not there).
+    """A read: the version that it returned of each register that it covers (0 for a missing row).
 
-    ``asked`` names what was asked for, tenant and query; ``told`` is what the body itself says that
-    it is. ``session`` is whoever was promised to read what they wrote and saw. ``how`` is a short
-    word on where the answer came from. ``slack_s`` is by how many seconds the answer may be older
-    than a fresh one: what was promised for this query, not what was found.
+    ``asked`` names what was requested (tenant and query), ``received`` what the body itself says it
+    is. ``session`` is a client that is promised to see what it wrote and saw. ``how`` is a short
+    word on the source of the response. ``slack_s`` is by how many seconds the response may be older
+    than a fresh one: the promise for this query, not a measurement.
     """
 
     start: float
@@ -64,7 +64,7 @@ class Read(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     values: Mapping[str, int]
     process: str
     asked: str
-    told: str
+    received: str
     session: str | None = None
     how: str = ""
     slack_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -74,21 +74,21 @@ Event = Write | Read
 
 
 class Recorder:
-    """Appends events to a file, one write(2) each. Safe in many threads and processes. ``close``
-    it, or use it with ``with``."""
+    """Appends events to a file, one write(2) each. Safe for threads and processes. Use it as a
+    context manager, or call ``close``."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._encode = msgspec.json.Encoder().encode
 
     def append(self, event: Event) -> None:
-        """Add an event. Raises ``OSError`` when not all of it could be written (a full disk)."""
+        """Append an event. Raises ``OSError`` if it was not written completely (a full disk)."""
         line = b"\n" + self._encode(event)
         if os.write(self._file, line) != len(line):
             raise OSError("the event was not written as a whole")
 
     def close(self) -> None:
-        """Close the file; nothing is buffered."""
+        """Close the file. Nothing is buffered."""
         os.close(self._file)
 
     def __enter__(self) -> "Recorder":
@@ -104,12 +104,10 @@ class Recorder:
 
 
 class History:
-    """The events in files, read anew by each iteration and never held: as many as the disk holds.
-    Made by ``load``.
+    """The events in files, read again by each iteration and not kept in memory. Made by ``load``.
 
-    What is appended to a file after ``load`` is not seen, so all iterations see the same. ``torn``
-    is the number of lines that the last whole iteration left out because a writer did not finish
-    them.
+    Events appended after ``load`` are ignored, so all iterations yield the same events. ``torn`` is
+    the number of incomplete lines that the last complete iteration skipped.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
@@ -117,7 +115,7 @@ class History:
         self.torn = 0
 
     def __iter__(self) -> Iterator[Event]:
-        """Yield the events, file after file. Raises ``ValueError`` for a whole line that is no
+        """Yield the events, file after file. Raises ``ValueError`` for a complete line that is no
         event."""
         torn = 0
         decode = msgspec.json.Decoder(Write | Read).decode
@@ -135,12 +133,12 @@ class History:
 
 
 def load(paths: Iterable[str | os.PathLike[str]]) -> History:
-    """Return what was recorded in these files until now."""
+    """Return the events recorded in these files until now."""
     return History(paths)
 
 
 def _lines(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines with something on them in the first ``size`` bytes, with their numbers."""
+    """Yield the non-empty lines in the first ``size`` bytes, with their numbers."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if size <= 0:

@@ -1,33 +1,22 @@
-"""What proves a violation: the few operations that cannot all have happened, looked up in the
-history and put into words."""
+"""Proofs of violations: the few operations that cannot all have happened, found in the history and
+put into words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import msgspec
 
 from respcache.testing.history import Event, Read, Write
-
-
-class ViolationKind(StrEnum):
-    """What a read can violate; ``checker`` says when."""
-
-    FRESHNESS = "I1"
-    BOUND = "I3"
-    SESSION = "I4"
-    ISOLATION = "I5"
-    INVENTION = "invention"
+from respcache.testing.staleness import ViolationKind
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A read that violates something, and what is needed to look up the proof.
+    """A read that violates something, and the data for finding the proof.
 
-    ``due`` is the version that it had to return at least or, for an invention, the one that was
-    begun too late. ``since`` is when that was acknowledged (I1), committed (I3), seen by the
-    session (I4) or begun (invention). ``operations`` and ``span`` (seconds) are the size of the
-    proof.
+    ``due`` is the version that it had to return at least; for an invention, the one that began too
+    late. ``since`` is when that version was acknowledged (I1), committed (I3), seen by the session
+    (I4) or begun (invention). ``operations`` and ``span`` (seconds) are the size of the proof.
     """
 
     kind: ViolationKind
@@ -47,12 +36,12 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The operations that prove a violation, in the order in which they began; the offending read
-    is among them.
+    """The operations that prove a violation, in the order in which they began, including the
+    offending read.
 
-    ``overtaken`` adds to the explanation, not to the proof: a read of the same query that returned
-    the same version and was under way when the missed one was committed. If the cache stored what
-    that read saw, this is how the offender got it.
+    ``overtaken`` explains, but does not prove: a read of the same query that returned the same
+    version and was in progress when the missed version was committed. If the cache stored the
+    result of that read, the offending read got it from there.
     """
 
     violation: Violation
@@ -75,7 +64,7 @@ class Proof:
         found = self.violation
         words = f"read {read.asked}"
         if found.kind is ViolationKind.ISOLATION:
-            words += f", told {read.told}"
+            words += f", received {read.received}"
         else:
             words += f": {found.register} = {read.values[found.register]}"
         words += f" ({read.how})" if read.how else ""
@@ -87,8 +76,7 @@ class Proof:
 def find_proofs(
     history: Iterable[Event], violations: Iterable[Violation]
 ) -> dict[ViolationKind, Proof]:
-    """Look up the operations that prove violations (one of a kind), in one pass over the
-    history."""
+    """Find the operations that prove violations (one per kind), in one pass over the history."""
     searches = [_Search(violation) for violation in violations]
     for event in history if searches else ():
         for search in searches:
@@ -97,7 +85,7 @@ def find_proofs(
 
 
 class _Search:
-    """Collects what belongs to one proof from a history that passes by."""
+    """Collects the operations of one proof from the events of a history."""
 
     def __init__(self, violation: Violation) -> None:
         self.violation = violation
@@ -133,15 +121,14 @@ class _Search:
             self._overtaken = max(self._overtaken or event, event, key=_length)
 
     def proof(self) -> Proof:
-        """Return what was found. A session's own view needs no write when it read the version
-        before."""
+        """Return the proof. I4 needs no write if the session had read the version before."""
         operations: list[Event] = [self.violation.read]
         operations += [self._earlier] if self._earlier else self._writes.values()
         return Proof(self.violation, tuple(sorted(operations, key=_begin)), self._overtaken)
 
     def _is_earlier(self, read: Read) -> bool:
-        """Whether this is the read of the session that saw what was due: that binds none with a
-        slack."""
+        """Return whether this is the session's read that saw the due version. It does not bind
+        reads with a slack."""
         found = self.violation
         same = (
             read.session == found.read.session
@@ -161,7 +148,7 @@ class _Search:
 
 
 def _merged(one: Write, other: Write) -> Write:
-    """Make one event of two of the same write: the earliest of what each knew."""
+    """Merge two events of the same write: the earliest known time of each kind."""
     process = one.process if one.process == other.process else f"{one.process}, {other.process}"
     return msgspec.structs.replace(
         one,
@@ -180,7 +167,7 @@ def _earliest(one: float | None, other: float | None) -> float | None:
 def _headline(found: Violation) -> str:
     read, due = found.read, found.due
     if found.kind is ViolationKind.ISOLATION:
-        return f"{found.kind}: a read that asked for {read.asked} was told {read.told}"
+        return f"{found.kind}: a read that asked for {read.asked} received {read.received}"
     returned = f"{found.kind}: {found.register}: a read returned {found.returned}, but"
     if found.kind is ViolationKind.INVENTION and due is None:
         return f"{returned} no write that can have made it was begun when it ended"

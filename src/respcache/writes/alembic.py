@@ -1,5 +1,5 @@
-"""Operations for alembic that install and remove the outbox, its triggers and the trail, and have
-``--autogenerate`` write them.
+"""Alembic operations that install and remove the outbox, its triggers and the audit log, for
+``--autogenerate`` too.
 
 In ``env.py``::
 
@@ -13,25 +13,25 @@ In ``env.py``::
         include_name=respcache.writes.alembic.include_name,
     )
 
-A revision then says what is missing in the database and what is too much::
+A generated revision then contains what the database lacks, and removes what is superfluous::
 
     op.create_respcache_outbox()
     op.watch_table("accounts", tenant_column="tenant_id", shared=False)
 
-An empty list has everything removed again, and so has ``respcache_trail=False`` with the trail
-(``ops/trail.py``); without the options nothing of it is compared. A table counts as watched when
-its four triggers are there, fire always, and run the very function that would be made today: so
-another tenant column shows, a trigger that was dropped or disabled, and also a release of this
-library that writes another function. ``watch_table`` mends all of these.
+An empty list removes everything; ``respcache_trail=False`` removes the audit log
+(``ops/audit_log.py``). Without these options nothing is compared. A table counts as watched if it
+has its four triggers, they always fire, and they run exactly the function that would be generated
+today. So another tenant column, a dropped or disabled trigger, and a release of this library with
+another function are all detected. ``watch_table`` repairs all of them.
 
 Tables are first unwatched and then dropped, first created and then watched; a downgrade is the
-reverse. Where the old function is not recognised, it ends unwatched instead: what reads the table
-is then not cached.
+reverse. If the old function is not recognised, the downgrade leaves the table unwatched: reads of
+the table are then not cached.
 
-Outbox, fence and trail are in no metadata: alembic is kept from proposing to drop them, in every
-schema. ``include_name`` spares it reading them at all, which SQLAlchemy warns of, as it does not
-know their types. Another schema than ``public``, for them and for the tables, is named by
-``respcache_schema`` and by ``schema=`` of each operation.
+The outbox, the fence row's table and the audit log are in no metadata: alembic is kept from
+proposing to drop them, in every schema. ``include_name`` also keeps alembic from reading them,
+which SQLAlchemy would warn about, because it does not know their types. ``respcache_schema``, and
+``schema=`` of each operation, name another schema than ``public`` for them and for the tables.
 """
 
 from collections.abc import Iterable, Mapping
@@ -54,25 +54,25 @@ from respcache.writes.triggers import EVENTS, FENCE, OUTBOX, Watched
 PUBLIC = "public"
 OURS = (OUTBOX, FENCE, AUDIT_LOG)
 IMPORT = f"import {__name__}  # noqa: F401  (op.watch_table)"
-"""What a revision needs to know the operations by."""
+"""The import that registers the operations in a revision."""
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
-    """Leave out our own tables: for ``context.configure(include_name=...)``."""
+    """Exclude our own tables: for ``context.configure(include_name=...)``."""
     return type_ != "table" or name not in OURS
 
 
 @Operations.register_operation("create_respcache_outbox")
 @dataclass(eq=False)
 class CreateOutbox(MigrateOperation):
-    """Create the outbox and the fence."""
+    """Create the outbox and the table of the fence row."""
 
     schema: str = PUBLIC
 
     @classmethod
     def create_respcache_outbox(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Create the outbox and the fence; rights on them are the migration's to grant
-        (``triggers.create_outbox``)."""
+        """Create the outbox and the table of the fence row. The migration must grant the rights on
+        them (``triggers.create_outbox``)."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> "DropOutbox":
@@ -87,14 +87,14 @@ class CreateOutbox(MigrateOperation):
 @Operations.register_operation("drop_respcache_outbox")
 @dataclass(eq=False)
 class DropOutbox(MigrateOperation):
-    """Drop the outbox and the fence."""
+    """Drop the outbox and the table of the fence row."""
 
     schema: str = PUBLIC
 
     @classmethod
     def drop_respcache_outbox(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Drop the outbox and the fence, after the last table was unwatched: nothing is cached from
-        then on."""
+        """Drop the outbox and the table of the fence row, after the last table was unwatched.
+        Nothing is cached from then on."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> CreateOutbox:
@@ -109,7 +109,7 @@ class DropOutbox(MigrateOperation):
 @Operations.register_operation("watch_table")
 @dataclass(eq=False)
 class WatchTable(MigrateOperation):
-    """Have writes to a table leave rows in the outbox. ``before`` is how it was watched so far."""
+    """Make writes to a table leave rows in the outbox. ``before`` is how it was watched before."""
 
     watched: Watched
     schema: str = PUBLIC
@@ -125,8 +125,7 @@ class WatchTable(MigrateOperation):
         shared: bool = False,
         schema: str = PUBLIC,
     ) -> None:
-        """Create the triggers of a table, or replace them. The options are those of
-        ``triggers.Watched``."""
+        """Create or replace the triggers of a table. For the options see ``triggers.Watched``."""
         operations.invoke(cls(Watched(table, tenant_column, shared), schema))
 
     def reverse(self) -> "WatchTable | UnwatchTable":
@@ -143,8 +142,8 @@ class WatchTable(MigrateOperation):
 @Operations.register_operation("unwatch_table")
 @dataclass(eq=False)
 class UnwatchTable(MigrateOperation):
-    """Have writes to a table leave nothing. ``before`` is how it was watched so far, None where
-    that is unknown."""
+    """Remove the triggers of a table. ``before`` is how it was watched before, None if
+    unknown."""
 
     table: str
     schema: str = PUBLIC
@@ -152,12 +151,12 @@ class UnwatchTable(MigrateOperation):
 
     @classmethod
     def unwatch_table(cls, operations: Operations, table: str, *, schema: str = PUBLIC) -> None:
-        """Drop the triggers of a table, if it has any: what reads it is not cached from then on."""
+        """Drop the triggers of a table, if any. Reads of it are not cached from then on."""
         operations.invoke(cls(table, schema))
 
     def reverse(self) -> "WatchTable | UnwatchTable":
-        """Return the operation that undoes this one; nobody can watch a table in a way that is not
-        known."""
+        """Return the operation that undoes this one: itself if the way the table was watched is
+        unknown."""
         return self if self.before is None else WatchTable(self.before, self.schema)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
@@ -168,14 +167,14 @@ class UnwatchTable(MigrateOperation):
 @Operations.register_operation("create_respcache_trail")
 @dataclass(eq=False)
 class CreateAuditLog(MigrateOperation):
-    """Create the trail of what operators do."""
+    """Create the audit log of operators' actions."""
 
     schema: str = PUBLIC
 
     @classmethod
     def create_respcache_trail(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Create the trail; rights on it are the migration's to grant
-        (``ops.trail.create_audit_log``)."""
+        """Create the audit log. The migration must grant the rights on it
+        (``ops.audit_log.create_audit_log``)."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> "DropAuditLog":
@@ -190,13 +189,13 @@ class CreateAuditLog(MigrateOperation):
 @Operations.register_operation("drop_respcache_trail")
 @dataclass(eq=False)
 class DropAuditLog(MigrateOperation):
-    """Drop the trail."""
+    """Drop the audit log."""
 
     schema: str = PUBLIC
 
     @classmethod
     def drop_respcache_trail(cls, operations: Operations, *, schema: str = PUBLIC) -> None:
-        """Drop the trail, with all that is written in it."""
+        """Drop the audit log with its contents."""
         operations.invoke(cls(schema))
 
     def reverse(self) -> CreateAuditLog:
@@ -229,28 +228,28 @@ def _unwatch_table(operations: Operations, operation: UnwatchTable) -> None:
 
 
 @Operations.implementation_for(CreateAuditLog)
-def _create_trail(operations: Operations, operation: CreateAuditLog) -> None:
+def _create_audit_log(operations: Operations, operation: CreateAuditLog) -> None:
     audit_log.create_audit_log(_execute(operations), schema=operation.schema)
 
 
 @Operations.implementation_for(DropAuditLog)
-def _drop_trail(operations: Operations, operation: DropAuditLog) -> None:
+def _drop_audit_log(operations: Operations, operation: DropAuditLog) -> None:
     audit_log.drop_audit_log(_execute(operations), schema=operation.schema)
 
 
 def _execute(operations: Operations) -> triggers.Execute:
-    """Run a statement as it is: a colon in a name begins no parameter."""
+    """Run a statement literally: a colon in a name does not begin a parameter."""
     return lambda statement: operations.execute(text(statement.replace(":", r"\:")))
 
 
 @renderers.dispatch_for(CreateOutbox)
 def _render_create_outbox(context: AutogenContext, operation: CreateOutbox) -> str:
-    return _line(context, "create_respcache_outbox", [], operation.schema)
+    return _line(context, operation)
 
 
 @renderers.dispatch_for(DropOutbox)
 def _render_drop_outbox(context: AutogenContext, operation: DropOutbox) -> str:
-    return _line(context, "drop_respcache_outbox", [], operation.schema)
+    return _line(context, operation)
 
 
 @renderers.dispatch_for(WatchTable)
@@ -261,36 +260,39 @@ def _render_watch_table(context: AutogenContext, operation: WatchTable) -> str:
         f"tenant_column={watched.tenant_column!r}",
         f"shared={watched.shared!r}",
     ]
-    return _line(context, "watch_table", options, operation.schema)
+    return _line(context, operation, *options)
 
 
 @renderers.dispatch_for(UnwatchTable)
 def _render_unwatch_table(context: AutogenContext, operation: UnwatchTable) -> str:
-    return _line(context, "unwatch_table", [repr(operation.table)], operation.schema)
+    return _line(context, operation, repr(operation.table))
 
 
 @renderers.dispatch_for(CreateAuditLog)
-def _render_create_trail(context: AutogenContext, operation: CreateAuditLog) -> str:
-    return _line(context, "create_respcache_trail", [], operation.schema)
+def _render_create_audit_log(context: AutogenContext, operation: CreateAuditLog) -> str:
+    return _line(context, operation)
 
 
 @renderers.dispatch_for(DropAuditLog)
-def _render_drop_trail(context: AutogenContext, operation: DropAuditLog) -> str:
-    return _line(context, "drop_respcache_trail", [], operation.schema)
+def _render_drop_audit_log(context: AutogenContext, operation: DropAuditLog) -> str:
+    return _line(context, operation)
 
 
-def _line(context: AutogenContext, name: str, arguments: list[str], schema: str) -> str:
+def _line(context: AutogenContext, operation: Any, *arguments: str) -> str:
+    """Return the call of an operation in a revision."""
     context.imports.add(IMPORT)
-    given = ", ".join(arguments if schema == PUBLIC else [*arguments, f"schema={schema!r}"])
-    return f"{context.opts['alembic_module_prefix'] or ''}{name}({given})"
+    given = ", ".join(
+        arguments if operation.schema == PUBLIC else (*arguments, f"schema={operation.schema!r}")
+    )
+    return f"{context.opts['alembic_module_prefix'] or ''}{operation.to_diff_tuple()[0]}({given})"
 
 
 @comparators.dispatch_for(
     "autogenerate", qualifier="postgresql", priority=DispatchPriority.LAST, subgroup="respcache"
 )
 def _compare(context: AutogenContext, upgrade: UpgradeOps) -> PriorityDispatchResult:
-    """Put around alembic's own operations what the database lacks of outbox and triggers, or has
-    too much."""
+    """Add operations for a missing or superfluous outbox, trigger or audit log around alembic's
+    own."""
     own = [
         operation for operation in upgrade.ops if getattr(operation, "table_name", None) not in OURS
     ]
@@ -302,11 +304,11 @@ def _compare(context: AutogenContext, upgrade: UpgradeOps) -> PriorityDispatchRe
         before, after = _differences(
             context, {watched.table: watched for watched in wanted}, schema
         )
-    with_trail: bool | None = context.opts.get("respcache_trail")
-    if with_trail is not None and with_trail != context.inspector.has_table(
+    with_audit_log: bool | None = context.opts.get("respcache_trail")
+    if with_audit_log is not None and with_audit_log != context.inspector.has_table(
         AUDIT_LOG, schema=schema
     ):
-        after.append(CreateAuditLog(schema) if with_trail else DropAuditLog(schema))
+        after.append(CreateAuditLog(schema) if with_audit_log else DropAuditLog(schema))
     upgrade.ops[:] = [*before, *own, *after]
     return PriorityDispatchResult.CONTINUE
 
@@ -314,7 +316,7 @@ def _compare(context: AutogenContext, upgrade: UpgradeOps) -> PriorityDispatchRe
 def _differences(
     context: AutogenContext, wanted: dict[str, Watched], schema: str
 ) -> tuple[list[MigrateOperation], list[MigrateOperation]]:
-    """Return what is to be done before alembic's own operations, and what after."""
+    """Return the operations to run before alembic's own, and those to run after."""
     before: list[MigrateOperation] = []
     after: list[MigrateOperation] = []
     outbox = _has_outbox(context, schema)
@@ -323,11 +325,15 @@ def _differences(
         after.append(CreateOutbox(schema))
     for table, (source, _) in installed.items():
         if table not in wanted:
-            before.append(UnwatchTable(table, schema, _recognised(context, table, source, schema)))
+            before.append(
+                UnwatchTable(table, schema, _recognised(context, table, source, schema=schema))
+            )
     for table, watched in wanted.items():
         source, whole = installed.get(table, (None, False))
         if not whole or source != triggers.body(watched, schema=schema):
-            after.append(WatchTable(watched, schema, _recognised(context, table, source, schema)))
+            after.append(
+                WatchTable(watched, schema, _recognised(context, table, source, schema=schema))
+            )
     if outbox and not wanted:
         before.append(DropOutbox(schema))
     return before, after
@@ -338,24 +344,24 @@ def _has_outbox(context: AutogenContext, schema: str) -> bool:
     if any(there.values()) and not all(there.values()):
         missing, other = sorted(there, key=there.__getitem__)
         raise ConfigurationError(
-            f"table {missing} is missing, but {other} is there: drop it, and it is proposed anew"
+            f"table {missing} is missing, but {other} exists: drop it, and it is proposed again"
         )
     return all(there.values())
 
 
 def _installed(context: AutogenContext, schema: str) -> dict[str, tuple[str | None, bool]]:
-    """Return, for every table with a trigger of ours: the function (None for several), and whether
-    all four fire always."""
+    """Return, for every table with our triggers: the function (None for several), and whether all
+    four triggers always fire."""
     assert context.connection is not None
     rows = context.connection.execute(text(_TRIGGERS), {"schema": schema})
     return {row.table: (row.source, row.firing == len(EVENTS)) for row in rows}
 
 
 def _recognised(
-    context: AutogenContext, table: str, source: str | None, schema: str
+    context: AutogenContext, table: str, source: str | None, *, schema: str
 ) -> Watched | None:
-    """Tell how a table is watched, from its function: the one that would be made for one of its
-    columns, or else None."""
+    """Return how a table is watched, if its function is the one that would be generated for one of
+    its columns; else None."""
     if source is None:
         return None
     columns = [column["name"] for column in context.inspector.get_columns(table, schema=schema)]
@@ -370,11 +376,12 @@ SELECT CAST(c.relname AS text) AS "table",
        CASE WHEN count(DISTINCT p.prosrc) = 1 THEN min(p.prosrc) END AS source,
        count(*) FILTER (
            WHERE t.tgenabled = 'A' AND (CAST(t.tgname AS text), t.tgtype) IN (
-               ('respcache_insert', 4), ('respcache_delete', 8), ('respcache_update', 16), ('respcache_truncate', 32))
+               ('respcache_insert', 4), ('respcache_delete', 8),
+               ('respcache_update', 16), ('respcache_truncate', 32))
        ) AS firing
 FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
                   JOIN pg_proc p ON p.oid = t.tgfoid
 WHERE t.tgname LIKE 'respcache\\_%' AND n.nspname = :schema
 GROUP BY c.relname ORDER BY c.relname
 """
-"""``tgtype`` is the event alone for what fires after a statement."""
+"""For a trigger that fires after a statement, ``tgtype`` is the event alone."""

@@ -1,7 +1,7 @@
-"""Sends bumps: what the outbox, a hook or a hand demands for each tenant, as one command each.
+"""Sends bumps: one command for each tenant that the outbox, a hook or an operator invalidates.
 
-There may be thousands of tenants. They are sent in portions, so that the event loop gets round to
-others in between and no command waits behind a whole portion for longer than its deadline.
+There may be thousands of tenants. They are sent in portions, so that other tasks run in between
+and no command waits behind a portion for longer than its deadline.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from respcache.core.serving_lease import DueBump
 from respcache.stores.base import Bumped, Store
 
 AT_ONCE = 50
-"""BumpSender that are under way at the same time: about 5 ms of work for this process."""
+"""Bumps in flight at the same time: about 5 ms of work for this process."""
 
 
 class BumpSender:
-    """The one sender of bumps to a store."""
+    """Sends all bumps of one store."""
 
     def __init__(self, store: Store, *, generation_ttl_ms: int) -> None:
         self._store = store
         self._ttl_ms = generation_ttl_ms
 
     async def send(self, due: Mapping[str, DueBump]) -> dict[str, Bumped | StoreError]:
-        """Bump what is due; tell for each tenant what it came to, or what went wrong."""
+        """Bump what is due; return the result, or the error, for each tenant."""
         found: dict[str, Bumped | StoreError] = {}
         tenants = list(due)
         for start in range(0, len(tenants), AT_ONCE):

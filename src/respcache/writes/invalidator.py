@@ -1,17 +1,18 @@
-"""Sends the bumps of committed writes, says what became of them, and never forgets the others.
+"""Sends the bumps of committed writes, reports their outcome, and repeats those that failed.
 
-A bump runs in a task of its own: a request that is cancelled after its COMMIT cannot take it along.
+Each bump runs in a task of its own: a request that is cancelled after its COMMIT does not cancel
+the bump.
 
-With an outbox (``rounds``), a bump that was not confirmed need not be remembered: its rows are in
-the database, and nothing is served from the cache before a round has found them. The answer of the
-write waits for that, or until no fence is alive. The one exception is an invalidation by hand that
-could not leave its rows, because the database is away, and was not confirmed by the server that the
-fence names either: nobody else knows of it.
+With an outbox (``OutboxRelay``), an unconfirmed bump need not be remembered: its rows are in the
+database, and nothing is served from the cache before a relay cycle has found them. The response to
+the write waits for that, or until no serving lease is alive. There is one exception: an
+invalidation by hand that could not leave its rows because the database is unavailable, and was not
+confirmed by the server that the serving lease names. No other process knows of it.
 
-For that, and without an outbox, a tenant whose bump was not confirmed is *vetoed*: this process
-neither serves nor stores anything of that tenant until the floor of its generation has been raised
-(with an outbox: until a row demands that), which is tried until it succeeds. Other processes may
-serve that tenant's old entries until then.
+For that case, and without an outbox, a tenant whose bump was not confirmed is *blocked*: this
+process neither serves nor stores responses of that tenant until the floor of its generation has
+been raised (with an outbox: until a row demands that). It retries until it succeeds. Other
+processes may serve that tenant's old entries until then.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from respcache.stores.base import Bumped, Store
 from respcache.telemetry.stats import Counters
 from respcache.telemetry.tracing import Tracing
 from respcache.writes.bumps import BumpSender
-from respcache.writes.relay import OutboxRelay, Rows
+from respcache.writes.relay import OnInvalidated, OutboxRelay, Rows
 
 log = logging.getLogger("respcache")
 
@@ -41,13 +42,9 @@ RETRY_MOST_S = 1.0
 Changes = Mapping[str, Collection[str]]
 """Tags by tenant."""
 
-Told = Callable[[Rows, Outcome, float], None]
-"""Hears what was bumped (tenant, tag, id of the row or nothing), what came of it, and how many
-seconds after the COMMIT."""
-
 
 class Invalidator:
-    """BumpSender generations after commits. One per cache, bound to the event loop in which ``start``
+    """Bumps generations after commits. One per cache, bound to the event loop in which ``start``
     was called."""
 
     def __init__(
@@ -69,63 +66,51 @@ class Invalidator:
         self._tasks: set[asyncio.Future[Ack]] = set()
         self._lock = threading.Lock()
         self._in_flight = 0
-        # tenant -> how often it failed; bounded by the tenants that wrote in an outage
-        self._pending: dict[str, int] = {}
-        self.blocked_tenants: Collection[str] = self._pending
-        """Tenants that this process must leave the cache alone for, now and whenever it is looked
-        at."""
+        # tenant -> number of failures; bounded by the tenants that wrote during an outage
+        self._blocked: dict[str, int] = {}
+        self.blocked_tenants: Collection[str] = self._blocked
+        """The tenants whose last invalidation is not confirmed; a live view."""
         self._retrying: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self.told: Told | None = None
-        """Hears what became of each invalidation."""
-
-    @property
-    def pending(self) -> tuple[str, ...]:
-        """The vetoed tenants: their last invalidation is not confirmed yet."""
-        return tuple(self._pending)
-
-    @property
-    def vetoing(self) -> bool:
-        """Whether any tenant is vetoed."""
-        return bool(self._pending)
+        self.on_invalidated: OnInvalidated | None = None
+        """Called with the outcome of each invalidation."""
 
     def is_blocked(self, tenant: str) -> bool:
-        """Whether this process must leave the cache alone for the tenant."""
-        return tenant in self._pending
+        """Return whether this process must not use the cache for the tenant."""
+        return tenant in self._blocked
 
     def start(self) -> None:
-        """Take the running event loop. BumpSender that came earlier are retried from here."""
+        """Bind to the running event loop, and retry the bumps that came before this call."""
         self._loop = asyncio.get_running_loop()
-        if self._pending:
+        if self._blocked:
             self._retry()
 
     def bump(self, changes: Changes) -> asyncio.Future[Ack] | None:
-        """Begin to bump, from any thread; await in the cache's loop what becomes of it. One round
-        trip, all tenants at once.
+        """Begin to bump, from any thread; return the future of the outcome, to be awaited in the
+        cache's loop. One round trip for all tenants.
 
-        With an outbox, rows are left there first. None without a running cache: the tenants then
-        stay vetoed until there is one.
+        With an outbox, rows are inserted there first. Returns None without a running cache: the
+        tenants then stay blocked until there is one.
         """
         tags = {tenant: collapse(names) for tenant, names in changes.items() if names}
         if not self._started():
             with self._lock:
                 for tenant in tags:
-                    self._pending[tenant] = self._pending.get(tenant, 0) + 1
+                    self._blocked[tenant] = self._blocked.get(tenant, 0) + 1
             return None
         if self._relay is None:
             return self._begin(
-                lambda: self._telling(_without_ids(tags), self._send(tags)), tenants=len(tags)
+                lambda: self._reporting(_without_ids(tags), self._send(tags)), tenants=len(tags)
             )
         relay = self._relay
         return self._begin(lambda: self._note(relay, tags), tenants=len(tags))
 
     def committed(self, rows: Rows | None) -> asyncio.Future[Ack] | None:
-        """Begin to bump what a transaction left in the outbox; to be called, from any thread, after
-        its COMMIT returned.
+        """Begin to bump what a transaction left in the outbox. Call it, from any thread, after
+        COMMIT has returned.
 
-        None for ``rows`` means that they are not known (a COMMIT that raised, AUTOCOMMIT): a round
-        has to find them. Without a running cache there is nothing to do: the rows are in the
-        outbox.
+        ``rows`` is None if they are unknown (COMMIT raised, or AUTOCOMMIT): a relay cycle has to
+        find them. Returns None without a running cache: the rows are in the outbox.
         """
         relay = self._relay
         assert relay is not None
@@ -134,13 +119,13 @@ class Invalidator:
             return None
         tenants = None if rows is None else len({tenant for tenant, _, _ in rows})
         return self._begin(
-            lambda: self._telling(rows or (), self._apply(relay, rows, since)), tenants=tenants
+            lambda: self._reporting(rows or (), self._apply(relay, rows, since)), tenants=tenants
         )
 
     async def settled(self, *, timeout_s: float) -> None:
-        """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` when
-        that takes longer."""
-        if self._in_flight == 0 and not self._pending:
+        """Return when every write so far may be acknowledged. Raises ``InvalidationPending`` after
+        ``timeout_s``."""
+        if self._in_flight == 0 and not self._blocked:
             return
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
@@ -148,16 +133,17 @@ class Invalidator:
             await asyncio.wait_for(waiter, timeout_s)
         except TimeoutError:
             raise InvalidationPending(
-                f"not confirmed after {timeout_s} s for {len(self._pending)} tenant(s)"
+                f"not confirmed after {timeout_s} s for {len(self._blocked)} tenant(s)"
             ) from None
 
     async def close(self, *, timeout_s: float = 1.0) -> None:
-        """Drain for a bounded time, then stop; what is still unconfirmed is logged."""
+        """Wait for open invalidations for at most ``timeout_s``, log what is still unconfirmed,
+        and stop."""
         try:
             if self._loop is not None:
                 await self.settled(timeout_s=timeout_s)
         except InvalidationPending as error:
-            if self._pending:
+            if self._blocked:
                 log.error(
                     "closing with unconfirmed invalidations (%s): other processes may serve old "
                     "data until it expires",
@@ -193,13 +179,13 @@ class Invalidator:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _telling(self, rows: Rows, sending: Awaitable[Ack]) -> Ack:
-        """Tell what became of an invalidation, and how long that took."""
+    async def _reporting(self, rows: Rows, sending: Awaitable[Ack]) -> Ack:
+        """Report the outcome of an invalidation and its duration to ``on_invalidated``."""
         began = time.monotonic()
         ack = await sending
-        if self.told is not None and rows:
+        if self.on_invalidated is not None and rows:
             try:
-                self.told(rows, ack.outcome, time.monotonic() - began)
+                self.on_invalidated(rows, ack.outcome, time.monotonic() - began)
             except Exception:
                 log.exception("an invalidation could not be reported")
         return ack
@@ -213,39 +199,40 @@ class Invalidator:
         finally:
             with self._lock:
                 self._in_flight -= 1
-            self._tell_waiters()
+            self._release_waiters()
 
     # -- with an outbox ----------------------------------------------------------------------------
 
     async def _note(self, relay: OutboxRelay, tags: Mapping[str, tuple[str, ...]]) -> Ack:
-        """Make bumps that no transaction has left rows for as durable as the others, then apply
-        them."""
+        """Insert rows for bumps that no transaction left rows for, so that they are as durable as
+        others; then apply them."""
         since = relay.clock()
         try:
             rows = await relay.outbox.note(
                 [(tenant, tag) for tenant, names in tags.items() for tag in names]
             )
         except OutboxError as error:
-            log.warning("an invalidation cannot be kept in the database (%s)", error)
-            return await self._telling(
+            log.warning("an invalidation cannot be written to the outbox (%s)", error)
+            return await self._reporting(
                 _without_ids(tags), self._bump_without_rows(relay, tags, since)
             )
-        return await self._telling(rows, self._apply(relay, rows, relay.clock()))
+        return await self._reporting(rows, self._apply(relay, rows, relay.clock()))
 
     async def _bump_without_rows(
         self, relay: OutboxRelay, tags: Mapping[str, tuple[str, ...]], since: float
     ) -> Ack:
-        """Bump what no round will ever find. Only the server that fences name can confirm it."""
+        """Bump what no relay cycle will ever find. Only the server that serving leases name can
+        confirm it."""
         bumped = await self._bump_all({tenant: DueBump(names) for tenant, names in tags.items()})
         if not self._vouched(relay, bumped):
-            await relay.safe(since)  # meanwhile a round may find out which server it is
+            await relay.safe(since)  # meanwhile a cycle may learn which server it is
             if not self._vouched(relay, bumped):
-                self._remember(tags)
+                self._block(tags)
                 return Ack(Outcome.PENDING)
         return Ack(Outcome.CONFIRMED, _token(bumped))
 
     async def _apply(self, relay: OutboxRelay, rows: Rows | None, since: float) -> Ack:
-        """Bump, and tell when the write may be acknowledged. ``since``: a moment after its
+        """Bump, and return when the write may be acknowledged. ``since`` is a moment after its
         COMMIT."""
         if (
             rows is not None
@@ -263,8 +250,8 @@ class Invalidator:
         return Ack(await relay.safe(since))
 
     def _vouched(self, relay: OutboxRelay, bumped: Mapping[str, Bumped | None]) -> bool:
-        """Whether all of these bumps were confirmed by the server that our fence names, while it
-        stands."""
+        """Return whether the server that our serving lease names confirmed all of these bumps,
+        while that lease is alive."""
         lease, now = relay.lease, relay.clock()
         return all(one is not None and lease.allows(one.server, now) for one in bumped.values())
 
@@ -279,17 +266,18 @@ class Invalidator:
             failed = [tenant for tenant, one in bumped.items() if one is None]
         finally:
             if failed:
-                self._remember(failed)
+                self._block(failed)
         return Ack(Outcome.PENDING) if failed else Ack(Outcome.CONFIRMED, _token(bumped))
 
     async def _bump_all(self, due: Mapping[str, DueBump]) -> dict[str, Bumped | None]:
-        """Bump; return for each tenant what it came to, or None where that is not confirmed."""
+        """Bump; return the result for each tenant, or None where it is not confirmed."""
         found: dict[str, Bumped | None] = {}
         for tenant, one in (await self._bumps.send(due)).items():
             if isinstance(one, StoreError):
-                if self._relay is None and tenant not in self._pending:
+                if self._relay is None and tenant not in self._blocked:
                     log.warning(
-                        "invalidation of tenant %s is not confirmed (%s); bypassing it until it is",
+                        "invalidation of tenant %s is not confirmed (%s); its requests bypass the "
+                        "cache until it is",
                         tenant,
                         one,
                     )
@@ -298,16 +286,15 @@ class Invalidator:
                 found[tenant] = one
         return found
 
-    def _remember(self, tenants: Iterable[str]) -> None:
-        """Veto these tenants, and begin to try again."""
+    def _block(self, tenants: Iterable[str]) -> None:
+        """Block these tenants, and begin to retry."""
         for tenant in tenants:
-            self._pending[tenant] = self._pending.get(tenant, 0) + 1
+            self._blocked[tenant] = self._blocked.get(tenant, 0) + 1
             self._stats.unconfirmed_invalidations += 1
         self._retry()
 
     async def _demand_floor(self, tenant: str) -> bool:
-        """Invalidate all of a tenant, so that it holds for all processes. Returns whether that
-        succeeded."""
+        """Invalidate everything of a tenant for all processes; return whether that succeeded."""
         if self._relay is None:
             return (await self._bump_all({tenant: DueBump((FLOOR,))}))[tenant] is not None
         try:
@@ -323,23 +310,23 @@ class Invalidator:
 
     async def _retry_until_confirmed(self) -> None:
         delay = RETRY_FIRST_S
-        while self._pending:
+        while self._blocked:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RETRY_MOST_S)
-            for tenant, failures in tuple(self._pending.items()):
+            for tenant, failures in tuple(self._blocked.items()):
                 if self._relay is None and not self._store.available:
                     break
                 if not await self._demand_floor(tenant):
-                    continue  # one key that the server refuses must not hold up the other tenants
+                    continue  # one key that the server refuses must not delay the other tenants
                 delay = RETRY_FIRST_S
-                # another write may have failed while this bump was on its way
-                if self._pending.get(tenant) == failures:
-                    del self._pending[tenant]
+                # another write may have failed during this bump
+                if self._blocked.get(tenant) == failures:
+                    del self._blocked[tenant]
                     log.info("invalidation of tenant %s is confirmed", tenant)
-        self._tell_waiters()
+        self._release_waiters()
 
-    def _tell_waiters(self) -> None:
-        if self._in_flight == 0 and not self._pending:
+    def _release_waiters(self) -> None:
+        if self._in_flight == 0 and not self._blocked:
             for waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_result(None)
@@ -347,7 +334,7 @@ class Invalidator:
 
 
 def _token(bumped: Mapping[str, Bumped | None]) -> ConsistencyToken | None:
-    """Return what a view must have reached to hold all of these bumps."""
+    """Return what a generation view must have reached to include all of these bumps."""
     token: ConsistencyToken | None = None
     for one in bumped.values():
         token = both(token, () if one is None or one.reached is None else (one.reached,))

@@ -1,25 +1,27 @@
-"""The outbox as a process sees it: what a round reads and changes in PostgreSQL. ``core/fence.py``
-says why.
+"""The outbox in PostgreSQL: what the relay reads and changes there.
 
-Connections are of a pool of its own, with the settings of the application's engine: rounds must not
-wait for a free one. Each statement is its own transaction (AUTOCOMMIT), so PgBouncer in transaction
-mode is fine, and every call ends within ``deadline_s`` or raises ``OutboxError``.
+``core/serving_lease.py`` gives the reasons.
 
-A *page* is one statement, so one snapshot: ``pg_current_snapshot()`` names exactly what the rows
-beside it were read from. The incarnation names what must not change unnoticed: the server's start,
-the last reset of its statistics (a crash of the server does that, and may lose what was committed
-asynchronously), the outbox, every trigger with its function, and every watched table with its
-partitions. Of these it has the version of their rows in ``pg_class``: a rename, a rewrite, an added
-column or a partition that is attached, detached or dropped changes what is read without firing a
-trigger.
+The connections are a pool of their own, with the settings of the application's engine: the relay
+must not wait for a free connection. Each statement is its own transaction (AUTOCOMMIT), so
+PgBouncer in transaction mode works. Every call ends within ``deadline_s`` or raises
+``OutboxError``.
 
-A table counts as watched only if its four triggers fire always, run the function that is named
-after it, so writes its tag (two tables may have exchanged their names), and see every row: not
-where it inherits or is inherited from, nor where it is a partition itself.
+A *page* is one statement, so one snapshot: ``pg_current_snapshot()`` identifies exactly what the
+rows beside it were read from. The incarnation identifies what must not change unnoticed: the
+server's start, the last reset of its statistics (a crash of the server resets them, and may lose
+what was committed asynchronously), the outbox, every trigger with its function, and every watched
+table with its partitions. For tables it includes the version of their rows in ``pg_class``: a
+rename, a rewrite, an added column, or a partition that is attached, detached or dropped changes
+what is read without firing a trigger.
 
-A dump may bring outbox and fence into a database that has not given their numbers yet. No statement
-here takes such a row for one that was written, nor deletes by such a number; ``prune`` clears both
-away.
+A table counts as watched only if its four triggers always fire, run the function that is named
+after it and so writes its tag (two tables may have exchanged their names), and see every row. They
+do not see every row if the table inherits, is inherited from, or is itself a partition.
+
+A dump may bring an outbox and a fence row into a database that has not assigned their transaction
+numbers yet. No statement here treats such a row as one that was written, or deletes by such a
+number; ``prune`` removes both.
 """
 
 import asyncio
@@ -40,22 +42,22 @@ from respcache.writes.triggers import FENCE, FUNCTION, MAX_NAME_BYTES, OUTBOX, s
 
 DEADLINE_S = 1.0
 RETENTION_S = 600.0
-"""Rows younger than this are never deleted, however fast everybody has read them."""
+"""Rows younger than this are never deleted, however early all processes have read them."""
 
 MAX_DELETED = 5_000
-"""Rows that one statement deletes."""
+"""The number of rows that one statement deletes."""
 
 FIRST_OID = 16_384
-"""What has been created since the server was set up has a number from here on."""
+"""Objects created after the server was initialised have numbers from here on."""
 
 UNDEFINED = ("42P01", "3F000")
-"""Codes of the errors that a table or a schema is not there."""
+"""SQLSTATE codes for a missing table or schema."""
 
 
 class OwnConnections:
-    """Connections to the database of an application's engine, with its settings, in a pool of their
-    own: what is asked over them waits for no request, and no hook of the application's engine sees
-    it. Each statement is its own transaction."""
+    """A pool of connections with the settings of an application's engine: statements over them wait
+    for no request, and the hooks of the application's engine do not see them. Each statement is its
+    own transaction."""
 
     def __init__(self, engine: AsyncEngine, *, deadline_s: float) -> None:
         self._shared = engine
@@ -64,7 +66,7 @@ class OwnConnections:
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[AsyncConnection]:
-        """Take a connection for one call: bounded in time, its failures as ``OutboxError``."""
+        """Yield a connection for one call: bounded in time, failures raise ``OutboxError``."""
         try:
             async with asyncio.timeout(self._deadline_s):
                 engine = self._engine or await self._make_engine()
@@ -84,16 +86,16 @@ class OwnConnections:
             await engine.dispose()
 
     async def _make_engine(self) -> AsyncEngine:
-        """Make an engine whose pool has the settings and listeners of the shared one, which is
-        connected first.
+        """Create an engine whose pool has the settings and listeners of the shared one, after
+        connecting the shared one.
 
-        The first connection of an engine sets up its dialect. A copy of the pool that connects
-        before would do that in its place, and what the application connects meanwhile would not
-        wait for it and fail.
+        The first connection of an engine initialises its dialect. If a copy of the pool connected
+        earlier, it would initialise it instead; connections of the application in the meantime
+        would not wait for that, and would fail.
         """
         async with self._shared.connect():
             pass
-        if self._engine is None:  # another call may have been faster
+        if self._engine is None:  # another call may have created it
             pool = self._shared.sync_engine.pool.recreate()
             self._engine = create_async_engine(
                 self._shared.url, pool=pool, isolation_level="AUTOCOMMIT"
@@ -124,8 +126,8 @@ class PostgresOutbox:
         self._connections = OwnConnections(engine, deadline_s=deadline_s)
         outbox, fence = f'"{schema}".{OUTBOX}', f'"{schema}".{FENCE}'
         self.own_rows = f"SELECT current_setting('{setting(schema)}', true)"
-        """What a transaction asks before its COMMIT: what its own statements left. It needs no
-        right and no outbox."""
+        """The query of a transaction before its COMMIT: the rows that its own statements left. It
+        needs no right and no outbox."""
         names = {
             "outbox": outbox,
             "fence": fence,
@@ -146,8 +148,8 @@ class PostgresOutbox:
         self._delete_foreign = text(_DELETE_FOREIGN.format(outbox=outbox))
 
     async def page(self, after: Cursor | None) -> OutboxPage:
-        """Read what came after the cursor (nothing for None), and everything that a round decides
-        by. One round trip."""
+        """Read the rows after the cursor (none for None), and everything on which a cycle's
+        decisions depend. One round trip."""
         given = {
             "after": None if after is None else after.snapshot,
             "limit": MAX_ROWS + 1,
@@ -181,32 +183,32 @@ class PostgresOutbox:
         )
 
     async def backlog(self, after: Cursor) -> tuple[int, float]:
-        """Count what came after the cursor, as far as a round would replay it, and tell how old the
-        oldest of it is."""
+        """Return the number of rows after the cursor, capped just above what a cycle replays, and
+        the age of the oldest in seconds. One round trip."""
         row = await self._one(self._backlog, {"after": after.snapshot, "limit": MAX_ROWS + 1})
         return row.waiting, row.oldest_s or 0.0
 
     async def claim(self, identity: str, *, instead_of: str | None) -> None:
-        """Make a server the authority, if that is still the other one. It becomes effective when no
-        fence can be alive."""
+        """Make a server the authority if ``instead_of`` still is. It becomes effective when no
+        serving lease can be alive. One round trip."""
         await self._run(self._claim, {"identity": identity, "instead_of": instead_of})
 
     async def record(self, identity: str) -> None:
-        """See to it that ``until`` is two leases ahead, as long as this server is the authority and
-        effective."""
+        """Move ``until`` two leases ahead, if this server is the effective authority. One round
+        trip."""
         await self._run(self._record, {"identity": identity, "lease": self.lease_s})
 
     async def remaining_s(self) -> float:
-        """Tell for how long any fence of any process can still be alive (below 0: none is). One
-        round trip."""
+        """Return for how many seconds any process's serving lease can still be alive (below 0: none
+        is). One round trip."""
         row = await self._one(self._remaining, {})
         if row is None:
             raise OutboxError(f"the table {FENCE} has lost its row")
         return float(row[0])
 
     async def note(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
-        """Leave rows for (tenant, tag) in a transaction of their own: for what no trigger sees.
-        Returns (tenant, tag, id)."""
+        """Insert rows for (tenant, tag), each in its own transaction: for changes that no trigger
+        sees. Return (tenant, tag, id). One round trip per row."""
         found = []
         async with self._connections.connected() as connection:
             for tenant, tag in pairs:
@@ -218,11 +220,8 @@ class PostgresOutbox:
         return found
 
     async def prune(self) -> int:
-        """Delete some of the rows that everybody has read or need not read any more, or that came
-        with a dump; return how many.
-
-        Three round trips.
-        """
+        """Delete some rows that no process needs any more, and rows that came with a dump; return
+        how many. Three round trips."""
         async with self._connections.connected() as connection:
             await connection.execute(self._move_horizon, {"retention": self._retention_s})
             deletes = (self._delete, self._delete_foreign)
@@ -249,82 +248,102 @@ class PostgresOutbox:
 _PAGE = """
 WITH RECURSIVE due AS MATERIALIZED (
     SELECT tenant, tag, id, at FROM {outbox}
-    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot)) AND xid < pg_snapshot_xmax(pg_current_snapshot())
+    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot))
+      AND xid < pg_snapshot_xmax(pg_current_snapshot())
       AND NOT pg_visible_in_snapshot(xid, CAST(CAST(:after AS text) AS pg_snapshot))
     LIMIT :limit
 ), triggers AS MATERIALIZED (
     SELECT t.tgrelid, c.relname,
-           t.tgenabled = 'A' AND p.pronamespace = c.relnamespace AND p.proname = '{function}' || CASE
-               WHEN octet_length('{function}' || c.relname) <= {name_bytes} THEN c.relname ELSE md5(c.relname) END AS fires,
+           t.tgenabled = 'A' AND p.pronamespace = c.relnamespace
+           AND p.proname = '{function}' || CASE
+               WHEN octet_length('{function}' || c.relname) <= {name_bytes} THEN c.relname
+               ELSE md5(c.relname) END AS fires,
            concat_ws(',', t.oid, t.xmin, t.tgenabled, p.oid, p.xmin) AS life
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_proc p ON p.oid = t.tgfoid
     WHERE t.tgname LIKE 'respcache\\_%' AND c.relnamespace = CAST('"{schema}"' AS regnamespace)
 ), family (member, life) AS (
     SELECT DISTINCT tgrelid, '' FROM triggers
-    UNION SELECT i.inhrelid, concat_ws(',', i.inhparent, i.xmin) FROM family JOIN pg_inherits i ON i.inhparent = family.member
+    UNION SELECT i.inhrelid, concat_ws(',', i.inhparent, i.xmin)
+    FROM family JOIN pg_inherits i ON i.inhparent = family.member
 ), watched AS MATERIALIZED (
     SELECT relname, bool_and(fires) AND count(*) = 4 AND NOT EXISTS (
                SELECT FROM pg_inherits i JOIN pg_class child ON child.oid = i.inhrelid
-               WHERE i.inhrelid = tgrelid OR (i.inhparent = tgrelid AND NOT child.relispartition)) AS sound
+               WHERE i.inhrelid = tgrelid
+                  OR (i.inhparent = tgrelid AND NOT child.relispartition)) AS sound
     FROM triggers GROUP BY tgrelid, relname
 )
 SELECT CAST(pg_current_snapshot() AS text) AS snapshot,
        CAST(extract(epoch FROM clock_timestamp()) AS float8) AS taken_at,
        (SELECT CAST(json_agg(json_build_array(tenant, tag, id)) AS text) FROM due) AS rows,
-       (SELECT CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8) FROM due) AS oldest_s,
-       CASE WHEN row_security_active('{outbox}') THEN '{outbox}' WHEN row_security_active('{fence}') THEN '{fence}' END AS hidden,
-       CAST(fence.pruned AS text) AS pruned, fence.pruned > pg_snapshot_xmax(pg_current_snapshot()) AS foreign_numbers,
-       EXISTS (SELECT FROM {outbox} WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) AS foreign_rows,
+       (SELECT CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8)
+        FROM due) AS oldest_s,
+       CASE WHEN row_security_active('{outbox}') THEN '{outbox}'
+            WHEN row_security_active('{fence}') THEN '{fence}' END AS hidden,
+       CAST(fence.pruned AS text) AS pruned,
+       fence.pruned > pg_snapshot_xmax(pg_current_snapshot()) AS foreign_numbers,
+       EXISTS (SELECT FROM {outbox}
+               WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) AS foreign_rows,
        fence.authority, fence.effective_at <= clock_timestamp() AS effective,
        fence.until >= clock_timestamp() + make_interval(secs => CAST(:lease AS float8)) AS recorded,
-       fence.until < clock_timestamp() + make_interval(secs => 1.5 * CAST(:lease AS float8)) AS expiring,
+       fence.until < clock_timestamp() + make_interval(secs => 1.5 * CAST(:lease AS float8))
+           AS expiring,
        (SELECT CAST(coalesce(json_agg(relname), '[]') AS text) FROM watched WHERE sound) AS tables,
-       (SELECT CAST(coalesce(json_agg(relname), '[]') AS text) FROM watched WHERE NOT sound) AS unsound,
+       (SELECT CAST(coalesce(json_agg(relname), '[]') AS text)
+        FROM watched WHERE NOT sound) AS unsound,
        (SELECT CAST(coalesce(json_agg(DISTINCT lower(proname)), '[]') AS text)
         FROM pg_proc WHERE oid >= {first_oid}
-        AND provolatile = 'v' AND prokind = 'f' AND prorettype <> CAST('trigger' AS regtype)) AS functions,
-       EXISTS (SELECT FROM pg_trigger WHERE tgdeferrable AND NOT tgisinternal AND tgenabled <> 'D') AS deferred,
+        AND provolatile = 'v' AND prokind = 'f'
+        AND prorettype <> CAST('trigger' AS regtype)) AS functions,
+       EXISTS (SELECT FROM pg_trigger
+               WHERE tgdeferrable AND NOT tgisinternal AND tgenabled <> 'D') AS deferred,
        md5(concat_ws(' ', pg_postmaster_start_time(), (SELECT stats_reset FROM pg_stat_bgwriter),
-                     CAST('{outbox}' AS regclass)::oid, (SELECT oid FROM pg_database WHERE datname = current_database()),
+                     CAST('{outbox}' AS regclass)::oid,
+                     (SELECT oid FROM pg_database WHERE datname = current_database()),
                      (SELECT string_agg(life, ' ' ORDER BY life) FROM triggers),
-                     (SELECT string_agg(concat_ws(',', family.life, c.oid, c.xmin), ' ' ORDER BY c.oid, family.life)
+                     (SELECT string_agg(concat_ws(',', family.life, c.oid, c.xmin), ' '
+                                        ORDER BY c.oid, family.life)
                       FROM family JOIN pg_class c ON c.oid = family.member))) AS incarnation
 FROM (SELECT 1) AS always LEFT JOIN {fence} AS fence ON true
 """
-"""The version of a row in ``pg_class`` changes with everything that DDL does to the table; VACUUM
-and ANALYZE leave it."""
+"""DDL on a table changes the version of its row in ``pg_class``; VACUUM and ANALYZE do not."""
 
 _BACKLOG = """
-SELECT count(*) AS waiting, CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8) AS oldest_s FROM (
+SELECT count(*) AS waiting,
+       CAST(extract(epoch FROM clock_timestamp() - min(at)) AS float8) AS oldest_s FROM (
     SELECT at FROM {outbox}
-    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot)) AND xid < pg_snapshot_xmax(pg_current_snapshot())
+    WHERE xid >= pg_snapshot_xmin(CAST(CAST(:after AS text) AS pg_snapshot))
+      AND xid < pg_snapshot_xmax(pg_current_snapshot())
       AND NOT pg_visible_in_snapshot(xid, CAST(CAST(:after AS text) AS pg_snapshot))
     LIMIT :limit) AS due
 """
 
 _CLAIM = """
-UPDATE {fence} SET authority = :identity, effective_at = until WHERE authority IS NOT DISTINCT FROM :instead_of
+UPDATE {fence} SET authority = :identity, effective_at = until
+WHERE authority IS NOT DISTINCT FROM :instead_of
 """
 
 _RECORD = """
-UPDATE {fence} SET until = greatest(until, clock_timestamp() + make_interval(secs => 2 * CAST(:lease AS float8)))
+UPDATE {fence} SET until = greatest(
+    until, clock_timestamp() + make_interval(secs => 2 * CAST(:lease AS float8)))
 WHERE authority = :identity AND effective_at <= clock_timestamp()
 """
 
 _NOTE = """
 INSERT INTO {outbox} (tenant, tag) VALUES (:tenant, :tag)
-ON CONFLICT (xid, tenant, tag) DO UPDATE SET id = EXCLUDED.id, at = EXCLUDED.at RETURNING tenant, tag, id
+ON CONFLICT (xid, tenant, tag) DO UPDATE SET id = EXCLUDED.id, at = EXCLUDED.at
+RETURNING tenant, tag, id
 """
 
 _MOVE_HORIZON = """
-UPDATE {fence} SET horizon = pg_snapshot_xmin(pg_current_snapshot()), horizon_at = clock_timestamp(),
-    pruned = CASE WHEN pruned > pg_snapshot_xmax(pg_current_snapshot()) THEN pg_snapshot_xmin(pg_current_snapshot())
-             ELSE greatest(pruned, horizon) END
+UPDATE {fence} SET
+    horizon = pg_snapshot_xmin(pg_current_snapshot()), horizon_at = clock_timestamp(),
+    pruned = CASE WHEN pruned > pg_snapshot_xmax(pg_current_snapshot())
+             THEN pg_snapshot_xmin(pg_current_snapshot()) ELSE greatest(pruned, horizon) END
 WHERE horizon_at < clock_timestamp() - make_interval(secs => CAST(:retention AS float8))
    OR pruned > pg_snapshot_xmax(pg_current_snapshot())
 """
-"""A number from the future stands for no row that was deleted here. In its place comes one that is
-not too low: to every cursor from before this moment it says that something may be missing."""
+"""A ``pruned`` from the future stands for no row that was deleted here. It is replaced by a number
+that is high enough: it tells every cursor from before this moment that rows may be missing."""
 
 _DELETE = """
 DELETE FROM {outbox} WHERE (xid, tenant, tag) IN (
@@ -335,9 +354,11 @@ DELETE FROM {outbox} WHERE (xid, tenant, tag) IN (
 
 _DELETE_FOREIGN = """
 WITH foreign_rows AS MATERIALIZED (
-    SELECT xid, tenant, tag, id FROM {outbox} WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()) LIMIT :limit
+    SELECT xid, tenant, tag, id FROM {outbox}
+    WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()) LIMIT :limit
 ), found AS MATERIALIZED (
-    SELECT xid, tenant, tag FROM {outbox} AS one JOIN foreign_rows USING (xid, tenant, tag, id) FOR UPDATE OF one SKIP LOCKED)
+    SELECT xid, tenant, tag FROM {outbox} AS one JOIN foreign_rows USING (xid, tenant, tag, id)
+    FOR UPDATE OF one SKIP LOCKED)
 DELETE FROM {outbox} WHERE (xid, tenant, tag) IN (SELECT xid, tenant, tag FROM found)
 """
-"""A row that a transaction has made its own meanwhile has another id, and stays."""
+"""A row that a transaction has taken over meanwhile has another id, and is kept."""

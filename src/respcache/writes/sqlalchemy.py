@@ -1,27 +1,26 @@
-"""Writes are seen, not remembered: hooks on a SQLAlchemy engine that tell the cache what each
-transaction changed.
+"""Hooks on a SQLAlchemy engine that report to the cache what each transaction changed.
 
-Seen are the ORM's unit of work, bulk and Core statements of every session and connection of the
-watched engine. ``text()`` that changes data is refused unless it says what it changes
-(``execution_options(respcache_writes=("accounts",), respcache_tenant=...)``). Not seen: other
-engines, COPY through the driver, functions that write when selected, psql.
+They see the ORM's unit of work, and bulk and Core statements of every session and connection of the
+watched engine. A ``text()`` that changes data is refused unless it declares its changes
+(``execution_options(respcache_writes=("accounts",), respcache_tenant=...)``). They do not see other
+engines, COPY through the driver, functions that write when a SELECT calls them, or psql.
 
 With an outbox (``Cache(outbox=...)``) the database's triggers see all of that, so no read is older
-than a lease; the hooks make the writer's own answer wait. They note *that* a transaction may write,
-and ask before COMMIT what its statements have left in the outbox. What they take for a write is
-text with a verb anywhere in it, a call of a volatile function of the database, and what says
-``execution_options(respcache_writes=...)``. Where there may be more than a transaction can tell
-before COMMIT, a round has to find it: with deferrable constraint triggers, in AUTOCOMMIT, and where
-a table that others may still take for watched left nothing. What passes SQLAlchemy by (COPY through
-the driver), or calls a writing function through a view or an operator, delays no answer: say
-``cache.committed(None)`` after its COMMIT.
+than a lease; the hooks make the response to the write wait. They record *that* a transaction may
+write, and read before COMMIT which rows its statements have left in the outbox. These count as
+writes: text with a verb anywhere in it, a call of a volatile function of the database, and a
+statement with ``execution_options(respcache_writes=...)``. Where a transaction may leave more rows
+than can be read before COMMIT, a relay cycle has to find them: with deferrable constraint triggers,
+in AUTOCOMMIT, and where no row came from a table that other processes may still believe to be
+watched. Writes that bypass SQLAlchemy (COPY through the driver), or that call a writing function
+through a view or an operator, do not delay the response: call ``cache.committed(None)`` after their
+COMMIT.
 
-A change is told after the outermost COMMIT has returned, or has raised (its outcome is then
-unknown). SQLAlchemy's events do not offer that moment: the engine's ``commit`` is dispatched before
-the COMMIT is sent, the session's ``after_commit`` also for a savepoint and for a session that
-joined somebody else's transaction. So the dialect's own ``do_commit`` is wrapped:
-it is called exactly when a COMMIT is sent. Read in SQLAlchemy 2.1: ``engine/base.py``
-``Connection._commit_impl``.
+A change is reported after the outermost COMMIT has returned, or has raised (its outcome is then
+unknown). SQLAlchemy has no event for that moment: the engine's ``commit`` is dispatched before the
+COMMIT is sent; the session's ``after_commit`` is also dispatched for a savepoint and for a session
+that joined an outer transaction. So the dialect's own ``do_commit`` is wrapped: it is called
+exactly when a COMMIT is sent. (SQLAlchemy 2.1: ``engine/base.py``, ``Connection._commit_impl``.)
 """
 
 import logging
@@ -54,18 +53,18 @@ _ROWS = msgspec.json.Decoder(list[tuple[str, str, str]])
 _OLD_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 UNKNOWN = frozenset({""})
-"""Stands for a table that cannot be told from the statement."""
+"""Stands for tables that cannot be determined from the statement."""
 
 MAX_FACTS = 4096
-"""Texts of statements whose facts are remembered."""
+"""The number of SQL texts whose facts are cached."""
 
 
 @dataclass(slots=True, eq=False)
 class Transaction:
-    """One database transaction: since when, and what it changed, by tenant.
+    """A database transaction: when it began, and what it changed, by tenant.
 
-    With an outbox: ``doubtful`` when it may have written after all, and the tables that it says to
-    have changed.
+    With an outbox: whether it may have written although no statement said so (``doubtful``), and
+    the tables that its statements change (``targets``).
     """
 
     began: int = field(default_factory=tick)
@@ -79,28 +78,28 @@ class Transaction:
     session: "weakref.ref[Session] | None" = None
 
     def note(self, tenant: str, tables: Iterable[str]) -> None:
-        """Remember that rows of a tenant change."""
+        """Record that rows of a tenant change."""
         self.changes.setdefault(tenant, set()).update(tables)
         self.touch()
 
     def touch(self) -> None:
-        """Remember that something may change; the answer of the current request has to wait for the
-        end of this."""
+        """Record that the transaction writes: the response of the current request waits for its
+        end."""
         self.wrote = True
         self.doubt()
         if self.exchange is not None:
             self.exchange.wrote = True
 
     def expect(self, targets: frozenset[str]) -> None:
-        """Remember which tables change, each of which leaves something in the outbox if it is
-        watched; none: unknown ones."""
+        """Record which tables change (none: unknown ones). Each of them leaves rows in the outbox
+        if it is watched."""
         self.touch()
         self.newest = (targets or UNKNOWN) - self.targets
         self.targets |= self.newest
 
     def doubt(self) -> None:
-        """Remember that something might: to be asked for before COMMIT, for which the answer waits
-        too."""
+        """Record that the transaction may write: its rows are read before COMMIT, and the response
+        waits for that."""
         self.doubtful = True
         exchange = current.get()
         if exchange is not None:
@@ -117,24 +116,24 @@ def watch(
     tenant_is: Mapping[str, str] | None = None,
     shared: Sequence[str] = (),
 ) -> "Watch":
-    """Watch an engine on behalf of a cache. Returns the watch, whose ``close`` ends it.
+    """Watch the writes of an engine for a cache. Return the watch; ``close`` ends it.
 
-    ``tenant_column`` names the tenant in each table; ``tenant_is`` names another column for some
-    (``{"tenants": "id"}``). Rows whose tenant is NULL and rows of the ``shared`` tables also count
-    as changes of data shared by all tenants (``core.keys.SHARED``), which a resolver may take as
-    the home of callers without a tenant. Cached reads may depend only on tables with a tenant
-    column.
+    ``tenant_column`` is the tenant column of each table; ``tenant_is`` names another column for
+    some tables (``{"tenants": "id"}``). Changes of rows whose tenant is NULL, and of rows of the
+    ``shared`` tables, also count as changes of data that all tenants share (``core.keys.SHARED``),
+    which a resolver may use as the owner tenant of callers without a tenant. Cached reads may
+    depend only on tables with a tenant column.
     """
     schema = Schema(metadata, tenant_column=tenant_column, tenant_is=tenant_is or {})
     sync = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-    return Watch(sync, cache, schema, frozenset(shared))
+    return Watch(sync, cache, schema, shared=frozenset(shared))
 
 
 class Watch:
     """The hooks on one engine."""
 
     def __init__(
-        self, engine: Engine, cache: "Cache", schema: Schema, shared: frozenset[str]
+        self, engine: Engine, cache: "Cache", schema: Schema, *, shared: frozenset[str]
     ) -> None:
         self._engine = engine
         self._cache = cache
@@ -170,8 +169,8 @@ class Watch:
             self._engine.dialect.__dict__.pop(name, None)
 
     def _wrap(self, name: str, *, committed: bool) -> None:
-        """Learn when a transaction has ended: replace one method of this engine's dialect by one
-        that tells."""
+        """Replace a method of this engine's dialect by one that reports the end of the
+        transaction."""
         original = getattr(self._engine.dialect, name)
 
         def ended(connection: Any, *args: Any, **options: Any) -> Any:
@@ -180,8 +179,7 @@ class Watch:
             try:
                 left = self._own_rows(connection, transaction) if name == "do_commit" else None
                 result = original(connection, *args, **options)
-                # only of a COMMIT that has returned: one whose outcome is unknown may still lie
-                # ahead
+                # only after COMMIT has returned: if its outcome is unknown, it may still happen
                 rows = left
             finally:
                 if transaction is not None:
@@ -191,12 +189,12 @@ class Watch:
         setattr(self._engine.dialect, name, ended)
 
     def _own_rows(self, connection: Any, transaction: Transaction | None) -> Rows | None:
-        """Ask what the transaction has left in the outbox: one round trip, for those that may have
-        written.
+        """Return the rows that the transaction has left in the outbox. One round trip, for
+        transactions that may have written.
 
-        None when that is not the whole of it, or cannot be known. The cursor is the driver's own,
-        below all events. What it raises must reach the application: the transaction is then
-        aborted, and a COMMIT would roll it back without a word.
+        None if these may not be all of its rows. The cursor is the driver's own, below all events.
+        Its exceptions must reach the application: the transaction is then aborted, and a COMMIT
+        would silently roll it back.
         """
         relay = self._relay
         if relay is None or transaction is None or not transaction.doubtful:
@@ -207,14 +205,14 @@ class Watch:
             rows = _left(cursor.fetchone()[0])
         finally:
             cursor.close()
-        if not transaction.wrote and rows != []:  # what was doubtful is certain now
+        if not transaction.wrote and rows != []:  # it is now certain that it wrote
             transaction.touch()
-        if rows is None or relay.deferred:
+        if rows is None or relay.coverage.deferred:
             return None
         tags = {tag for _, tag, _ in rows}
         silent = (table for table in transaction.targets if table_tag(table) not in tags)
         if any(
-            relay.believed(table) if table else not rows and relay.believed_any()
+            relay.may_be_cached(table) if table else not rows and relay.anything_may_be_cached()
             for table in silent
         ):
             return None
@@ -222,11 +220,11 @@ class Watch:
 
     def _ended(self, transaction: Transaction, rows: Rows | None, *, committed: bool) -> None:
         if committed:
-            self._tell(transaction, rows)
+            self._report(transaction, rows)
         if transaction.exchange is not None:
             transaction.exchange.open_transactions.discard(transaction)
 
-    def _tell(self, transaction: Transaction, rows: Rows | None) -> None:
+    def _report(self, transaction: Transaction, rows: Rows | None) -> None:
         if not transaction.wrote:
             return
         changes, transaction.changes, transaction.wrote = transaction.changes, {}, False
@@ -236,7 +234,7 @@ class Watch:
         elif changes:
             self._cache.writes.changed(changes)
 
-    # -- engine events -----------------------------------------------------------------------------
+    # -- engine events, whose parameters SQLAlchemy defines ----------------------------------------
 
     def _begin(self, connection: Connection) -> None:
         _info(connection)[_KEY] = Transaction()
@@ -257,15 +255,18 @@ class Watch:
             declared = context.execution_options.get("respcache_writes")
             if facts.raw or facts.change is not None or declared:
                 transaction.expect(facts.targets | frozenset(declared or ()))
-            elif facts.doubtful or not facts.calls.isdisjoint(relay.functions):
+            elif facts.doubtful or not facts.calls.isdisjoint(relay.coverage.functions):
                 transaction.doubt()
         elif facts.raw:
             self._note_declared(transaction, sql, context.execution_options)
         elif facts.change is not None:
-            self._note(transaction, facts.change, sql, context)
+            self._note(transaction, facts.change, context)
         exchange = current.get()
         if exchange is not None and exchange.reads is not None:
-            self._note_reads(exchange, transaction, facts, connection, context.execution_options)
+            declared = context.execution_options.get("respcache_reads")
+            self._note_reads(exchange, facts, declared)
+            if transaction.began < exchange.reads.captured_at:
+                exchange.reads.old_snapshot |= _reads_old_rows(transaction, connection)
 
     def _after_execute(
         self,
@@ -283,19 +284,20 @@ class Watch:
             and self._facts_of(sql, context).counted
         ):
             transaction.targets -= transaction.newest
-        self._tell_in_autocommit(connection)
+        self._report_in_autocommit(connection)
 
     def _failed(self, context: ExceptionContext) -> None:
-        """In AUTOCOMMIT a statement that raised may have been carried out: the connection broke
-        before its answer came."""
+        """Handle a statement that raised: in AUTOCOMMIT it may have been carried out, if the
+        connection broke before the reply arrived."""
         if context.connection is not None and context.execution_context is not None:
             transaction: Transaction | None = _info(context.connection).get(_KEY)
-            if transaction is not None:  # elsewhere it has changed nothing
+            if transaction is not None:  # outside AUTOCOMMIT it has changed nothing
                 transaction.targets -= transaction.newest
-            self._tell_in_autocommit(context.connection)
+            self._report_in_autocommit(context.connection)
 
-    def _tell_in_autocommit(self, connection: Connection) -> None:
-        """There a statement is its own transaction: whatever is rolled back later, it stays."""
+    def _report_in_autocommit(self, connection: Connection) -> None:
+        """Report a statement in AUTOCOMMIT, where it is its own transaction and no later rollback
+        undoes it."""
         transaction: Transaction | None = _info(connection).get(_KEY)
         if (
             transaction is None
@@ -303,10 +305,10 @@ class Watch:
             or _isolation(connection) != "AUTOCOMMIT"
         ):
             return
-        if self._relay is not None:  # without one, what is only doubtful is nothing
+        if self._relay is not None:  # without a relay, doubtful statements do not count as writes
             transaction.touch()
         transaction.doubtful = False
-        self._tell(transaction, None)
+        self._report(transaction, None)
 
     def _facts_of(self, sql: str, context: Any) -> Facts:
         compiled = context.compiled
@@ -324,7 +326,7 @@ class Watch:
 
     # -- changes -----------------------------------------------------------------------------------
 
-    def _note(self, transaction: Transaction, change: Change, sql: str, context: Any) -> None:
+    def _note(self, transaction: Transaction, change: Change, context: Any) -> None:
         tables = (change.table, *change.cascades)
         seen = _tenants(change, context)
         declared = _declared_tenants(context.execution_options)
@@ -337,20 +339,20 @@ class Watch:
             transaction.unresolved.add(change.table)
         else:
             raise UndeclaredWrite(
-                f"cannot tell whose rows of {change.table!r} this changes: demand {column} = ... "
-                f"in its WHERE clause, or say "
-                f"execution_options(respcache_tenant=...): {_shortened(sql)}"
+                f"cannot tell whose rows of {change.table!r} this changes: require {column} = ... "
+                f"in its WHERE clause, or set "
+                f"execution_options(respcache_tenant=...): {_shortened(context.statement)}"
             )
 
     def _note_declared(
         self, transaction: Transaction, sql: str, options: Mapping[str, Any]
     ) -> None:
-        """Take the word of a statement that cannot be understood, or refuse it."""
+        """Use the declaration of a statement that cannot be analysed, or refuse it."""
         tables = options.get("respcache_writes")
         tenants = _declared_tenants(options)
         if tables is None or (tables and not tenants):
             raise UndeclaredWrite(
-                "cannot tell what this statement changes: say "
+                "cannot tell what this statement changes: set "
                 "execution_options(respcache_writes=(tables...), "
                 f"respcache_tenant=...), or respcache_writes=() if it changes no rows: "
                 f"{_shortened(sql)}"
@@ -358,17 +360,9 @@ class Watch:
         for tenant in tenants if tables else ():
             transaction.note(tenant, tables)
 
-    def _note_reads(
-        self,
-        exchange: Exchange,
-        transaction: Transaction,
-        facts: Facts,
-        connection: Connection,
-        options: Mapping[str, Any],
-    ) -> None:
+    def _note_reads(self, exchange: Exchange, facts: Facts, declared: Iterable[str] | None) -> None:
         reads = exchange.reads
         assert reads is not None
-        declared = options.get("respcache_reads")
         reads.tables.update(facts.reads if declared is None else declared)
         reads.undeclared_sql |= facts.undeclared and declared is None
         tenant = None if exchange.scope is None else exchange.scope.tenant
@@ -376,17 +370,9 @@ class Watch:
             table = self._schema.misspelt(tenant, facts.reads)
             if table is not None:
                 reads.undeclared_sql = True
-                self._say_misspelt(tenant, table)
-        if transaction.began < reads.captured_at:
-            session = transaction.session() if transaction.session is not None else None
-            held = session is not None and len(session.identity_map) > 0
-            # in a transaction that may have written, rows are seen that nobody else will see if it
-            # is rolled back
-            reads.old_snapshot |= (
-                held or transaction.doubtful or _isolation(connection) in _OLD_SNAPSHOTS
-            )
+                self._warn_of_misspelling(tenant, table)
 
-    def _say_misspelt(self, tenant: str, table: str) -> None:
+    def _warn_of_misspelling(self, tenant: str, table: str) -> None:
         if table not in self._misspelt:
             self._misspelt.add(table)
             log.warning(
@@ -408,8 +394,8 @@ class Watch:
             exchange.sessions.append(transaction.session)
 
     def _before_flush(self, session: Session, flush_context: Any, instances: Any) -> None:
-        """Load the tenant of what changes while statements may still be sent: an expired object no
-        longer knows it."""
+        """Load the tenants of changed objects while statements may still be sent: an expired object
+        has lost its tenant."""
         if self._relay is not None:
             return
         for instance in (*session.dirty, *session.deleted):
@@ -470,7 +456,7 @@ class Watch:
                 yield mapper.get_property_by_column(table.c[column]).key, table.key
 
     def _check_tables(self, tables: Iterable[str], *, by_tenant: bool) -> None:
-        """Refuse declarations that can never be invalidated. Called at start-up."""
+        """Raise ``ConfigurationError`` for reads that could never be invalidated."""
         for table in tables:
             if table not in self._schema.tables:
                 known = ", ".join(sorted(self._schema.tables))
@@ -486,8 +472,8 @@ class Watch:
 
 
 def _left(setting: str | None) -> Rows | None:
-    """Read what a transaction has left from the value of its setting; None when that is too much,
-    or nothing of ours."""
+    """Parse the setting with the rows that a transaction has left; None if they are too many, or
+    the value is not ours."""
     try:
         return _ROWS.decode(f"[{setting or ''}]")
     except msgspec.DecodeError:
@@ -495,8 +481,8 @@ def _left(setting: str | None) -> Rows | None:
 
 
 def _info(connection: Any) -> dict[Any, Any]:
-    """Return the place for notes on a connection. The one on which a dialect is set up, before any
-    other, has none."""
+    """Return the ``info`` of a connection. The first one, on which the dialect is initialised, has
+    none."""
     try:
         notes: dict[Any, Any] = connection.info
     except NotImplementedError:
@@ -505,7 +491,7 @@ def _info(connection: Any) -> dict[Any, Any]:
 
 
 def _tenants(change: Change, context: Any) -> set[str] | None:
-    """Look the tenants up in the parameters of this execution; None when they are not there. NULL
+    """Return the tenants in the parameters of this execution, or None if they are absent. NULL
     stands for shared data."""
     if change.tenant_parameters is None:
         return None
@@ -514,7 +500,7 @@ def _tenants(change: Change, context: Any) -> set[str] | None:
         for name in change.tenant_parameters:
             if name in parameters:
                 values = [parameters[name]]
-            else:  # the values of an IN have been spread over numbered parameters
+            else:  # the values of an IN are in numbered parameters
                 values = [
                     value
                     for key, value in parameters.items()
@@ -535,14 +521,22 @@ def _declared_tenants(options: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _reads_old_rows(transaction: Transaction, connection: Connection) -> bool:
+    """Return whether a transaction that began before the capture may return rows from before it, or
+    rows that are gone if it is rolled back."""
+    session = transaction.session() if transaction.session is not None else None
+    has_rows = session is not None and len(session.identity_map) > 0
+    return has_rows or transaction.doubtful or _isolation(connection) in _OLD_SNAPSHOTS
+
+
 def _is_flushing(transaction: Transaction) -> bool:
     session = transaction.session() if transaction.session is not None else None
     return session is not None and _FLUSHING in session.info
 
 
 def _isolation(connection: Connection) -> str:
-    """Return the isolation level without asking the server: as set on the connection, on the
-    engine, or the server's default."""
+    """Return the isolation level without a round trip: as set on the connection or the engine, or
+    the server's default."""
     level = connection.get_execution_options().get("isolation_level")
     dialect = connection.dialect
     return str(

@@ -1,12 +1,12 @@
 """What a SQL statement reads and changes: the tables, and the tenants whose rows it changes. No
 I/O.
 
-Reads are found in the SQL text that is really sent, so that eager loads, loader criteria, unions
-and subqueries count: every known table's name that stands there as a name counts as read. That may
-name a table too many, never one too few; a name after FROM or JOIN that is no known table (a view,
+Reads are found in the SQL text that is actually sent, so eager loads, loader criteria, unions and
+subqueries count: every known table whose name occurs in the text as a name counts as read. That may
+find a table too many, never one too few. A name after FROM or JOIN that is no known table (a view,
 a raw table) makes the statement *undeclared*. Changes are taken from the statement's structure.
-Both depend on the statement alone and are computed once per compiled statement; only the tenants
-are looked up in the parameters each time.
+Both depend only on the statement and are computed once per compiled statement; only the tenants are
+looked up in the parameters each time.
 """
 
 import re
@@ -26,11 +26,11 @@ from sqlalchemy.sql.elements import (
 )
 
 _HARMLESS = re.compile(
-    r"\(*(SELECT|WITH|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|BEGIN|START|SAVEPOINT|RELEASE|ROLLBACK|LISTEN|UNLISTEN|NOTIFY|DISCARD"
-    r"|DECLARE|FETCH|MOVE|CLOSE|ANALYZE|VACUUM|DEALLOCATE|LOCK)\b",
+    r"\(*(SELECT|WITH|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|BEGIN|START|SAVEPOINT|RELEASE|ROLLBACK"
+    r"|LISTEN|UNLISTEN|NOTIFY|DISCARD|DECLARE|FETCH|MOVE|CLOSE|ANALYZE|VACUUM|DEALLOCATE|LOCK)\b",
     re.I,
 )
-"""First words of statements that change no rows, unless a verb below stands in them."""
+"""First words of statements that change no rows, unless they contain a verb below."""
 
 _LITERALS = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.S)
 _VERB = re.compile(
@@ -45,24 +45,27 @@ _COUNTED = re.compile(r"(?:INSERT|DELETE|UPDATE)\b", re.I)
 _CALL = re.compile(r"\b(\w+)\"?\s*\(")
 _FROM = re.compile(r"\b(?:FROM|JOIN)\b", re.I)
 _IN_FROM = re.compile(
-    r"[(),]|\b(?:WHERE|GROUP|ORDER|LIMIT|HAVING|UNION|INTERSECT|EXCEPT|OFFSET|FETCH|FOR|WINDOW|RETURNING)\b",
+    r"[(),]|\b(?:WHERE|GROUP|ORDER|LIMIT|HAVING|UNION|INTERSECT|EXCEPT|OFFSET|FETCH|FOR|WINDOW"
+    r"|RETURNING)\b",
     re.I,
 )
 _SOURCE = re.compile(r"\s*(?:ONLY\s+|LATERAL\s+)?([\w.]+)\s*(\(?)", re.I)
 _CTE = re.compile(
-    r"(?:\bWITH\s+(?:RECURSIVE\s+)?|,\s*)\"?(\w+)\"?(?:\s*\([^()]*\))?\s+AS\s+(?:NOT\s+)?(?:MATERIALIZED\s+)?\(",
+    r"(?:\bWITH\s+(?:RECURSIVE\s+)?|,\s*)\"?(\w+)\"?(?:\s*\([^()]*\))?\s+AS\s+"
+    r"(?:NOT\s+)?(?:MATERIALIZED\s+)?\(",
     re.I,
 )
 _NOT_TABLES = re.compile(
-    r"\b(?:EXTRACT|SUBSTRING|TRIM|OVERLAY|POSITION)\s*\([^()]*\bFROM\b|\bIS\s+(?:NOT\s+)?DISTINCT\s+FROM\b",
+    r"\b(?:EXTRACT|SUBSTRING|TRIM|OVERLAY|POSITION)\s*\([^()]*\bFROM\b"
+    r"|\bIS\s+(?:NOT\s+)?DISTINCT\s+FROM\b",
     re.I,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One table that a statement changes, and where its tenants stand: names of parameters, or not
-    to be told (None)."""
+    """A table that a statement changes, and the parameters that contain its tenants (None: the
+    tenants cannot be determined)."""
 
     table: str
     tenant_parameters: tuple[str, ...] | None
@@ -71,13 +74,13 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a statement reads and changes. ``undeclared`` reads or ``raw`` changes cannot be told
-    from it.
+    """What a statement reads and changes. If it is ``undeclared`` or ``raw``, its reads or changes
+    cannot be determined from its text.
 
-    The others are for who can ask the database what a transaction has left: ``targets`` are the
-    tables that it changes as far as they can be told, ``counted`` says that it changes nothing if
-    it tells that it changed no rows, ``doubtful`` that a verb stands in what we take for a literal
-    (which may be our mistake: escape strings, dollar quotes), and ``calls`` names functions.
+    The other fields are for use with an outbox: ``targets`` are the tables that it changes, as far
+    as they can be determined; ``counted``: it changes nothing if its row count is 0; ``doubtful``:
+    something that we take for a literal contains a verb (escape strings and dollar quotes can
+    mislead us); ``calls`` are the functions it names.
     """
 
     reads: frozenset[str]
@@ -91,8 +94,7 @@ class Facts:
 
 
 class Schema:
-    """The tables that an application declares, and which column of each names the tenant of a
-    row."""
+    """The tables that an application declares, and the tenant column of each."""
 
     def __init__(
         self, metadata: MetaData, *, tenant_column: str, tenant_is: Mapping[str, str]
@@ -107,15 +109,13 @@ class Schema:
         self._names = re.compile(rf"(?<![\w.])(?<!\bAS )({names})(?!\w)") if names else None
 
     def tenant_column(self, table: str) -> str | None:
-        """Name the column that holds the tenant of a row, or None for a table whose rows belong to
-        no tenant."""
+        """Return the tenant column of a table, or None if its rows belong to no tenant."""
         return self._tenant_columns.get(table)
 
     def misspelt(self, tenant: str, tables: Iterable[str]) -> str | None:
-        """Name one of these tables in which this tenant stands under another spelling, by the type
-        of its column.
+        """Return one of these tables whose column type spells this tenant in another way, or None.
 
-        Entries would then depend on a generation that no write to the table bumps.
+        Entries would depend on a generation that no write to that table bumps.
         """
         for table in tables:
             column = self._tenant_columns.get(table)
@@ -135,7 +135,7 @@ class Schema:
         return None
 
     def cascades(self, table: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
-        """Name the tables that the database itself changes when rows of this one are deleted (ON
+        """Return the tables that the database changes when rows of this one are deleted (ON
         DELETE ...)."""
         found: set[str] = set()
         for name, other in self.tables.items():
@@ -152,41 +152,34 @@ class Schema:
         return frozenset(found - {table})
 
     def facts_of_text(self, sql: str) -> Facts:
-        """Tell what SQL text reads and whether it may change anything."""
+        """Return what SQL text reads, and whether it may change anything."""
         plain = _plain(sql)
         raw = _HARMLESS.match(plain) is None or _VERB.search(plain) is not None
-        reads, unknown = self._reads(plain)
-        return self._facts(sql, plain, reads, unknown, None, raw)
+        return self._facts(sql, plain, raw=raw)
 
     def facts_of_compiled(self, compiled: Any, sql: str) -> Facts:
-        """Tell what a compiled statement reads and changes."""
+        """Return what a compiled statement reads and changes."""
         statement = getattr(compiled, "statement", None)
         state = getattr(compiled, "compile_state", None)
         final = getattr(state, "statement", statement)
         if not isinstance(final, Insert | Update | Delete):
             return self.facts_of_text(sql)
         plain = _plain(sql)
-        reads, unknown = self._reads(plain)
-        if len(_VERB.findall(plain)) > 1:  # a WITH that changes more than the statement itself does
-            return self._facts(sql, plain, reads, unknown, None, True)
-        return self._facts(sql, plain, reads, unknown, self._change(final, compiled, plain), False)
+        if len(_VERB.findall(plain)) > 1:  # a WITH that changes more than the statement itself
+            return self._facts(sql, plain, raw=True)
+        return self._facts(sql, plain, change=self._change(final, compiled, plain))
 
     def _facts(
-        self,
-        sql: str,
-        plain: str,
-        reads: frozenset[str],
-        unknown: bool,
-        change: Change | None,
-        raw: bool,
+        self, sql: str, plain: str, *, change: Change | None = None, raw: bool = False
     ) -> Facts:
+        reads, undeclared = self._reads(plain)
         writes = raw or change is not None
         targets = frozenset(
             {change.table} if change is not None else map(_table, _TARGET.findall(plain))
         )
         return Facts(
             reads,
-            unknown,
+            undeclared,
             change,
             raw,
             targets=targets if writes else frozenset(),
@@ -235,24 +228,22 @@ def _plain(sql: str) -> str:
 
 
 def _table(name: str) -> str:
-    """Return the name of a table as the database knows it, without its schema."""
+    """Return the name of a table as the database stores it, without its schema."""
     last = name.rpartition(".")[2]
     return last.replace('"', "") if '"' in last else last.lower()
 
 
 def _written(compiled: Any, column: str) -> tuple[str, ...]:
-    """Name the parameters that give the column its value in INSERT or in the SET of UPDATE (``x``,
-    or ``x_m1`` of many rows)."""
+    """Return the parameters with the column's value in INSERT or in the SET of UPDATE (``x``, or
+    ``x_m1`` for several rows)."""
     pattern = re.compile(rf"{re.escape(column)}(?:_m\d+)?")
     return tuple(name for name in compiled.binds if pattern.fullmatch(name))
 
 
 def _stays_with_tenant(plain: str, column: str) -> bool:
-    """Whether an INSERT changes rows of the tenants in its values only: an upsert may hit a row of
-    somebody else's.
-
-    It does where the tenant is part of the conflict's target and is not set to anything else.
-    """
+    """Return whether an INSERT changes only rows of the tenants in its values. An upsert may change
+    a row of another tenant, unless the tenant is part of the conflict's target and is not set to
+    another value."""
     text = plain.replace('"', "")
     if re.search(r"\b(?:DO|KEY) UPDATE\b", text, re.I) is None:
         return True
@@ -269,7 +260,7 @@ def _stays_with_tenant(plain: str, column: str) -> bool:
 
 
 def _moves_to_unknown_tenant(statement: Update, column: str) -> bool:
-    """Whether an UPDATE computes the tenant in the database, where we do not see it."""
+    """Return whether an UPDATE computes the tenant in the database, where we cannot see it."""
     values: Mapping[Any, Any] = statement._values or {}
     return any(
         getattr(key, "key", key) == column and not isinstance(value, BindParameter)
@@ -278,8 +269,8 @@ def _moves_to_unknown_tenant(statement: Update, column: str) -> bool:
 
 
 def _sources(text: str) -> Iterable[str]:
-    """Yield the names that stand in FROM clauses, after FROM, JOIN and each comma; not those of
-    functions and subqueries."""
+    """Yield the table names in FROM clauses (after FROM, JOIN and each comma), without functions
+    and subqueries."""
     for start in _FROM.finditer(text):
         places, depth = [start.end()], 0
         for token in _IN_FROM.finditer(text, start.end()):
@@ -300,7 +291,7 @@ def _sources(text: str) -> Iterable[str]:
 def _equals(
     clause: ColumnElement[Any] | None, table: str, column: str
 ) -> Iterable[BindParameter[Any]]:
-    """Yield the values that a WHERE clause demands of the column: ``= value`` or ``IN (values)``,
+    """Yield the values that a WHERE clause requires of the column: ``= value`` or ``IN (values)``,
     under AND only."""
     if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
         for part in clause.clauses:

@@ -1,31 +1,36 @@
 """The outbox in PostgreSQL: its table and the triggers that fill it, as SQL. No I/O.
 
-``writes/alembic.py`` has operations that run it, and has alembic write them. Without alembic::
+``writes/alembic.py`` has operations that run this SQL, and makes alembic generate them. Without
+alembic::
 
     from respcache.writes import triggers
 
     triggers.create_outbox(execute)
-    triggers.create_triggers(execute, [triggers.Watched("accounts"), triggers.Watched("tenants",
-    tenant_column="id")]) ...
+    triggers.create_triggers(
+        execute,
+        [triggers.Watched("accounts"), triggers.Watched("tenants", tenant_column="id")],
+    )
+    ...
     triggers.drop_triggers(execute, ["accounts", "tenants"])
     triggers.drop_outbox(execute)
 
 A statement that changes rows leaves one row per tenant, table and transaction, however many rows it
-changed: old and new tenant of an UPDATE, cascades included, and one row for everybody on TRUNCATE.
-A trigger names only its own table, so what depends on a table may change without a migration. The
-functions run with their owner's rights: who may write to a table needs no right on the outbox. The
-triggers fire also under ``session_replication_role = replica``, not after ``ALTER TABLE ... DISABLE
-TRIGGER``, and not for rows written straight into a partition of the table.
+changed. An UPDATE leaves rows for the old and the new tenant; cascades are included; TRUNCATE
+leaves one row for all tenants. A trigger names only its own table, so what depends on a table may
+change without a migration. The functions run with their owner's rights, so a writer of a table
+needs no right on the outbox. The triggers also fire under ``session_replication_role = replica``.
+They do not fire after ``ALTER TABLE ... DISABLE TRIGGER``, or for rows written directly into a
+partition of the table.
 
-What a transaction has left so far stands also in a setting of its own (``setting``), which ends
-with it and goes back with a savepoint. So whoever commits can ask for it in whatever role, without
-a right, and also when there is no outbox any more.
+A setting (``setting``) also contains what a transaction has left so far. It ends with the
+transaction and is rolled back with a savepoint. So a transaction can read it before COMMIT in any
+role, without a right, and even when there is no outbox any more.
 
-A row that is met under the number of the running transaction is its own, unless it came with the
-dump of another database (``pg_dump`` carries the outbox): its version was then written by another
-transaction, and it gets an id that nobody knows.
+A row with the number of the running transaction is its own, unless it came with the dump of another
+database (``pg_dump`` includes the outbox). In that case another transaction wrote the row's
+version, and the row gets a new id.
 
-``writes/postgres.py`` reads the outbox and clears it; ``core/fence.py`` says what it is for.
+``writes/postgres.py`` reads and prunes the outbox; ``core/serving_lease.py`` explains its purpose.
 """
 
 import hashlib
@@ -41,17 +46,17 @@ from respcache.core.keys import EVERYBODY, SHARED
 OUTBOX = "respcache_outbox"
 FENCE = "respcache_fence"
 FUNCTION = "respcache_note_"
-"""How the function of a table is called, and then the table's name, or its MD5 if that would be too
-long."""
+"""The prefix of a table's function. The table's name follows, or its MD5 if that is too long."""
 
 MAX_NAME_BYTES = 63
-"""PostgreSQL cuts longer names off."""
+"""PostgreSQL truncates longer names."""
 
 MIN_SERVER_VERSION = 140_000
-"""``CREATE OR REPLACE TRIGGER`` came with PostgreSQL 14."""
+"""``CREATE OR REPLACE TRIGGER`` requires PostgreSQL 14."""
 
 MAX_SETTING = 100_000
-"""Characters of the setting; more than that is ``TOO_MANY``. Some 1,300 rows."""
+"""The maximum length of the setting, some 1,300 rows. If it is exceeded, the setting becomes
+``TOO_MANY``."""
 
 TOO_MANY = "*"
 
@@ -64,9 +69,9 @@ Execute = Callable[[str], Any]
 class Watched:
     """A table whose writes leave rows in the outbox.
 
-    ``tenant_column`` names the tenant of a row (NULL counts as shared by all tenants), or is None
-    for a table whose rows belong to no tenant. ``shared`` rows also count as changes of data shared
-    by all tenants.
+    ``tenant_column`` is the column with the tenant of a row (NULL counts as shared by all tenants),
+    or None for a table whose rows belong to no tenant. If ``shared``, changes also count as changes
+    of data that all tenants share.
     """
 
     table: str
@@ -82,8 +87,7 @@ def watched(
     tenant_is: Mapping[str, str] | None = None,
     shared: Collection[str] = (),
 ) -> list[Watched]:
-    """Say of each declared table how it is watched, by the same rules as
-    ``writes.sqlalchemy.watch``.
+    """Return how each declared table is watched, by the same rules as ``writes.sqlalchemy.watch``.
 
     ``metadata`` is SQLAlchemy's. A table without the tenant column belongs to no tenant. Raises
     ``ConfigurationError`` for a table that is not in the metadata.
@@ -92,8 +96,8 @@ def watched(
     for name in sorted(set(tables)):
         if name not in metadata.tables:
             raise ConfigurationError(
-                f"table {name!r} is declared by cached reads but is not in the metadata: mend its "
-                f"name"
+                f"table {name!r} is declared by cached reads but is not in the metadata: correct "
+                f"its name"
             )
         column = (tenant_is or {}).get(name, tenant_column)
         found.append(
@@ -104,16 +108,17 @@ def watched(
 
 def create_outbox(execute: Execute, *, schema: str = "public") -> None:
     """Create the outbox (one row per transaction, tenant and tag, with an id of its own) and the
-    one row of the fence.
+    fence row.
 
-    Who runs the application needs SELECT, UPDATE (to lock) and DELETE on the outbox, SELECT and
-    UPDATE on the fence; INSERT on the outbox too where ``Cache.invalidate_*`` or
-    ``invalidate_cache`` are used. An older server than PostgreSQL 14 refuses.
+    The application's database user needs SELECT, UPDATE (to lock) and DELETE on the outbox, SELECT
+    and UPDATE on the fence row's table, and INSERT on the outbox if it uses ``Cache.invalidate_*``
+    or ``invalidate_cache``. Servers older than PostgreSQL 14 raise an error.
     """
     execute(f"""
         DO $$BEGIN
             IF current_setting('server_version_num')::integer < {MIN_SERVER_VERSION} THEN
-                RAISE EXCEPTION USING MESSAGE = 'respcache needs PostgreSQL {MIN_SERVER_VERSION // 10_000} or newer, this is '
+                RAISE EXCEPTION USING MESSAGE = 'respcache needs PostgreSQL '
+                    '{MIN_SERVER_VERSION // 10_000} or newer, this is '
                     || current_setting('server_version');
             END IF;
         END$$""")
@@ -140,29 +145,30 @@ def create_outbox(execute: Execute, *, schema: str = "public") -> None:
 
 
 def drop_outbox(execute: Execute, *, schema: str = "public") -> None:
-    """Drop outbox and fence: nothing is cached from then on. Drop the triggers first: they would
-    make every write fail."""
+    """Drop the outbox and the fence row's table. Nothing is cached from then on. Drop the triggers
+    first: without the outbox they would make every write fail."""
     execute(f"DROP TABLE {quoted(schema)}.{OUTBOX}, {quoted(schema)}.{FENCE}")
 
 
 def create_triggers(execute: Execute, tables: Iterable[Watched], *, schema: str = "public") -> None:
-    """Create the triggers of these tables; also to replace them when the tenant column of a table
-    has changed."""
+    """Create or replace the triggers of these tables."""
     for watched in tables:
         function = f"{quoted(schema)}.{quoted(function_name(watched.table))}"
         execute(f"""
             CREATE OR REPLACE FUNCTION {function}() RETURNS trigger
-            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $${body(watched, schema=schema)}$$""")
+            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+            AS $${body(watched, schema=schema)}$$""")
         table = f"{quoted(schema)}.{quoted(watched.table)}"
         for event in EVENTS:
             execute(f"""
-                CREATE OR REPLACE TRIGGER respcache_{event} AFTER {event.upper()} ON {table} {_TRANSITIONS[event]}
+                CREATE OR REPLACE TRIGGER respcache_{event}
+                AFTER {event.upper()} ON {table} {_TRANSITIONS[event]}
                 FOR EACH STATEMENT EXECUTE FUNCTION {function}()""")
             execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER respcache_{event}")
 
 
 def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "public") -> None:
-    """Drop the triggers of these tables: what reads them is not cached from then on."""
+    """Drop the triggers of these tables. Reads of them are not cached from then on."""
     for table in tables:
         for event in EVENTS:  # a table that was renamed runs the function of its former name
             execute(f"DROP TRIGGER IF EXISTS respcache_{event} ON {quoted(schema)}.{quoted(table)}")
@@ -172,8 +178,8 @@ def drop_triggers(execute: Execute, tables: Iterable[str], *, schema: str = "pub
 
 
 def body(watched: Watched, *, schema: str = "public") -> str:
-    """Return the body of a table's function, by which a changed tenant column shows
-    (``pg_proc.prosrc``)."""
+    """Return the body of a table's function. Alembic compares it with ``pg_proc.prosrc``, so any
+    change of this text requires a migration."""
     tag = _text(table_tag(watched.table))
 
     def note(*rows: str) -> str:
@@ -198,6 +204,7 @@ def body(watched: Watched, *, schema: str = "public") -> str:
                 SELECT string_agg(json_build_array(noted.tenant, noted.tag, noted.id)::text, ',')
                     INTO respcache_new FROM noted;"""
     name = _text(setting(schema))
+    overflow = f"length(respcache_all) + length(respcache_new) > {MAX_SETTING} THEN '{TOO_MANY}'"
     return f"""
         #variable_conflict use_column
         DECLARE
@@ -211,7 +218,7 @@ def body(watched: Watched, *, schema: str = "public") -> str:
             END IF;
             IF respcache_new IS NOT NULL AND respcache_all <> '{TOO_MANY}' THEN
                 PERFORM set_config({name}, CASE
-                    WHEN length(respcache_all) + length(respcache_new) > {MAX_SETTING} THEN '{TOO_MANY}'
+                    WHEN {overflow}
                     ELSE concat_ws(',', nullif(respcache_all, ''), respcache_new) END, true);
             END IF;
             RETURN NULL;
@@ -219,13 +226,13 @@ def body(watched: Watched, *, schema: str = "public") -> str:
 
 
 def setting(schema: str = "public") -> str:
-    """Name the setting that holds what the running transaction has left: JSON arrays [tenant, tag,
-    id], between them commas."""
+    """Return the name of the setting with the rows that the running transaction has left: JSON
+    arrays [tenant, tag, id], separated by commas."""
     return f"respcache.rows_{re.sub(r'[^A-Za-z0-9_]', '_', schema)}"
 
 
 def quoted(identifier: str) -> str:
-    """Return a name as it stands in SQL."""
+    """Return an identifier quoted for SQL."""
     return '"' + identifier.replace('"', '""') + '"'
 
 
@@ -238,8 +245,8 @@ _TRANSITIONS = {
 
 
 def function_name(table: str) -> str:
-    """Name the function of a table; one that PostgreSQL would cut off might become that of another
-    table."""
+    """Return the name of a table's function. Long names are hashed, because the truncated names of
+    two tables could be equal."""
     name = FUNCTION + table
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name

@@ -1,13 +1,17 @@
--- KEYS: generation. ARGV: epoch prefix, ttl in ms, highest number of fields, how many rows the ring holds, number of row ids,
--- channel, row ids, tags. Returns {identity of this server life, nonce, sequence that the generation has reached}, the first
--- alone where there is no generation (any more). Whatever was changed is published, if that is permitted.
--- No generation: nothing depends on it. One of another server life or epoch, one that lost a part of its head (its sequence
--- would begin again under the same nonce), or a foreign value: it is deleted. Row ids that were all applied before: nothing is
--- left to do. Otherwise the sequence advances and stands on every tag. Too many fields are forgotten by raising the floor to
--- the new sequence, which invalidates everything.
+-- Advances a generation's sequence and records it for every tag.
+-- KEYS: generation. ARGV: epoch prefix, time to live in ms, maximum number of fields, size of the
+-- ring in rows, number of row ids, channel, row ids, tags.
+-- Returns {identity of this server life, nonce, sequence that the generation has reached}, or the
+-- identity alone if there is no generation (any more). Publishes each change, if permitted.
+-- A missing generation: nothing depends on it. A generation of another server life or epoch, one
+-- that lost a part of its head (its sequence would restart under the same nonce), or a value of
+-- another type is deleted. If all row ids were applied before, nothing is left to do. Otherwise the
+-- sequence advances and is recorded for every tag. Too many fields are compacted by raising the
+-- floor to the new sequence, which invalidates everything.
 local id = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
 local head = redis.pcall('HMGET', KEYS[1], 'r', 'n', 's', 'x')
-if head.err or head[1] ~= ARGV[1] .. id or not head[2] or not string.match(head[3] or '', '^%d+$') then
+if head.err or head[1] ~= ARGV[1] .. id or not head[2]
+  or not string.match(head[3] or '', '^%d+$') then
   redis.call('DEL', KEYS[1])
   redis.pcall('PUBLISH', ARGV[6], KEYS[1])
   return {id}

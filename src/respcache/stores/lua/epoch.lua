@@ -1,11 +1,14 @@
--- KEYS: epoch record. ARGV: record, token that may be replaced (or ''), ttl in ms. A record begins with its token and the
--- identity of its server; its pattern is that of core/epochs.py. Keeps one of this server life unless it has that token. Returns {identity, record in force}.
+-- Stores an epoch, unless one of this server life is in force whose token may not be replaced.
+-- KEYS: epoch record. ARGV: record, token that may be replaced (or ''), time to live in ms.
+-- A record begins with its token and its server's identity; its pattern is that of core/epochs.py.
+-- Returns {identity, record in force}.
 local id = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
-local held = redis.pcall('GET', KEYS[1])
-if type(held) == 'string' then
-  local token, identity = string.match(held, '^([0-9a-f]+) ([0-9a-f]+) [!-~]+ %d+%.%d+ %d+:%d+:[%d,]*$')
+local present = redis.pcall('GET', KEYS[1])
+if type(present) == 'string' then
+  local pattern = '^([0-9a-f]+) ([0-9a-f]+) [!-~]+ %d+%.%d+ %d+:%d+:[%d,]*$'
+  local token, identity = string.match(present, pattern)
   if identity == id and token ~= ARGV[2] then
-    return {id, held}
+    return {id, present}
   end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])

@@ -20,7 +20,8 @@ EPOCH = Epoch("e" * 16, "d" * 40, "life", CURSOR)
 
 
 def page(**given: object) -> OutboxPage:
-    return OutboxPage(**{"cursor": Cursor("102:107:", 2.0), "incarnation": "life", **given})  # type: ignore[arg-type]
+    values = {"cursor": Cursor("102:107:", 2.0), "incarnation": "life", **given}
+    return OutboxPage(**values)  # type: ignore[arg-type]
 
 
 def test_a_fence_allows_its_own_server_until_its_moment() -> None:
@@ -38,7 +39,7 @@ def test_a_fence_allows_its_own_server_until_its_moment() -> None:
         ({}, None),
         ({"pruned": 100}, None),
         ({"pruned": 101}, "pruned"),
-        ({"incarnation": "other"}, "not the same"),
+        ({"incarnation": "other"}, "have changed"),
         ({"cursor": Cursor("99:107:", 2.0)}, "back in time"),
         ({"rows": [("a", "T:x", str(n)) for n in range(MAX_ROWS)]}, None),
         ({"rows": [("a", "T:x", str(n)) for n in range(MAX_ROWS + 1)]}, "replayed"),
