@@ -164,8 +164,8 @@ def test_answers_that_differ_by_themselves_are_measured_and_noted(
 ) -> None:
     """They cannot be compared; and as none is a hit, that is said too."""
     report = document(respcache("bench", "--app", "shop:app", "/now", *QUICK))
-    assert "differs from one time to the next" in report["notes"][0]
-    assert "not every answer with the cache was a hit" in report["notes"][1]
+    assert "its response varies" in report["notes"][0]
+    assert "not every response with the cache was a hit" in report["notes"][1]
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def looks(
         "inspect": lambda access: admin.inspect(access, key),
         "explain": lambda access: admin.explain(access, **ground.request(who)),
         "feed": lambda access: admin.feed(access, **about),
-        "trail": lambda access: admin.audit_log(access, **about),
+        "audit-log": lambda access: admin.audit_log(access, **about),
         "switches": lambda access: admin.switches(access),
         "configuration": lambda access: admin.configuration(access),
         "dry run": lambda access: admin.purge(access, tenant=tenant or ground.acme, dry_run=True),
@@ -148,7 +148,7 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
         for name, look in looks(ground, tenant, ground.key[tenant or ground.acme], who).items():
             assert await look(ground.root) is not None, name
     overview = await ground.admin.overview(ground.root)
-    assert (overview.figures_of, overview.problem, overview.tenant) == ("all processes", "", None)
+    assert (overview.source, overview.problem, overview.tenant) == ("all processes", "", None)
     assert overview.totals.hits > 0
     assert len(overview.processes) == 1
     assert overview.server is not None
@@ -199,7 +199,7 @@ async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground:
             await asyncio.sleep(0)
         assert await deed(ground.abe) is not None, name
     acts = await ground.admin.audit_log(ground.abe)
-    assert [act.act for act in acts if act.name == "abe"] == [
+    assert [act.action for act in acts if act.name == "abe"] == [
         "reveal",
         "switch",
         "switch",
@@ -294,7 +294,7 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     """And who did it is trailed."""
     ground.crm.cache.runtime.invalidator._pending.clear()
     said = await ground.admin.switch(ground.root, off=True, module=module)
-    assert said.told
+    assert said.propagated
     assert (said.everything, said.modules, said.enabled) == (
         module is None,
         ["leads"] if module else [],
@@ -307,7 +307,7 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     assert hit(await ground.crm.as_user("abe").get("/api/leads"))
     last, first = (await ground.admin.audit_log(ground.root))[:2]
     module_given = {"module": module} if module else {}
-    assert [(act.act, act.tenant, act.details) for act in (first, last)] == [
+    assert [(act.action, act.tenant, act.details) for act in (first, last)] == [
         ("switch", None, {"off": True, **module_given}),
         ("switch", None, {"off": False, **module_given}),
     ]
@@ -422,7 +422,7 @@ async def test_without_a_server_the_figures_are_of_this_process() -> None:
     await cache.connect()
     cache.counters.at("t", "things", "/things").hits += 3
     overview = await admin.overview(root)
-    assert (overview.figures_of, overview.totals.hits) == ("this process", 3)
+    assert (overview.source, overview.totals.hits) == ("this process", 3)
     assert overview.problem
     assert [row.name for row in await admin.tenants(root)] == ["t"]
     assert (await admin.feed(root)).processes == "this"

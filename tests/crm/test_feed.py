@@ -21,7 +21,7 @@ from respcache.ops.access import Access, Role
 from respcache.ops.acl import ADMINISTRATION
 from respcache.ops.admin import Admin
 from respcache.ops.feed import MAX_AT_ONCE, Event, Reporter
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.testing.servers import EmbeddedValkey
 from tests.cli.conftest import log_in_as
 

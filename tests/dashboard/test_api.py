@@ -155,7 +155,7 @@ async def test_a_purge_is_a_dry_run_unless_it_is_said(crm: Crm) -> None:
     done = (await post(crm, "abe", "purge", module="accounts", dry_run=False)).json()
     assert (done["tenant"], done["confirmed"]) == (tenant(crm, "acme"), True)
     assert "fwd=stale" in (await abe.get("/api/accounts")).headers["cache-status"]
-    assert (await get(crm, "abe", "trail")).json()[0]["act"] == "purge"
+    assert (await get(crm, "abe", "audit-log")).json()[0]["action"] == "purge"
 
 
 async def test_bad_input_is_named(crm: Crm) -> None:
@@ -217,7 +217,7 @@ def test_words_of_errors_are_those_in_the_code() -> None:
         word: int(status)
         for status, word in re.findall(r'say(?:_no)?\((?:request, )?(\d+), "([a-z-]+)"', source)
     }
-    assert words == said | {word: status for status, word in api.WORDS.values()}
+    assert words == said | {word: status for status, word in api.ERRORS.values()}
 
 
 async def test_methods_are_those_that_the_reference_lists(crm: Crm) -> None:
@@ -251,7 +251,7 @@ async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
     assert answer.headers["cache-control"] == "no-store"
     _, first, *_ = answer.text.split("\n\n")
     name, data = first.splitlines()
-    assert name == "event: figures"
+    assert name == "event: stats"
     assert json.loads(data.removeprefix("data: "))["text"]["workers"][0] == "1"
 
 

@@ -15,7 +15,7 @@ pytestmark = NO_BROWSER
 EVERYTHING = [
     "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a "
                                                                                      "request", "Purge", "Switches",
-    "Configuration", "Trail",
+    "Configuration", "Audit log",
 ]  # fmt: skip
 OF_A_TENANT = [
     "Overview",
@@ -25,7 +25,7 @@ OF_A_TENANT = [
     "Explain a request",
     "Purge",
     "Switches",
-    "Trail",
+    "Audit log",
 ]
 LOOKING = [name for name in OF_A_TENANT if name not in ("Purge", "Switches")]
 PATHS = {
@@ -148,7 +148,7 @@ def test_a_page_of_an_ended_session_leads_to_sign_in(
         page.wait_for_url("**/cache/sign-in**")
         expect(page.get_by_role("button", name="Sign in")).to_be_visible()
         assert "accounts" not in page.content()
-        for address in ("keys", "feed", "modules", "trail"):
+        for address in ("keys", "feed", "modules", "audit-log"):
             page.goto(f"/cache/{address}")
             assert page.url.endswith(f"/cache/sign-in?next=%2Fcache%2F{address}")
     finally:
@@ -195,7 +195,7 @@ def test_what_others_wrote_is_shown_as_text(sign_in: Open, stage: Stage, faults:
         (f"keys?tenant={tenant}", PLANTED),
         (f"key?key={key}", PLANTED),
         (f"purge?tenant={tenant}", PLANTED),
-        ("trail", mail),
+        ("audit-log", mail),
         ("feed", f"purge by {mail}"),
         (f"tenants?q={query}none", f"{PLANTED}none"),
         ("tenants/<i class=planted>", "no tenant '<i class=planted>'"),
@@ -232,7 +232,7 @@ def everywhere(stage: Stage) -> list[str]:
         stage.key("/api/accounts?limit=7&sort=-annual_revenue", tenant="acme"),
     )
     return ["", "tenants", f"tenants/{acme}", "modules", "latency", "feed", "keys", f"key?key={key}", "explain",
-            "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "trail", "nothing"]  # fmt: skip
+            "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "audit-log", "nothing"]  # fmt: skip
 
 
 def test_no_page_scrolls_sideways_on_a_phone(sign_in: Open, stage: Stage, faults: Faults) -> None:
@@ -247,13 +247,13 @@ def test_no_page_scrolls_sideways_on_a_phone(sign_in: Open, stage: Stage, faults
             page.get_by_label("Path and query").fill("/api/accounts?limit=7&sort=-annual_revenue")
             page.get_by_label("Headers").fill(f"Authorization: Bearer {stage.token('acme')}")
             page.get_by_role("button", name="Explain").click()
-            expect(page.locator("main .said strong")).to_be_visible()
+            expect(page.locator("main .notice strong")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") == 360, address
     page.goto("/cache/keys")
     expect(page.locator("nav.nav")).to_be_hidden()
     page.locator(".menu-button").tap()
-    page.get_by_role("link", name="Trail").tap()
-    expect(page.locator("h1")).to_have_text("Trail")
+    page.get_by_role("link", name="Audit log").tap()
+    expect(page.locator("h1")).to_have_text("Audit log")
 
 
 LOOK = """() => {

@@ -14,11 +14,11 @@ import redis
 
 from respcache import Cache, ConfigurationError, MemoryStore, RedisStore, SingleTenant
 from respcache.core import keys
-from respcache.ops import fleet
-from respcache.ops import publisher as module
-from respcache.ops.fleet import BUCKET_S
-from respcache.ops.process import CHUNK, summary_of
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats import shapes
+from respcache.ops.stats import publisher as module
+from respcache.ops.stats.shapes import BUCKET_S
+from respcache.ops.stats.report import CHUNK, summary_of
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.read.verifier import Mismatch
 from respcache.telemetry.stats import OTHER
 from respcache.testing.servers import EmbeddedValkey, free_port
@@ -480,7 +480,7 @@ async def test_what_another_release_publishes_is_left_out(valkey_url: str, clien
     """Or what is damaged; everybody else is still there."""
     async with workers(valkey_url, valkey_url) as (one, two):
         two.count("acme", hits=1)
-        for data in (msgspec.msgpack.encode((fleet.VERSION + 1, {})), b"\xff", b""):
+        for data in (msgspec.msgpack.encode((shapes.VERSION + 1, {})), b"\xff", b""):
             await two.publisher.publish()
             client.set(keys.counters_key(two.publisher.id), data, ex=60)
             client.hset(keys.tenants_key(two.publisher.id), "acme", data)

@@ -18,7 +18,7 @@ from respcache import Cache, MemoryStore, RedisStore, SingleTenant
 from respcache.core.errors import ConfigurationError
 from respcache.integrations.prometheus import PORTION, Collector, Endpoint
 from respcache.ops.access import Access, Role
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio

@@ -202,7 +202,7 @@ async def test_a_table_that_is_locked_is_not_waited_for(
 
 async def test_the_log_keeps_a_bounded_number_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     """And writes all of them, one line of JSON each."""
-    caplog.set_level("INFO", "respcache.trail")
+    caplog.set_level("INFO", "respcache.audit_log")
     audit_log = LoggingAuditLog()
     for number in range(MAX_REMEMBERED + 5):
         await audit_log.append(act(number))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from respcache.ops import metrics
+from respcache.ops.stats import metrics
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
