@@ -151,7 +151,7 @@ async def test_one_command_goes_through_a_bounded_number_of_keys(
     with redis.Redis.from_url(valkey_url) as client:
         client.mset({f"key {number}": "x" for number in range(500)})
     publisher = StatsPublisher(valkey_url)
-    walk = await keyspace.ServerKeys(publisher).scan("nothing", cursor="", enough=1, most=9)
+    walk = await keyspace.ServerKeys(publisher).find("nothing", cursor="", enough=1, most=9)
     assert (walk.scanned, walk.cursor != "") == (9, True)
     await publisher.close()
 

@@ -215,7 +215,7 @@ def test_words_of_errors_are_those_in_the_code() -> None:
     source = Path(api.__file__).read_text() + Path(api.__file__).with_name("app.py").read_text()
     said = {
         word: int(status)
-        for status, word in re.findall(r'say(?:_no)?\((?:request, )?(\d+), "([a-z-]+)"', source)
+        for status, word in re.findall(r'(\d{3}),\s+(?:code=)?"([a-z-]+)"', source)
     }
     assert words == said | {word: status for status, word in api.ERRORS.values()}
 
@@ -297,8 +297,8 @@ async def test_a_stream_ends_when_its_viewer_may_something_else(
 ) -> None:
     """The gate is asked again and again; the page is loaded anew then, as whoever its viewer is by
     now."""
-    monkeypatch.setattr(live, "ASK_GATE_S", 0.0)
-    monkeypatch.setattr(live, "FIGURES_S", 0.01)
+    monkeypatch.setattr(live, "RECHECK_S", 0.0)
+    monkeypatch.setattr(live, "STATS_S", 0.01)
     token = crm.as_user("abe").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
     async with httpx2.AsyncClient(

@@ -281,7 +281,7 @@ async def test_a_tenant_can_be_purged_while_the_server_is_away(
         server.stop()
         page = await person.get("purge?tenant=acme")
         assert page.status_code == 200
-        assert "An unknown number of answers" in page.text
+        assert "An unknown number of responses" in page.text
         token = await person.csrf("purge?tenant=acme")
         answer = await person.post("purge", csrf=token, tenant="acme", confirmation="acme")
         assert "Not confirmed yet" in answer.text
@@ -384,7 +384,7 @@ async def test_what_cannot_be_written_down_is_not_done(
     token = await person.csrf("purge")
 
     async def fail(*_: object) -> None:
-        raise AuditLogUnavailable("the trail: 127.0.0.1 is away")
+        raise AuditLogUnavailable("the audit log: 127.0.0.1 is away")
 
     monkeypatch.setattr(PostgresAuditLog, "append", fail)
     for path, form in (
@@ -395,7 +395,7 @@ async def test_what_cannot_be_written_down_is_not_done(
     ):
         answer = await person.post(path, csrf=token, **form)
         assert answer.status_code == 503, path
-        assert "the trail cannot be reached" in answer.text
+        assert "the audit log is unavailable" in answer.text
         assert "127.0.0.1" not in answer.text, "of servers a tenant's admin is told nothing"
         assert "revealed" not in answer.text
         assert "; hit" in await crm.said("abe", "/api/accounts"), path
@@ -496,7 +496,7 @@ async def test_streams_that_begin_at_the_same_moment_are_bounded_too(
 ) -> None:
     """However many are let in before the first of them is open; the others end with the reason."""
     monkeypatch.setattr(live, "MAX_STREAMS", 1)
-    monkeypatch.setattr(live, "FIGURES_S", 3600.0)
+    monkeypatch.setattr(live, "STATS_S", 3600.0)
     dashboard, overview = crm.app.app.state.dashboard, Admin.overview
     together = asyncio.Barrier(3)
 

@@ -202,7 +202,7 @@ async def test_a_process_says_how_it_is(valkey_url: str) -> None:
         near_bytes=1_000_000,
     )
     assert cache.runtime.verifier is not None
-    cache.runtime.verifier.findings.append(finding)
+    cache.runtime.verifier.found.mismatches.append(finding)
     await publisher.publish()
     found = await reader.fleet()
     (process,) = found.processes
@@ -349,8 +349,8 @@ async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
     """Also by a busy process, or what happened would seem to have happened much later."""
     for name, value in {
         "PERIOD_S": 0.01,
-        "MOST_PERIOD_S": 1000.0,
-        "MOST_SHARE_OF_TIME": 1e-6,
+        "MAX_PERIOD_S": 1000.0,
+        "MAX_CPU_SHARE": 1e-6,
     }.items():
         monkeypatch.setattr(module, name, value)
     server = make_valkey()
@@ -523,7 +523,7 @@ async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.Monk
 def test_who_has_much_to_publish_publishes_less_often() -> None:
     """Yet often enough to be known to live."""
     assert [module._pause_s(spent_s) for spent_s in (0.001, 0.05, 60.0)] == [2.0, 5.0, 10.0]
-    assert module.MOST_PERIOD_S * 1.1 < module.DEAD_AFTER_S
+    assert module.MAX_PERIOD_S * 1.1 < module.DEAD_AFTER_S
 
 
 async def test_the_process_is_left_its_time(valkey_url: str) -> None:

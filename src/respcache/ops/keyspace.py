@@ -41,7 +41,7 @@ class StoredKey:
 class Keyspace(Protocol):
     """Operations on keys. Each raises ``StoreUnavailable``."""
 
-    async def scan(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
+    async def find(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
         """Find keys that match a glob, from a cursor on (empty for the beginning).
 
         Stops after about ``enough`` matches or ``most`` examined keys.
@@ -67,8 +67,8 @@ class ServerKeys:
     def __init__(self, publisher: StatsPublisher) -> None:
         self._publisher = publisher
 
-    async def scan(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
-        """See ``Keyspace.scan``: SCAN, in batches that grow while few keys match."""
+    async def find(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
+        """See ``Keyspace.find``: SCAN, in batches that grow while few keys match."""
         at, batch, scanned = int(cursor or 0), FIRST_BATCH, 0
         found: dict[str, None] = {}
         while True:
@@ -124,8 +124,8 @@ class MemoryKeys:
     def __init__(self, server: MemoryServer) -> None:
         self._server = server
 
-    async def scan(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
-        """See ``Keyspace.scan``. Examines all keys."""
+    async def find(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
+        """See ``Keyspace.find``. Examines all keys."""
         return KeyScan(
             [key for key in self._server.values if fnmatchcase(key, pattern)],
             "",

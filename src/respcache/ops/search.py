@@ -156,7 +156,7 @@ async def find(
         cursor.isascii() and cursor.isdecimal() and len(cursor) <= 20 and int(cursor) <= MAX_CURSOR
     ):
         raise NotFound(f"no cursor {cursor[:40]!r}")
-    scan = await space.scan(
+    scan = await space.find(
         keys.entry_pattern(tenant, module), cursor=cursor, enough=limit, most=MAX_SCANNED
     )
     total = await space.count()
@@ -170,7 +170,7 @@ async def find(
 
 async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> KeySample:
     """Describe a sample of the entries, from a bounded number of keys."""
-    scan = await space.scan(
+    scan = await space.find(
         keys.entry_pattern(tenant, module), cursor="", enough=MAX_SAMPLED, most=MAX_SCANNED
     )
     names, found = _entries(scan.keys), list[KeyFacts]()
@@ -198,7 +198,7 @@ async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> 
 
 async def count(space: Keyspace, *, tenant: str, module: str | None) -> EntryCount:
     """Count the entries of a tenant among a bounded number of keys."""
-    scan = await space.scan(
+    scan = await space.find(
         keys.entry_pattern(tenant, module), cursor="", enough=MAX_SCANNED, most=MAX_SCANNED
     )
     total = await space.count()

@@ -312,7 +312,7 @@ def acl(
     role: Annotated[str | None, typer.Option("--role", help="only this role")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print ACL rules for the cache server: the permissions of each user."""
+    """Print the ACL rules for the users of the cache server."""
     from respcache.ops.cli import acl as command
 
     _run(lambda out: command.run(out, role=role), as_json=as_json)
@@ -357,7 +357,7 @@ def bench(
     connections: Annotated[str, typer.Option("--connections", metavar="N,N")] = "1,16",
     as_json: Json = False,
 ) -> None:
-    """Compare an application with its cache, without it, and a bare ASGI application.
+    """Compare an application with and without its cache, and bare ASGI.
 
     Measures requests per second, latency and CPU time of the same requests, in turns.
     """
