@@ -52,7 +52,7 @@ class Ground:
             page = await self.admin.keys(self.root, tenant=tenant, module="leads")
             self.key[tenant] = page.keys[0].key
             await self.admin.purge(self.root, tenant=tenant, module="contacts")
-            self.crm.cache.runtime.verifier.findings.append(finding(tenant))
+            self.crm.cache.runtime.verifier.found.mismatches.append(finding(tenant))
             self.crm.cache.runtime.invalidator._pending[tenant] = 1
         await self.admin.switch(self.root, off=True, tenant=self.globex)
         async with asyncio.timeout(20):
@@ -98,7 +98,7 @@ def looks(
         "inspect": lambda access: admin.inspect(access, key),
         "explain": lambda access: admin.explain(access, **ground.request(who)),
         "feed": lambda access: admin.feed(access, **about),
-        "audit-log": lambda access: admin.audit_log(access, **about),
+        "audit_log": lambda access: admin.audit_log(access, **about),
         "switches": lambda access: admin.switches(access),
         "configuration": lambda access: admin.configuration(access),
         "dry run": lambda access: admin.purge(access, tenant=tenant or ground.acme, dry_run=True),
@@ -341,7 +341,7 @@ async def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(NotFound):
         await ground.admin.tenant(ground.root, "nobody")
     monkeypatch.setattr(admins, "MAX_SWITCHES", 1)
-    with pytest.raises(InvalidOperation, match="1 switches"):
+    with pytest.raises(InvalidOperation, match="1 tenants and modules"):
         await ground.admin.switch(ground.root, off=True, tenant=ground.acme)
     assert await ground.admin.audit_log(ground.root) == audit_log
     assert (await ground.admin.switch(ground.root, off=True)).everything  # however many are off

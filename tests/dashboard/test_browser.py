@@ -61,7 +61,7 @@ def test_everybody_sees_the_pages_that_are_theirs(
         if name not in pages:
             faults.expected.append((403, path))
             page.goto(f"/cache/{path}")
-            expect(page.locator("h1")).to_have_text("Not allowed")
+            expect(page.locator("h1")).to_have_text("Forbidden")
 
 
 def test_the_overview_is_live_and_over_all_workers(sign_in: Open, stage: Stage) -> None:
@@ -97,9 +97,9 @@ def test_invalidations_appear_as_they_happen_with_their_cause_and_time(
         newest = one.locator("#feed tr.new").first
         expect(newest).to_contain_text("acme")
         expect(newest.locator("[data-label=Cause]")).to_have_text("POST /api/accounts")
-        expect(newest.locator("[data-label=Took]")).to_have_text(re.compile(r"^[\d.]+ (µs|ms|s)$"))
+        expect(newest.locator("[data-label=Duration]")).to_have_text(re.compile(r"^[\d.]+ (µs|ms|s)$"))
         expect(newest.locator("[data-label=Outcome]")).to_have_text("confirmed")
-        expect(newest.locator("[data-label=What]")).to_contain_text("accounts")
+        expect(newest.locator("[data-label=Modules]")).to_contain_text("accounts")
     expect(page.locator("#feed tr.new", has_text="globex")).to_have_count(1)
     assert "globex" not in main(own)
 
@@ -279,7 +279,7 @@ def test_the_tab_key_reaches_everything_and_shows_where_it_is(
         page.goto(f"/cache/{address}")
         page.keyboard.press("Tab")
         if address != "nothing":
-            expect(page.locator(":focus")).to_have_text("To the content")
+            expect(page.locator(":focus")).to_have_text("Skip to the content")
         while not (found := page.evaluate(LOOK))["end"] and not found["again"]:
             assert found["seen"], (address, found["is"])
             page.keyboard.press("Tab")

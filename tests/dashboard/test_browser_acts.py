@@ -50,7 +50,7 @@ def test_a_purge_is_counted_confirmed_and_written_down(
     page.get_by_label("Module").select_option("tasks")
     page.get_by_role("button", name="Count").click()
     expect(page.locator("main")).to_contain_text(
-        re.compile(rf"[1-9]\d* stored answers?\s+of {tenant}, module tasks")
+        re.compile(rf"[1-9]\d* stored responses?\s+of {tenant}, module tasks")
     )
     field, button = (
         page.get_by_label(f"Type {tenant} to purge"),
@@ -80,7 +80,7 @@ def test_a_key_is_purged_from_its_page(sign_in: Open, stage: Stage) -> None:
     page = sign_in(ADMIN)
     page.goto(f"/cache/key?key={key}")
     page.get_by_role("link", name="Purge this key").click()
-    expect(page.locator("main")).to_contain_text("1 stored answer of acme")
+    expect(page.locator("main")).to_contain_text("1 stored response of acme")
     page.get_by_label(f"Type {key[-8:]} to purge").fill(key[-8:])
     page.get_by_role("button", name="Purge", exact=True).click()
     expect(page.locator("main .notice")).to_contain_text("Purged")
@@ -243,7 +243,7 @@ def test_colours_are_chosen_and_remembered(sign_in: Open, *, scripts: bool) -> N
     page.goto("/cache/keys")
     for theme in ("light", "dark"):
         with page.expect_response("**/cache/theme"):
-            page.get_by_role("button", name="Change colours").click()
+            page.get_by_role("button", name="Change theme").click()
         expect(page.locator("html")).to_have_attribute("data-theme", theme)
     page.goto("/cache/audit-log")
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
