@@ -8,13 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from respcache.ops.cli.options import (
+    DEFAULT_URL,
+    MAX_KEYS,
+    Headers,
+    Json,
+    Module,
+    Tenant,
+    TokenFile,
+    Url,
+)
+
 if TYPE_CHECKING:
     from respcache.ops.cli.client import Client
     from respcache.ops.cli.output import Output
 
 STATUSES = "Exit status: 0 ok, 1 check failed, 2 usage, 3 unreachable, 4 refused."
-DEFAULT_URL = "http://localhost:4001/cache"
-MAX_KEYS = 100_000
 
 app = typer.Typer(
     name="respcache",
@@ -26,31 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Url = Annotated[
-    str,
-    typer.Option("--url", metavar="URL", envvar="RESPCACHE_URL", help="address of the dashboard"),
-]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file",
-        metavar="FILE",
-        help="file with the token; -: standard input  [default: RESPCACHE_TOKEN]",
-    ),
-]
-Tenant = Annotated[str | None, typer.Option("--tenant", help="only this tenant, by id or name")]
-Module = Annotated[str | None, typer.Option("--module", help="only this module")]
-Headers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-H",
-        "--header",
-        metavar="'NAME: VALUE'",
-        help="header of the request; @FILE: one per line",
-    ),
-]
 
 
 def _run(command: "Callable[[Output], int | None]", *, as_json: bool) -> None:

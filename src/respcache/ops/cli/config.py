@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from respcache.ops.cli.app import DEFAULT_URL
 from respcache.ops.cli.client import Client
+from respcache.ops.cli.options import DEFAULT_URL
 from respcache.ops.cli.outcome import Status
 from respcache.ops.cli.output import Output
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.text import Text
 
-from respcache.ops.cli.app import MAX_KEYS
 from respcache.ops.cli.client import Client
 from respcache.ops.cli.explain import entry_pairs, generation_pairs, policy_pairs
+from respcache.ops.cli.options import MAX_KEYS
 from respcache.ops.cli.outcome import Failure, Status
 from respcache.ops.cli.output import Output, duration, size
 
