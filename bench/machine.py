@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lanes import BY_NAME, Lane
 
-from respcache.ops.bench.load import Ask
+from respcache.ops.bench.load import LoadRequest
 from respcache.ops.bench.processes import Cores, Failed, cpu_ns, end, family, pin, tied_to_us
 from respcache.testing.servers import EmbeddedValkey
 
@@ -46,7 +46,7 @@ class Served:
     port: int
     pids: tuple[int, ...]
     fills_port: int
-    asks: tuple[Ask, ...] = ()
+    asks: tuple[LoadRequest, ...] = ()
     """What to ask where that is not the common key space."""
     _seen: dict[int, int] = field(default_factory=dict)
 
@@ -123,7 +123,7 @@ class Processes:
                 pin(worker.process.pid, self.cores.servers())
                 request = on.get("/api/accounts?limit=50")
                 body = get(worker.port, request)
-                asked = Ask(request, body[:CRM_ROWS_BYTES], len(body))
+                asked = LoadRequest(request, body[:CRM_ROWS_BYTES], len(body))
                 made.append(
                     Served(
                         BY_NAME["uncached"],

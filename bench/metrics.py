@@ -29,9 +29,9 @@ from machine import Processes, Served, get, processes
 
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.integrations.prometheus import Endpoint
-from respcache.ops.bench.load import Ask, drive
+from respcache.ops.bench.load import LoadRequest, drive
 from respcache.ops.bench.processes import Cores, cpu_ns, describe
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 
 ROUTES, TENANTS, WORKERS = 26, 5_000, 4
 LANES = ("without", "exported", "scraped every second")
@@ -67,7 +67,7 @@ def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dic
     served = on.serve_all(
         [(Lane(name, target, "", hit=MARK), 1) for name, target in zip(LANES, targets, strict=True)]
     )
-    asks = [Ask(handler.request(page), handler.body(page)) for page in range(handler.PAGES)]
+    asks = [LoadRequest(handler.request(page), handler.body(page)) for page in range(handler.PAGES)]
     for one in served:
         drive(one.port, asks, connections=1, requests=3 * len(asks))  # filled, recognised, warm
     counters: dict[str, dict[str, list[float]]] = {
@@ -88,7 +88,7 @@ def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dic
 def note(
     counters: dict[str, list[float]],
     one: Served,
-    asks: list[Ask],
+    asks: list[LoadRequest],
     *,
     connections: int,
     seconds: float,

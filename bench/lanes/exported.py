@@ -5,7 +5,7 @@ from typing import Any
 
 from lanes import ours
 from respcache.integrations.prometheus import Endpoint
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 
 PATH = "/metrics"
 TOKEN = "scrape-token-of-the-benchmark"  # noqa: S105

@@ -16,7 +16,14 @@ from lanes import BARE, Lane
 from machine import Processes, Served
 
 from respcache.core.encoding import compress
-from respcache.ops.bench.load import Ask, LoadSample, WrongAnswer, WrongWay, drive, percentile
+from respcache.ops.bench.load import (
+    LoadRequest,
+    LoadSample,
+    WrongOutcome,
+    WrongResponse,
+    drive,
+    percentile,
+)
 from respcache.ops.bench.processes import Failed, cpu_ns, settle
 
 CONNECTIONS = (1, 16, 64)
@@ -89,11 +96,11 @@ def cells_of(lanes: int) -> int:
     return lanes * len(CONNECTIONS)
 
 
-def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
+def asks(path: str = handler.PATH, *, coding: str = "") -> list[LoadRequest]:
     """Return the requests of the key space, with what must come back."""
     if not coding:
         return [
-            Ask(handler.request(number, path), handler.body(number))
+            LoadRequest(handler.request(number, path), handler.body(number))
             for number in range(handler.PAGES)
         ]
     wanted = f"\r\nAccept-Encoding: {coding}\r\n\r\n".encode()
@@ -101,12 +108,15 @@ def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
         handler.request(number, path).removesuffix(b"\r\n\r\n") + wanted
         for number in range(handler.PAGES)
     )
-    return [Ask(request, compress(handler.body(number))) for number, request in enumerate(requests)]
+    return [
+        LoadRequest(request, compress(handler.body(number)))
+        for number, request in enumerate(requests)
+    ]
 
 
-def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
+def warm(served: Served, pages: Sequence[LoadRequest], *, connections: int = 1) -> None:
     """Fill every key, then look at each once more. One connection walks over all of them in order.
-    Raises ``WrongAnswer``."""
+    Raises ``WrongResponse``."""
     requests = max(16, connections * len(pages) if served.lane.caches else 0)
     drive(served.port, pages, connections=connections, requests=requests)
     settle()
@@ -127,7 +137,7 @@ def patiently(stretch: Callable[[], None]) -> int:
     for repeats in range(MOST_REPEATS):
         try:
             stretch()
-        except WrongWay:
+        except WrongOutcome:
             time.sleep(REPEAT_PAUSE_S)
         else:
             return repeats
@@ -189,14 +199,19 @@ def _refusing(one: Served, refused: dict[str, str]) -> Iterator[None]:
     with."""
     try:
         yield
-    except (WrongAnswer, Failed, OSError) as error:
+    except (WrongResponse, Failed, OSError) as error:
         if one.lane == BARE:
             raise
         refused[one.lane.name] = str(error)
 
 
 def _stretch(
-    on: Processes, one: Served, cell: Cell, pages: Sequence[Ask], connections: int, effort: Effort
+    on: Processes,
+    one: Served,
+    cell: Cell,
+    pages: Sequence[LoadRequest],
+    connections: int,
+    effort: Effort,
 ) -> None:
     fills = one.fills() if one.counts_fills else 0
     store = on.valkey.process
@@ -212,7 +227,7 @@ def _stretch(
     )
     cpu, store_cpu = one.cpu_ns() - before, cpu_ns([store.pid]) - store_before
     if one.counts_fills and one.fills() != fills:
-        raise WrongAnswer(
+        raise WrongResponse(
             f"the handler ran {one.fills() - fills} times while there were only hits to answer"
         )
     cell.rps.append(sample.rps)

@@ -20,7 +20,7 @@ from lanes import BY_NAME, Lane
 from machine import Processes, Served
 
 from measures.hits import Tell, middle, patiently, quartiles
-from respcache.ops.bench.load import Ask, drive, percentile
+from respcache.ops.bench.load import LoadRequest, drive, percentile
 from respcache.ops.bench.processes import settle
 
 PLAIN = Lane("plain", "lanes.plain:make", "the handler in FastAPI without any cache", caches=False)
@@ -54,7 +54,12 @@ def measure(
 
 
 def _compare(
-    plain: Served, ours: Served, make: Callable[[], Ask], rounds: int, requests: int, seed: int
+    plain: Served,
+    ours: Served,
+    make: Callable[[], LoadRequest],
+    rounds: int,
+    requests: int,
+    seed: int,
 ) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {"plain": [], "ours": []}
     latency: dict[str, list[float]] = {"plain": [], "ours": []}
@@ -88,7 +93,7 @@ def _compare(
 
 def _batch(
     served: Served,
-    make: Callable[[], Ask],
+    make: Callable[[], LoadRequest],
     requests: int,
     mark: bytes,
     cpu: list[float],
@@ -103,16 +108,16 @@ def _batch(
     latency.append(percentile(sample.latencies_ns, 50) / 1000)
 
 
-def _item(number: int) -> Ask:
-    return Ask(handler.request(number), handler.body(number))
+def _item(number: int) -> LoadRequest:
+    return LoadRequest(handler.request(number), handler.body(number))
 
 
-def _list(one: Ask, number: int) -> Ask:
+def _list(one: LoadRequest, number: int) -> LoadRequest:
     """Ask for the same rows by a filter that nobody used before and that all of them pass."""
     only = quote(
         json.dumps({"$or": [{"employee_count": {"$gte": -number}}, {"employee_count": None}]})
     )
-    return Ask(
+    return LoadRequest(
         one.request.replace(b"limit=50", f"limit=50&filter={only}".encode(), 1),
         one.body,
         one.length,

@@ -10,7 +10,7 @@ from lanes import BARE, BY_NAME, Lane
 from machine import Processes, Served
 
 from measures.hits import Effort, Tell, asks, middle, patiently, warm
-from respcache.ops.bench.load import Ask, drive
+from respcache.ops.bench.load import LoadRequest, drive
 from respcache.ops.bench.processes import cpu_ns
 
 CONNECTIONS = 64
@@ -51,7 +51,10 @@ def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
 
 
 def _stretch(
-    one: Served, effort: Effort, pages: Sequence[Ask], figures: list[tuple[float, float, float]]
+    one: Served,
+    effort: Effort,
+    pages: Sequence[LoadRequest],
+    figures: list[tuple[float, float, float]],
 ) -> None:
     before = [cpu_ns([pid]) for pid in one.pids]
     sample = drive(

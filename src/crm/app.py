@@ -41,7 +41,7 @@ from respcache.middleware import CacheMiddleware
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard import Dashboard
 from respcache.ops.postgres_audit_log import PostgresAuditLog
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.resp.url import ServerURL
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch

@@ -38,8 +38,8 @@ class Cache:
     table an error, for tests. A share ``verify_share`` of all hits is executed again in the
     background and compared (``respcache.read.verifier``); 0 verifies none. ``near_bytes`` bounds
     the memory for entries in each process; 0 keeps none. ``publisher``
-    (``respcache.ops.publisher.StatsPublisher``) publishes this process's statistics and reads those
-    of all processes.
+    (``respcache.ops.stats.publisher.StatsPublisher``) publishes this process's statistics and reads
+    those of all processes.
 
     Its parts are attributes. ``runtime`` holds those that need a store, and is None without one.
     """

@@ -18,7 +18,7 @@ from respcache.core.serving_lease import Outcome
 from respcache.ops.access import Access, Role
 from respcache.ops.acl import ADMINISTRATION, DATA_PLANE, ROLES
 from respcache.ops.admin import Admin
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.stores.base import FillLock
 from respcache.stores.redis import RedisStore
 from respcache.testing.servers import EmbeddedValkey

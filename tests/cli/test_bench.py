@@ -61,7 +61,7 @@ async def secret(request: Request) -> str:
 async def stream() -> StreamingResponse:
     return StreamingResponse(iter(["a", "b"]))
 
-cache = Cache(MemoryStore(), secret=b"x" * 32, resolver=SingleTenant("public"), enabled=not off, audit_share=0)
+cache = Cache(MemoryStore(), secret=b"x" * 32, resolver=SingleTenant("public"), enabled=not off, verify_share=0)
 app = CORSMiddleware(cache.wrap(api))
 """
 
@@ -164,8 +164,8 @@ def test_answers_that_differ_by_themselves_are_measured_and_noted(
 ) -> None:
     """They cannot be compared; and as none is a hit, that is said too."""
     report = document(respcache("bench", "--app", "shop:app", "/now", *QUICK))
-    assert "differs from one time to the next" in report["notes"][0]
-    assert "not every answer with the cache was a hit" in report["notes"][1]
+    assert "its response varies" in report["notes"][0]
+    assert "not every response with the cache was a hit" in report["notes"][1]
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,16 @@ def test_answers_that_differ_by_themselves_are_measured_and_noted(
         (("--app", "shop:app", "/nowhere"), 1, "404"),
         (("--app", "shop:app", "http://127.0.0.1:1/books"), 2, "must be a path"),
         (("--app", "shop:app", "/books", "--pid", "1"), 2, "--pid"),
-        (("--app", "shop:cache", "/books"), 2, "no cache in it"),
+        (("--app", "shop:cache", "/books"), 2, "has no cache"),
         (("--app", "shop:nothing", "/books"), 2, "nothing"),
-        ((), 2, "name what to ask"),
+        ((), 2, "name a request"),
         (("/books",), 2, "--app"),
         (("https://127.0.0.1/books",), 2, "must be like http://"),
-        (("http://127.0.0.1:1/books", "http://127.0.0.1:2/books"), 2, "are two"),
+        (("http://127.0.0.1:1/books", "http://127.0.0.1:2/books"), 2, "name one server"),
         (("http://127.0.0.1:1/books", "--pid", "999999999"), 2, "no process"),
         (("http://127.0.0.1:1/books", "-H", "hidden-one"), 2, "-H"),
         (("http://127.0.0.1:1/books", "--connections", "many"), 2, "--connections"),
-        (("http://127.0.0.1:1/books",), 3, "no answer"),
+        (("http://127.0.0.1:1/books",), 3, "no response"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

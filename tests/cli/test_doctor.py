@@ -82,7 +82,7 @@ def finding(done: Done, about: str, check: str, level: str) -> dict[str, Any]:
         if (one["about"], one["check"], one["level"]) == (about, check, level)
     ]
     assert len(found) == 1, report["findings"]
-    assert level == "ok" or (found[0]["why"] and found[0]["mend"])
+    assert level == "ok" or (found[0]["why"] and found[0]["fix"])
     return dict(found[0])
 
 
@@ -93,7 +93,7 @@ def test_a_right_set_up_has_no_fault(respcache: Run, environment: Environment) -
     report = document(done)
     assert (done.returncode, report["faults"], done.stderr) == (0, 0, "")
     assert [(one["about"], one["check"]) for one in report["findings"] if one["level"] != "ok"] == [
-        ("database", "lease")
+        ("database", "serving lease")
     ]
     assert (
         finding(done, "database", "triggers", "ok")["found"] == "2 tables watched: accounts, leads"
@@ -122,7 +122,7 @@ def test_a_cache_that_does_not_evict_is_a_fault_and_is_mended_by_what_is_said(
     environment["REDIS_CACHE_URL"] = make_valkey(maxmemory_policy="noeviction").url
     found = finding(respcache("doctor", "--json", **environment), "cache", "eviction", "fault")
     assert found["found"] == "noeviction"
-    mended = re.search(r"CONFIG SET (\S+) (\S+);", found["mend"])
+    mended = re.search(r"CONFIG SET (\S+) (\S+);", found["fix"])
     assert mended is not None
     with redis.Redis.from_url(environment["REDIS_CACHE_URL"]) as client:
         client.config_set(mended[1], mended[2])
@@ -225,7 +225,7 @@ def test_a_replica_is_a_fault(
     """It cannot be written to; the primary is named."""
     environment["REDIS_CACHE_URL"] = make_valkey(replicaof=f"127.0.0.1 {valkey_server.port}").url
     found = finding(respcache("doctor", "--json", **environment), "cache", "role", "fault")
-    assert f"127.0.0.1:{valkey_server.port}" in found["mend"]
+    assert f"127.0.0.1:{valkey_server.port}" in found["fix"]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_missing_right_is_named_and_granted_by_what_is_said(
     found = finding(done, "cache", "rights", "fault")
     assert said in found["found"]
     finding(done, "cache", "configuration", "warning")  # this user may not see it
-    grant = found["mend"].partition(" ACL ")[2]
+    grant = found["fix"].partition(" ACL ")[2]
     words = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {grant}"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -386,7 +386,7 @@ def test_triggers_are_mended_by_what_is_said(
         "triggers",
         "fault",
     )
-    mended = re.search(r"-c '(.*)'$", found["mend"])
+    mended = re.search(r"-c '(.*)'$", found["fix"])
     assert mended is not None
     sql(mended[1])
     assert respcache("doctor", "--tables", TABLES, **environment).returncode == 0
@@ -431,7 +431,7 @@ def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
             f"UPDATE ON" in found["found"]
         )
         finding(done, "database", "password", "warning")  # that of the user is the user's name
-        mended = re.search(r"-c '(.*)' \(", found["mend"])
+        mended = re.search(r"-c '(.*)' \(", found["fix"])
         assert mended is not None
         sql(mended[1])
         done = respcache("doctor", "--tables", TABLES, "--json", **environment)
@@ -443,7 +443,7 @@ def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
             "outbox",
             "fault",
         )
-        assert "DISABLE ROW LEVEL SECURITY" in found["mend"]
+        assert "DISABLE ROW LEVEL SECURITY" in found["fix"]
     finally:
         sql("DROP OWNED BY visitor", "DROP ROLE visitor")
 
@@ -521,10 +521,10 @@ def test_an_epoch_or_a_fence_of_somebody_else_is_a_fault(
     sql(f"UPDATE respcache_fence SET authority = '{identity}', until = now() + interval '1 minute'")
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
     assert "another database" in finding(done, "database", "one database", "fault")["found"]
-    finding(done, "database", "lease", "ok")
+    finding(done, "database", "serving lease", "ok")
     sql("UPDATE respcache_fence SET authority = 'abc'")
     done = respcache("doctor", "--tables", TABLES, "--json", **environment)
-    assert "another server" in finding(done, "database", "lease", "fault")["found"]
+    assert "another server" in finding(done, "database", "serving lease", "fault")["found"]
 
 
 # -- the rest --------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ def test_what_people_see_says_why_and_how_to_mend(
     assert re.fullmatch(r"  FAULT +eviction +noeviction", lines[at])
     assert lines[at + 1].strip().startswith("why ")
     assert re.fullmatch(
-        r' +mend  valkey-cli -u "\$REDIS_CACHE_URL" CONFIG SET maxmemory-policy allkeys-lru; .*',
+        r' +fix   valkey-cli -u "\$REDIS_CACHE_URL" CONFIG SET maxmemory-policy allkeys-lru; .*',
         lines[at + 2],
     )
     assert re.fullmatch(r"\d+ checks: 1 faults, \d+ warnings", lines[-1])

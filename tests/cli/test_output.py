@@ -16,7 +16,7 @@ EVIL = "a\x1b]0;title\x07\x9b31m\nb"
 def test_control_characters_are_shown_as_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     """In lines, tables, pairs and failures."""
     out = Output(as_json=False)
-    out.say(EVIL)
+    out.print(EVIL)
     out.pairs([(EVIL, EVIL), ("name", [EVIL])])
     out.table(["one"], [[EVIL]])
     out.note(EVIL)

@@ -52,8 +52,8 @@ class Ground:
             page = await self.admin.keys(self.root, tenant=tenant, module="leads")
             self.key[tenant] = page.keys[0].key
             await self.admin.purge(self.root, tenant=tenant, module="contacts")
-            self.crm.cache.runtime.verifier.findings.append(finding(tenant))
-            self.crm.cache.runtime.invalidator._blocked[tenant] = 1
+            self.crm.cache.runtime.verifier.found.mismatches.append(finding(tenant))
+            self.crm.cache.runtime.invalidator.blocked_tenants[tenant] = 1  # type: ignore[index]
         await self.admin.switch(self.root, off=True, tenant=self.globex)
         async with asyncio.timeout(20):
             while len((await self.admin.feed(self.root)).events) < 4:
@@ -98,7 +98,7 @@ def looks(
         "inspect": lambda access: admin.inspect(access, key),
         "explain": lambda access: admin.explain(access, **ground.request(who)),
         "feed": lambda access: admin.feed(access, **about),
-        "trail": lambda access: admin.audit_log(access, **about),
+        "audit_log": lambda access: admin.audit_log(access, **about),
         "switches": lambda access: admin.switches(access),
         "configuration": lambda access: admin.configuration(access),
         "dry run": lambda access: admin.purge(access, tenant=tenant or ground.acme, dry_run=True),
@@ -148,7 +148,7 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
         for name, look in looks(ground, tenant, ground.key[tenant or ground.acme], who).items():
             assert await look(ground.root) is not None, name
     overview = await ground.admin.overview(ground.root)
-    assert (overview.figures_of, overview.problem, overview.tenant) == ("all processes", "", None)
+    assert (overview.source, overview.problem, overview.tenant) == ("all processes", "", None)
     assert overview.totals.hits > 0
     assert len(overview.processes) == 1
     assert overview.server is not None
@@ -164,7 +164,7 @@ async def test_an_operator_of_everything_sees_and_does_everything(ground: Ground
     (row,) = [row for row in await ground.admin.routes(ground.root) if row.name == "/api/leads"]
     assert (row.module, row.kind, row.level, row.ttl_s) == ("leads", "list", "strict", 180)
     assert row.fill_mean_s is not None
-    ground.crm.cache.runtime.invalidator._blocked.clear()
+    ground.crm.cache.runtime.invalidator.blocked_tenants.clear()  # type: ignore[attr-defined]
     for name, deed in (
         deeds(ground, ground.acme, ground.key[ground.acme]) | global_deeds(ground)
     ).items():
@@ -191,7 +191,7 @@ async def test_a_viewer_sees_everything_and_does_nothing(ground: Ground) -> None
 
 async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground: Ground) -> None:
     """Trailed under that name; the others notice nothing."""
-    ground.crm.cache.runtime.invalidator._blocked.clear()
+    ground.crm.cache.runtime.invalidator.blocked_tenants.clear()  # type: ignore[attr-defined]
     await ground.admin.switch(ground.root, off=False, tenant=ground.globex)
     for name, deed in deeds(ground, ground.acme, ground.key[ground.acme]).items():
         if name == "reveal":
@@ -199,7 +199,7 @@ async def test_an_operator_of_a_tenant_does_what_concerns_the_own_tenant(ground:
             await asyncio.sleep(0)
         assert await deed(ground.abe) is not None, name
     acts = await ground.admin.audit_log(ground.abe)
-    assert [act.act for act in acts if act.name == "abe"] == [
+    assert [act.action for act in acts if act.name == "abe"] == [
         "reveal",
         "switch",
         "switch",
@@ -292,9 +292,9 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     ground: Ground, module: str | None
 ) -> None:
     """And who did it is trailed."""
-    ground.crm.cache.runtime.invalidator._blocked.clear()
+    ground.crm.cache.runtime.invalidator.blocked_tenants.clear()  # type: ignore[attr-defined]
     said = await ground.admin.switch(ground.root, off=True, module=module)
-    assert said.told
+    assert said.propagated
     assert (said.everything, said.modules, said.enabled) == (
         module is None,
         ["leads"] if module else [],
@@ -307,7 +307,7 @@ async def test_a_switch_says_what_is_off_and_is_followed(
     assert hit(await ground.crm.as_user("abe").get("/api/leads"))
     last, first = (await ground.admin.audit_log(ground.root))[:2]
     module_given = {"module": module} if module else {}
-    assert [(act.act, act.tenant, act.details) for act in (first, last)] == [
+    assert [(act.action, act.tenant, act.details) for act in (first, last)] == [
         ("switch", None, {"off": True, **module_given}),
         ("switch", None, {"off": False, **module_given}),
     ]
@@ -341,7 +341,7 @@ async def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(NotFound):
         await ground.admin.tenant(ground.root, "nobody")
     monkeypatch.setattr(admins, "MAX_SWITCHES", 1)
-    with pytest.raises(InvalidOperation, match="1 switches"):
+    with pytest.raises(InvalidOperation, match="1 tenants and modules"):
         await ground.admin.switch(ground.root, off=True, tenant=ground.acme)
     assert await ground.admin.audit_log(ground.root) == audit_log
     assert (await ground.admin.switch(ground.root, off=True)).everything  # however many are off
@@ -422,7 +422,7 @@ async def test_without_a_server_the_figures_are_of_this_process() -> None:
     await cache.connect()
     cache.counters.at("t", "things", "/things").hits += 3
     overview = await admin.overview(root)
-    assert (overview.figures_of, overview.totals.hits) == ("this process", 3)
+    assert (overview.source, overview.totals.hits) == ("this process", 3)
     assert overview.problem
     assert [row.name for row in await admin.tenants(root)] == ["t"]
     assert (await admin.feed(root)).processes == "this"

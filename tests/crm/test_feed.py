@@ -21,7 +21,7 @@ from respcache.ops.access import Access, Role
 from respcache.ops.acl import ADMINISTRATION
 from respcache.ops.admin import Admin
 from respcache.ops.feed import MAX_AT_ONCE, Event, Reporter
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.testing.servers import EmbeddedValkey
 from tests.cli.conftest import log_in_as
 
@@ -173,7 +173,7 @@ async def test_what_the_audit_finds_is_told(crm: Crm, psql: asyncpg.Connection) 
     async def found() -> bool:
         verifier.countdown, verifier._rest_until = 1, float("-inf")
         await abe.get("/api/accounts")
-        return bool(verifier.findings)
+        return bool(verifier.found.mismatches)
 
     await until(found)
     events = await caused(admin_of(crm), "verifier")
@@ -255,7 +255,7 @@ async def test_what_is_too_much_is_counted(
         client.zadd(FED_KEY, {"long ago": 1})
         reporter.note([("one", "T:leads", "a row")], Outcome.CONFIRMED, 0.1, by="a row")
         (event,) = await caused(admin, "a row")
-        assert 0 < client.ttl(FED_KEY) <= feeds.FED_S
+        assert 0 < client.ttl(FED_KEY) <= feeds.REPORTED_S
         assert (
             client.zscore(FED_KEY, "a row") is not None,
             client.zscore(FED_KEY, "long ago"),

@@ -55,7 +55,7 @@ async def test_the_scrape_token_is_answered(scraped: CacheMiddleware) -> None:
             for token in (TOKEN, TOKEN.upper(), "")
         ]
     assert [answer.status_code for answer in answers] == [200, 401, 401]
-    assert "respcache_fence_held{" in answers[0].text
+    assert "respcache_serving_lease_held{" in answers[0].text
 
 
 @pytest.mark.parametrize("token", ["short", "x" * 40])

@@ -23,7 +23,7 @@ from respcache.integrations.prometheus import Endpoint
 from respcache.ops.admin import Admin
 from respcache.ops.cli.config import READ
 from respcache.ops.postgres_audit_log import PostgresAuditLog
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
 

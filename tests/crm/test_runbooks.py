@@ -24,7 +24,7 @@ from .system import System
 from .test_pages import END, commands, fits
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
-MENDED = "## How to know that it is mended"
+MENDED = "## How to verify the fix"
 METRICS_TOKEN = "only-for-tests-" + "a" * 32
 
 
@@ -221,16 +221,16 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
     "RespcacheMissesSurge": (ask_for_what_nobody_asked_for, nothing),
     "RespcacheHitRatioCollapsed": (ask_for_what_nobody_asked_for, nothing),
     "RespcacheWorkerMissing": (lose_a_worker, nothing),
-    "RespcacheRoundsFailing": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME "
+    "RespcacheRelayFailing": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME "
                                                                         "TO respcache_outbox")),
     "RespcacheStoreDown": (take_the_server_away, lambda stage: stage.freeze(signal.SIGCONT)),
-    "RespcacheFenceLost": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO "
+    "RespcacheServingLeaseLost": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO "
                                                                     "respcache_outbox")),
     "RespcacheTablesUnwatched": (
         disable_a_trigger, lambda stage: stage.sql("ALTER TABLE accounts ENABLE ALWAYS TRIGGER "
                                                    "respcache_insert"),
     ),
-    "RespcacheWrongAnswer": (write_without_a_trace, lambda stage: switch(stage, off=False, module="accounts")),
+    "RespcacheWrongResponse": (write_without_a_trace, lambda stage: switch(stage, off=False, module="accounts")),
 }  # fmt: skip
 """What makes the condition of an alert true, and what ends it where the page has no command for
 that. RespcacheNotScraped has none: what is wrong then is on the side of Prometheus."""

@@ -13,7 +13,7 @@ from respcache.core.keys import generation_key
 from respcache.ops import keyspace, search
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 
 from .conftest import MODULES, Crm, hit
 
@@ -84,7 +84,7 @@ async def test_a_search_says_what_each_key_is_and_how_far_it_looked(
     page = await stored.admin.keys(VIEWER, tenant=stored.acme, module="leads")
     (facts,) = page.keys
     with redis.Redis.from_url(valkey_url) as client:
-        assert page.looked_at == page.total == client.dbsize()
+        assert page.scanned == page.total == client.dbsize()
         assert facts.size_bytes == client.strlen(facts.key)
     assert (facts.tenant, facts.module, facts.kind) == (stored.acme, "leads", "list")
     assert 0 < facts.ttl_left_s <= 180
@@ -98,7 +98,7 @@ async def test_a_search_goes_through_a_bounded_number_of_keys(
     stored: Stored, valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And goes on where it stopped, until all was looked at."""
-    monkeypatch.setattr(search, "MAX_LOOKED_AT", 1_000)
+    monkeypatch.setattr(search, "MAX_SCANNED", 1_000)
     with redis.Redis.from_url(valkey_url) as client:
         pipeline = client.pipeline()
         for number in range(5_000):
@@ -108,7 +108,7 @@ async def test_a_search_goes_through_a_bounded_number_of_keys(
     found: set[str] = set()
     while pages == 0 or cursor:
         page = await stored.admin.keys(ROOT, tenant=stored.acme, cursor=cursor)
-        assert page.looked_at <= 3_000
+        assert page.scanned <= 3_000
         assert page.total > 5_000
         found |= {facts.key for facts in page.keys}
         cursor, pages = page.cursor, pages + 1
@@ -116,7 +116,7 @@ async def test_a_search_goes_through_a_bounded_number_of_keys(
     assert len(found) == len(MODULES) + 1
     purge = await stored.admin.purge(VIEWER, tenant=stored.acme, dry_run=True)
     assert not purge.complete
-    assert purge.looked_at < purge.looked_at + 1 <= page.total
+    assert purge.scanned < purge.scanned + 1 <= page.total
     assert not (await stored.admin.sample(VIEWER)).complete
 
 
@@ -147,12 +147,12 @@ async def test_one_command_goes_through_a_bounded_number_of_keys(
 ) -> None:
     """Commands go through more and more of them, up to an end."""
     monkeypatch.setattr(keyspace, "FIRST_BATCH", 1)
-    monkeypatch.setattr(keyspace, "MOST_BATCH", 2)
+    monkeypatch.setattr(keyspace, "MAX_BATCH", 2)
     with redis.Redis.from_url(valkey_url) as client:
         client.mset({f"key {number}": "x" for number in range(500)})
     publisher = StatsPublisher(valkey_url)
-    walk = await keyspace.ServerKeys(publisher).walk("nothing", cursor="", enough=1, most=9)
-    assert (walk.looked_at, walk.cursor != "") == (9, True)
+    walk = await keyspace.ServerKeys(publisher).find("nothing", cursor="", enough=1, most=9)
+    assert (walk.scanned, walk.cursor != "") == (9, True)
     await publisher.close()
 
 
@@ -167,7 +167,7 @@ async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(
     sample = await stored.admin.sample(VIEWER)
     assert sample.complete
     assert sample.sampled == len(await stored.keys())
-    assert sample.looked_at == sample.total
+    assert sample.scanned == sample.total
     sizes = [facts.size_bytes for facts in sample.largest]
     assert sizes == sorted(sizes, reverse=True)
     assert sample.largest[0].module == "accounts"
@@ -183,7 +183,7 @@ async def test_a_sample_names_the_largest_and_the_costliest_and_when_they_end(
 # -- one key ---------------------------------------------------------------------------------------
 
 
-async def test_a_key_is_looked_at_closely(stored: Stored) -> None:
+async def test_a_key_is_scanned_closely(stored: Stored) -> None:
     """With the parts of the request that leads to it, where this process remembers one; and no
     body."""
     keys = await stored.keys(tenant=stored.acme, module="accounts")
@@ -204,7 +204,7 @@ async def test_a_key_is_looked_at_closely(stored: Stored) -> None:
     assert one.tags == ("*", "M:accounts", "T:accounts")
     assert one.entry.verdict == "valid"
     assert one.generation.server == one.generation.connected
-    assert one.held
+    assert one.in_memory
     assert ("content-type", "application/json") in one.headers
 
 
@@ -224,8 +224,8 @@ async def test_the_verdict_of_a_key_is_that_of_its_generation(stored: Stored) ->
     await stored.crm.as_user("abe").post("/api/contacts", json=contact)
     found = await stored.admin.inspect(VIEWER, keys[0])
     assert found.entry.verdict == "depends"
-    assert "invalidated if it is of /api/accounts/{id}/related-people" in found.entry.why
-    assert "valid if it is of /api/accounts" in found.entry.why
+    assert "invalidated if /api/accounts/{id}/related-people" in found.entry.why
+    assert "valid if /api/accounts" in found.entry.why
     assert set(found.routes) == {
         "/api/accounts",
         "/api/accounts/search",
@@ -251,7 +251,7 @@ async def test_what_is_no_entry_is_not_found(stored: Stored, valkey_url: str) ->
     (key,) = await stored.keys(tenant=stored.acme, module="leads")
     with redis.Redis.from_url(valkey_url) as client:
         client.set(key, "x" * 200)
-    with pytest.raises(NotFound, match="none of this release's entries"):
+    with pytest.raises(NotFound, match="not an entry of this release"):
         await stored.admin.inspect(ROOT, key)
     assert (await stored.admin.keys(ROOT, tenant=stored.acme, module="leads")).keys == []
 
@@ -278,7 +278,7 @@ async def test_a_body_is_shown_to_operators_and_that_is_trailed(stored: Stored) 
         False,
     )
     (act,) = await stored.admin.audit_log(ROOT)
-    assert (act.act, act.name, act.tenant, act.details) == (
+    assert (act.action, act.name, act.tenant, act.details) == (
         "reveal",
         "root",
         stored.acme,
@@ -352,7 +352,7 @@ async def test_a_purge_of_a_module_or_a_tenant_is_one_bump(stored: Stored, valke
     assert not hit(await abe.get("/api/contacts"))
     assert hit(await gus.get("/api/contacts"))
     acts = await stored.admin.audit_log(ROOT)
-    assert [(act.act, act.tenant, act.details) for act in acts] == [
+    assert [(act.action, act.tenant, act.details) for act in acts] == [
         ("purge", stored.acme, {}),
         ("purge", stored.acme, {"module": "leads"}),
     ]
@@ -421,7 +421,7 @@ async def test_a_store_in_memory_is_searched_too() -> None:
     assert len(keys) == 3
     assert (await admin.sample(ROOT)).sampled == 3
     assert (await admin.purge(ROOT, tenant="t", dry_run=True)).entries == 3
-    assert (await admin.inspect(ROOT, keys[0])).held
+    assert (await admin.inspect(ROOT, keys[0])).in_memory
     assert (await admin.purge(ROOT, key=keys[0])).entries == 1
     assert keys[0] not in cache.runtime.near
     assert len((await admin.keys(ROOT)).keys) == 2

@@ -203,8 +203,8 @@ async def test_what_is_done_to_the_cache_by_the_api_is_in_the_trail_too(
     await abe.post("/api/cache/invalidate", json={"modules": ["leads", "accounts", "leads"]})
     await root.post("/api/cache/invalidate?tenant_id=globex", json={"modules": []})
     acts = [
-        (act["act"], act["name"], act["tenant"], act["details"])
-        for act in (await root.get("/cache/api/trail")).json()[::-1]
+        (act["action"], act["name"], act["tenant"], act["details"])
+        for act in (await root.get("/cache/api/audit-log")).json()[::-1]
     ]
     assert acts == [
         ("switch", "root@x.example", None, {"off": True}),

@@ -155,7 +155,7 @@ async def test_a_purge_is_a_dry_run_unless_it_is_said(crm: Crm) -> None:
     done = (await post(crm, "abe", "purge", module="accounts", dry_run=False)).json()
     assert (done["tenant"], done["confirmed"]) == (tenant(crm, "acme"), True)
     assert "fwd=stale" in (await abe.get("/api/accounts")).headers["cache-status"]
-    assert (await get(crm, "abe", "trail")).json()[0]["act"] == "purge"
+    assert (await get(crm, "abe", "audit-log")).json()[0]["action"] == "purge"
 
 
 async def test_bad_input_is_named(crm: Crm) -> None:
@@ -215,9 +215,9 @@ def test_words_of_errors_are_those_in_the_code() -> None:
     source = Path(api.__file__).read_text() + Path(api.__file__).with_name("app.py").read_text()
     said = {
         word: int(status)
-        for status, word in re.findall(r'say(?:_no)?\((?:request, )?(\d+), "([a-z-]+)"', source)
+        for status, word in re.findall(r'(\d{3}),\s+(?:code=)?"([a-z-]+)"', source)
     }
-    assert words == said | {word: status for status, word in api.WORDS.values()}
+    assert words == said | {word: status for status, word in api.ERRORS.values()}
 
 
 async def test_methods_are_those_that_the_reference_lists(crm: Crm) -> None:
@@ -251,7 +251,7 @@ async def test_open_streams_end_when_the_dashboard_is_closed(crm: Crm) -> None:
     assert answer.headers["cache-control"] == "no-store"
     _, first, *_ = answer.text.split("\n\n")
     name, data = first.splitlines()
-    assert name == "event: figures"
+    assert name == "event: stats"
     assert json.loads(data.removeprefix("data: "))["text"]["workers"][0] == "1"
 
 
@@ -297,8 +297,8 @@ async def test_a_stream_ends_when_its_viewer_may_something_else(
 ) -> None:
     """The gate is asked again and again; the page is loaded anew then, as whoever its viewer is by
     now."""
-    monkeypatch.setattr(live, "ASK_GATE_S", 0.0)
-    monkeypatch.setattr(live, "FIGURES_S", 0.01)
+    monkeypatch.setattr(live, "RECHECK_S", 0.0)
+    monkeypatch.setattr(live, "STATS_S", 0.01)
     token = crm.as_user("abe").headers["authorization"].split()[1]
     transport = httpx2.ASGITransport(crm.app)  # collects the whole answer
     async with httpx2.AsyncClient(

@@ -15,7 +15,7 @@ pytestmark = NO_BROWSER
 EVERYTHING = [
     "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a "
                                                                                      "request", "Purge", "Switches",
-    "Configuration", "Trail",
+    "Configuration", "Audit log",
 ]  # fmt: skip
 OF_A_TENANT = [
     "Overview",
@@ -25,7 +25,7 @@ OF_A_TENANT = [
     "Explain a request",
     "Purge",
     "Switches",
-    "Trail",
+    "Audit log",
 ]
 LOOKING = [name for name in OF_A_TENANT if name not in ("Purge", "Switches")]
 PATHS = {
@@ -61,7 +61,7 @@ def test_everybody_sees_the_pages_that_are_theirs(
         if name not in pages:
             faults.expected.append((403, path))
             page.goto(f"/cache/{path}")
-            expect(page.locator("h1")).to_have_text("Not allowed")
+            expect(page.locator("h1")).to_have_text("Forbidden")
 
 
 def test_the_overview_is_live_and_over_all_workers(sign_in: Open, stage: Stage) -> None:
@@ -97,9 +97,9 @@ def test_invalidations_appear_as_they_happen_with_their_cause_and_time(
         newest = one.locator("#feed tr.new").first
         expect(newest).to_contain_text("acme")
         expect(newest.locator("[data-label=Cause]")).to_have_text("POST /api/accounts")
-        expect(newest.locator("[data-label=Took]")).to_have_text(re.compile(r"^[\d.]+ (µs|ms|s)$"))
+        expect(newest.locator("[data-label=Duration]")).to_have_text(re.compile(r"^[\d.]+ (µs|ms|s)$"))
         expect(newest.locator("[data-label=Outcome]")).to_have_text("confirmed")
-        expect(newest.locator("[data-label=What]")).to_contain_text("accounts")
+        expect(newest.locator("[data-label=Modules]")).to_contain_text("accounts")
     expect(page.locator("#feed tr.new", has_text="globex")).to_have_count(1)
     assert "globex" not in main(own)
 
@@ -148,7 +148,7 @@ def test_a_page_of_an_ended_session_leads_to_sign_in(
         page.wait_for_url("**/cache/sign-in**")
         expect(page.get_by_role("button", name="Sign in")).to_be_visible()
         assert "accounts" not in page.content()
-        for address in ("keys", "feed", "modules", "trail"):
+        for address in ("keys", "feed", "modules", "audit-log"):
             page.goto(f"/cache/{address}")
             assert page.url.endswith(f"/cache/sign-in?next=%2Fcache%2F{address}")
     finally:
@@ -195,7 +195,7 @@ def test_what_others_wrote_is_shown_as_text(sign_in: Open, stage: Stage, faults:
         (f"keys?tenant={tenant}", PLANTED),
         (f"key?key={key}", PLANTED),
         (f"purge?tenant={tenant}", PLANTED),
-        ("trail", mail),
+        ("audit-log", mail),
         ("feed", f"purge by {mail}"),
         (f"tenants?q={query}none", f"{PLANTED}none"),
         ("tenants/<i class=planted>", "no tenant '<i class=planted>'"),
@@ -232,7 +232,7 @@ def everywhere(stage: Stage) -> list[str]:
         stage.key("/api/accounts?limit=7&sort=-annual_revenue", tenant="acme"),
     )
     return ["", "tenants", f"tenants/{acme}", "modules", "latency", "feed", "keys", f"key?key={key}", "explain",
-            "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "trail", "nothing"]  # fmt: skip
+            "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "audit-log", "nothing"]  # fmt: skip
 
 
 def test_no_page_scrolls_sideways_on_a_phone(sign_in: Open, stage: Stage, faults: Faults) -> None:
@@ -247,13 +247,13 @@ def test_no_page_scrolls_sideways_on_a_phone(sign_in: Open, stage: Stage, faults
             page.get_by_label("Path and query").fill("/api/accounts?limit=7&sort=-annual_revenue")
             page.get_by_label("Headers").fill(f"Authorization: Bearer {stage.token('acme')}")
             page.get_by_role("button", name="Explain").click()
-            expect(page.locator("main .said strong")).to_be_visible()
+            expect(page.locator("main .notice strong")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") == 360, address
     page.goto("/cache/keys")
     expect(page.locator("nav.nav")).to_be_hidden()
     page.locator(".menu-button").tap()
-    page.get_by_role("link", name="Trail").tap()
-    expect(page.locator("h1")).to_have_text("Trail")
+    page.get_by_role("link", name="Audit log").tap()
+    expect(page.locator("h1")).to_have_text("Audit log")
 
 
 LOOK = """() => {
@@ -279,7 +279,7 @@ def test_the_tab_key_reaches_everything_and_shows_where_it_is(
         page.goto(f"/cache/{address}")
         page.keyboard.press("Tab")
         if address != "nothing":
-            expect(page.locator(":focus")).to_have_text("To the content")
+            expect(page.locator(":focus")).to_have_text("Skip to the content")
         while not (found := page.evaluate(LOOK))["end"] and not found["again"]:
             assert found["seen"], (address, found["is"])
             page.keyboard.press("Tab")

@@ -19,7 +19,7 @@ with_and_without_scripts = pytest.mark.parametrize(
 
 def acts(stage: Stage) -> list[tuple[str, str]]:
     """Return who did what, the latest first."""
-    return [(act["name"], act["act"]) for act in stage.know("trail")]
+    return [(act["name"], act["action"]) for act in stage.know("audit-log")]
 
 
 def comes(stage: Stage, what: str, path: str, *, tenant: str, worker: int = 0) -> bool:
@@ -29,7 +29,7 @@ def comes(stage: Stage, what: str, path: str, *, tenant: str, worker: int = 0) -
 
 def said(page: Page) -> str:
     """Return what a page answers to an act."""
-    return page.locator("main .said").first.inner_text()
+    return page.locator("main .notice").first.inner_text()
 
 
 @with_and_without_scripts
@@ -50,7 +50,7 @@ def test_a_purge_is_counted_confirmed_and_written_down(
     page.get_by_label("Module").select_option("tasks")
     page.get_by_role("button", name="Count").click()
     expect(page.locator("main")).to_contain_text(
-        re.compile(rf"[1-9]\d* stored answers?\s+of {tenant}, module tasks")
+        re.compile(rf"[1-9]\d* stored responses?\s+of {tenant}, module tasks")
     )
     field, button = (
         page.get_by_label(f"Type {tenant} to purge"),
@@ -68,7 +68,7 @@ def test_a_purge_is_counted_confirmed_and_written_down(
     assert "; hit" in stage.status(path, tenant=tenant)
     field.fill(tenant)
     button.click()
-    expect(page.locator("main .said")).to_contain_text("Purged")
+    expect(page.locator("main .notice")).to_contain_text("Purged")
     assert acts(stage) == [(mail, "purge"), *before]
     assert "fwd=stale" in stage.status(path, tenant=tenant, worker=2)
 
@@ -80,10 +80,10 @@ def test_a_key_is_purged_from_its_page(sign_in: Open, stage: Stage) -> None:
     page = sign_in(ADMIN)
     page.goto(f"/cache/key?key={key}")
     page.get_by_role("link", name="Purge this key").click()
-    expect(page.locator("main")).to_contain_text("1 stored answer of acme")
+    expect(page.locator("main")).to_contain_text("1 stored response of acme")
     page.get_by_label(f"Type {key[-8:]} to purge").fill(key[-8:])
     page.get_by_role("button", name="Purge", exact=True).click()
-    expect(page.locator("main .said")).to_contain_text("Purged")
+    expect(page.locator("main .notice")).to_contain_text("Purged")
     assert "fwd=uri-miss" in stage.status("/api/contacts?limit=4", tenant="acme")
     assert "; hit" in stage.status("/api/contacts?limit=5", tenant="acme")
 
@@ -169,8 +169,8 @@ def test_a_body_is_hidden_until_somebody_reveals_it_and_that_is_written_down(
     page.get_by_role("button", name="Reveal").click()
     expect(page.locator("#revealed")).to_contain_text("Hidden Acorns")
     assert acts(stage) == [(ADMIN, "reveal"), *before]
-    assert stage.know("trail")[0]["details"] == {"key": key}
-    page.get_by_role("link", name="Trail").click()
+    assert stage.know("audit-log")[0]["details"] == {"key": key}
+    page.get_by_role("link", name="Audit log").click()
     row = page.locator("tbody tr").first
     expect(row).to_contain_text(ADMIN)
     expect(row).to_contain_text("reveal")
@@ -212,7 +212,7 @@ def test_a_line_that_is_no_header_is_named_and_kept(sign_in: Open, faults: Fault
     page.get_by_label("Path and query").fill("/api/leads")
     page.get_by_label("Headers").fill("Accept: text/html\nBearer x")
     page.get_by_role("button", name="Explain").click()
-    expect(page.locator("main .said")).to_contain_text("line 2")
+    expect(page.locator("main .notice")).to_contain_text("line 2")
     expect(page.get_by_label("Path and query")).to_have_value("/api/leads")
     expect(page.get_by_label("Headers")).to_have_value("Accept: text/html\nBearer x")
 
@@ -243,7 +243,7 @@ def test_colours_are_chosen_and_remembered(sign_in: Open, *, scripts: bool) -> N
     page.goto("/cache/keys")
     for theme in ("light", "dark"):
         with page.expect_response("**/cache/theme"):
-            page.get_by_role("button", name="Change colours").click()
+            page.get_by_role("button", name="Change theme").click()
         expect(page.locator("html")).to_have_attribute("data-theme", theme)
-    page.goto("/cache/trail")
+    page.goto("/cache/audit-log")
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")

@@ -16,7 +16,7 @@ from crm.settings import Settings
 from respcache.core.errors import AuditLogUnavailable
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard import auth, layout, live
-from respcache.ops.figures import Overview
+from respcache.ops.stats.rows import Overview
 from respcache.ops.postgres_audit_log import PostgresAuditLog
 from respcache.testing.servers import EmbeddedValkey
 from tests.crm.conftest import PASSWORD, SECRET, Crm, populate
@@ -173,7 +173,7 @@ async def test_a_form_without_the_token_of_its_session_does_nothing(
     await other.sign_in("abe")
     stolen = await other.csrf("purge")
     await other.http.aclose()
-    acts = await crm.as_user("root").get("/cache/api/trail")
+    acts = await crm.as_user("root").get("/cache/api/audit-log")
     form = {
         "tenant": "acme",
         "confirmation": "acme",
@@ -186,7 +186,7 @@ async def test_a_form_without_the_token_of_its_session_does_nothing(
         answer = await person.post(path, **form, csrf=token)
         assert answer.status_code == 403, token
         assert "Nothing was done" in answer.text
-    assert (await crm.as_user("root").get("/cache/api/trail")).json() == acts.json()
+    assert (await crm.as_user("root").get("/cache/api/audit-log")).json() == acts.json()
     assert (await person.get("")).status_code == 200
     assert auth.THEME_COOKIE not in person.http.cookies
 
@@ -211,7 +211,7 @@ async def test_a_viewer_can_do_nothing_by_hand_either(crm: Crm, person: Person) 
         assert answer.status_code in (403, 404), path
     for path in ("purge", "purge?tenant=globex", "switches"):
         assert (await person.get(path)).status_code == 403, path
-    assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
+    assert (await crm.as_user("root").get("/cache/api/audit-log")).json() == []
 
 
 async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) -> None:
@@ -248,7 +248,7 @@ async def test_a_tenant_admin_reaches_no_other_tenant(crm: Crm, person: Person) 
     ).status_code == 404
     assert (await person.post(f"key?key={key}", csrf=token)).status_code == 404
     assert "; hit" in await crm.said("gus", "/api/accounts")
-    for path in ("", "modules", "keys", "feed", "trail"):
+    for path in ("", "modules", "keys", "feed", "audit-log"):
         page = (await person.get(path)).text
         assert "globex" not in page.lower(), path
         assert globex not in page, path
@@ -267,7 +267,7 @@ async def test_a_purge_needs_what_stands_there(crm: Crm, person: Person, typed: 
     assert "Nothing was purged" in answer.text
     assert f'data-confirm="acme" value="{typed}"' in answer.text
     assert "; hit" in await crm.said("abe", "/api/accounts")
-    assert (await crm.as_user("root").get("/cache/api/trail")).json() == []
+    assert (await crm.as_user("root").get("/cache/api/audit-log")).json() == []
 
 
 async def test_a_tenant_can_be_purged_while_the_server_is_away(
@@ -281,12 +281,12 @@ async def test_a_tenant_can_be_purged_while_the_server_is_away(
         server.stop()
         page = await person.get("purge?tenant=acme")
         assert page.status_code == 200
-        assert "An unknown number of answers" in page.text
+        assert "An unknown number of responses" in page.text
         token = await person.csrf("purge?tenant=acme")
         answer = await person.post("purge", csrf=token, tenant="acme", confirmation="acme")
         assert "Not confirmed yet" in answer.text
         assert [
-            act["act"] for act in (await made.as_user("root").get("/cache/api/trail")).json()
+            act["action"] for act in (await made.as_user("root").get("/cache/api/audit-log")).json()
         ] == ["purge"]
         assert (
             await person.get(f"purge?key=tenant:{made.tenants['acme'].id}:leads:list:{'0' * 32}")
@@ -336,7 +336,7 @@ async def test_where_servers_are_is_told_to_those_who_reach_all_tenants(
             ],
             await http.post("/cache/api/explain", json=asked),
             await http.post("/cache/api/purge", json={"key": key, "dry_run": False}),
-            await http.get("/cache/api/trail"),
+            await http.get("/cache/api/audit-log"),
         ]
         said = {str(answer.request.url): "127.0.0.1" in answer.text for answer in answers}
         assert {200, 503} == {answer.status_code for answer in answers}
@@ -368,8 +368,8 @@ async def test_a_body_is_shown_to_who_reveals_it_only(crm: Crm, person: Person) 
         answer = await person.post(f"key?key={key}", csrf=token)
         assert ("Hidden Acorns" in answer.text) is shown, name
         await person.post("sign-out", csrf=token)
-    acts = (await crm.as_user("root").get("/cache/api/trail")).json()
-    assert [(act["act"], act["name"], act["details"]) for act in acts] == [
+    acts = (await crm.as_user("root").get("/cache/api/audit-log")).json()
+    assert [(act["action"], act["name"], act["details"]) for act in acts] == [
         ("reveal", "gus@x.example", {"key": key})
     ]
 
@@ -384,7 +384,7 @@ async def test_what_cannot_be_written_down_is_not_done(
     token = await person.csrf("purge")
 
     async def fail(*_: object) -> None:
-        raise AuditLogUnavailable("the trail: 127.0.0.1 is away")
+        raise AuditLogUnavailable("the audit log: 127.0.0.1 is away")
 
     monkeypatch.setattr(PostgresAuditLog, "append", fail)
     for path, form in (
@@ -395,7 +395,7 @@ async def test_what_cannot_be_written_down_is_not_done(
     ):
         answer = await person.post(path, csrf=token, **form)
         assert answer.status_code == 503, path
-        assert "the trail cannot be reached" in answer.text
+        assert "the audit log is unavailable" in answer.text
         assert "127.0.0.1" not in answer.text, "of servers a tenant's admin is told nothing"
         assert "revealed" not in answer.text
         assert "; hit" in await crm.said("abe", "/api/accounts"), path
@@ -496,7 +496,7 @@ async def test_streams_that_begin_at_the_same_moment_are_bounded_too(
 ) -> None:
     """However many are let in before the first of them is open; the others end with the reason."""
     monkeypatch.setattr(live, "MAX_STREAMS", 1)
-    monkeypatch.setattr(live, "FIGURES_S", 3600.0)
+    monkeypatch.setattr(live, "STATS_S", 3600.0)
     dashboard, overview = crm.app.app.state.dashboard, Admin.overview
     together = asyncio.Barrier(3)
 

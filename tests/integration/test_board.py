@@ -14,11 +14,11 @@ import redis
 
 from respcache import Cache, ConfigurationError, MemoryStore, RedisStore, SingleTenant
 from respcache.core import keys
-from respcache.ops import fleet
-from respcache.ops import publisher as module
-from respcache.ops.fleet import BUCKET_S
-from respcache.ops.process import CHUNK, summary_of
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats import shapes
+from respcache.ops.stats import publisher as module
+from respcache.ops.stats.shapes import BUCKET_S
+from respcache.ops.stats.report import CHUNK, summary_of
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.read.verifier import Mismatch
 from respcache.telemetry.stats import OTHER
 from respcache.testing.servers import EmbeddedValkey, free_port
@@ -202,7 +202,7 @@ async def test_a_process_says_how_it_is(valkey_url: str) -> None:
         near_bytes=1_000_000,
     )
     assert cache.runtime.verifier is not None
-    cache.runtime.verifier.findings.append(finding)
+    cache.runtime.verifier.found.mismatches.append(finding)
     await publisher.publish()
     found = await reader.fleet()
     (process,) = found.processes
@@ -349,8 +349,8 @@ async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
     """Also by a busy process, or what happened would seem to have happened much later."""
     for name, value in {
         "PERIOD_S": 0.01,
-        "MOST_PERIOD_S": 1000.0,
-        "MOST_SHARE_OF_TIME": 1e-6,
+        "MAX_PERIOD_S": 1000.0,
+        "MAX_CPU_SHARE": 1e-6,
     }.items():
         monkeypatch.setattr(module, name, value)
     server = make_valkey()
@@ -480,7 +480,7 @@ async def test_what_another_release_publishes_is_left_out(valkey_url: str, clien
     """Or what is damaged; everybody else is still there."""
     async with workers(valkey_url, valkey_url) as (one, two):
         two.count("acme", hits=1)
-        for data in (msgspec.msgpack.encode((fleet.VERSION + 1, {})), b"\xff", b""):
+        for data in (msgspec.msgpack.encode((shapes.VERSION + 1, {})), b"\xff", b""):
             await two.publisher.publish()
             client.set(keys.counters_key(two.publisher.id), data, ex=60)
             client.hset(keys.tenants_key(two.publisher.id), "acme", data)
@@ -523,7 +523,7 @@ async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.Monk
 def test_who_has_much_to_publish_publishes_less_often() -> None:
     """Yet often enough to be known to live."""
     assert [module._pause_s(spent_s) for spent_s in (0.001, 0.05, 60.0)] == [2.0, 5.0, 10.0]
-    assert module.MOST_PERIOD_S * 1.1 < module.DEAD_AFTER_S
+    assert module.MAX_PERIOD_S * 1.1 < module.DEAD_AFTER_S
 
 
 async def test_the_process_is_left_its_time(valkey_url: str) -> None:

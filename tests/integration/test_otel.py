@@ -19,7 +19,7 @@ from opentelemetry.trace import StatusCode
 from respcache import Cache, RedisStore, SingleTenant, cache_list, invalidate_cache
 from respcache.core.errors import StoreUnavailable
 from respcache.integrations import otel
-from respcache.ops import metrics
+from respcache.ops.stats import metrics
 from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
@@ -194,7 +194,7 @@ async def test_an_outage_is_a_span_of_its_own(make_valkey: Callable[..., Embedde
         while not seen.cache.store.available:
             await seen.cache.store.connect()
             await asyncio.sleep(0.02)
-        span = seen.span("cache server away")
+        span = seen.span("cache server unavailable")
         attributes = dict(span.attributes or {})
         assert attributes.pop("error.type") in ("StoreUnavailable", "Refused")
         assert attributes == {
@@ -214,7 +214,7 @@ async def test_an_outage_that_a_request_notices_is_not_its_own(seen: Seen) -> No
     with seen.tracers.get_tracer("server").start_as_current_span("GET"):
         seen.cache.tracing.store(StoreUnavailable("the deadline passed"))
     seen.cache.tracing.store(None)
-    assert seen.span("cache server away").parent is None
+    assert seen.span("cache server unavailable").parent is None
 
 
 async def test_an_outage_ends_with_the_process(make_valkey: Callable[..., EmbeddedValkey]) -> None:
@@ -225,7 +225,7 @@ async def test_an_outage_ends_with_the_process(make_valkey: Callable[..., Embedd
     spans = InMemorySpanExporter()
     async for _ in run(url, [SimpleSpanProcessor(spans)]):
         assert spans.get_finished_spans() == ()
-    assert [span.name for span in spans.get_finished_spans()] == ["cache server away"]
+    assert [span.name for span in spans.get_finished_spans()] == ["cache server unavailable"]
 
 
 class Broken(SpanProcessor):
@@ -274,7 +274,7 @@ async def test_figures_are_those_of_the_process(seen: Seen) -> None:
     left_out = {f"respcache.{one.name}" for one in metrics.OF_WORKERS} - points.keys()
     assert left_out == {
         "respcache.hit_duration", "respcache.miss_duration", "respcache.fill", "respcache.worker_info",
-        "respcache.bypasses", "respcache.fence_held", "respcache.fence_age", "respcache.rounds", "respcache.epochs",
+        "respcache.bypasses", "respcache.serving_lease_held", "respcache.serving_lease_age", "respcache.relay_cycles", "respcache.epochs",
         "respcache.pending_invalidations", "respcache.pending_invalidations_oldest",
     }  # fmt: skip
 

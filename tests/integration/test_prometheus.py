@@ -18,7 +18,7 @@ from respcache import Cache, MemoryStore, RedisStore, SingleTenant
 from respcache.core.errors import ConfigurationError
 from respcache.integrations.prometheus import PORTION, Collector, Endpoint
 from respcache.ops.access import Access, Role
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.testing.servers import EmbeddedValkey
 
 pytestmark = pytest.mark.anyio
@@ -176,12 +176,12 @@ def auth(**known: Access) -> Callable[[str], Awaitable[Access | None]]:
         ("root", 200, "respcache_workers 1"),
         ("viewer", 200, "respcache_workers 1"),
         ("admin-of-acme", 403, "concerns all tenants"),
-        ("unknown", 401, "unknown, or has ended"),
-        (TOKEN[:-1], 401, "unknown, or has ended"),
-        (TOKEN + "x", 401, "unknown, or has ended"),
+        ("unknown", 401, "unknown or has expired"),
+        (TOKEN[:-1], 401, "unknown or has expired"),
+        (TOKEN + "x", 401, "unknown or has expired"),
         (None, 401, "send 'Authorization: Bearer TOKEN'"),
         ("", 401, "send 'Authorization: Bearer TOKEN'"),
-        ("broken", 503, "cannot be decided"),
+        ("broken", 503, "cannot be checked"),
     ],
 )
 async def test_only_the_scrape_token_and_those_who_reach_all_tenants_are_answered(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from respcache.ops import metrics
+from respcache.ops.stats import metrics
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -25,8 +25,8 @@ SECTIONS = [
     "What it means",
     "What users notice",
     "How to see it",
-    "How to mend it",
-    "How to know that it is mended",
+    "How to fix it",
+    "How to verify the fix",
 ]
 
 NAME = re.compile(r"\b(?:(?:[a-z_]+:)*respcache_[a-z_]+(?::[a-z0-9_]+)?)\b")

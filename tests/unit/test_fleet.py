@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from respcache.ops import fleet
-from respcache.ops.fleet import ModuleStats, ProcessReport, RouteRow, RouteStats, TenantRow
+from respcache.ops.stats import shapes
+from respcache.ops.stats.shapes import ModuleStats, ProcessReport, RouteRow, RouteStats, TenantRow
 from respcache.telemetry.stats import (
     BOUNDS_S,
     Counters,
@@ -46,10 +46,10 @@ def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[RouteCou
     expected = Totals()
     for one in made:
         expected.add(one)
-    rows = fleet.decode(fleet.encode(fleet.route_rows(made)), list[RouteRow])
-    row = fleet.decode(fleet.encode(fleet.tenant_row(fleet.route_rows(made))), TenantRow)
-    assert fleet.totals_of(*row) == expected
-    found = fleet.of_tenant("acme", rows, alone=False, problem="")
+    rows = shapes.decode(shapes.encode(shapes.route_rows(made)), list[RouteRow])
+    row = shapes.decode(shapes.encode(shapes.tenant_row(shapes.route_rows(made))), TenantRow)
+    assert shapes.totals_of(*row) == expected
+    found = shapes.of_tenant("acme", rows, alone=False, problem="")
     assert found.totals == expected
     total = Totals()
     for module in found.modules:
@@ -68,21 +68,21 @@ def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[RouteCou
 def test_what_is_none_of_ours_is_nothing(data: bytes) -> None:
     """Whatever bytes."""
     for kind in (ProcessReport, list[RouteRow], TenantRow):
-        assert fleet.decode(data, kind) is None or msgspec.msgpack.decode(data)[0] == fleet.VERSION
+        assert shapes.decode(data, kind) is None or msgspec.msgpack.decode(data)[0] == shapes.VERSION
 
 
-@pytest.mark.parametrize("version", [0, fleet.VERSION + 1, "1", None])
+@pytest.mark.parametrize("version", [0, shapes.VERSION + 1, "1", None])
 def test_another_version_is_left_out(version: Any) -> None:
     """Even if it looks the same."""
-    row = fleet.tenant_row([])
-    assert fleet.decode(msgspec.msgpack.encode((fleet.VERSION, row)), TenantRow) is not None
-    assert fleet.decode(msgspec.msgpack.encode((version, row)), TenantRow) is None
+    row = shapes.tenant_row([])
+    assert shapes.decode(msgspec.msgpack.encode((shapes.VERSION, row)), TenantRow) is not None
+    assert shapes.decode(msgspec.msgpack.encode((version, row)), TenantRow) is None
 
 
 def test_the_version_belongs_to_the_bounds() -> None:
     """Buckets are published by position: others need another version, and this test another
     line."""
-    assert (fleet.VERSION, len(BOUNDS_S), BOUNDS_S[6]) == (1, 18, 0.0025)
+    assert (shapes.VERSION, len(BOUNDS_S), BOUNDS_S[6]) == (1, 18, 0.0025)
 
 
 def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
@@ -90,10 +90,10 @@ def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
     times = RouteTimes(hits=Histogram(), misses=Histogram(), saved_s=1.5)
     for seconds in (0.0002, 0.0002, 0.0002, 0.03):
         times.hits.observe(seconds)
-    fields = fleet.counters(
+    fields = shapes.series_fields(
         Totals(hits=4, misses=2, bypasses={"off": 1, "store": 2}), times, Counters()
     )
-    point = fleet.point(1_000, {**fields, "of another release": 7})
+    point = shapes.series_point(1_000, {**fields, "of another release": 7})
     assert (point.at, point.hits, point.misses, point.bypasses, point.saved_s) == (
         1_000,
         4,
@@ -103,7 +103,7 @@ def test_a_point_of_the_series_says_rates_and_percentiles() -> None:
     )
     assert point.hit_p50_s == pytest.approx(0.0002, abs=5e-5)
     assert point.hit_p95_s == pytest.approx(0.05, rel=0.5)
-    assert (point.miss_p50_s, fleet.point(1_010, {}).hits) == (None, 0)
+    assert (point.miss_p50_s, shapes.series_point(1_010, {}).hits) == (None, 0)
 
 
 def test_routes_and_writes_of_processes_are_added_up_by_module() -> None:
@@ -113,8 +113,8 @@ def test_routes_and_writes_of_processes_are_added_up_by_module() -> None:
         ProcessReport(None, [RouteStats("/a", "books", Totals(hits=2), times)], [], [])
         for _ in range(3)
     ]  # type: ignore[arg-type]
-    routes = fleet.by_route(reports)
-    modules = fleet.by_module(
+    routes = shapes.by_route(reports)
+    modules = shapes.by_module(
         routes, [ModuleStats("books", Totals(invalidations=4)), ModuleStats("atlas", Totals())]
     )
     assert [(route.route, route.totals.hits) for route in routes] == [("/a", 6)]

@@ -6,9 +6,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from respcache.ops import metrics
-from respcache.ops.fleet import ProcessReport, RouteStats
-from respcache.ops.metrics import largest
+from respcache.ops.stats import metrics
+from respcache.ops.stats.shapes import ProcessReport, RouteStats
+from respcache.ops.stats.metrics import largest
 from respcache.telemetry.stats import OTHER, RouteTimes, Totals
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
             one.full_name,
             one.kind,
             ", ".join(f"`{label}`" for label in one.labels),
-            one.about.rstrip("."),
+            one.help.rstrip("."),
         )
         for one in metrics.ALL
     ]

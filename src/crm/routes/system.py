@@ -152,7 +152,7 @@ async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
     access = access_of(scope)
     assert access is not None
     switches = await admin.switch(access, off=not body.enabled)
-    return respond({"enabled": switches.enabled, "other_processes_told": switches.told})
+    return respond({"enabled": switches.enabled, "other_processes_told": switches.propagated})
 
 
 async def _database_status(request: Request) -> dict[str, Any]:

@@ -1,16 +1,15 @@
-"""OpenTelemetry, through its API alone: without an SDK, which is the application's, all of it does
+"""OpenTelemetry, through its API only: without an SDK, which the application provides, it does
 nothing.
 
     from respcache.integrations import otel
     otel.instrument(cache)
 
-Figures are those of this process (``ops/metrics.py``), read when the SDK collects: a hit costs what
-it costs without. Spans surround fills and invalidations, and one is written for each time that the
-cache's server was away. There is none of a hit.
+Metrics are those of this process (``ops/stats/metrics.py``), read when the SDK collects them, so a
+hit costs nothing extra. Spans surround fills and invalidations, and one span is written for each
+time that the cache server was unavailable. Hits have no span.
 
-Attributes have the names of the semantic conventions where there are any (``http.route``,
-``error.type``, ``server.address``). Of errors their type is said, never their text, which may hold
-rows.
+Attributes follow the semantic conventions where these define one (``http.route``, ``error.type``,
+``server.address``). Of errors, only the type is recorded: the text may contain rows.
 
 Needs opentelemetry-api: the extra ``respcache[otel]``.
 """
@@ -21,12 +20,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from respcache.cache import Cache
 from respcache.core.errors import ConfigurationError
-from respcache.ops.fleet import ProcessReport
-from respcache.ops.metrics import OF_WORKERS, PREFIX, Metric
-from respcache.ops.process import library_version, report_at_once
+from respcache.ops.stats.metrics import OF_WORKERS, PREFIX, Metric
+from respcache.ops.stats.report import library_version, report_at_once
+from respcache.ops.stats.shapes import ProcessReport
 from respcache.telemetry.stats import BOUNDS_S, VALUE
 from respcache.telemetry.tracing import Trace, Tracing
 
@@ -39,56 +39,56 @@ except ImportError:
         "OpenTelemetry needs opentelemetry-api: pip install 'respcache[otel]'"
     ) from None
 
-if TYPE_CHECKING:
-    from respcache.cache import Cache
-
 log = logging.getLogger("respcache")
 
 UNITS = {"": "1", "seconds": "s", "bytes": "By"}
-LEFT_OUT = frozenset({"worker_info", "fill"})
-"""What the SDK's resource says, and what the histogram of fills says better."""
+EXCLUDED = frozenset({"worker_info", "fill"})
+"""Metrics that the SDK's resource and the histogram of fills replace."""
 
-MEMO_S = 0.5
-"""All instruments of one collection are read from one sheet."""
+REPORT_AGE_S = 0.5
+"""How long a report is reused, so that all instruments of one collection read the same one."""
 
 Attributes = dict[str, str | int]
 
 
 def instrument(
-    cache: "Cache",
+    cache: Cache,
     *,
     tracer_provider: TracerProvider | None = None,
     meter_provider: MeterProvider | None = None,
 ) -> None:
-    """Report a cache to OpenTelemetry: to these providers, or to the global ones. Once in a cache's
-    life."""
+    """Report a cache to these providers, or to the global ones. Call it once for each cache."""
     version = library_version()
     meter = metrics.get_meter(PREFIX, version, meter_provider)
     fills = meter.create_histogram(
-        f"{PREFIX}.fill.duration", "s", "What the handlers took whose answers were stored.",
+        f"{PREFIX}.fill.duration",
+        "s",
+        "Time spent in handlers whose responses were stored.",
         explicit_bucket_boundaries_advisory=BOUNDS_S,
-    )  # fmt: skip
+    )
     cache.trace(
-        _Tracing(trace.get_tracer(PREFIX, version, tracer_provider), fills.record, _place(cache))
+        _Tracing(
+            trace.get_tracer(PREFIX, version, tracer_provider),
+            fills.record,
+            _server_attributes(cache),
+        )
     )
     reports = _Reports(cache)
     for metric in OF_WORKERS:
-        if metric.kind == "histogram" or metric.name in LEFT_OUT:
+        if metric.kind == "histogram" or metric.name in EXCLUDED:
             continue
         create = (
             meter.create_observable_counter
             if metric.kind == "counter"
             else meter.create_observable_gauge
         )
-        create(
-            f"{PREFIX}.{metric.name}", [reports.reader(metric)], UNITS[metric.unit], metric.about
-        )
+        create(f"{PREFIX}.{metric.name}", [reports.reader(metric)], UNITS[metric.unit], metric.help)
 
 
 class _Reports:
-    """Reads the figures of this process when they are collected, in the SDK's own thread."""
+    """Reads the statistics of this process when the SDK collects them, in a thread of the SDK."""
 
-    def __init__(self, cache: "Cache") -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._id = secrets.token_hex(8)
         self._started_at = time.time()
@@ -97,7 +97,7 @@ class _Reports:
     def reader(
         self, metric: Metric[ProcessReport]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        """Make the callback of a metric's instrument."""
+        """Return the callback of a metric's instrument."""
 
         def observe(options: CallbackOptions) -> Iterator[Observation]:
             for labels, value in metric.read(self._report()):
@@ -108,7 +108,7 @@ class _Reports:
 
     def _report(self) -> ProcessReport:
         now = time.monotonic()
-        if self._read is None or now - self._read[0] > MEMO_S:
+        if self._read is None or now - self._read[0] > REPORT_AGE_S:
             self._read = (
                 now,
                 report_at_once(self._cache, process=self._id, started_at=self._started_at),
@@ -117,15 +117,15 @@ class _Reports:
 
 
 class _Tracing(Tracing):
-    """Writes spans. Whatever a tracer raises is logged: no request fails for it."""
+    """Writes spans. Exceptions of the tracer are logged and do not affect requests."""
 
     def __init__(
-        self, tracer: trace.Tracer, record: Callable[[float, Attributes], None], place: Attributes
+        self, tracer: trace.Tracer, record: Callable[[float, Attributes], None], server: Attributes
     ) -> None:
         self._tracer = tracer
         self._record = record
-        self._place = place
-        self._away: Span | None = None
+        self._server = server
+        self._outage: Span | None = None
 
     def fill(self, *, tenant: str, module: str, route: str) -> AbstractContextManager[Trace]:
         """See ``Tracing.fill``."""
@@ -136,39 +136,43 @@ class _Tracing(Tracing):
             if outcome == "stored":
                 self._record(time.monotonic() - began, where)
 
-        said: Attributes = {**where, f"{PREFIX}.tenant": tenant}
-        return _Surrounding(
-            lambda: self._tracer.start_span(f"fill {route}", attributes=said), ended
+        attributes: Attributes = {**where, f"{PREFIX}.tenant": tenant}
+        return _SpanContext(
+            lambda: self._tracer.start_span(f"fill {route}", attributes=attributes), ended
         )
 
     def invalidation(self, *, tenants: int | None, cause: str) -> AbstractContextManager[Trace]:
         """See ``Tracing.invalidation``."""
-        said: Attributes = {
+        attributes: Attributes = {
             f"{PREFIX}.cause": cause,
             **({} if tenants is None else {f"{PREFIX}.tenants": tenants}),
         }
-        # rounds belong to no request, whichever began them
+        # a relay cycle belongs to no request, even if one started it
         parent = context.Context() if cause == "outbox" else None
-        return _Surrounding(lambda: self._tracer.start_span("invalidate", parent, attributes=said))
+        return _SpanContext(
+            lambda: self._tracer.start_span("invalidate", parent, attributes=attributes)
+        )
 
     def store(self, cause: Exception | None) -> None:
         """See ``Tracing.store``."""
         if cause is None:
-            away, self._away = self._away, None
-            if away is not None:
-                _safely(away.end)
-        elif self._away is None:
-            self._away = _safely(self._begin_outage, cause)
+            outage, self._outage = self._outage, None
+            if outage is not None:
+                _safely(outage.end)
+        elif self._outage is None:
+            self._outage = _safely(self._begin_outage, cause)
 
     def _begin_outage(self, cause: Exception) -> Span:
-        said: Attributes = {**self._place, "error.type": type(cause).__name__}
-        span = self._tracer.start_span("cache server away", context.Context(), attributes=said)
+        attributes: Attributes = {**self._server, "error.type": type(cause).__name__}
+        span = self._tracer.start_span(
+            "cache server unavailable", context.Context(), attributes=attributes
+        )
         span.set_status(StatusCode.ERROR)
         return span
 
 
-class _Surrounding(AbstractContextManager[Trace]):
-    """A span that is the current one meanwhile."""
+class _SpanContext(AbstractContextManager[Trace]):
+    """A context manager in which a span is the current one."""
 
     def __init__(
         self, start: Callable[[], Span], ended: Callable[[str], None] | None = None
@@ -182,7 +186,7 @@ class _Surrounding(AbstractContextManager[Trace]):
         self._span = _safely(self._start)
         if self._span is not None:
             self._token = context.attach(trace.set_span_in_context(self._span))
-        return self._say
+        return self._set_outcome
 
     def __exit__(
         self,
@@ -200,7 +204,7 @@ class _Surrounding(AbstractContextManager[Trace]):
             _safely(span.set_status, StatusCode.ERROR)
         _safely(span.end)
 
-    def _say(self, outcome: str) -> None:
+    def _set_outcome(self, outcome: str) -> None:
         if self._span is not None:
             _safely(self._span.set_attribute, f"{PREFIX}.outcome", str(outcome))
         if self._ended is not None:
@@ -208,7 +212,7 @@ class _Surrounding(AbstractContextManager[Trace]):
 
 
 def _attributes(labels: dict[str, str]) -> Attributes:
-    """Name labels as OpenTelemetry does; values have no route."""
+    """Return labels as OpenTelemetry attributes; values have no route."""
     found: Attributes = {
         f"{PREFIX}.{name}": value for name, value in labels.items() if name != "route"
     }
@@ -216,7 +220,7 @@ def _attributes(labels: dict[str, str]) -> Attributes:
     return found if route.startswith(VALUE) else {**found, "http.route": route}
 
 
-def _place(cache: "Cache") -> Attributes:
+def _server_attributes(cache: Cache) -> Attributes:
     url = getattr(cache.store, "url", None)
     if url is None:
         return {}
@@ -229,7 +233,7 @@ def _place(cache: "Cache") -> Attributes:
 
 
 def _safely(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the tracer; what it raises is logged, and None returned."""
+    """Call the tracer; log exceptions and return None for them."""
     try:
         return call(*arguments)
     except Exception:

@@ -1,14 +1,14 @@
-"""Metrics for Prometheus (``ops/metrics.py`` says which): an ASGI endpoint that reports all
-processes, and a collector of one.
+"""Metrics for Prometheus (``ops/stats/metrics.py`` defines them): an ASGI endpoint that reports all
+processes, and a collector for one process.
 
-    app.add_route("/metrics", Endpoint(board, token=os.environ["METRICS_TOKEN"]))
+    app.add_route("/metrics", Endpoint(publisher, token=os.environ["METRICS_TOKEN"]))
 
-One scrape of any process reports the figures of all that share its board, so one address is enough,
-the one that balances the load. The endpoint is closed: it answers those who send the scrape token,
-or a token of somebody who may look at all tenants.
+One scrape of any process returns the metrics of all processes that share its ``StatsPublisher``, so
+scraping the load-balanced address is enough. The endpoint requires the scrape token, or the token
+of a user with access to all tenants.
 
-What a scrape costs is the event loop's time, in portions of a few milliseconds between which
-requests go on.
+A scrape takes time of the event loop, in portions of a few milliseconds between which requests are
+handled.
 
 Needs prometheus-client: the extra ``respcache[prometheus]``.
 """
@@ -21,13 +21,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from respcache.cache import Cache
 from respcache.core.errors import AccessRefused, ConfigurationError
-from respcache.ops import metrics
 from respcache.ops.access import Access
-from respcache.ops.metrics import LargestTenants, Metric, Sample, ScrapeState, worker_of
-from respcache.ops.process import report_at_once
+from respcache.ops.stats import metrics
+from respcache.ops.stats.metrics import LargestTenants, Metric, Sample, ScrapeState, worker_of
+from respcache.ops.stats.publisher import StatsPublisher
+from respcache.ops.stats.report import report_at_once
 from respcache.telemetry.stats import BOUNDS_S, Histogram
 
 try:
@@ -41,50 +43,46 @@ except ImportError:
         "metrics for Prometheus need prometheus-client: pip install 'respcache[prometheus]'"
     ) from None
 
-if TYPE_CHECKING:
-    from respcache.cache import Cache
-    from respcache.ops.publisher import StatsPublisher
-
 log = logging.getLogger("respcache")
 
 MIN_TOKEN = 16
 PORTION = 50
-"""Samples that are written before the event loop gets its turn."""
+"""Samples that are written before the event loop runs other tasks."""
 
 FAMILIES: dict[str, Any] = {
     "counter": CounterMetricFamily,
     "gauge": GaugeMetricFamily,
     "histogram": HistogramMetricFamily,
 }
-UNLABELLED = frozenset((*metrics.OF_SERVER, *metrics.OF_READING))
-"""Metrics that are of no worker."""
+UNLABELLED = frozenset((*metrics.OF_SERVER, *metrics.OF_SCRAPE))
+"""Metrics without the label ``worker``."""
 LE = (*map(floatToGoString, BOUNDS_S), "+Inf")
 
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
-AuthBackend = Callable[[str], Awaitable[Access | None]]
-"""Says what the holder of a token may do; None: nothing, or nobody holds it."""
+TokenCheck = Callable[[str], Awaitable[Access | None]]
+"""Returns the permissions of a token; None if it is invalid."""
 
 
 class Collector:
-    """The figures of this process, for a registry of prometheus-client:
+    """Collects the metrics of this process for prometheus-client:
     ``REGISTRY.register(Collector(cache))``.
 
-    For applications that have an endpoint of their own and one process behind each address. Can be
-    collected from any thread.
+    It is meant for applications that have their own endpoint and one process behind each address.
+    Any thread may call it.
     """
 
-    def __init__(self, cache: "Cache") -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._id = secrets.token_hex(8)
         self._started_at = time.time()
 
     def describe(self) -> Iterator[Family]:
-        """Name what ``collect`` yields."""
+        """Yield the metrics without samples."""
         return (_family(metric, worker=True) for metric in metrics.OF_WORKERS)
 
     def collect(self) -> Iterator[Family]:
-        """Yield the metrics. Costs no round trip."""
+        """Yield the metrics. No round trip."""
         report = report_at_once(self._cache, process=self._id, started_at=self._started_at)
         for metric in metrics.OF_WORKERS:
             family = _family(metric, worker=True)
@@ -94,19 +92,19 @@ class Collector:
 
 
 class Endpoint:
-    """An ASGI application that answers scrapes. ``token``: the scrape token, 16 characters at
-    least; ``gate``: other tokens.
+    """An ASGI application that handles scrapes.
 
-    Without both nobody is let in. ``tenants``: of how many tenants there are figures, the largest
-    by each figure; 0: of none.
+    ``token`` is the scrape token, of at least 16 characters; ``auth`` checks other tokens. Without
+    both, every request is refused. ``tenants`` is the number of tenants that are exported, the
+    largest for each metric.
     """
 
     def __init__(
         self,
-        publisher: "StatsPublisher",
+        publisher: StatsPublisher,
         *,
         token: str | None = None,
-        auth: AuthBackend | None = None,
+        auth: TokenCheck | None = None,
         tenants: int = 0,
     ) -> None:
         if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
@@ -115,7 +113,7 @@ class Endpoint:
                 f"-hex 32"
             )
         if tenants < 0:
-            raise ConfigurationError(f"tenants={tenants} must not be negative: 0 is none")
+            raise ConfigurationError(f"tenants={tenants} must not be negative: 0 exports none")
         self._publisher = publisher
         self._token = None if token is None else token.encode()
         self._auth = auth
@@ -125,10 +123,10 @@ class Endpoint:
         return f"Endpoint({self._publisher})"
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Answer a request (ASGI 3.0)."""
+        """Handle a request (ASGI 3.0)."""
         if scope["type"] != "http":
             raise RuntimeError(f"metrics are served over HTTP, not {scope['type']}")
-        status, body, headers = await self._answer(scope)
+        status, body, headers = await self._respond(scope)
         headers = [
             *headers,
             (b"content-length", str(len(body)).encode()),
@@ -139,58 +137,56 @@ class Endpoint:
             {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
         )
 
-    async def _answer(self, scope: Scope) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    async def _respond(self, scope: Scope) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
         plain = (b"content-type", b"text/plain; charset=utf-8")
         if scope["method"] not in ("GET", "HEAD"):
             return 405, b"use GET or HEAD\n", [plain, (b"allow", b"GET, HEAD")]
         refused = await self._refuse(dict(scope["headers"]).get(b"authorization", b""))
         if refused is not None:
             status, why = refused
-            asks = [(b"www-authenticate", b'Bearer realm="metrics"')] if status == 401 else []
-            return status, f"{why}\n".encode(), [plain, *asks]
+            challenge = [(b"www-authenticate", b'Bearer realm="metrics"')] if status == 401 else []
+            return status, f"{why}\n".encode(), [plain, *challenge]
         return 200, await self._exposition(), [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode())]
 
     async def _refuse(self, authorization: bytes) -> tuple[int, str] | None:
-        """Say with which status and why whoever sent this header is not answered; None: they
-        are."""
+        """Return a status and a reason to refuse this request, or None to accept it."""
         if self._token is None and self._auth is None:
-            return 403, "the metrics are closed: no scrape token was set"
+            return 403, "no scrape token is configured, so metrics are not served"
         scheme, _, token = authorization.strip().partition(b" ")
         token = token.strip()
         if scheme.lower() != b"bearer" or not token:
             return (
                 401,
-                "send 'Authorization: Bearer TOKEN': the scrape token, or that of somebody who "
-                "may see all tenants",
+                "the endpoint requires authentication: send 'Authorization: Bearer TOKEN' with the "
+                "scrape token, or with the token of a user with access to all tenants",
             )
         if self._token is not None and hmac.compare_digest(token, self._token):
             return None
         try:
             access = None if self._auth is None else await self._auth(token.decode("latin-1"))
         except Exception as error:
-            log.warning("who asks for metrics cannot be decided: %s", type(error).__name__)
-            return 503, "who you are cannot be decided at the moment"
+            log.warning("the token of a scrape could not be checked: %s", type(error).__name__)
+            return 503, "the token cannot be checked at the moment"
         if access is None:
-            return 401, "the token is unknown, or has ended"
+            return 401, "the token is unknown or has expired"
         try:
-            access.demand_everything("the page of metrics")
+            access.demand_everything("the metrics endpoint")
         except AccessRefused as error:
             return 403, str(error)
         return None
 
     async def _exposition(self) -> bytes:
-        """Read and write all metrics. Round trips: two, and with tenants two more and one per
-        process."""
+        """Return all metrics. Three round trips; with tenants, two more and one per process."""
         reports, server, problem = await self._publisher.reports()
         page = _Page()
         for metric in metrics.OF_WORKERS:
             await page.write(
                 metric, ((worker_of(report.process), metric.read(report)) for report in reports)
             )
-        for of_reading in metrics.OF_READING:
+        for of_scrape in metrics.OF_SCRAPE:
             await page.write(
-                of_reading,
-                [(None, of_reading.read(ScrapeState(len(reports), complete=not problem)))],
+                of_scrape,
+                [(None, of_scrape.read(ScrapeState(len(reports), complete=not problem)))],
             )
         if server is not None:
             for of_server in metrics.OF_SERVER:
@@ -211,7 +207,7 @@ class Endpoint:
 
 
 class _Page:
-    """Writes metrics in portions: between two of them the event loop goes on."""
+    """Writes metrics in portions, between which the event loop runs other tasks."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -223,41 +219,41 @@ class _Page:
     async def write(
         self, metric: Metric[T], read: Iterable[tuple[str | None, Iterable[Sample]]]
     ) -> None:
-        """Write the samples of a metric, by worker (None: of none)."""
-        family, headed = _family(metric, worker=metric not in UNLABELLED), False
+        """Write the samples of a metric, by worker; None for metrics without a worker."""
+        family, has_header = _family(metric, worker=metric not in UNLABELLED), False
         for worker, samples in read:
             for sample in samples:
                 _add(family, sample, worker)
                 if len(family.samples) >= PORTION:
-                    headed = self._flush(family, headed=headed)
+                    has_header = self._flush(family, has_header=has_header)
                     await asyncio.sleep(0)
         if family.samples:
-            self._flush(family, headed=headed)
+            self._flush(family, has_header=has_header)
         await asyncio.sleep(0)
 
-    def _flush(self, family: Family, *, headed: bool) -> bool:
+    def _flush(self, family: Family, *, has_header: bool) -> bool:
         text = generate_latest(_Only(family))
-        # HELP and TYPE stand once, before all samples
-        self._parts.append(text.split(b"\n", 2)[2] if headed else text)
+        # HELP and TYPE appear once, before all samples
+        self._parts.append(text.split(b"\n", 2)[2] if has_header else text)
         family.samples.clear()
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class _Only:
-    """A registry of one metric."""
+    """A registry with one metric."""
 
     family: Family
 
     def collect(self) -> tuple[Family]:
-        """Yield it."""
+        """Return that metric."""
         return (self.family,)
 
 
 def _family(metric: Metric[T], *, worker: bool) -> Any:
     return FAMILIES[metric.kind](
         metric.full_name,
-        metric.about,
+        metric.help,
         labels=("worker", *metric.labels) if worker else metric.labels,
     )
 

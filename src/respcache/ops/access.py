@@ -1,7 +1,7 @@
-"""Who may see and do what with a running cache. Pure.
+"""Roles and permissions of operators and tenant admins. Pure.
 
-Whoever signs people in makes an ``Access``; every method of ``ops/admin.py`` takes one and enforces
-it.
+The application's authentication creates an ``Access``; every method of ``ops/admin.py`` takes one
+and enforces it.
 """
 
 from enum import StrEnum
@@ -13,17 +13,17 @@ from respcache.core.keys import SHARED, check_tenant
 
 
 class Role(StrEnum):
-    """What somebody may do."""
+    """A set of permissions."""
 
     VIEWER = "viewer"
-    """Look at everything within reach but the bodies of answers."""
+    """Read everything within reach, except the bodies of responses."""
     OPERATOR = "operator"
-    """Act, too: purge, switch, reveal a body."""
+    """Also purge, switch, and reveal a body."""
 
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody who was signed in. ``tenant`` is the one within reach, letter for letter as the
-    resolver spells it; None: all."""
+    """The permissions of a signed-in user. ``tenant`` is the only tenant within reach, exactly as
+    the resolver spells it; None means all tenants."""
 
     name: str
     role: Role
@@ -38,10 +38,9 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def within(self, tenant: str | None) -> str | None:
-        """Return the tenant that a question is about: the one that is named, else the only one
-        within reach, else None for all.
+        """Return the given tenant, else the only one within reach, else None for all.
 
-        Raises ``NotFound`` for any tenant that is not within reach, whether it exists or not.
+        Raises ``NotFound`` for a tenant that is not within reach, whether it exists or not.
         """
         if self.tenant is not None and tenant not in (None, self.tenant):
             raise NotFound(f"no tenant {tenant!r}")
@@ -50,12 +49,12 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         return self.tenant if tenant is None else tenant
 
     def demand_operator(self, what: str) -> None:
-        """Raise ``AccessRefused`` for whoever may only look."""
+        """Raise ``AccessRefused`` unless the role is operator."""
         if self.role != Role.OPERATOR:
-            raise AccessRefused(f"{what} needs the role {Role.OPERATOR}")
+            raise AccessRefused(f"{what} requires the role {Role.OPERATOR}")
 
     def demand_everything(self, what: str) -> None:
-        """Raise ``AccessRefused`` for whoever reaches one tenant only."""
+        """Raise ``AccessRefused`` unless all tenants are within reach."""
         if self.tenant is not None:
             raise AccessRefused(f"{what} concerns all tenants")
 

@@ -1,9 +1,9 @@
-"""What a user of the server must be allowed: as a rule for its ACL, and call by call, so that it
-can be tried.
+"""The permissions that a user of the cache server needs: as an ACL rule, and as probes that test
+each of them.
 
-Each right has a *probe*: a call that the server refuses for its arguments, or that only reads, so
-that nothing changes. The server looks at the ACL first: ``NOPERM`` means that the right is missing,
-every other answer that it is there. Commands that our scripts call are checked like those that are
+A *probe* is a call that the server rejects because of its arguments, or that only reads, so that it
+changes nothing. The server checks the ACL first: ``NOPERM`` means that the permission is missing,
+every other reply that it is granted. Commands that scripts call are probed like those that are
 sent.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from respcache.core.keys import BUMPS_CHANNEL, EPOCH_KEY, SWITCHES_KEY, generation_key
 
 PROBED = "respcache-doctor"
-"""The tenant under whose keys probes are made. They make none."""
+"""The tenant in the keys of probes, which create none."""
 
 NO_SCRIPT = "0" * 40
 
@@ -32,13 +32,13 @@ DRY: dict[str, tuple[str, ...]] = {
     "pttl": (),
     "set": ("0", "none"),
 }
-"""What follows the key in a call that changes nothing."""
+"""Arguments after the key, for a call that changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A call that tries a command, as it stands in a rule, and with it a key pattern or a
-    channel."""
+    """A call that tests the permission for a command (spelled as in a rule), and for a key pattern
+    or a channel."""
 
     command: str
     words: tuple[str, ...]
@@ -48,25 +48,29 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class AclRole:
-    """Who logs in with which rights. ``on_keys`` are commands that take a key first, ``plain``
-    those that take none."""
+    """A user and its permissions.
+
+    ``on_keys`` are commands whose first argument is a key, ``plain`` all others.
+    """
 
     name: str
-    about: str
+    purpose: str
     on_keys: tuple[str, ...]
     plain: dict[str, tuple[str, ...]]
-    """Command as in a rule (``config|get``) to the words of a call that changes nothing."""
+    """Maps a command as in a rule (``config|get``) to a call that changes nothing."""
     keys: tuple[str, ...] = KEYS
     channels: tuple[str, ...] = ()
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """Name all commands, sorted."""
+        """All commands, sorted."""
         return tuple(sorted({*self.on_keys, *self.plain}))
 
     def rule(self, *, password: str = "PASSWORD", user: str | None = None) -> str:
-        """Return the command that makes this user and nothing more, for Redis 6.2, Valkey 7.2 or
-        newer."""
+        """Return the command that creates this user with these permissions only.
+
+        It works with Redis 6.2, Valkey 7.2 and newer versions.
+        """
         parts = ["ACL SETUSER", user or self.name, "reset", "resetchannels", "on", f">{password}"]
         parts += [f"~{pattern}" for pattern in self.keys] + [
             f"&{channel}" for channel in self.channels
@@ -74,7 +78,7 @@ class AclRole:
         return " ".join([*parts, *(f"+{command}" for command in self.commands)])
 
     def probes(self) -> Iterator[Probe]:
-        """Yield a call for each command, and for each key of its own."""
+        """Yield a probe for each command, and for each key outside of the tenants' keys."""
         for command in self.on_keys:
             yield Probe(command, (command, generation_key(PROBED), *DRY[command]), keys=KEYS[0])
         for command, words in self.plain.items():
@@ -86,19 +90,7 @@ class AclRole:
 DATA_PLANE = AclRole(
     "respcache",
     "the application: REDIS_CACHE_URL",
-    on_keys=(
-        "del",
-        "get",
-        "hdel",
-        "hincrby",
-        "hkeys",
-        "hlen",
-        "hmget",
-        "hset",
-        "pexpire",
-        "pttl",
-        "set",
-    ),
+    on_keys=tuple(DRY),
     plain={
         "eval": ("eval", "return 1", "0"),
         "evalsha": ("evalsha", NO_SCRIPT, "0"),
@@ -113,17 +105,17 @@ DATA_PLANE = AclRole(
 
 ADMINISTRATION = AclRole(
     "respcache-admin",
-    "administration: the board of figures, the search of keys, the feed (Board(url)), and "
-    "respcache doctor",
+    "administration: statistics, key search and feed (StatsPublisher(url)), and respcache doctor",
     on_keys=(
-        "del", "exists", "expire", "get", "getrange", "hget", "hgetall", "hincrby", "hlen", "hset", "pttl", "sadd", "set",
-        "srandmember", "srem", "strlen", "xadd", "xrange", "xrevrange", "zadd", "zremrangebyscore",
+        *("del", "exists", "expire", "get", "getrange", "hget", "hgetall", "hincrby", "hlen"),
+        *("hset", "pttl", "sadd", "set", "srandmember", "srem", "strlen", "xadd", "xrange"),
+        *("xrevrange", "zadd", "zremrangebyscore"),
     ),
     plain=dict.fromkeys(
         ("config|get", "dbsize", "exec", "info", "multi", "publish", "scan", "select", "time"), ()
     ),
     channels=(BUMPS_CHANNEL,),
-)  # fmt: skip
-"""Nobody tries it call by call: ``plain`` only names what it may."""
+)
+"""Its permissions are not probed: ``plain`` only names commands."""
 
 ROLES = {"application": DATA_PLANE, "administration": ADMINISTRATION}

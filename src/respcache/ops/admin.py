@@ -1,21 +1,22 @@
-"""Admin: everything that operators and tenant admins see and do, in one place, for dashboard, API
-and command line.
+"""Everything that operators and tenant admins can see and do, for the dashboard, its API and the
+command line.
 
-Every method takes the ``Access`` of who asks and enforces it itself: another tenant's data is
-``NotFound``, acts need the role operator, what concerns all tenants needs an access to all. Every
-act is written down in the trail before it is done. What comes back are structs that serialise to
-JSON as they are (``msgspec.json.encode``, ``msgspec.to_builtins``).
+Every method takes an ``Access`` and enforces it: another tenant's data is ``NotFound``, actions
+require the role operator, and data of all tenants requires access to all of them. Every action is
+recorded in the audit log before it is done. Methods return structs that serialize to JSON as they
+are (``msgspec.json.encode``, ``msgspec.to_builtins``).
 
-Besides what each method names, all raise ``AccessRefused``, ``NotFound`` and ``InvalidOperation``,
-and those that ask the cache's server ``StoreUnavailable``.
+Every method may raise ``AccessRefused``, ``NotFound`` and ``InvalidOperation``; those that query
+the cache server also raise ``StoreUnavailable``. Docstrings name further exceptions.
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import msgspec
 
+from respcache.cache import Cache
 from respcache.context import cause
 from respcache.core.errors import ConfigurationError, InvalidOperation, NotFound, StoreError
 from respcache.core.keys import EntryKey, check_module, read_entry_key
@@ -26,61 +27,60 @@ from respcache.ops.configuration import Setting, settings_of
 from respcache.ops.explain import ExplainedRequest, Explanation
 from respcache.ops.explainer import explain
 from respcache.ops.feed import Feed, Reporter
-from respcache.ops.figures import (
+from respcache.ops.keyspace import Keyspace, MemoryKeys, ServerKeys
+from respcache.ops.search import Inspection, KeyPage, KeySample, StoredBody
+from respcache.ops.stats.publisher import MAX_MINUTES, Order, StatsPublisher
+from respcache.ops.stats.rows import (
     Overview,
-    Row,
+    StatsRow,
     SwitchStates,
     module_rows,
     policies_of,
     route_rows,
-    row,
+    stats_row,
 )
-from respcache.ops.keyspace import Keyspace, MemoryKeys, ServerKeys
-from respcache.ops.publisher import MAX_MINUTES, Order, StatsPublisher
-from respcache.ops.search import Inspection, KeyPage, KeySample, StoredBody
 from respcache.stores.memory import MemoryStore
 from respcache.telemetry.stats import OTHER
 
-if TYPE_CHECKING:
-    from respcache.cache import Cache
-
 MAX_ROWS = 1_000
-"""Rows of one answer."""
+"""Rows that one call returns."""
 
 
-OTHERS_AWAY = "the figures of other workers cannot be read just now"
+OTHERS_UNAVAILABLE = "the statistics of other workers are not available at the moment"
 MAX_SWITCHES = 1_000
-"""Tenants and modules that can be off at the same time."""
+"""Tenants and modules that can be switched off at the same time."""
 
 
 class Purge(msgspec.Struct, frozen=True, kw_only=True):
-    """What a purge did, or of a dry run: would do."""
+    """What a purge did; for a dry run, what it would do."""
 
     tenant: str
     module: str | None
     key: str | None
     dry_run: bool
     entries: int | None = None
-    """Of a dry run, and of a key: stored entries that it concerns, valid or not, as far as they
-    were counted."""
+    """For a dry run or a key: the number of stored entries, valid or not, among the scanned keys.
+    """
     complete: bool = False
-    """All keys of the server were looked at, so ``entries`` is all of them."""
-    looked_at: int = 0
+    """Whether all keys of the server were scanned, so that ``entries`` is exact."""
+    scanned: int = 0
     confirmed: bool | None = None
-    """Everything that it concerns is invalid everywhere. False: it is being retried
+    """Whether the entries are invalid in all processes. If False, the purge is being retried
     (``Cache.invalidate_tenant_cache``)."""
 
 
 class Admin:
-    """Looks at and steers one cache.
+    """Inspects and controls one cache.
 
-    ``board`` None: that of the cache, or if it has none, one of this process's figures. ``trail``
-    None: a ``LoggingAuditLog``. ``settings`` are the application's own, for ``configuration``.
+    ``publisher`` defaults to that of the cache, or to one for the statistics of this process.
+    ``audit_log`` defaults to a ``LoggingAuditLog``. ``configuration`` also returns ``settings``,
+    which are the application's own. The class has 17 methods, one for each operation of the
+    dashboard's API, so that access control stays in one place.
     """
 
     def __init__(
         self,
-        cache: "Cache",
+        cache: Cache,
         publisher: StatsPublisher | None = None,
         audit_log: AuditLog | None = None,
         *,
@@ -93,19 +93,25 @@ class Admin:
         self._feed = Reporter(cache, self._publisher)
         cache.report(self._feed)
 
-    # -- figures -----------------------------------------------------------------------------------
+    # -- statistics --------------------------------------------------------------------------------
 
     async def overview(self, access: Access, *, minutes: int = 60) -> Overview:
-        """Return the state at a glance, of all tenants or of the one within reach; the series is of
-        the last ``minutes``."""
+        """Return the state of the cache, for all tenants or for the one within reach.
+
+        The series covers the last ``minutes``.
+        """
         if not 1 <= minutes <= MAX_MINUTES:
             raise InvalidOperation(f"minutes {minutes!r} must be from 1 to {MAX_MINUTES}")
         cache, publisher, tenant = self._cache, self._publisher, access.within(None)
         fleet = await publisher.fleet()
         common: dict[str, Any] = {
             "at": datetime.now(UTC),
-            "figures_of": "this process" if fleet.alone else "all processes",
-            "problem": fleet.problem if tenant is None else OTHERS_AWAY if fleet.problem else "",
+            "source": "this process" if fleet.alone else "all processes",
+            "problem": fleet.problem
+            if tenant is None
+            else OTHERS_UNAVAILABLE
+            if fleet.problem
+            else "",
             "tenant": tenant,
             "available": cache.store is not None and cache.store.available,
             "switches": await self.switches(access),
@@ -113,7 +119,7 @@ class Admin:
             "pending_tenants": [one for one in cache.pending_tenants if tenant in (None, one)],
         }
         if tenant is not None:
-            totals = row(tenant, (await publisher.tenant(tenant)).totals)
+            totals = stats_row(tenant, (await publisher.tenant(tenant)).totals)
             hidden: dict[str, Any] = {
                 "hit_times": None,
                 "miss_times": None,
@@ -123,7 +129,7 @@ class Admin:
             }
             return Overview(totals=totals, **hidden, **common)
         return Overview(
-            totals=row("total", fleet.totals, times=fleet.times),
+            totals=stats_row("total", fleet.totals, times=fleet.times),
             hit_times=fleet.times.hits,
             miss_times=fleet.times.misses,
             series=(await publisher.series(minutes)).points,
@@ -134,9 +140,11 @@ class Admin:
 
     async def tenants(
         self, access: Access, *, order: Order = "requests", offset: int = 0, limit: int = 100
-    ) -> list[Row]:
-        """Return tenants, the largest first: of a tenant's admin, the own one. Requests without a
-        tenant are in none of them."""
+    ) -> list[StatsRow]:
+        """Return tenants, the largest first; for the admin of one tenant, that tenant only.
+
+        Requests without a tenant are not included.
+        """
         if access.tenant is not None:
             return [await self.tenant(access, access.tenant)]
         if order not in get_args(Order) or offset < 0:
@@ -145,19 +153,19 @@ class Admin:
                 f"{offset!r} not below 0"
             )
         found = await self._publisher.tenants(order=order, offset=offset, limit=_bounded(limit))
-        return [row(one.tenant, one.totals) for one in found.tenants if one.tenant != OTHER]
+        return [stats_row(one.tenant, one.totals) for one in found.tenants if one.tenant != OTHER]
 
-    async def tenant(self, access: Access, tenant: str) -> Row:
-        """Return the figures of a tenant."""
+    async def tenant(self, access: Access, tenant: str) -> StatsRow:
+        """Return the statistics of a tenant."""
         name = access.within(tenant)
         assert name is not None
         found = await self._publisher.tenant(name)
         if name != access.tenant and not found.totals.requests and not found.totals.invalidations:
             raise NotFound(f"no tenant {name!r}")
-        return row(name, found.totals)
+        return stats_row(name, found.totals)
 
-    async def modules(self, access: Access, *, tenant: str | None = None) -> list[Row]:
-        """Return the modules: of one tenant, or of all."""
+    async def modules(self, access: Access, *, tenant: str | None = None) -> list[StatsRow]:
+        """Return the statistics of the modules, for one tenant or for all."""
         one = access.within(tenant)
         return module_rows(
             (
@@ -165,8 +173,8 @@ class Admin:
             ).modules
         )
 
-    async def routes(self, access: Access, *, tenant: str | None = None) -> list[Row]:
-        """Return the routes: of one tenant, or of all."""
+    async def routes(self, access: Access, *, tenant: str | None = None) -> list[StatsRow]:
+        """Return the statistics of the routes, for one tenant or for all."""
         one, middleware = access.within(tenant), self._cache.middleware
         policies = {} if middleware is None else policies_of(middleware.prepare().routes)
         return route_rows(
@@ -177,10 +185,10 @@ class Admin:
         )
 
     def module_names(self) -> list[str]:
-        """Name the modules that this application caches: no secret of anybody."""
+        """Return the modules that this application caches. They are not confidential."""
         return sorted(self._cache.registry.modules)
 
-    # -- what is stored ----------------------------------------------------------------------------
+    # -- stored responses --------------------------------------------------------------------------
 
     async def keys(
         self,
@@ -191,8 +199,7 @@ class Admin:
         cursor: str = "",
         limit: int = 100,
     ) -> KeyPage:
-        """Search the stored answers of a tenant. Looks at a bounded number of keys; the answer says
-        of how many."""
+        """Search stored responses. Scans a bounded number of keys; the page says how many."""
         one = access.within(tenant)
         return await search.find(
             self._space(), tenant=one, module=_module(module), cursor=cursor, limit=_bounded(limit)
@@ -201,21 +208,21 @@ class Admin:
     async def sample(
         self, access: Access, *, tenant: str | None = None, module: str | None = None
     ) -> KeySample:
-        """Look at a bounded number of keys: the largest, the costliest, when they end."""
+        """Return a sample of stored responses: the largest, the costliest, times to live."""
         return await search.sample(
             self._space(), tenant=access.within(tenant), module=_module(module)
         )
 
     async def inspect(self, access: Access, key: str) -> Inspection:
-        """Look at one stored answer, without its body."""
+        """Return the details of one stored response, without its body."""
         return await search.inspect(self._cache, key, _named(access, key))
 
     async def reveal(self, access: Access, key: str) -> StoredBody:
-        """Return the body of a stored answer. An act: it is trailed. Raises ``AuditLogUnavailable``."""
+        """Return the body of a stored response, and record that. Raises ``AuditLogUnavailable``."""
         access.demand_operator("revealing a body")
         named = _named(access, key)
         body = await search.body_of(self._cache, key, named)
-        await self._write_down(access, "reveal", named.tenant, key=key)
+        await self._record(access, "reveal", named.tenant, key=key)
         return body
 
     async def explain(
@@ -227,23 +234,24 @@ class Admin:
         query: str = "",
         headers: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     ) -> Explanation:
-        """Say what would become of a request now, in this process, and why. Changes nothing.
-        ``path`` may carry the query."""
+        """Return how this process would handle a request now, and why. Changes nothing.
+
+        ``path`` may include the query.
+        """
         middleware = self._cache.middleware
         if middleware is None:
-            raise InvalidOperation("the cache wraps no application in this process")
+            raise InvalidOperation("cache.wrap() was not called in this process")
         given = tuple(headers.items()) if isinstance(headers, Mapping) else tuple(headers)
         return await explain(
             self._cache, middleware, ExplainedRequest(method, path, query, given), access=access
         )
 
-    # -- what happens ------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     async def feed(
         self, access: Access, *, after: str = "", tenant: str | None = None, limit: int = 100
     ) -> Feed:
-        """Return what was invalidated after an event (``""``: the last ones), at most ``limit``.
-        Returns at once."""
+        """Return at most ``limit`` invalidations after an event; without one, the last ones."""
         found = await self._feed.read(
             tenant=access.within(tenant), after=after, limit=_bounded(limit)
         )
@@ -257,13 +265,15 @@ class Admin:
         limit: int = 100,
         before: int | None = None,
     ) -> list[AuditEvent]:
-        """Return acts, the newest first; of a tenant's admin, those that concern the tenant. Raises
-        ``AuditLogUnavailable``."""
+        """Return actions, the newest first; for the admin of one tenant, those on that tenant.
+
+        Raises ``AuditLogUnavailable``.
+        """
         return await self._audit_log.latest(
             tenant=access.within(tenant), limit=_bounded(limit), before=before
         )
 
-    # -- acts --------------------------------------------------------------------------------------
+    # -- actions -----------------------------------------------------------------------------------
 
     async def purge(
         self,
@@ -274,29 +284,28 @@ class Admin:
         key: str | None = None,
         dry_run: bool = False,
     ) -> Purge:
-        """Invalidate all of a tenant, or one module of it, or delete one key. A dry run only
-        counts, and viewers may ask for it.
+        """Invalidate a tenant or one module of it, or delete one key. A dry run only counts, and
+        viewers may request it.
 
-        Of tenant and module it is one write, whatever the number of entries, and holds for
-        everybody. A key is deleted from the server, and all processes are told to drop it: one that
-        does not hear may serve what it holds, which is not stale, on. Raises ``AuditLogUnavailable``.
+        Purging a tenant or a module is one write, whatever the number of entries, and affects all
+        processes. A key is deleted from the server, and all processes are notified to drop it; one
+        that misses the notification may continue to serve its entry, which is not stale.
+        Raises ``AuditLogUnavailable``.
         """
         if not dry_run:
             access.demand_operator("a purge")
-        owner = self._owner(access, tenant, module, key)
+        owner = self._owner(access, tenant=tenant, module=module, key=key)
         if module is not None:
-            self._known_module(module)
+            self._check_module(module)
         made = Purge(tenant=owner, module=module, key=key, dry_run=dry_run)
         if dry_run:
             return await self._count(made)
-        await self._write_down(access, "purge", owner, module=module, key=key)
+        await self._record(access, "purge", owner, module=module, key=key)
         if key is not None:
             try:
                 deleted = await self._space().delete(key)
             except StoreError as error:
-                await self._write_down(
-                    access, "failed", owner, key=key, problem=type(error).__name__
-                )
+                await self._record(access, "failed", owner, key=key, problem=type(error).__name__)
                 raise
             if self._cache.runtime is not None:
                 self._cache.runtime.near.discard(key)
@@ -314,22 +323,19 @@ class Admin:
     async def switch(
         self, access: Access, *, off: bool, tenant: str | None = None, module: str | None = None
     ) -> SwitchStates:
-        """Stop or resume serving: of a tenant, of a module (of all tenants), or of everything, in
-        every process within a second.
+        """Stop or resume caching for a tenant, for a module of all tenants, or for everything.
 
-        A tenant's admin switches the own tenant only. Invalidations are sent all the while. Raises
-        ``AuditLogUnavailable``.
+        All processes follow within a second. The admin of one tenant can switch that tenant only.
+        Invalidations continue. Raises ``AuditLogUnavailable``.
         """
         access.demand_operator("a switch")
         if tenant is not None and module is not None:
-            raise InvalidOperation(
-                "name a tenant or a module, not both: a switch is of one of them"
-            )
+            raise InvalidOperation("name a tenant or a module, not both")
         if tenant is None:
-            access.demand_everything("a switch of a module, or of everything,")
+            access.demand_everything("a switch for a module, or for everything,")
         owner = None if tenant is None else access.within(tenant)
         if module is not None:
-            self._known_module(module)
+            self._check_module(module)
         runtime = self._cache.runtime
         switches = None if runtime is None else runtime.switches
         if (
@@ -339,12 +345,13 @@ class Admin:
             and len(switches.off) >= MAX_SWITCHES
         ):
             raise InvalidOperation(
-                f"{MAX_SWITCHES} switches are off: turn one on first, or everything off"
+                f"{MAX_SWITCHES} tenants and modules are switched off already: switch one of them "
+                f"on first, or switch everything off"
             )
-        await self._write_down(access, "switch", owner, off=off, module=module)
+        await self._record(access, "switch", owner, off=off, module=module)
         turn = self._cache.disable if off else self._cache.enable
-        told = await turn(tenant_id=owner, module=module)
-        return msgspec.structs.replace(await self.switches(access), told=told)
+        propagated = await turn(tenant_id=owner, module=module)
+        return msgspec.structs.replace(await self.switches(access), propagated=propagated)
 
     async def switches(self, access: Access) -> SwitchStates:
         """Return what is switched off."""
@@ -361,17 +368,16 @@ class Admin:
         )
 
     async def configuration(self, access: Access) -> list[Setting]:
-        """Return the values that are in force, and where each comes from. For those who reach all
-        tenants."""
+        """Return the effective configuration and its sources. Requires access to all tenants."""
         access.demand_everything("the configuration")
         return [*settings_of(self._cache), *self._settings]
 
     # -- helpers -----------------------------------------------------------------------------------
 
     def _owner(
-        self, access: Access, tenant: str | None, module: str | None, key: str | None
+        self, access: Access, *, tenant: str | None, module: str | None, key: str | None
     ) -> str:
-        """Return whose data a purge concerns."""
+        """Return the tenant whose data is purged."""
         if key is not None:
             if module is not None:
                 raise InvalidOperation("name a key, or a tenant and a module")
@@ -381,19 +387,19 @@ class Admin:
             return named.tenant
         owner = access.within(tenant)
         if owner is None:
-            raise InvalidOperation("name a tenant: nothing purges all of them at once")
+            raise InvalidOperation("name a tenant: all tenants cannot be purged at once")
         return owner
 
     async def _count(self, purge: Purge) -> Purge:
-        """Say what a purge would concern."""
+        """Count the entries that a purge would invalidate."""
         space = self._space()
         if purge.key is not None:
             return msgspec.structs.replace(
-                purge, entries=len(await space.stored([purge.key])), complete=True, looked_at=1
+                purge, entries=len(await space.stored([purge.key])), complete=True, scanned=1
             )
         found = await search.count(space, tenant=purge.tenant, module=purge.module)
         return msgspec.structs.replace(
-            purge, entries=found.entries, complete=found.complete, looked_at=found.looked_at
+            purge, entries=found.entries, complete=found.complete, scanned=found.scanned
         )
 
     def _space(self) -> Keyspace:
@@ -404,7 +410,7 @@ class Admin:
             else ServerKeys(self._publisher)
         )
 
-    def _known_module(self, module: str) -> None:
+    def _check_module(self, module: str) -> None:
         if (
             module not in self._cache.registry.modules
             and module not in self._cache.counters.modules()
@@ -414,17 +420,19 @@ class Admin:
                 f"{', '.join(sorted(self._cache.registry.modules)) or 'none'}"
             )
 
-    async def _write_down(
-        self, access: Access, act: str, tenant: str | None, **details: Any
+    async def _record(
+        self, access: Access, action: str, tenant: str | None, **details: Any
     ) -> None:
         given = {name: value for name, value in details.items() if value is not None}
         await self._audit_log.append(
-            AuditEvent(act=act, name=access.name, role=access.role, tenant=tenant, details=given)
+            AuditEvent(
+                action=action, name=access.name, role=access.role, tenant=tenant, details=given
+            )
         )
 
 
-def _publisher_of(cache: "Cache") -> StatsPublisher:
-    """Return the cache's publisher, or give it one of this process's own statistics."""
+def _publisher_of(cache: Cache) -> StatsPublisher:
+    """Return the cache's publisher; if it has none, attach one for this process's statistics."""
     if isinstance(cache.publisher, StatsPublisher):
         return cache.publisher
     publisher = cache.publisher = StatsPublisher()
@@ -433,7 +441,7 @@ def _publisher_of(cache: "Cache") -> StatsPublisher:
 
 
 def _named(access: Access, key: str) -> EntryKey:
-    """Read a key that is within reach."""
+    """Parse a key. Raises ``NotFound`` unless it is within reach."""
     named = read_entry_key(key)
     if named is None or access.tenant not in (None, named.tenant):
         raise NotFound(f"no key {key[:300]!r}")

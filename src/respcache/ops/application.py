@@ -1,4 +1,4 @@
-"""An application of the user's own, found by ``module:app`` as uvicorn does."""
+"""Loads an application by ``module:app``, as uvicorn does."""
 
 import importlib
 import sys
@@ -14,30 +14,31 @@ MAX_LAYERS = 100
 
 @dataclass(frozen=True, slots=True)
 class LoadedApp:
-    """An ASGI application, and the wrapper that stands in it or is it."""
+    """An ASGI application and its cache middleware."""
 
     name: str
     app: Any
     middleware: CacheMiddleware
 
     def declared_tables(self) -> set[str]:
-        """Return what its cached reads and its resolver declare. Connects to nothing. Raises
-        ``ConfigurationError``."""
+        """Return the tables that its cached reads and its resolver declare. Does not connect.
+
+        Raises ``ConfigurationError``.
+        """
         self.middleware.prepare()
         cache = self.middleware.cache
         return {*cache.registry.tables, *cache.resolver.tables}
 
 
 def load(name: str, folder: Path) -> LoadedApp:
-    """Import an application; modules are looked for in ``folder`` first. Raises
-    ``ConfigurationError``.
+    """Import ``module:app``, or call ``module:make()``. Modules are searched in ``folder`` first.
 
-    ``module:app``, or ``module:make()`` for a function that makes it.
+    Raises ``ConfigurationError``.
     """
     module, separator, attribute = name.partition(":")
     if not separator or not module or not attribute:
         raise ConfigurationError(
-            f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() that makes it"
+            f"{name!r} must be MODULE:APP, such as main:app, or MODULE:FUNCTION() for a factory"
         )
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -53,15 +54,14 @@ def load(name: str, folder: Path) -> LoadedApp:
     middleware = find_middleware(app)
     if middleware is None:
         raise ConfigurationError(
-            f"{name} has no cache in it: give what cache.wrap(app) returned, or what stands "
-            f"around it"
+            f"{name} has no cache: name the application that cache.wrap(app) returned, or one "
+            f"that wraps it"
         )
     return LoadedApp(name, app, middleware)
 
 
 def find_middleware(app: Any) -> CacheMiddleware | None:
-    """Return the wrapper of an application: itself, or within the middleware around it
-    (``.app``)."""
+    """Return the cache middleware: the application itself, or one that it wraps (``.app``)."""
     for _ in range(MAX_LAYERS):
         if isinstance(app, CacheMiddleware):
             return app

@@ -1,7 +1,8 @@
-"""The trail: who did what to the cache, written down before it is done and never changed.
+"""The audit log: actions on the cache, recorded before they are done and never changed.
 
-``ops/postgres.py`` keeps it in the application's database, in a table that ``create_audit_log`` makes
-(an operation of ``writes/alembic.py``); ``LoggingAuditLog`` keeps it in the log.
+``ops/postgres_audit_log.py`` stores it in the application's database, in a table that
+``create_audit_log`` creates (an operation of ``writes/alembic.py``). ``LoggingAuditLog`` writes it
+to the Python log.
 """
 
 import logging
@@ -15,78 +16,79 @@ from respcache.writes.triggers import Execute, quoted
 
 AUDIT_LOG = "respcache_trail"
 GUARD = "append_only"
-"""The trigger of the table. Its name is none of those by which a watched table is known."""
+"""The trigger of the table. Its name differs from those of watched tables."""
 
 MAX_REMEMBERED = 1_000
-"""Acts that a ``LoggingAuditLog`` can show again."""
+"""Actions that a ``LoggingAuditLog`` can return."""
 
-log = logging.getLogger("respcache.trail")
+log = logging.getLogger("respcache.audit_log")
 
 
 class AuditEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One act. ``tenant`` is whose data it concerns, None: everybody's. ``details`` holds no bodies
-    and no credentials."""
+    """One action. ``tenant`` is the tenant whose data it concerns; None means all tenants.
+    ``details`` contains no bodies and no credentials."""
 
-    act: str
-    """``purge``, ``switch``, ``reveal``; ``failed`` when what was written down before could not be
-    done."""
+    action: str
+    """``purge``, ``switch``, ``reveal``; or ``failed``, if the action recorded before it failed."""
     name: str
     role: str
     tenant: str | None = None
     details: dict[str, Any] = {}
     id: int = 0
-    """Given by the trail; rises."""
+    """Assigned by the audit log; increases."""
     at: datetime | None = None
-    """Given by the trail."""
+    """Assigned by the audit log."""
 
 
 class AuditLog(Protocol):
-    """Where acts are written down. Append only."""
+    """Stores actions. Append only."""
 
-    async def append(self, act: AuditEvent) -> None:
-        """Keep an act. Raises ``AuditLogUnavailable`` unless that is certain."""
+    async def append(self, event: AuditEvent) -> None:
+        """Store an action durably. Raises ``AuditLogUnavailable`` unless that is certain."""
         ...
 
     async def latest(
         self, *, tenant: str | None, limit: int, before: int | None
     ) -> list[AuditEvent]:
-        """Return acts that concern a tenant (None: all), the newest first, of ids below ``before``.
-        Raises ``AuditLogUnavailable``."""
+        """Return actions on a tenant (None for all), the newest first, with ids below ``before``.
+
+        Raises ``AuditLogUnavailable``.
+        """
         ...
 
 
 class LoggingAuditLog:
-    """A trail in the log (``respcache.trail``, one line of JSON each): for applications without a
-    database.
+    """Writes actions to the logger ``respcache.audit_log``, one line of JSON each.
 
-    Shows the last ``MAX_REMEMBERED`` acts of this process.
+    It is meant for applications without a database, and returns the last ``MAX_REMEMBERED`` actions
+    of this process.
     """
 
     def __init__(self) -> None:
-        self._acts: deque[AuditEvent] = deque(maxlen=MAX_REMEMBERED)
+        self._events: deque[AuditEvent] = deque(maxlen=MAX_REMEMBERED)
         self._last = 0
 
-    async def append(self, act: AuditEvent) -> None:
+    async def append(self, event: AuditEvent) -> None:
         """Write a line."""
         self._last += 1
-        kept = msgspec.structs.replace(act, id=self._last, at=datetime.now(UTC))
+        kept = msgspec.structs.replace(event, id=self._last, at=datetime.now(UTC))
         log.warning("%s", msgspec.json.encode(kept).decode())
-        self._acts.append(kept)
+        self._events.append(kept)
 
     async def latest(
         self, *, tenant: str | None, limit: int, before: int | None
     ) -> list[AuditEvent]:
         """See ``AuditLog.latest``."""
-        found = (act for act in reversed(self._acts) if before is None or act.id < before)
-        return [act for act in found if tenant is None or act.tenant == tenant][:limit]
+        found = (one for one in reversed(self._events) if before is None or one.id < before)
+        return [one for one in found if tenant is None or one.tenant == tenant][:limit]
 
 
 def create_audit_log(execute: Execute, *, schema: str = "public") -> None:
-    """Create the table of the trail, to which rows can only be added: UPDATE, DELETE and TRUNCATE
-    are refused to everybody.
+    """Create the table of the audit log, to which rows can only be added.
 
-    Also under ``session_replication_role = replica``; not to who may drop the trigger, so the
-    application should not own the table. It needs INSERT and SELECT.
+    A trigger rejects UPDATE, DELETE and TRUNCATE for all roles, also under
+    ``session_replication_role = replica``. The owner of the table can drop the trigger, so the
+    application should not own it; it needs INSERT and SELECT.
     """
     table, function = f"{quoted(schema)}.{AUDIT_LOG}", f"{quoted(schema)}.{AUDIT_LOG}_{GUARD}"
     execute(f"""
@@ -103,7 +105,8 @@ def create_audit_log(execute: Execute, *, schema: str = "public") -> None:
     execute(f"""
         CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            RAISE EXCEPTION USING MESSAGE = '{AUDIT_LOG} is append only: ' || TG_OP || ' is refused';
+            RAISE EXCEPTION USING
+                MESSAGE = '{AUDIT_LOG} is append only: ' || TG_OP || ' is refused';
         END $$""")
     execute(f"""
         CREATE TRIGGER {GUARD} BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
@@ -112,6 +115,6 @@ def create_audit_log(execute: Execute, *, schema: str = "public") -> None:
 
 
 def drop_audit_log(execute: Execute, *, schema: str = "public") -> None:
-    """Drop the table, and with it all that was written down."""
+    """Drop the table and all actions in it."""
     execute(f"DROP TABLE {quoted(schema)}.{AUDIT_LOG}")
     execute(f"DROP FUNCTION {quoted(schema)}.{AUDIT_LOG}_{GUARD}()")

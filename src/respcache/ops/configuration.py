@@ -1,29 +1,28 @@
-"""The values that are in force, and where each comes from. Secrets are only said to be set."""
+"""The effective configuration: each value and its source. Secrets are shown as set or not set."""
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-if TYPE_CHECKING:
-    from respcache.cache import Cache
+from respcache.cache import Cache
 
 NONE = "none"
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """One value of the configuration and where it comes from."""
+    """One value of the configuration, and its source."""
 
     name: str
     value: str
-    """``set`` or ``not set`` of secrets."""
+    """``set`` or ``not set`` for secrets."""
     source: str
-    """``default``, ``argument``, or what the application says: the name of an environment variable,
+    """``default``, ``argument``, or a source that the application names: an environment variable or
     a file."""
 
 
-def settings_of(cache: "Cache") -> list[Setting]:
-    """Return the options of a cache as they are."""
+def settings_of(cache: Cache) -> list[Setting]:
+    """Return the effective options of a cache."""
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(type(cache)).parameters.items()
@@ -37,9 +36,9 @@ def settings_of(cache: "Cache") -> list[Setting]:
         "schema_version": cache.options.schema_version,
         "enabled": cache.options.enabled,
         "strict_reads": cache.options.strict_reads,
-        "audit_share": cache.options.verify_share,
+        "verify_share": cache.options.verify_share,
         "near_bytes": cache.options.near_bytes,
-        "board": cache.publisher,
+        "publisher": cache.publisher,
     }
     secret = Setting(name="Cache.secret", value="set", source="argument")
     return [

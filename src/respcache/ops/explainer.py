@@ -262,7 +262,7 @@ class _Explainer:
         if entry is None:
             return _Result("miss", "unreadable", "the stored bytes are no entry of this release")
         verdict, why, _ = judged(
-            entry, read.view, tuple(scoped.cache_key.tags), scoped.cache_key.digest
+            entry, read.view, tuple(scoped.cache_key.tags), digest=scoped.cache_key.digest
         )
         if isinstance(decision, Miss | Need):
             return _Result("miss", verdict, why)

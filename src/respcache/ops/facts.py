@@ -1,5 +1,5 @@
-"""Policies, generations, entries and their verdicts, in words that operators read. Pure, but for
-the age of an entry."""
+"""Policies, generations, entries and verdicts, described for operators. Pure, except that the age
+of an entry needs the clock."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from respcache.core.generations import FLOOR, GenerationView, Verdict, module_ta
 from respcache.core.policy import Level, Policy
 
 SHORT = 8
-"""Characters of a nonce or an identity that are shown: enough to tell two apart."""
+"""Characters of a nonce or an identity that are shown: enough to distinguish two of them."""
 
 
 class PolicyFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,17 +23,17 @@ class PolicyFacts(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: float
     level: str
     bound_s: float | None
-    """At level ``bounded``."""
+    """Of the level ``bounded``; else None."""
     tables: tuple[str, ...]
     varies_by: str | None
-    """The name of the function that adds to the key."""
+    """The name of the function whose result is part of the key."""
     rule: str | None
-    """The role rule of the route."""
+    """The name of the route's role rule."""
     max_body_bytes: int
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the key, in canonical form. ``place`` is path, query, header, cookie or varies."""
+    """A part of the key in canonical form. ``place`` is path, query, header, cookie or varies."""
 
     place: str
     name: str
@@ -42,46 +42,49 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A tenant's generation, as the store tells it now."""
+    """The current generation of a tenant."""
 
     key: str
     nonce: str | None
-    """Shortened; None where there is none."""
+    """Shortened; None if the tenant has no generation."""
     sequence: int
     server: str
-    """The epoch and server life under which it was made, shortened."""
+    """The epoch and server life in which it was created, shortened."""
     connected: str
-    """Those that this process is connected to."""
+    """The epoch and server life to which this process is connected."""
     bumps: dict[str, int]
-    """Of each tag that counts here: the sequence of its last bump; absent: never bumped in this
-    life."""
+    """The sequence of the last bump of each relevant tag; a tag that was never bumped in this
+    server life is absent."""
 
 
 class EntryFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A stored answer."""
+    """A stored response.
+
+    It has 16 attributes because it mirrors one JSON object of the dashboard's API.
+    """
 
     stored_at: datetime
     age_s: float
     ttl_s: float
     ttl_left_s: float
     size_bytes: int
-    """As stored: head, headers and body."""
+    """Size as stored: entry header, response headers and body."""
     body_bytes: int
-    """As stored, so compressed where ``coding`` says so."""
+    """Size as stored: compressed if ``coding`` is set."""
     status: int
     coding: str
     negotiable: bool
-    """May be sent in other codings than the handler's."""
+    """Whether it may be sent in other content codings than the handler's."""
     fill_ms: int
     nonce: str
     sequence: int
-    """Of its certificate: captured before the handler ran."""
+    """The sequence in its certificate, captured before the handler ran."""
     verdict: str
     """``valid``, ``no-generation``, ``other-server``, ``other-epoch``, ``other-generation``,
-    ``invalidated``, ``digest``; of the inspector also ``depends``: on which of several routes it is
-    of."""
+    ``invalidated`` or ``digest``; for the inspector also ``depends``, if several routes may have
+    stored it and the verdict is not the same for all of them."""
     why: str
-    """The verdict in words."""
+    """An explanation of the verdict."""
     bumped: tuple[str, ...] = ()
     """The tags that invalidated it."""
 
@@ -102,7 +105,7 @@ def policy_facts(policy: Policy) -> PolicyFacts:
 
 
 def key_parts(parameters: Iterable[tuple[str, str, str]]) -> list[Part]:
-    """Describe what a key is made of, but for what is nobody's to read."""
+    """Describe the parts of a key; hide cookies and credentials."""
     return [
         Part(
             place=place,
@@ -114,7 +117,7 @@ def key_parts(parameters: Iterable[tuple[str, str, str]]) -> list[Part]:
 
 
 def generation_facts(key: str, view: GenerationView, bumps: Mapping[str, int]) -> GenerationFacts:
-    """Describe a generation, with those bumps that count."""
+    """Describe a generation and the given bumps."""
     return GenerationFacts(
         key=key,
         nonce=None if view.nonce is None else short(view.nonce.decode("latin-1")),
@@ -134,9 +137,8 @@ def entry_facts(
     tags: Iterable[str],
     digest: bytes | None = None,
 ) -> EntryFacts:
-    """Describe an entry, and judge it in a view. ``digest``: the one that its key stands for, where
-    it is known."""
-    verdict, why, bumped = judged(entry, view, tuple(tags), digest)
+    """Describe an entry, and judge it by a view. ``digest`` is the digest in its key, if known."""
+    verdict, why, bumped = judged(entry, view, tuple(tags), digest=digest)
     return EntryFacts(
         stored_at=datetime.fromtimestamp(entry.stored_at_ms / 1000, UTC),
         age_s=round(max(0.0, time.time() - entry.stored_at_ms / 1000), 3),
@@ -157,28 +159,30 @@ def entry_facts(
 
 
 def judged(
-    entry: Entry, view: GenerationView, tags: tuple[str, ...], digest: bytes | None
+    entry: Entry, view: GenerationView, tags: tuple[str, ...], *, digest: bytes | None
 ) -> tuple[str, str, tuple[str, ...]]:
-    """Judge an entry as ``core/generations.py`` does: the verdict, in words, and the tags that were
-    bumped."""
+    """Judge an entry as ``core/generations.py`` does.
+
+    Return the verdict, an explanation, and the tags that were bumped.
+    """
     if digest is not None and entry.digest != digest:
-        return "digest", "it was made for another key, and copied here", ()
+        return "digest", "it was stored under another key and copied here", ()
     certificate = entry.certificate
     verdict = view.judge(certificate, tags)
     if verdict is Verdict.INVALIDATED:
         bumped = tuple(tag for tag in tags if view.bumps.get(tag, 0) > certificate.sequence)
-        said = "; ".join(f"{in_words(tag)} (at {view.bumps[tag]})" for tag in bumped)
-        return str(verdict), f"since it was made (at {certificate.sequence}): {said}", bumped
+        reasons = "; ".join(f"{describe_bump(tag)} (at {view.bumps[tag]})" for tag in bumped)
+        return str(verdict), f"since it was stored (at {certificate.sequence}): {reasons}", bumped
     if (
         verdict is Verdict.OTHER_SERVER
         and view.recorded.rpartition(":")[0] != view.server.rpartition(":")[0]
     ):
-        return "other-epoch", "a new epoch of the whole cache has begun since it was made", ()
+        return "other-epoch", "a new epoch of the whole cache has begun since it was stored", ()
     return str(verdict), _WHY[verdict], ()
 
 
-def in_words(tag: str) -> str:
-    """Say what a bump of this tag means."""
+def describe_bump(tag: str) -> str:
+    """Return what a bump of this tag means."""
     if tag == FLOOR:
         return "everything of the tenant was invalidated"
     if tag.startswith(module_tag("")):
@@ -197,13 +201,12 @@ def short_server(server: str) -> str:
 
 
 _WHY = {
-    Verdict.VALID: "nothing that it depends on was written since it was made",
-    Verdict.NO_GENERATION: "the tenant's generation is gone: evicted, deleted, or at the end of "
-    "its time to live",
-    Verdict.OTHER_SERVER: "it was made in another life of the server: before a restart, a "
+    Verdict.VALID: "nothing that it depends on has been written since it was stored",
+    Verdict.NO_GENERATION: "the tenant's generation is missing: evicted, deleted or expired",
+    Verdict.OTHER_SERVER: "it was stored in another life of the server: before a restart, a "
     "failover or a restored dump",
-    Verdict.OTHER_GENERATION: "the tenant's generation was lost and has been made anew since it "
-    "was made",
+    Verdict.OTHER_GENERATION: "the tenant's generation was lost and created again since it was "
+    "stored",
 }
 
 

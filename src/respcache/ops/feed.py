@@ -1,12 +1,12 @@
-"""The feed: what is being invalidated just now, by whom, and how long it took. A capped stream on
-the cache's server.
+"""The feed of invalidations: what was invalidated, its cause, and how long it took. It is a capped
+stream on the cache server.
 
-Each process adds what it has bumped: writes of its own, and what a round found in the outbox. Every
-process finds the rows of every write there, so these are held back until whoever wrote has
-reported, and added only by the first whose rows nobody has reported yet. No write waits for any of
-it: an event is put into a list and sent with others, twice a second at most. What is too much for
-the list, or cannot be sent, is counted in the next event. While the server is away, the last events
-of this process are shown.
+Each process adds what it has bumped: for its own writes, and for rows that its relay cycle found in
+the outbox. Every process finds the rows of every write there, so these are held back until the
+process that wrote them has reported them; then they are added by the first process whose rows are
+still unreported. No write waits for the feed: an event is appended to a list, and the list is sent
+at most twice a second. Events that do not fit into the list, or cannot be sent, are counted in the
+next event. While the server is unavailable, readers get the last events of their own process.
 """
 
 import asyncio
@@ -18,20 +18,18 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
+from respcache.cache import Cache
 from respcache.context import cause, current
 from respcache.core.errors import InvalidOperation, StoreError
 from respcache.core.generations import FLOOR, module_tag, table_tag
 from respcache.core.keys import FED_KEY, FEED_KEY
 from respcache.core.serving_lease import Outcome
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.writes.relay import Rows
-
-if TYPE_CHECKING:
-    from respcache.cache import Cache
-    from respcache.ops.publisher import StatsPublisher
 
 log = logging.getLogger("respcache")
 
@@ -39,27 +37,28 @@ PERIOD_S = 0.5
 MAX_AT_ONCE = 20
 """Events that a process sends in a period."""
 
-HELD_S = 1.5
-"""For so long what a round found is held back: three periods, in which whoever wrote it reports."""
+HOLD_BACK_S = 1.5
+"""How long rows from the outbox are held back: three periods, in which their writer reports them.
+"""
 
-MAX_HELD = 100
+MAX_HELD_BACK = 100
 MAX_IDS = 100
-"""Rows of one event by which it is known again."""
+"""Row ids that are kept for one event, to recognize it."""
 
-FED_S = 300
-"""For so long the rows of an event are known."""
+REPORTED_S = 300
+"""How long row ids are kept."""
 
 BEGINNING = "0-0"
 MAX_KEPT = 5_000
-"""Events in the stream, about."""
+"""Approximate number of events in the stream."""
 
 MAX_READ = 1_000
-"""Events that one request goes through."""
+"""Events that one request reads."""
 
 MAX_REMEMBERED = 200
 TTL_S = 24 * 3600
 MAX_NAMED = 20
-"""Tables and modules that an event names."""
+"""Tables, and modules, that an event names."""
 
 OUTBOX = "outbox"
 SCRIPT = "script"
@@ -72,42 +71,42 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One invalidation of one tenant."""
 
     id: str
-    """Of the feed; rises. ``feed(after=id)`` goes on from here."""
+    """Increases along the feed. ``feed(after=id)`` continues from here."""
     at: datetime
     tenant: str
-    """``~shared``: of data that belongs to none; ``~all``: of everybody's (TRUNCATE)."""
+    """``~shared`` for data that belongs to no tenant; ``~all`` for all tenants (TRUNCATE)."""
     modules: tuple[str, ...] = ()
-    """Whose answers can have been made cold."""
+    """Modules whose responses may have been invalidated."""
     tables: tuple[str, ...] = ()
     everything: bool = False
-    """All of the tenant."""
+    """Whether all responses of the tenant were invalidated."""
     cause: str
-    """``PUT /api/leads/{id}``; ``outbox``: what psql or another service wrote, or a process that
-    ended before it could bump; ``purge by <name>``; ``audit``; ``script``: outside of a request."""
+    """``PUT /api/leads/{id}``; ``outbox``: a write by psql, another service, or a process that
+    ended before it could bump; ``purge by <name>``; ``verifier``; ``script``: outside of a request.
+    """
     outcome: str
-    """``confirmed``, ``pending; safe`` or ``pending`` (``core.fence.Outcome``)."""
+    """``confirmed``, ``pending; safe`` or ``pending`` (``core.serving_lease.Outcome``)."""
     seconds: float
-    """From the COMMIT, or of the outbox from when the oldest row was written, to the outcome."""
+    """From the COMMIT to the outcome; for ``outbox`` from the time of the oldest row."""
     process: str
-    """Host and process id of who sent the bump. This and what follows is told to those who reach
-    all tenants."""
+    """Host and process id of the process that bumped. Empty, as is the next, for the admin of one
+    tenant."""
     skipped: int = 0
-    """Further invalidations of this process that are not in the feed, since its last event: there
+    """Invalidations of this process since its last event that are not in the feed, because there
     were too many."""
 
 
 class Feed(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the feed, the oldest first."""
+    """A part of the feed, the oldest event first."""
 
     events: list[Event]
     last: str
-    """Give it as ``after`` to go on."""
+    """Pass it as ``after`` to continue."""
     processes: str
-    """``all``, or ``this`` where the server is away or is none."""
+    """``all``; or ``this`` if the server is unavailable or none is configured."""
 
     def of_one_tenant(self) -> "Feed":
-        """Leave out what is of all tenants: workers, and how much more was invalidated, whoever's
-        it was."""
+        """Remove what concerns all tenants: processes, and counts of skipped invalidations."""
         return msgspec.structs.replace(
             self,
             events=[msgspec.structs.replace(event, process="", skipped=0) for event in self.events],
@@ -115,8 +114,8 @@ class Feed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Noted(NamedTuple):
-    """What is known when something was invalidated; an event is made of it when it is sent. ``by``
-    None: the request's work."""
+    """An invalidation from which an event is created when it is sent. ``by`` is its cause; None
+    means the request."""
 
     tenant: str
     tags: Collection[str]
@@ -129,14 +128,14 @@ class _Noted(NamedTuple):
 
 
 class Reporter:
-    """Reports what this process invalidates, and reads what all do. For one event loop."""
+    """Adds the invalidations of this process to the feed, and reads it. For one event loop."""
 
-    def __init__(self, cache: "Cache", publisher: "StatsPublisher") -> None:
+    def __init__(self, cache: Cache, publisher: StatsPublisher) -> None:
         self._cache = cache
         self._publisher = publisher
         self._process = f"{socket.gethostname()}:{os.getpid()}"
         self._waiting: list[_Noted] = []
-        self._held: deque[_Noted] = deque(maxlen=MAX_HELD)
+        self._held_back: deque[_Noted] = deque(maxlen=MAX_HELD_BACK)
         self._last: deque[Event] = deque(maxlen=MAX_REMEMBERED)
         self._skipped = 0
         self._number = 0
@@ -144,9 +143,9 @@ class Reporter:
         self._sending: asyncio.Task[None] | None = None
 
     def note(self, rows: Rows, outcome: Outcome, seconds: float, *, by: str | None = None) -> None:
-        """Note what was bumped (tenant, tag, id of the row or nothing). Does no waiting.
+        """Note bumped rows (tenant, tag, row id or ``""``). Does not block.
 
-        It was caused by ``by``, or else by what this runs for.
+        Their cause is ``by``, else the context variable ``cause``, else the current request.
         """
         by, exchange = by or cause.get(), current.get()
         request = None if exchange is None else exchange.asgi_scope
@@ -160,23 +159,25 @@ class Reporter:
         self._arm()
 
     def found(self, rows: Rows, outcome: Outcome, seconds: float) -> None:
-        """Note what a round has found in the outbox and bumped."""
+        """Note rows that a relay cycle found in the outbox and bumped. Does not block."""
         now = time.time()
-        self._held.extend(
+        self._held_back.extend(
             _Noted(tenant, tags, ids, outcome, seconds, now, OUTBOX, None)
             for tenant, (tags, ids) in _by_tenant(rows).items()
         )
         self._arm()
 
     async def read(self, *, tenant: str | None, after: str, limit: int) -> Feed:
-        """Return what came after an event, or the last events. One round trip. Raises
-        ``InvalidOperation``."""
+        """Return the events after an event id, or the last events if it is empty. One round trip.
+
+        Raises ``InvalidOperation`` for a malformed id.
+        """
         if after and (_ID.fullmatch(after) is None or max(_order(after)) > MAX_NUMBER):
             raise InvalidOperation(
                 f"after {after[:40]!r} must be the id of an event, or the 'last' of a feed"
             )
 
-        async def ask(client: Any) -> Any:
+        async def query(client: Any) -> Any:
             if after:
                 return await client.xrange(FEED_KEY, min=f"({after}", count=MAX_READ)
             return (await client.xrevrange(FEED_KEY, count=MAX_READ))[::-1]
@@ -184,7 +185,7 @@ class Reporter:
         try:
             found = [
                 _decode(name.decode(), fields.get(b"e", b""))
-                for name, fields in await self._publisher.ask(ask)
+                for name, fields in await self._publisher.ask(query)
             ]
             processes = "all"
         except StoreError:
@@ -202,7 +203,7 @@ class Reporter:
         return Feed(events=chosen, last=last, processes=processes)
 
     async def close(self) -> None:
-        """Send what waits, if that is quick."""
+        """Send the waiting events; give up at the publisher's deadline."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -223,36 +224,36 @@ class Reporter:
         self._sending = None
         if not sent.cancelled() and sent.exception() is not None:
             log.error("invalidations could not be reported", exc_info=sent.exception())
-        if self._waiting or self._held:
+        if self._waiting or self._held_back:
             self._arm()
 
     async def _send(self) -> None:
-        """Send what was noted, and of what was found that which nobody else has reported. Two round
-        trips."""
+        """Send noted invalidations, and those from the outbox that no process has reported. Two
+        round trips."""
         own, self._waiting = self._waiting, []
-        found = [self._held.popleft() for _ in range(self._ripe())]
+        found = [self._held_back.popleft() for _ in range(self._ripe())]
         if not own and not found:
             return
         if self._publisher.client is None:
             self._keep([*own, *found])
             return
-        untold = len(own)
+        unsent = len(own)
         try:
-            new = await self._publisher.ask(_marking([*own, *found]))
-            fresh = [one for one, is_new in zip(found, new[len(own) :], strict=True) if is_new]
+            is_new = await self._publisher.ask(_mark_reported([*own, *found]))
+            fresh = [one for one, new in zip(found, is_new[len(own) :], strict=True) if new]
             events = self._keep([*own, *fresh])
-            untold = sum(1 + event.skipped for event in events)
-            await self._publisher.ask(_adding(events))
+            unsent = sum(1 + event.skipped for event in events)
+            await self._publisher.ask(_add_to_stream(events))
         except StoreError:
-            self._skipped += untold
+            self._skipped += unsent
 
     def _ripe(self) -> int:
-        """Say how much of what was found has been held for long enough."""
-        until = time.time() - HELD_S
-        return sum(noted.at <= until for noted in self._held)
+        """Count the invalidations that have been held back for long enough."""
+        until = time.time() - HOLD_BACK_S
+        return sum(noted.at <= until for noted in self._held_back)
 
     def _keep(self, noted: list[_Noted]) -> list[Event]:
-        """Make events of what was noted; the last one says what was too much."""
+        """Create and remember events; add the count of skipped ones to the last."""
         events = [self._event(one) for one in noted]
         noted.clear()
         if events:
@@ -284,16 +285,16 @@ class Reporter:
         )
 
     def _described(self, request: Mapping[str, Any] | None) -> str:
-        """Name a request by its route: its path may hold what is nobody's to read."""
+        """Name a request by its route, because its path may contain personal data."""
         if request is None:
             return SCRIPT
         middleware = self._cache.middleware
         template = None if middleware is None else middleware.prepare().template(request)
-        return f"{request['method']} {template or '(a route that is not known)'}"
+        return f"{request['method']} {template or '(unknown route)'}"
 
 
 def _by_tenant(rows: Rows) -> dict[str, tuple[list[str], list[str]]]:
-    """Sort rows by tenant, in the order of their names: tags and ids."""
+    """Group rows by tenant, ordered by name; return tags and row ids."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for tenant, tag, row in rows:
         tags, ids = found.setdefault(tenant, ([], []))
@@ -304,26 +305,29 @@ def _by_tenant(rows: Rows) -> dict[str, tuple[list[str], list[str]]]:
     return dict(sorted(found.items()))
 
 
-def _marking(noted: Sequence[_Noted]) -> Callable[[Any], Awaitable[list[bool]]]:
-    """Mark rows as reported; tell of each whether something of it was not yet, or has no rows."""
+def _mark_reported(noted: Sequence[_Noted]) -> Callable[[Any], Awaitable[list[bool]]]:
+    """Return a query that marks rows as reported.
 
-    async def ask(client: Any) -> list[bool]:
+    For each invalidation it returns whether one of its rows was unreported, or it has no rows.
+    """
+
+    async def query(client: Any) -> list[bool]:
         seconds, _ = await client.time()
         pipeline = client.pipeline(transaction=False)
         marked = [position for position, one in enumerate(noted) if one.rows]
         for position in marked:
             pipeline.zadd(FED_KEY, dict.fromkeys(noted[position].rows, seconds))
-        pipeline.zremrangebyscore(FED_KEY, 0, seconds - FED_S)
-        pipeline.expire(FED_KEY, FED_S)
+        pipeline.zremrangebyscore(FED_KEY, 0, seconds - REPORTED_S)
+        pipeline.expire(FED_KEY, REPORTED_S)
         replies = await pipeline.execute()
         new = dict(zip(marked, replies, strict=False))
         return [bool(new.get(position, True)) for position in range(len(noted))]
 
-    return ask
+    return query
 
 
-def _adding(events: Sequence[Event]) -> Callable[[Any], Awaitable[None]]:
-    async def ask(client: Any) -> None:
+def _add_to_stream(events: Sequence[Event]) -> Callable[[Any], Awaitable[None]]:
+    async def query(client: Any) -> None:
         pipeline = client.pipeline(transaction=False)
         for event in events:
             pipeline.xadd(
@@ -332,11 +336,11 @@ def _adding(events: Sequence[Event]) -> Callable[[Any], Awaitable[None]]:
         pipeline.expire(FEED_KEY, TTL_S)
         await pipeline.execute()
 
-    return ask
+    return query
 
 
 def _decode(name: str, data: bytes) -> Event | None:
-    """Read an event back, or return None for what another release wrote."""
+    """Return an event; None if another release wrote it in another form."""
     try:
         return msgspec.structs.replace(msgspec.json.decode(data, type=Event), id=name)
     except msgspec.MsgspecError:

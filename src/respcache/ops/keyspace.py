@@ -1,7 +1,6 @@
-"""The keys of the cache's server, as far as operators look at them: the only place that walks keys,
-with a bound.
+"""Access to the keys of the cache server: the only module that scans keys, with a bound.
 
-Entries are read and deleted here by key; what one looks at is in no figure of the cache.
+Operations of this module do not change the cache's counters.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,27 +10,27 @@ from typing import Any, Protocol
 
 from respcache.core.entry import HEAD_BYTES
 from respcache.core.keys import BUMPS_CHANNEL
-from respcache.ops.publisher import StatsPublisher
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.stores.memory import MemoryServer
 
 FIRST_BATCH = 100
-MOST_BATCH = 1_000
-"""Keys that one command goes through: well under a millisecond of the server."""
+MAX_BATCH = 1_000
+"""Keys that one command examines: well under a millisecond of the server's time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """A part of a walk over the keys: what matched, where it goes on (empty: it is over), how many
-    it went through, about."""
+class KeyScan:
+    """The result of a scan: matching keys, the cursor (empty at the end), and the approximate
+    number of keys that were examined."""
 
     keys: list[str]
     cursor: str
-    looked_at: int
+    scanned: int
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A key's first ``HEAD_BYTES``, its size, and how long it will live."""
+class StoredKey:
+    """The first ``HEAD_BYTES`` of a value, its size, and its remaining time to live."""
 
     key: str
     head: bytes
@@ -40,48 +39,50 @@ class Stored:
 
 
 class Keyspace(Protocol):
-    """What is asked of the keys. Everything raises ``StoreUnavailable``."""
+    """Operations on keys. Each raises ``StoreUnavailable``."""
 
-    async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
-        """Go on from a cursor (empty: begin) until about ``enough`` keys match a glob, or ``most``
-        were gone through."""
+    async def find(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
+        """Find keys that match a glob, from a cursor on (empty for the beginning).
+
+        Stops after about ``enough`` matches or ``most`` examined keys.
+        """
         ...
 
-    async def stored(self, keys: Sequence[str]) -> list[Stored]:
-        """Look at these keys, but for those that are gone. One round trip."""
+    async def stored(self, keys: Sequence[str]) -> list[StoredKey]:
+        """Read these keys; missing ones are left out. One round trip."""
         ...
 
-    async def total(self) -> int:
+    async def count(self) -> int:
         """Count all keys. One round trip."""
         ...
 
     async def delete(self, key: str) -> int:
-        """Delete a key and tell all processes; return how many there were. One round trip."""
+        """Delete a key and notify all processes; return how many keys existed. One round trip."""
         ...
 
 
 class ServerKeys:
-    """The keys of a Valkey or Redis server, asked by the board's client."""
+    """The keys of a Valkey or Redis server, over the connection of the ``StatsPublisher``."""
 
     def __init__(self, publisher: StatsPublisher) -> None:
         self._publisher = publisher
 
-    async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
-        """See ``Keyspace.walk``: SCAN, in batches that grow while little is found."""
-        at, batch, looked_at = int(cursor or 0), FIRST_BATCH, 0
+    async def find(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
+        """See ``Keyspace.find``: SCAN, in batches that grow while few keys match."""
+        at, batch, scanned = int(cursor or 0), FIRST_BATCH, 0
         found: dict[str, None] = {}
         while True:
-            at, names = await self._publisher.ask(_scanning(at, pattern, batch))
+            at, names = await self._publisher.ask(_scan_step(at, pattern, batch))
             found.update((name.decode("utf-8", "replace"), None) for name in names)
-            looked_at += batch
-            if at == 0 or len(found) >= enough or looked_at >= most:
-                return Walk(list(found), str(at) if at else "", looked_at)
-            batch = min(MOST_BATCH, 2 * batch)
+            scanned += batch
+            if at == 0 or len(found) >= enough or scanned >= most:
+                return KeyScan(list(found), str(at) if at else "", scanned)
+            batch = min(MAX_BATCH, 2 * batch)
 
-    async def stored(self, keys: Sequence[str]) -> list[Stored]:
+    async def stored(self, keys: Sequence[str]) -> list[StoredKey]:
         """See ``Keyspace.stored``: GETRANGE, STRLEN and PTTL."""
 
-        async def ask(client: Any) -> Any:
+        async def query(client: Any) -> Any:
             pipeline = client.pipeline(transaction=False)
             for key in keys:
                 pipeline.getrange(key, 0, HEAD_BYTES - 1)
@@ -89,59 +90,59 @@ class ServerKeys:
                 pipeline.pttl(key)
             return await pipeline.execute(raise_on_error=False)
 
-        replies = await self._publisher.ask(ask)
+        replies = await self._publisher.ask(query)
         found = zip(keys, replies[::3], replies[1::3], replies[2::3], strict=True)
         return [
-            Stored(key, head, size, max(0, ttl) / 1000)
+            StoredKey(key, head, size, max(0, ttl) / 1000)
             for key, head, size, ttl in found
             if isinstance(head, bytes) and size
         ]
 
-    async def total(self) -> int:
-        """See ``Keyspace.total``: DBSIZE."""
+    async def count(self) -> int:
+        """See ``Keyspace.count``: DBSIZE."""
 
-        async def ask(client: Any) -> int:
+        async def query(client: Any) -> int:
             return int(await client.dbsize())
 
-        return await self._publisher.ask(ask)
+        return await self._publisher.ask(query)
 
     async def delete(self, key: str) -> int:
         """See ``Keyspace.delete``: DEL and PUBLISH."""
 
-        async def ask(client: Any) -> int:
+        async def query(client: Any) -> int:
             pipeline = client.pipeline(transaction=True)
             pipeline.delete(key)
             pipeline.publish(BUMPS_CHANNEL, key)
             return int((await pipeline.execute())[0])
 
-        return await self._publisher.ask(ask)
+        return await self._publisher.ask(query)
 
 
 class MemoryKeys:
-    """The keys of a server in memory."""
+    """The keys of a server in memory, as tests use it."""
 
     def __init__(self, server: MemoryServer) -> None:
         self._server = server
 
-    async def walk(self, pattern: str, *, cursor: str, enough: int, most: int) -> Walk:
-        """See ``Keyspace.walk``. There are few."""
-        return Walk(
+    async def find(self, pattern: str, *, cursor: str, enough: int, most: int) -> KeyScan:
+        """See ``Keyspace.find``. Examines all keys."""
+        return KeyScan(
             [key for key in self._server.values if fnmatchcase(key, pattern)],
             "",
             len(self._server.values),
         )
 
-    async def stored(self, keys: Sequence[str]) -> list[Stored]:
+    async def stored(self, keys: Sequence[str]) -> list[StoredKey]:
         """See ``Keyspace.stored``."""
         found = []
         for key in keys:
             data, ttl_left_s = self._server.peek(key)
             if isinstance(data, bytes):
-                found.append(Stored(key, data[:HEAD_BYTES], len(data), ttl_left_s))
+                found.append(StoredKey(key, data[:HEAD_BYTES], len(data), ttl_left_s))
         return found
 
-    async def total(self) -> int:
-        """See ``Keyspace.total``."""
+    async def count(self) -> int:
+        """See ``Keyspace.count``."""
         return len(self._server.values)
 
     async def delete(self, key: str) -> int:
@@ -152,11 +153,11 @@ class MemoryKeys:
         return int(there)
 
 
-def _scanning(
+def _scan_step(
     cursor: int, pattern: str, count: int
 ) -> Callable[[Any], Awaitable[tuple[int, list[bytes]]]]:
-    async def ask(client: Any) -> tuple[int, list[bytes]]:
+    async def query(client: Any) -> tuple[int, list[bytes]]:
         at, names = await client.scan(cursor, match=pattern, count=count)
         return int(at), names
 
-    return ask
+    return query

@@ -1,5 +1,4 @@
-"""The trail in PostgreSQL: rows that are added and never changed (``ops/trail.py`` makes the table,
-and what guards it)."""
+"""The audit log in PostgreSQL. ``ops/audit_log.py`` creates its append-only table."""
 
 import re
 from collections.abc import AsyncIterator
@@ -17,8 +16,10 @@ DEADLINE_S = 2.0
 
 
 class PostgresAuditLog:
-    """The trail in the database of ``engine``, over connections of its own. Close it when the
-    application ends."""
+    """The audit log in the database of ``engine``, over connections of its own.
+
+    Close it when the application shuts down.
+    """
 
     def __init__(
         self, engine: AsyncEngine, *, schema: str = "public", deadline_s: float = DEADLINE_S
@@ -30,12 +31,17 @@ class PostgresAuditLog:
         self._append = text(_APPEND.format(table=table))
         self._latest = text(_LATEST.format(table=table))
 
-    async def append(self, act: AuditEvent) -> None:
+    async def append(self, event: AuditEvent) -> None:
         """See ``AuditLog.append``. One round trip, committed when it returns."""
-        given = {"act": act.act, "name": act.name, "role": act.role, "tenant": act.tenant}
-        details = msgspec.json.encode(act.details).decode()
+        values = {
+            "action": event.action,
+            "name": event.name,
+            "role": event.role,
+            "tenant": event.tenant,
+            "details": msgspec.json.encode(event.details).decode(),
+        }
         async with self._connected() as connection:
-            await connection.execute(self._append, {**given, "details": details})
+            await connection.execute(self._append, values)
 
     async def latest(
         self, *, tenant: str | None, limit: int, before: int | None
@@ -54,20 +60,23 @@ class PostgresAuditLog:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
-        """Take a connection for one call: bounded in time, its failures as ``AuditLogUnavailable``."""
+        """Provide a connection for one call; bounded in time. Raises ``AuditLogUnavailable``."""
         try:
             async with self._connections.connected() as connection:
                 yield connection
         except OutboxError as error:
-            raise AuditLogUnavailable(f"the trail: {error}") from error
+            raise AuditLogUnavailable(f"the audit log: {error}") from error
 
 
+# the column `act` keeps its name, so that existing tables need no migration
 _APPEND = """
-INSERT INTO {table} (act, name, role, tenant, details) VALUES (:act, :name, :role, :tenant, CAST(CAST(:details AS text) AS jsonb))
+INSERT INTO {table} (act, name, role, tenant, details)
+VALUES (:action, :name, :role, :tenant, CAST(CAST(:details AS text) AS jsonb))
 """
 
 _LATEST = """
-SELECT id, at, act, name, role, tenant, CAST(details AS text) AS details FROM {table}
-WHERE (CAST(:tenant AS text) IS NULL OR tenant = :tenant) AND (CAST(:before AS bigint) IS NULL OR id < :before)
+SELECT id, at, act AS action, name, role, tenant, CAST(details AS text) AS details FROM {table}
+WHERE (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
+  AND (CAST(:before AS bigint) IS NULL OR id < :before)
 ORDER BY id DESC LIMIT :limit
 """

@@ -1,14 +1,14 @@
-"""What is stored: search by tenant and module, samples, one key looked at closely."""
+"""Stored responses: search by tenant and module, samples, and the details of one key."""
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from heapq import nlargest
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from respcache.cache import Cache
 from respcache.core import encoding, keys
 from respcache.core import entry as entries
 from respcache.core.encoding import ContentCoding
@@ -27,33 +27,30 @@ from respcache.ops.facts import (
     key_parts,
     policy_facts,
 )
-from respcache.ops.keyspace import Keyspace, Stored
+from respcache.ops.keyspace import Keyspace, StoredKey
 from respcache.read.plans import Plan
 from respcache.routing.table import Route
 from respcache.stores.base import Reading
 
-if TYPE_CHECKING:
-    from respcache.cache import Cache
-
-MAX_LOOKED_AT = 20_000
-"""Keys that one request goes through."""
+MAX_SCANNED = 20_000
+"""Keys that one request examines."""
 
 MAX_CURSOR = 2**64 - 1
-"""What SCAN takes."""
+"""The largest cursor that SCAN accepts."""
 
 MAX_SAMPLED = 2_000
-AT_ONCE = 500
-"""Keys that are looked at with one command."""
+READ_AT_ONCE = 500
+"""Keys that are read in one round trip."""
 
 TOP = 20
 TTL_BOUNDS_S = (10.0, 60.0, 180.0, 300.0, 600.0, 1800.0, 3600.0)
 MAX_REVEALED_BYTES = 16 * 1024 * 1024
 MAX_SHOWN = 64 * 1024
-"""Characters of a body that are shown."""
+"""Characters of a body that are returned."""
 
 
 class KeyFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored answer, without its body."""
+    """One stored response, without its body."""
 
     key: str
     tenant: str
@@ -66,46 +63,48 @@ class KeyFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeyPage(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a search. SCAN may show a key twice in different parts."""
+    """One page of a search. SCAN may return a key on two pages."""
 
     keys: list[KeyFacts]
     cursor: str
-    """Give it to go on; empty at the end."""
-    looked_at: int
-    """Keys of the server that this part went through, whoever they belong to; about."""
+    """Pass it to continue; empty at the end."""
+    scanned: int
+    """Approximate number of keys of all tenants that were examined for this page."""
     total: int
-    """Keys that the server has."""
+    """Keys on the server."""
 
 
-class Bucket(msgspec.Struct, frozen=True, kw_only=True):
-    """One column of a histogram: ``count`` entries with less than ``below_s`` seconds to live
-    (None: more than all others)."""
+class TtlBucket(msgspec.Struct, frozen=True, kw_only=True):
+    """One column of a histogram: ``count`` entries with less than ``below_s`` seconds to live.
+
+    None marks the last column, which has no bound.
+    """
 
     below_s: float | None
     count: int
 
 
 class KeySample(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bounded look at the server's keys found."""
+    """A sample of the stored responses, from a bounded scan."""
 
     sampled: int
-    """Entries that were looked at."""
-    looked_at: int
+    """Entries in the sample."""
+    scanned: int
     total: int
     complete: bool
-    """All keys of the server were looked at, so these are all entries."""
+    """Whether all keys of the server were examined, so that these are all entries."""
     size_bytes: int
-    """Of the sampled entries."""
+    """Total size of the sample."""
     largest: list[KeyFacts]
     costliest: list[KeyFacts]
-    """By what it took to make them."""
-    ttl: list[Bucket]
+    """By the duration of their fills."""
+    ttl: list[TtlBucket]
     modules: dict[str, int]
-    """Sampled bytes by module."""
+    """Bytes in the sample by module."""
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored answer, looked at closely. The body is not in it: ``Admin.reveal``."""
+    """The details of one stored response, without its body (see ``Admin.reveal``)."""
 
     key: str
     tenant: str
@@ -114,83 +113,81 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     entry: EntryFacts
     headers: list[tuple[str, str]]
-    """That are stored with it."""
+    """The stored response headers."""
     generation: GenerationFacts
     tags: tuple[str, ...]
-    """What it depends on; where its route is not known: what it may depend on."""
+    """The tags that it depends on; if its route is unknown, those on which it may depend."""
     routes: list[str]
-    """Templates of the routes that can have stored it, by its module and kind."""
+    """Path templates of the routes with its module and kind, which may have stored it."""
     route: str | None = None
     policy: PolicyFacts | None = None
     parts: list[Part] = []
-    """Route, policy and parts: where this process remembers a request that leads to the key, as a
-    digest tells nothing."""
-    held: bool = False
-    """In the memory of this process."""
+    """Route, policy and parts are set only if this process has cached a plan for the key: a digest
+    does not reveal them."""
+    in_memory: bool = False
+    """Whether this process has it in memory."""
 
 
 class StoredBody(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of a stored answer, decompressed."""
+    """The body of a stored response, decompressed."""
 
     key: str
     content_type: str
     size_bytes: int
     text: str | None
-    """None where it is no text. Of a value: JSON."""
+    """None if it is not text. JSON for a cached value."""
     truncated: bool
-    """There is more of it than is shown."""
+    """Whether ``text`` is only the beginning."""
 
 
-class Counted(msgspec.Struct, frozen=True, kw_only=True):
-    """How many entries there are, as far as was looked."""
+class EntryCount(msgspec.Struct, frozen=True, kw_only=True):
+    """The number of entries among the examined keys."""
 
     entries: int
-    looked_at: int
+    scanned: int
     complete: bool
 
 
 async def find(
     space: Keyspace, *, tenant: str | None, module: str | None, cursor: str, limit: int
 ) -> KeyPage:
-    """Search. Costs a few round trips, more where matches are rare."""
+    """Search entries. Takes a few round trips, more if matches are rare. Raises ``NotFound``."""
     if cursor and not (
         cursor.isascii() and cursor.isdecimal() and len(cursor) <= 20 and int(cursor) <= MAX_CURSOR
     ):
         raise NotFound(f"no cursor {cursor[:40]!r}")
-    walk = await space.walk(
-        keys.entry_pattern(tenant, module), cursor=cursor, enough=limit, most=MAX_LOOKED_AT
+    scan = await space.find(
+        keys.entry_pattern(tenant, module), cursor=cursor, enough=limit, most=MAX_SCANNED
     )
-    total = await space.total()
+    total = await space.count()
     found = [
         facts
-        for stored in await space.stored(_entries(walk.keys))
+        for stored in await space.stored(_entries(scan.keys))
         if (facts := _facts(stored)) is not None
     ]
-    return KeyPage(
-        keys=found, cursor=walk.cursor, looked_at=min(walk.looked_at, total), total=total
-    )
+    return KeyPage(keys=found, cursor=scan.cursor, scanned=min(scan.scanned, total), total=total)
 
 
 async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> KeySample:
-    """Look at a bounded number of keys."""
-    walk = await space.walk(
-        keys.entry_pattern(tenant, module), cursor="", enough=MAX_SAMPLED, most=MAX_LOOKED_AT
+    """Describe a sample of the entries, from a bounded number of keys."""
+    scan = await space.find(
+        keys.entry_pattern(tenant, module), cursor="", enough=MAX_SAMPLED, most=MAX_SCANNED
     )
-    names, found = _entries(walk.keys), list[KeyFacts]()
-    for start in range(0, len(names), AT_ONCE):
-        for stored in await space.stored(names[start : start + AT_ONCE]):
+    names, found = _entries(scan.keys), list[KeyFacts]()
+    for start in range(0, len(names), READ_AT_ONCE):
+        for stored in await space.stored(names[start : start + READ_AT_ONCE]):
             facts = _facts(stored)
             if facts is not None:
                 found.append(facts)
-    total = await space.total()
+    total = await space.count()
     modules: Counter[str] = Counter()
     for facts in found:
         modules[facts.module] += facts.size_bytes
     return KeySample(
         sampled=len(found),
-        looked_at=total if not walk.cursor else min(walk.looked_at, total),
+        scanned=total if not scan.cursor else min(scan.scanned, total),
         total=total,
-        complete=not walk.cursor,
+        complete=not scan.cursor,
         size_bytes=sum(facts.size_bytes for facts in found),
         largest=nlargest(TOP, found, attrgetter("size_bytes")),
         costliest=nlargest(TOP, found, attrgetter("fill_ms")),
@@ -199,19 +196,19 @@ async def sample(space: Keyspace, *, tenant: str | None, module: str | None) -> 
     )
 
 
-async def count(space: Keyspace, *, tenant: str, module: str | None) -> Counted:
-    """Count the entries of a tenant, going through a bounded number of keys."""
-    walk = await space.walk(
-        keys.entry_pattern(tenant, module), cursor="", enough=MAX_LOOKED_AT, most=MAX_LOOKED_AT
+async def count(space: Keyspace, *, tenant: str, module: str | None) -> EntryCount:
+    """Count the entries of a tenant among a bounded number of keys."""
+    scan = await space.find(
+        keys.entry_pattern(tenant, module), cursor="", enough=MAX_SCANNED, most=MAX_SCANNED
     )
-    total = await space.total()
-    looked_at = total if not walk.cursor else min(walk.looked_at, total)
-    return Counted(entries=len(_entries(walk.keys)), looked_at=looked_at, complete=not walk.cursor)
+    total = await space.count()
+    scanned = total if not scan.cursor else min(scan.scanned, total)
+    return EntryCount(entries=len(_entries(scan.keys)), scanned=scanned, complete=not scan.cursor)
 
 
-async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
-    """Look at one stored answer closely. One round trip, over the connection whose identity its
-    verdict depends on.
+async def inspect(cache: Cache, key: str, named: EntryKey) -> Inspection:
+    """Return the details of one stored response. One round trip, over the cache's own connection,
+    because the verdict depends on that connection's server life.
 
     Raises ``NotFound`` and ``StoreError``.
     """
@@ -225,7 +222,7 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
     if plan is not None:
         possible = [plan.route]
     tags = _tags(named.module, possible, cache.registry.tables)
-    reading, entry = await _read(cache, key, named, tags)
+    reading, entry = await _read(cache, key, named, tags=tags)
     view = reading.generations[0]
     size_bytes, ttl_left_s = len(reading.entry or b""), reading.remaining_ms / 1000
     facts = entry_facts(
@@ -243,7 +240,7 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
         module=named.module,
         kind=named.kind,
         digest=named.digest.hex(),
-        entry=facts if known else _doubted(facts, entry, view, named, possible),
+        entry=facts if known else _qualified(facts, (entry, view), named=named, routes=possible),
         headers=[
             (name.decode("latin-1"), value.decode("latin-1")) for name, value in entry.headers
         ],
@@ -253,14 +250,16 @@ async def inspect(cache: "Cache", key: str, named: EntryKey) -> Inspection:
         route=plan.route.template if plan is not None else None,
         policy=policy_facts(plan.policy) if plan is not None else None,
         parts=key_parts(plan.form.parameters) if plan is not None else [],
-        held=cache.runtime is not None and key in cache.runtime.near,
+        in_memory=cache.runtime is not None and key in cache.runtime.near,
     )
 
 
-async def body_of(cache: "Cache", key: str, named: EntryKey) -> StoredBody:
-    """Return the body of a stored answer. One round trip. Raises ``NotFound`` and
-    ``StoreError``."""
-    _, entry = await _read(cache, key, named, (FLOOR,))
+async def body_of(cache: Cache, key: str, named: EntryKey) -> StoredBody:
+    """Return the body of a stored response. One round trip.
+
+    Raises ``NotFound`` and ``StoreError``.
+    """
+    _, entry = await _read(cache, key, named, tags=(FLOOR,))
     plain = entry.body
     if entry.coding is ContentCoding.zstd:
         found = encoding.decompress(entry.body, max_bytes=MAX_REVEALED_BYTES)
@@ -281,23 +280,23 @@ async def body_of(cache: "Cache", key: str, named: EntryKey) -> StoredBody:
 
 
 async def _read(
-    cache: "Cache", key: str, named: EntryKey, tags: Sequence[str]
+    cache: Cache, key: str, named: EntryKey, *, tags: Sequence[str]
 ) -> tuple[Reading, Entry]:
     if cache.store is None:
-        raise StoreUnavailable("the application runs without a server for its cache")
+        raise StoreUnavailable("the application runs without a cache server")
     reading = await cache.store.read(key, [(keys.generation_key(named.tenant), tags)])
     entry = None if reading.entry is None else entries.decode(reading.entry)
     if entry is None:
         raise NotFound(
             f"no key {key!r}"
             if reading.entry is None
-            else f"{key!r} holds none of this release's entries"
+            else f"{key!r} is not an entry of this release"
         )
     return reading, entry
 
 
-def _plan_to(cache: "Cache", key: str) -> Plan | None:
-    """Find a request that this process remembers and that leads to a key."""
+def _plan_to(cache: Cache, key: str) -> Plan | None:
+    """Return a plan in the plan cache of this process that leads to a key."""
     plan_cache = None if cache.middleware is None else cache.middleware.plan_cache
     plans = () if plan_cache is None else plan_cache.plans()
     return next(
@@ -311,8 +310,8 @@ def _plan_to(cache: "Cache", key: str) -> Plan | None:
 
 
 def _tags(module: str, routes: Iterable[Route], known: Iterable[str]) -> tuple[str, ...]:
-    """Return what an entry of the module depends on: of these routes, or where there are none, of
-    all tables that are known."""
+    """Return the tags of an entry: with the tables of these routes, or of all routes if there are
+    none."""
     tables = [table for route in routes if route.policy for table in route.policy.tables]
     return (
         FLOOR,
@@ -321,36 +320,39 @@ def _tags(module: str, routes: Iterable[Route], known: Iterable[str]) -> tuple[s
     )
 
 
-def _doubted(
-    facts: EntryFacts, entry: Entry, view: GenerationView, named: EntryKey, routes: Sequence[Route]
+def _qualified(
+    facts: EntryFacts,
+    judged_by: tuple[Entry, GenerationView],
+    *,
+    named: EntryKey,
+    routes: Sequence[Route],
 ) -> EntryFacts:
-    """Take a verdict back that holds for some only of the routes that can have stored the entry."""
+    """Replace the verdict by ``depends`` unless it is the same for all possible routes."""
     if facts.verdict != Verdict.INVALIDATED or {FLOOR, module_tag(named.module)} & set(
         facts.bumped
     ):
         return facts
-    said = {
-        route.template: judged(entry, view, route.policy.tags, named.digest)[0]
+    verdicts = {
+        route.template: judged(*judged_by, route.policy.tags, digest=named.digest)[0]
         for route in routes
         if route.policy is not None
     }
-    if said and set(said.values()) == {facts.verdict}:
+    if verdicts and set(verdicts.values()) == {facts.verdict}:
         return facts
     why = "; ".join(
-        f"{verdict} if it is of {template}" for template, verdict in sorted(said.items())
+        f"{verdict} if {template} stored it" for template, verdict in sorted(verdicts.items())
     )
     return msgspec.structs.replace(
-        facts, verdict="depends", why=why or f"{facts.why}, if it depends on that"
+        facts, verdict="depends", why=why or f"{facts.why}, if it depends on them"
     )
 
 
 def _entries(names: Iterable[str]) -> list[str]:
-    """Choose those of entries, in the order of their names: that of SCAN is another one on every
-    server."""
+    """Return the names of entries in sorted order: that of SCAN differs between servers."""
     return sorted(name for name in names if keys.read_entry_key(name) is not None)
 
 
-def _facts(stored: Stored) -> KeyFacts | None:
+def _facts(stored: StoredKey) -> KeyFacts | None:
     named, head = keys.read_entry_key(stored.key), entries.decode_header(stored.head)
     if named is None or head is None:
         return None
@@ -366,14 +368,14 @@ def _facts(stored: Stored) -> KeyFacts | None:
     )
 
 
-def _histogram(seconds: Sequence[float]) -> list[Bucket]:
+def _histogram(seconds: Sequence[float]) -> list[TtlBucket]:
     lower = (0.0, *TTL_BOUNDS_S)
     upper = (*TTL_BOUNDS_S, float("inf"))
     counts = [
         sum(low <= one < high for one in seconds) for low, high in zip(lower, upper, strict=True)
     ]
     return [
-        Bucket(below_s=bound, count=found)
+        TtlBucket(below_s=bound, count=found)
         for bound, found in zip((*TTL_BOUNDS_S, None), counts, strict=True)
     ]
 

@@ -1,9 +1,9 @@
-"""An application measured with its cache, without it, and beside a bare ASGI application that sends
+"""Measures an application with its cache, without it, and beside a bare ASGI application that sends
 the same bytes.
 
-The lanes take turns, in random order, in each round at each number of connections, so that whatever
-else the machine does meets all of them. Every answer is compared, unless it differs from one time
-to the next by itself.
+The lanes take turns in random order, in each round and for each number of connections, so that
+other load on the machine affects all of them. Every response is compared, unless responses vary by
+themselves.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from respcache.core.errors import ConfigurationError
-from respcache.ops.bench.load import Ask, WrongAnswer, drive, percentile
+from respcache.ops.bench.load import LoadRequest, WrongResponse, drive, percentile
 from respcache.ops.bench.processes import (
     READY,
     Cores,
@@ -39,21 +39,21 @@ from respcache.ops.bench.processes import (
 )
 
 MARK = b"respcache; hit"
-"""In the head of a hit (``Cache-Status``), in lower case."""
+"""In the headers of a hit (``Cache-Status``), in lower case."""
 
 LOG_LINES = 15
 DEADLINE_S = 30.0
 UNPREPARED = ("connection", "date", "keep-alive", "server", "transfer-encoding")
-"""Headers that a server adds itself."""
+"""Headers that a server adds by itself."""
 
-Tell = Callable[[str, int, int], None]
-"""Is told what is being done, and how many of how many stretches are over."""
+OnProgress = Callable[[str, int, int], None]
+"""Called with the current step, the number of finished periods of load, and the total."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a lane answers. ``pids``: of its processes, where they are known; then its CPU time is
-    measured."""
+    """The address of a lane's server. CPU time is measured if the ids of its processes are
+    known."""
 
     host: str
     port: int
@@ -62,21 +62,21 @@ class Address:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long it takes: rounds, and the seconds of one lane in one round at one number of
+    """The duration of a benchmark. ``seconds`` is that of one lane in one round at one number of
     connections."""
 
     rounds: int
     seconds: float
     connections: tuple[int, ...]
 
-    def stretches(self, lanes: int) -> int:
-        """Count the stretches of load."""
+    def periods(self, lanes: int) -> int:
+        """Return the number of periods of load."""
         return self.rounds * len(self.connections) * lanes
 
 
 @dataclass
 class Cell:
-    """What the rounds of a lane at one number of connections showed."""
+    """The measurements of one lane at one number of connections."""
 
     rps: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
@@ -85,8 +85,10 @@ class Cell:
     latencies_ns: "array[int]" = field(default_factory=lambda: array("q"))
 
     def counters(self) -> dict[str, Any]:
-        """Return medians over the rounds, percentiles over all requests. ``cpu_us``: of the server,
-        a request; None: unknown."""
+        """Return medians over the rounds, and percentiles over all requests.
+
+        ``cpu_us`` is the server's CPU time per request; None if unknown.
+        """
         requests = len(self.latencies_ns)
         return {
             "rps": round(percentile(self.rps, 50), 1),
@@ -101,7 +103,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: path and query, and headers."""
+    """A GET request: path and query, and headers."""
 
     target: str
     headers: tuple[tuple[str, str], ...]
@@ -117,7 +119,7 @@ class Request:
 
 
 class Bench:
-    """Starts what is ours, measures, and ends it. Use as a context manager."""
+    """Starts servers, measures them, and ends them. Use it as a context manager."""
 
     def __init__(self, requests: Sequence[Request], *, cores: Cores | None = None) -> None:
         self.notes: list[str] = []
@@ -125,7 +127,7 @@ class Bench:
         self._cores = cores or Cores.found()
         self._stack = contextlib.ExitStack()
         self._lanes: dict[str, Address] = {}
-        self._live = False  # others may write while it is measured
+        self._live = False  # other clients may write during the measurement
 
     def __enter__(self) -> "Bench":
         self._folder = Path(
@@ -138,48 +140,56 @@ class Bench:
 
     def add_application(self, target: str) -> None:
         """Start ``module:app`` twice, with and without its cache. Raises ``Failed``."""
-        started = [(way, *self._launch(way, target)) for way in ("with", "without")]
-        for way, port, process in started:
-            self._lanes[way] = self._ready(way, port, process)
+        started = [(lane, *self._launch(lane, target)) for lane in ("with", "without")]
+        for lane, port, process in started:
+            self._lanes[lane] = self._ready(lane, port, process)
 
-    def add_running(self, way: str, address: Address) -> None:
-        """Measure a server that runs already. Its answers are not compared: somebody may write."""
+    def add_running(self, lane: str, address: Address) -> None:
+        """Measure a running server. Its responses are not compared, because they may change."""
         self._live = True
         pids = {one for pid in address.pids for one in family(pid)}
-        self._lanes[way] = Address(address.host, address.port, tuple(sorted(pids)))
+        self._lanes[lane] = Address(address.host, address.port, tuple(sorted(pids)))
 
-    def run(self, effort: Effort, tell: Tell) -> dict[str, Any]:
-        """Measure, and return figures by lane and number of connections. Raises ``Failed``,
-        ``WrongAnswer`` and ``OSError``."""
-        tell("looking at the answers", 0, 1)
+    def run(self, effort: Effort, on_progress: OnProgress) -> dict[str, Any]:
+        """Measure; return measurements by lane and number of connections.
+
+        Raises ``Failed``, ``WrongResponse`` and ``OSError``.
+        """
+        on_progress("checking the responses", 0, 1)
         asks = self._asks()
         lanes = list(self._lanes)
-        cells = {(way, count): Cell() for way in lanes for count in effort.connections}
-        total, over = effort.stretches(len(lanes)), 0
+        cells = {(lane, count): Cell() for lane in lanes for count in effort.connections}
+        total, finished = effort.periods(len(lanes)), 0
         chance = random.Random(1)
-        for way in lanes:
-            tell(f"warming up: {way}", over, total)
+        for lane in lanes:
+            on_progress(f"warming up: {lane}", finished, total)
             drive(
-                self._lanes[way].port,
-                asks[way],
-                host=self._lanes[way].host,
+                self._lanes[lane].port,
+                asks[lane],
+                host=self._lanes[lane].host,
                 connections=1,
-                requests=max(32, len(asks[way])),
+                requests=max(32, len(asks[lane])),
             )
         for number in range(effort.rounds):
             for count in effort.connections:
-                for way in chance.sample(lanes, len(lanes)):
-                    tell(
-                        f"round {number + 1} of {effort.rounds}: {way}, {count} connections",
-                        over,
+                for lane in chance.sample(lanes, len(lanes)):
+                    on_progress(
+                        f"round {number + 1} of {effort.rounds}: {lane}, {count} connections",
+                        finished,
                         total,
                     )
-                    self._stretch(cells[way, count], way, asks[way], count, effort.seconds)
-                    over += 1
-        tell("done", over, total)
+                    self._period(
+                        cells[lane, count],
+                        lane,
+                        asks[lane],
+                        connections=count,
+                        seconds=effort.seconds,
+                    )
+                    finished += 1
+        on_progress("done", finished, total)
         result = {
-            way: {f"c{count}": cells[way, count].counters() for count in effort.connections}
-            for way in lanes
+            lane: {f"c{count}": cells[lane, count].counters() for count in effort.connections}
+            for lane in lanes
         }
         for counters in result.values():
             for count in effort.connections:
@@ -187,20 +197,26 @@ class Bench:
         return result
 
     def machine(self) -> str:
-        """Name the machine and who runs where."""
+        """Describe the machine and the assignment of cores."""
         if self._live:
-            return f"{describe(self._cores)}; what ran already was not moved"
+            return f"{describe(self._cores)}; running servers were not moved to other cores"
         return (
             f"{describe(self._cores)}; servers on core {self._cores.servers()[0]}, load on core "
             f"{self._cores.generator()[0]}"
         )
 
-    def _stretch(
-        self, cell: Cell, way: str, asks: Sequence[Ask], connections: int, seconds: float
+    def _period(
+        self,
+        cell: Cell,
+        lane: str,
+        asks: Sequence[LoadRequest],
+        *,
+        connections: int,
+        seconds: float,
     ) -> None:
-        address = self._lanes[way]
+        address = self._lanes[lane]
         before = cpu_ns(address.pids)
-        hit = b"" if way == "bare" else MARK  # it repeats a head of ours, as it came
+        hit = b"" if lane == "bare" else MARK  # it repeats recorded headers
         sample = drive(
             address.port,
             asks,
@@ -218,45 +234,44 @@ class Bench:
         if address.pids:
             cell.cpu_us.append((cpu_ns(address.pids) - before) / 1000 / sample.requests)
 
-    def _asks(self) -> dict[str, list[Ask]]:
-        """Ask everything twice everywhere, see what the answers have in common, and start the bare
-        lane with them."""
+    def _asks(self) -> dict[str, list[LoadRequest]]:
+        """Send each request twice to each lane, compare the responses, and start the bare lane with
+        them."""
         seen = {
-            way: [[_fetch(at, request) for _ in range(2)] for request in self._requests]
-            for way, at in self._lanes.items()
+            lane: [[_fetch(at, request) for _ in range(2)] for request in self._requests]
+            for lane, at in self._lanes.items()
         }
         exact = []
         for number, request in enumerate(self._requests):
-            bodies = {body for answers in seen.values() for _, body in answers[number]}
+            bodies = {body for responses in seen.values() for _, body in responses[number]}
             exact.append(len(bodies) == 1 and not self._live)
             if len(bodies) > 1 and not self._live:
                 self.notes.append(
-                    f"{request.target}: its answer differs from one time to the next, so answers "
-                    f"are not compared"
+                    f"{request.target}: its response varies, so responses are not compared"
                 )
-        first = [answers[1] for answers in seen["with"]]
+        first = [responses[1] for responses in seen["with"]]
         self._start_bare(
             [
-                Prepared(one.target, *answer)
-                for one, answer in zip(self._requests, first, strict=True)
+                Prepared(one.target, *response)
+                for one, response in zip(self._requests, first, strict=True)
             ]
         )
         asks = {}
-        for way, at in self._lanes.items():
-            found = first if way == "bare" else [answers[1] for answers in seen[way]]
-            asks[way] = [
-                Ask(request.encode(at.host), body, exact=same or way == "bare")
+        for lane, at in self._lanes.items():
+            found = first if lane == "bare" else [responses[1] for responses in seen[lane]]
+            asks[lane] = [
+                LoadRequest(request.encode(at.host), body, exact=same or lane == "bare")
                 for request, (_, body), same in zip(self._requests, found, exact, strict=True)
             ]
         return asks
 
-    def _start_bare(self, answers: list[Prepared]) -> None:
-        path = self._folder / "answers"
-        path.write_bytes(msgspec.msgpack.encode(answers))
+    def _start_bare(self, responses: list[Prepared]) -> None:
+        path = self._folder / "responses"
+        path.write_bytes(msgspec.msgpack.encode(responses))
         self._lanes["bare"] = self._ready("bare", *self._launch("bare", str(path)))
 
-    def _launch(self, way: str, target: str) -> "tuple[int, subprocess.Popen[bytes]]":
-        with socket.socket() as listening, (self._folder / f"{way}.log").open("wb") as log:
+    def _launch(self, lane: str, target: str) -> "tuple[int, subprocess.Popen[bytes]]":
+        with socket.socket() as listening, (self._folder / f"{lane}.log").open("wb") as log:
             listening.bind(("127.0.0.1", 0))
             listening.listen(1024)
             listening.set_inheritable(True)
@@ -265,7 +280,7 @@ class Bench:
                     sys.executable,
                     "-m",
                     "respcache.ops.bench.serve",
-                    way,
+                    lane,
                     target,
                     str(listening.fileno()),
                 ],
@@ -273,26 +288,24 @@ class Bench:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 pass_fds=(listening.fileno(),),
-                start_new_session=True,  # Ctrl-C reaches us alone, and we end them in order
+                start_new_session=True,  # only this process gets Ctrl-C, and it ends the others
                 preexec_fn=tied_to_us(self._cores.available),
             )
             self._stack.callback(end, process)
             return listening.getsockname()[1], process
 
-    def _ready(self, way: str, port: int, process: "subprocess.Popen[bytes]") -> Address:
+    def _ready(self, lane: str, port: int, process: "subprocess.Popen[bytes]") -> Address:
         assert process.stdout is not None
         if READY not in iter(process.stdout.readline, b""):
-            said = (
-                (self._folder / f"{way}.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
-            )
-            raise Failed("\n".join([f"the application, {way}, did not start:", *said]))
+            log = (self._folder / f"{lane}.log").read_text(errors="replace").splitlines()
+            raise Failed("\n".join([f"the lane {lane!r} did not start:", *log[-LOG_LINES:]]))
         pin(process.pid, self._cores.servers())
         return Address("127.0.0.1", port, (process.pid,))
 
 
 @contextlib.contextmanager
-def beside(cores: Cores) -> Iterator[None]:
-    """Have this process, which asks, run on a core of its own for so long, where there are two."""
+def on_generator_core(cores: Cores) -> Iterator[None]:
+    """Run this process, the load generator, on a core of its own, if the machine has two."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores.generator())
     try:
@@ -302,8 +315,8 @@ def beside(cores: Cores) -> Iterator[None]:
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
-    """Return how many times as many requests a second, and which part of the CPU: with the cache
-    against without it."""
+    """Return the ratios with the cache to without it: of requests per second, and of inverse CPU
+    time per request."""
     found = {}
     for count, counters in result["with"].items():
         other = result.get("without", {}).get(count)
@@ -317,8 +330,7 @@ def ratios(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(counters: dict[str, Any], bare: dict[str, Any]) -> None:
-    """Add how it stands against bare ASGI: the share of its requests a second, and its CPU over
-    ours."""
+    """Add the ratios to bare ASGI: of requests per second, and of inverse CPU time."""
     counters["rps_ratio"] = round(counters["rps"] / bare["rps"], 3)
     counters["cpu_ratio"] = (
         round(bare["cpu_us"] / counters["cpu_us"], 3)
@@ -328,29 +340,29 @@ def _compare(counters: dict[str, Any], bare: dict[str, Any]) -> None:
 
 
 def _fetch(address: Address, request: Request) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Ask once; return the headers and the body as they came. Raises ``WrongAnswer`` unless it is
-    an answer to be measured."""
+    """Send a request; return headers and body. Raises ``WrongResponse`` if it cannot be
+    measured."""
     connection = http.client.HTTPConnection(address.host, address.port, timeout=DEADLINE_S)
     try:
         connection.putrequest("GET", request.target, skip_accept_encoding=True)
         for name, value in request.headers:
             connection.putheader(name, value)
         connection.endheaders()
-        answer = connection.getresponse()
-        body = answer.read()
-        headers = answer.getheaders()
+        response = connection.getresponse()
+        body = response.read()
+        headers = response.getheaders()
     except http.client.HTTPException as error:
-        raise WrongAnswer(f"{request.target}: {type(error).__name__}: {error}") from None
+        raise WrongResponse(f"{request.target}: {type(error).__name__}: {error}") from None
     finally:
         connection.close()
-    if answer.status != 200:
-        raise WrongAnswer(
-            f"{request.target} was answered with {answer.status}: "
-            f"{body[:200].decode(errors='replace')}"
+    if response.status != 200:
+        raise WrongResponse(
+            f"{request.target} got status {response.status}: {body[:200].decode(errors='replace')}"
         )
-    if answer.getheader("content-length") is None:
-        raise WrongAnswer(
-            f"{request.target} is answered without a content length: what is streamed is not cached"
+    if response.getheader("content-length") is None:
+        raise WrongResponse(
+            f"{request.target}: the response has no content length, and streamed responses are "
+            f"not cached"
         )
     kept = [
         (name.lower().encode(), value.encode("latin-1"))
@@ -361,11 +373,11 @@ def _fetch(address: Address, request: Request) -> tuple[list[tuple[bytes, bytes]
 
 
 def parse_connections(text: str) -> tuple[int, ...]:
-    """Read ``1,16,64``. Raises ``ConfigurationError``."""
+    """Parse ``1,16,64``. Raises ``ConfigurationError``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 0 < int(part) <= 1000 for part in parts):
         raise ConfigurationError(
-            f"--connections {text!r} must be numbers from 1 to 1000 between commas"
+            f"--connections {text!r} must be numbers from 1 to 1000, separated by commas"
         )
     return tuple(dict.fromkeys(map(int, parts)))
 
@@ -375,6 +387,6 @@ def check_pids(pids: Iterable[int]) -> tuple[int, ...]:
     for pid in pids:
         if not Path(f"/proc/{pid}/task").is_dir():
             raise ConfigurationError(
-                f"no process {pid}: --pid and --without-pid are ids of processes on this machine"
+                f"no process {pid}: --pid and --without-pid must be processes on this machine"
             )
     return tuple(pids)

@@ -1,14 +1,14 @@
-"""The load generator: kept connections that each send the next request when their answer is
-complete and was compared.
+"""The load generator: persistent connections, each of which sends its next request when it has
+compared the response to the last one.
 
-Why not wrk: it counts answers, it does not look at them (with a Lua callback for that it is slower
-than this), and it knows no fills, no hits and no CPU time. Here every answer must have status 200,
-the declared length, the very bytes of its page and, where the lane says so, the mark of a hit. That
-costs one epoll, one or two recv into a buffer that exists, one memcmp and one send, which the
-kernel's share outweighs: 20 to 28 us for 40 KB at 16 and 64 connections, beside 26 to 30 us of wrk
-with a Lua script for the pages, in turns on the same servers. Bare ASGI takes twice that, so this
-is not what limits it. Where it is the slower side after all (``busy`` near 1: nginx), throughput is
-a lower bound; the CPU time of the server, which counts, is not touched by that.
+Why not wrk: it counts responses but does not compare them (with a Lua callback that does, it is
+slower than this module), and it measures neither fills nor hits nor CPU time. Here every response
+must have status 200, the declared length, exactly the bytes of its page and, if the lane requires
+it, the mark of a hit. That costs one epoll, one or two recv calls into a preallocated buffer, one
+memcmp and one send: 20 to 28 us for 40 KB at 16 and 64 connections, against 26 to 30 us of wrk with
+a Lua script for the pages, in turns on the same servers. Bare ASGI takes twice that, so the
+generator is not the bottleneck. If it is after all (``busy`` near 1: nginx), throughput is a lower
+bound; the CPU time of the server is not affected.
 """
 
 import contextlib
@@ -26,21 +26,20 @@ SPARE_BYTES = 65536
 STALL_S = 30.0
 
 
-class WrongAnswer(RuntimeError):
-    """A lane answered something else than it must; it is not measured."""
+class WrongResponse(RuntimeError):
+    """A lane sent a wrong response, so it is not measured."""
 
 
-class WrongWay(WrongAnswer):
-    """A right answer, but not the hit or the miss that is measured: once, that may be an accident
-    of a busy machine."""
+class WrongOutcome(WrongResponse):
+    """A correct response, but a miss instead of the measured hit, or vice versa. A busy machine may
+    cause it once."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request and the body that must come back: all of it, or its length and what it begins with.
+class LoadRequest:
+    """A request and the expected body: the complete body, or its beginning and its length.
 
-    Not ``exact``: any body will do (of about that length), for answers that differ from one time to
-    the next.
+    If not ``exact``, any body of about that length is accepted, for responses that vary.
     """
 
     request: bytes
@@ -55,27 +54,27 @@ class Ask:
 
 @dataclass
 class LoadSample:
-    """What one stretch of load showed."""
+    """The measurements of one period of load."""
 
     requests: int = 0
     hits: int = 0
-    """Answers whose head held what was said to mark a hit."""
+    """Responses whose headers contain the mark of a hit."""
     seconds: float = 0.0
     busy: float = 0.0
     latencies_ns: "array[int]" = field(default_factory=lambda: array("q"))
 
     @property
     def rps(self) -> float:
-        """Answers per second."""
+        """Responses per second."""
         return self.requests / self.seconds
 
     def percentile_ms(self, percent: int) -> float:
-        """Return a percentile of how long a whole answer took."""
+        """Return a percentile of the time until a response was complete."""
         return percentile(self.latencies_ns, percent) / 1e6
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Return a percentile, of few values too."""
+    """Return a percentile; works for few values too."""
     if len(values) < 2:
         return float(values[0])
     return float(statistics.quantiles(values, n=100, method="inclusive")[percent - 1])
@@ -94,7 +93,9 @@ class _Connection:
         "view",
     )
 
-    def __init__(self, address: tuple[str, int], number: int, ask: Ask, size: int) -> None:
+    def __init__(
+        self, address: tuple[str, int], *, number: int, ask: LoadRequest, size: int
+    ) -> None:
         self.socket = socket.create_connection(address, 10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
@@ -108,7 +109,7 @@ class _Connection:
 
 def drive(
     port: int,
-    asks: Sequence[Ask],
+    asks: Sequence[LoadRequest],
     *,
     connections: int,
     seconds: float | None = None,
@@ -117,11 +118,11 @@ def drive(
     strict: bool = True,
     host: str = "127.0.0.1",
 ) -> LoadSample:
-    """Send for so many seconds, or so many requests, and compare every answer. Raises
-    ``WrongAnswer`` and ``WrongWay``.
+    """Send requests for some seconds, or a number of them, and compare every response.
 
-    ``hit`` is what the head of a hit holds, in lower case: that of every answer; or, not
-    ``strict``, of those that are counted.
+    ``hit`` is the mark of a hit in the response headers, in lower case. If ``strict``, every
+    response must contain it; else those that do are counted. Raises ``WrongResponse`` and
+    ``WrongOutcome``.
     """
     with contextlib.ExitStack() as stack:
         size = HEAD_BYTES + max(
@@ -130,9 +131,11 @@ def drive(
         poll = stack.enter_context(select.epoll())
         opened: dict[int, _Connection] = {}
         for number in range(connections):
-            # evenly over the pages, so that no two connections walk over them in step
+            # spread evenly over the pages, so that connections do not request them in step
             first = number * len(asks) // connections
-            connection = _Connection((host, port), first, asks[first % len(asks)], size)
+            connection = _Connection(
+                (host, port), number=first, ask=asks[first % len(asks)], size=size
+            )
             stack.callback(connection.socket.close)
             opened[connection.socket.fileno()] = connection
             poll.register(connection.socket, select.EPOLLIN)
@@ -140,27 +143,30 @@ def drive(
         gc.disable()
         if collecting:
             stack.callback(gc.enable)
-        return _drive(poll, opened, asks, seconds, requests, hit, strict)
+        load = _Load(asks=asks, seconds=seconds, requests=requests, hit=hit, strict=strict)
+        return _drive(poll, opened, load)
 
 
-def _drive(
-    poll: select.epoll,
-    opened: dict[int, _Connection],
-    asks: Sequence[Ask],
-    seconds: float | None,
-    requests: int | None,
-    hit: bytes,
-    strict: bool,
-) -> LoadSample:
-    """Loop. Local names and one level of calls: this shares the machine with what it measures."""
-    clock, pages = time.perf_counter_ns, len(asks)
-    # those seen, with length and whether it is a hit: a new one comes once a second
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    asks: Sequence[LoadRequest]
+    seconds: float | None
+    requests: int | None
+    hit: bytes
+    strict: bool
+
+
+def _drive(poll: select.epoll, opened: dict[int, _Connection], load: _Load) -> LoadSample:
+    """Send and compare. Uses local names and few calls, as it shares the machine with the
+    server."""
+    clock, asks, pages = time.perf_counter_ns, load.asks, len(load.asks)
+    # response headers with content length and whether they are a hit: they change once a second
     heads: dict[bytes, tuple[int, bool]] = {}
     sample = LoadSample()
     note = sample.latencies_ns.append
-    left = -1 if requests is None else requests
+    left = -1 if load.requests is None else load.requests
     cpu, started = time.thread_time(), clock()
-    ends = started + int(1e9 * (3600 if seconds is None else seconds))
+    ends = started + int(1e9 * (3600 if load.seconds is None else load.seconds))
     waiting = hits = 0
     for connection in opened.values():
         if left == 0:
@@ -172,7 +178,7 @@ def _drive(
     while waiting:
         ready = poll.poll(STALL_S)
         if not ready:
-            raise WrongAnswer(f"nothing came for {STALL_S:.0f} s")
+            raise WrongResponse(f"no data for {STALL_S:.0f} s")
         for descriptor, _ in ready:
             connection = opened[descriptor]
             buffer, filled = connection.buffer, connection.filled
@@ -186,7 +192,7 @@ def _drive(
                 head = bytes(buffer[:end])
                 known = heads.get(head)
                 if known is None:
-                    known = heads[head] = _read_head(head, hit, strict)
+                    known = heads[head] = _read_head(head, load.hit, load.strict)
                 connection.needed, connection.body_at = end + known[0], end
                 hits += known[1]
             needed, ask = connection.needed, connection.ask
@@ -196,7 +202,7 @@ def _drive(
             at = connection.body_at
             right = needed - at == ask.length and buffer.startswith(ask.body, at, needed)
             if filled != needed or not (right or not ask.exact):
-                raise WrongAnswer(_difference(ask, bytes(buffer[:filled])))
+                raise WrongResponse(_difference(ask, bytes(buffer[:filled])))
             now = clock()
             note(now - connection.sent_at)
             connection.filled = connection.needed = 0
@@ -215,28 +221,30 @@ def _drive(
 
 
 def _read_head(head: bytes, hit: bytes, strict: bool) -> tuple[int, bool]:
-    """Check the head of an answer; return its content length and whether it is a hit. Raises
-    ``WrongAnswer`` and ``WrongWay``."""
+    """Check response headers; return the content length and whether it is a hit.
+
+    Raises ``WrongResponse`` and ``WrongOutcome``.
+    """
     lower = head.lower()
     if not head.startswith(b"HTTP/1.1 200"):
-        raise WrongAnswer(f"not answered with 200: {head[:200]!r}")
+        raise WrongResponse(f"status is not 200: {head[:200]!r}")
     if strict and hit not in lower:
-        raise WrongWay(f"no hit ({hit.decode()!r} is missing): {head!r}")
+        raise WrongOutcome(f"not a hit ({hit.decode()!r} is missing): {head!r}")
     _, found, after = lower.partition(b"\r\ncontent-length: ")
     if not found:
-        raise WrongAnswer(f"no content length: {head!r}")
+        raise WrongResponse(f"no content length: {head!r}")
     return int(after.partition(b"\r")[0]), bool(hit) and hit in lower
 
 
-def _difference(ask: Ask, answer: bytes) -> str:
-    """Say what is wrong with an answer."""
+def _difference(ask: LoadRequest, response: bytes) -> str:
+    """Describe what is wrong with a response."""
     line = ask.request.partition(b" HTTP")[0].decode()
-    _, found, body = answer.partition(b"\r\n\r\n")
+    _, found, body = response.partition(b"\r\n\r\n")
     if not found:
         return f"{line}: the connection was closed"
     pairs = enumerate(zip(ask.body, body, strict=False))
     same = next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(ask.body), len(body)))
     return (
-        f"{line}: {len(body)} bytes instead of {ask.length}, different from byte {same} on: "
+        f"{line}: {len(body)} bytes instead of {ask.length}; they differ from byte {same} on: "
         f"{body[same : same + 40]!r}"
     )

@@ -1,5 +1,4 @@
-"""Processes that are measured, and the machine they are measured on: which core does what, CPU
-time. Linux only."""
+"""Measured processes and their machine: assignment of cores, and CPU time. Linux only."""
 
 import contextlib
 import ctypes
@@ -18,11 +17,11 @@ STOP_DEADLINE_S = 10.0
 SETTLE_S = 0.03
 
 READY = b"ready\n"
-"""What a process of ours prints when it answers."""
+"""The line that a lane's process prints when it accepts requests."""
 
 
 class Prepared(msgspec.Struct):
-    """An answer that is sent as it is, by path and query."""
+    """A response that is sent as it is, for one path and query."""
 
     target: str
     headers: list[tuple[bytes, bytes]]
@@ -30,19 +29,19 @@ class Prepared(msgspec.Struct):
 
 
 class Failed(RuntimeError):
-    """A process did not start, or what it answered cannot be measured."""
+    """A process did not start, or its responses cannot be measured."""
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Who runs where: the servers of lanes on the first cores, the load generator, Valkey and
-    PostgreSQL on the last."""
+    """Assigns cores: the first ones to the servers of lanes, the last one to the load generator,
+    Valkey and PostgreSQL."""
 
     available: tuple[int, ...]
 
     @classmethod
     def found(cls) -> "Cores":
-        """Look at what this process may use."""
+        """Return the cores that this process may use."""
         return cls(tuple(sorted(os.sched_getaffinity(0))))
 
     def servers(self, workers: int = 1) -> tuple[int, ...]:
@@ -50,14 +49,14 @@ class Cores:
         return self.available[: max(1, workers)]
 
     def generator(self) -> tuple[int, ...]:
-        """Return the core of whoever asks. With one core there is nothing to part."""
+        """Return the core of the load generator; on a machine with one core, that one."""
         return self.available[-1:]
 
     def __str__(self) -> str:
         if len(self.available) == 1:
             return (
-                "one core: servers, load generator and Valkey share it, so throughput is that of "
-                "all of them together"
+                "one core, shared by servers, load generator and Valkey: throughput is that of all "
+                "of them together"
             )
         return (
             f"{len(self.available)} cores: a lane's server on core {self.servers()[0]}; "
@@ -66,8 +65,10 @@ class Cores:
 
 
 def cpu_ns(pids: Iterable[int]) -> int:
-    """Return the CPU time of all threads of processes, in nanoseconds: what the scheduler counted,
-    not ticks of 10 ms."""
+    """Return the CPU time of all threads of these processes in nanoseconds.
+
+    It is the scheduler's count, not a number of 10 ms ticks.
+    """
     total = 0
     for pid in pids:
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -77,7 +78,7 @@ def cpu_ns(pids: Iterable[int]) -> int:
 
 
 def family(pid: int) -> tuple[int, ...]:
-    """Return a process and all that descend from it."""
+    """Return the ids of a process and all its descendants."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -92,13 +93,13 @@ def family(pid: int) -> tuple[int, ...]:
 
 
 def pin(pid: int, cores: Iterable[int]) -> None:
-    """Move all threads of a process."""
+    """Bind all threads of a process to these cores."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
 
 
 def describe(cores: Cores) -> str:
-    """Name the machine."""
+    """Describe the machine."""
     with open("/proc/cpuinfo") as lines:
         model = next(
             (line.partition(": ")[2].strip() for line in lines if line.startswith("model name")),
@@ -108,12 +109,12 @@ def describe(cores: Cores) -> str:
 
 
 def settle() -> None:
-    """Let what follows an answer (stores, logs) happen before CPU time is read."""
+    """Wait until work that follows a response (stores, logs) is done, before CPU time is read."""
     time.sleep(SETTLE_S)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
-    """Stop a process, by force where it does not listen."""
+    """Terminate a process; kill it if it does not end in time."""
     process.terminate()
     try:
         process.wait(STOP_DEADLINE_S)
@@ -125,8 +126,8 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def tied_to_us(cores: Iterable[int]) -> Callable[[], None]:
-    """Make the step, run in the child, that pins it and has the kernel end it when we die (prctl
-    PR_SET_PDEATHSIG)."""
+    """Return a function for the child process that binds it to these cores and makes the kernel end
+    it when its parent dies (prctl PR_SET_PDEATHSIG)."""
     prctl, chosen = ctypes.CDLL(None).prctl, set(cores)
 
     def step() -> None:

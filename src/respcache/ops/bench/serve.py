@@ -1,9 +1,8 @@
-"""A process that is measured: uvicorn without an access log on a listening socket that was handed
-down.
+"""The server process of a lane: uvicorn without an access log, on an inherited listening socket.
 
-``python -m respcache.ops.bench.serve WAY TARGET DESCRIPTOR``. WAY is ``with`` (TARGET
-``module:app`` as it is), ``without`` (the same with what its cache wraps in place of the wrapper)
-or ``bare`` (TARGET is a file of prepared answers).
+``python -m respcache.ops.bench.serve LANE TARGET DESCRIPTOR``. LANE is ``with`` (TARGET is
+``module:app``), ``without`` (the same application without its cache middleware) or ``bare`` (TARGET
+is a file of prepared responses).
 """
 
 import asyncio
@@ -23,40 +22,40 @@ from respcache.ops.bench.processes import READY, Prepared
 
 
 class Announced(uvicorn.Server):
-    """A server that says on its standard output when it is ready."""
+    """A server that writes ``READY`` to standard output when it is ready."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then say so."""
+        """Start, then write ``READY``."""
         await super().startup(sockets=sockets)
         if self.started:
             os.write(1, READY)
 
 
 def run(app: Any, descriptor: int, **options: Any) -> None:
-    """Serve until terminated. ``options`` are uvicorn's."""
+    """Serve until terminated. ``options`` are those of uvicorn."""
     config = uvicorn.Config(app, access_log=False, log_level="warning", **options)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(Announced(config).serve(sockets=[socket.socket(fileno=descriptor)]))
 
 
-def bare(answers: list[Prepared]) -> App:
-    """Make the floor: an application that only sends what others must first find."""
-    by_target = {answer.target.encode(): answer for answer in answers}
+def bare(responses: list[Prepared]) -> App:
+    """Return the baseline: an ASGI application that only sends prepared responses."""
+    by_target = {response.target.encode(): response for response in responses}
 
     async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         query = scope["query_string"]
-        answer = by_target[scope["raw_path"].partition(b"?")[0] + (b"?" + query if query else b"")]
-        await send({"type": "http.response.start", "status": 200, "headers": answer.headers})
-        await send({"type": "http.response.body", "body": answer.body})
+        path = scope["raw_path"].partition(b"?")[0]
+        response = by_target[path + (b"?" + query if query else b"")]
+        await send({"type": "http.response.start", "status": 200, "headers": response.headers})
+        await send({"type": "http.response.body", "body": response.body})
 
     return app
 
 
 def without_cache(app: Any) -> Any:
-    """Return an application with what its cache wraps in place of the wrapper, whatever stands
-    around it."""
+    """Return an application without its cache middleware, but with other outer middleware."""
     if isinstance(app, CacheMiddleware):
         return app.app
     around = app
@@ -66,9 +65,9 @@ def without_cache(app: Any) -> Any:
     return app
 
 
-def main(way: str, target: str, descriptor: int) -> None:
-    """Serve one of the three."""
-    if way == "bare":
+def main(lane: str, target: str, descriptor: int) -> None:
+    """Serve one lane."""
+    if lane == "bare":
         run(
             bare(msgspec.msgpack.decode(Path(target).read_bytes(), type=list[Prepared])),
             descriptor,
@@ -76,7 +75,7 @@ def main(way: str, target: str, descriptor: int) -> None:
         )
         return
     app = load(target, Path.cwd()).app
-    run(without_cache(app) if way == "without" else app, descriptor, lifespan="auto")
+    run(without_cache(app) if lane == "without" else app, descriptor, lifespan="auto")
 
 
 if __name__ == "__main__":

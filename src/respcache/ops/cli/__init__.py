@@ -1,11 +1,11 @@
-"""The command ``respcache``. ``app.py`` lists its commands; each imports what it needs when it is
-run."""
+"""The command ``respcache``. ``app.py`` lists its commands; each imports what it needs when it
+runs."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command that the arguments name, and exit: see ``outcome.Status``."""
+    """Run the command that the arguments name, and exit with an ``outcome.Status``."""
     try:
         from respcache.ops.cli.app import app
     except ModuleNotFoundError as error:

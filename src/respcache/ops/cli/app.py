@@ -1,8 +1,5 @@
-"""The commands of ``respcache`` and their options. What they do is in the modules that they import
-when they run.
-
-``respcache --help`` imports neither rich nor anything else of weight.
-"""
+"""The commands of ``respcache`` and their options. Each command imports the module that implements
+it when it runs, so that ``respcache --help`` imports neither rich nor other large packages."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -11,18 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from respcache.ops.cli.options import (
+    DEFAULT_URL,
+    MAX_KEYS,
+    Headers,
+    Json,
+    Module,
+    Tenant,
+    TokenFile,
+    Url,
+)
+
 if TYPE_CHECKING:
     from respcache.ops.cli.client import Client
     from respcache.ops.cli.output import Output
 
 STATUSES = "Exit status: 0 ok, 1 check failed, 2 usage, 3 unreachable, 4 refused."
-DEFAULT_URL = "http://localhost:4001/cache"
-MAX_KEYS = 100_000
 
 app = typer.Typer(
     name="respcache",
-    help="See and steer a response cache: what it holds, why it answers as it does, and whether "
-    "its servers are set up right.",
+    help="Inspect and control a response cache: its contents, its decisions, and the set-up of "
+    "its servers.",
     epilog=STATUSES,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -30,33 +36,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Url = Annotated[
-    str,
-    typer.Option(
-        "--url", metavar="URL", envvar="RESPCACHE_URL", help="where the dashboard is mounted"
-    ),
-]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--token-file",
-        metavar="FILE",
-        help="holds the token; -: standard input  [else: RESPCACHE_TOKEN]",
-    ),
-]
-Tenant = Annotated[str | None, typer.Option("--tenant", help="only this one, by id or name")]
-Module = Annotated[str | None, typer.Option("--module", help="only this one")]
-Headers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-H", "--header", metavar="'NAME: VALUE'", help="of the request; @FILE: one a line"
-    ),
-]
 
-
-def _run(as_json: bool, command: "Callable[[Output], int | None]") -> None:
-    """Run a command with an output of its own; exit with what it returns."""
+def _run(command: "Callable[[Output], int | None]", *, as_json: bool) -> None:
+    """Run a command and exit with the status that it returns."""
     from respcache.ops.cli.output import Output
 
     out = Output(as_json=as_json)
@@ -65,34 +47,35 @@ def _run(as_json: bool, command: "Callable[[Output], int | None]") -> None:
 
 
 def _ask(
+    command: "Callable[[Output, Client], int | None]",
+    *,
     as_json: bool,
     url: str,
     token_file: Path | None,
-    command: "Callable[[Output, Client], int | None]",
 ) -> None:
-    """Run a command that talks to the application."""
+    """Run a command that connects to the application."""
     from respcache.ops.cli.client import Client, read_token
 
     def connected(out: "Output") -> int | None:
         with Client(url, read_token(token_file)) as client:
             return command(out, client)
 
-    _run(as_json, connected)
+    _run(connected, as_json=as_json)
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: Json = False) -> None:
-    """Say how the cache is, and what keeps it from serving.
+def status(*, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: Json = False) -> None:
+    """Show the state of the cache and its problems.
 
-    Exit status 1 when something does.
+    Exit status 1 if there is a problem.
     """
-    from respcache.ops.cli import figures
+    from respcache.ops.cli import stats as command
 
-    _ask(as_json, url, token_file, figures.status)
+    _ask(command.status, as_json=as_json, url=url, token_file=token_file)
 
 
-class By(StrEnum):
-    """What figures are added up by."""
+class GroupBy(StrEnum):
+    """The groups of ``respcache stats``."""
 
     TENANTS = "tenants"
     MODULES = "modules"
@@ -101,7 +84,8 @@ class By(StrEnum):
 
 @app.command()
 def stats(
-    by: Annotated[By, typer.Option("--by", help="what they are added up by")] = By.MODULES,
+    *,
+    by: Annotated[GroupBy, typer.Option("--by", help="group by this")] = GroupBy.MODULES,
     tenant: Tenant = None,
     module: Module = None,
     url: Url = DEFAULT_URL,
@@ -109,132 +93,158 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Print requests, hits and times by module, route or tenant."""
-    from respcache.ops.cli import figures
+    from respcache.ops.cli import stats as command
 
     _ask(
-        as_json,
-        url,
-        token_file,
-        lambda out, client: figures.stats(out, client, by=by, tenant=tenant, module=module),
+        lambda out, client: command.stats(out, client, by=by, tenant=tenant, module=module),
+        as_json=as_json,
+        url=url,
+        token_file=token_file,
     )
 
 
 @app.command()
 def keys(
+    *,
     tenant: Tenant = None,
     module: Module = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, max=MAX_KEYS, help="how many at most")
+        int, typer.Option("--limit", min=1, max=MAX_KEYS, help="maximal number")
     ] = 100,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """List stored answers of a tenant or a module."""
+    """List the stored responses of a tenant or a module."""
     from respcache.ops.cli import stored
 
     _ask(
-        as_json,
-        url,
-        token_file,
         lambda out, client: stored.keys(out, client, tenant=tenant, module=module, limit=limit),
+        as_json=as_json,
+        url=url,
+        token_file=token_file,
     )
 
 
 @app.command()
 def get(
     key: Annotated[str, typer.Argument(help="as `respcache keys` prints it")],
+    *,
     body: Annotated[
-        bool, typer.Option("--body", help="print the body: this is written into the trail")
+        bool, typer.Option("--body", help="print the body; recorded in the audit log")
     ] = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Look at one stored answer, and whether it is valid and why."""
+    """Show one stored response, and whether and why it is valid."""
     from respcache.ops.cli import stored
 
-    _ask(as_json, url, token_file, lambda out, client: stored.get(out, client, key=key, body=body))
+    _ask(
+        lambda out, client: stored.get(out, client, key=key, body=body),
+        as_json=as_json,
+        url=url,
+        token_file=token_file,
+    )
 
 
 @app.command()
 def explain(
-    path: Annotated[str, typer.Argument(help="of a request, such as /api/leads?limit=50")],
+    path: Annotated[str, typer.Argument(help="path of a request, such as /api/leads?limit=50")],
+    *,
     method: Annotated[str, typer.Option("--method", "-X")] = "GET",
     headers: Headers = None,
     anonymous: Annotated[
-        bool, typer.Option("--anonymous", help="without credentials  [else: of whoever asks]")
+        bool, typer.Option("--anonymous", help="without credentials  [default: those of the token]")
     ] = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Say why a request would be a hit, a miss or a bypass now.
+    """Explain why a request would be a hit, a miss or a bypass now.
 
-    Changes nothing. Without credentials in -H it is explained as a request of whoever the token
-    belongs to.
+    Changes nothing. Without credentials in -H, the request carries those of the token.
     """
     from respcache.ops.cli import explain as command
 
     _ask(
-        as_json, url, token_file,
-        lambda out, client: command.run(out, client, path=path, method=method, headers=headers or [], anonymous=anonymous),
-    )  # fmt: skip
+        lambda out, client: command.run(
+            out, client, path=path, method=method, headers=headers or [], anonymous=anonymous
+        ),
+        as_json=as_json,
+        url=url,
+        token_file=token_file,
+    )
 
 
 @app.command()
 def purge(
+    *,
     tenant: Tenant = None,
     module: Module = None,
-    key: Annotated[str | None, typer.Option("--key", help="one stored answer instead")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what it would do")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    key: Annotated[str | None, typer.Option("--key", help="one stored response instead")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only count")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")] = False,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Invalidate all of a tenant, one module of it, or one entry.
+    """Invalidate a tenant, one module of it, or one entry.
 
-    Asks for the tenant's name before. Without a terminal, --yes is needed.
+    Asks for the tenant's name first. Without a terminal, --yes is required.
     """
     from respcache.ops.cli import stored
 
+    target = {"tenant": tenant, "module": module, "key": key}
     _ask(
-        as_json, url, token_file,
-        lambda out, client: stored.purge(out, client, tenant=tenant, module=module, key=key, dry_run=dry_run, yes=yes),
-    )  # fmt: skip
+        lambda out, client: stored.purge(out, client, target=target, dry_run=dry_run, yes=yes),
+        as_json=as_json,
+        url=url,
+        token_file=token_file,
+    )
 
 
 @app.command()
 def tail(
+    *,
     tenant: Tenant = None,
     module: Module = None,
     lines: Annotated[
-        int, typer.Option("--lines", "-n", min=1, max=1000, help="how many of those before")
+        int, typer.Option("--lines", "-n", min=1, max=1000, help="number of earlier events")
     ] = 20,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="go on until Ctrl-C")] = True,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="continue until Ctrl-C")
+    ] = True,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Follow the invalidations: when, whose, what, why, how fast.
+    """Follow the invalidations: time, tenant, modules, cause, duration.
 
-    With --json, one document a line.
+    With --json, prints one document per line.
     """
     from respcache.ops.cli import tail as command
 
     _ask(
-        as_json, url, token_file,
-        lambda out, client: command.run(out, client, tenant=tenant, module=module, lines=lines, follow=follow),
-    )  # fmt: skip
+        lambda out, client: command.run(
+            out, client, tenant=tenant, module=module, lines=lines, follow=follow
+        ),
+        as_json=as_json,
+        url=url,
+        token_file=token_file,
+    )
 
 
 @app.command()
 def config(
+    *,
     url: Annotated[
         str | None,
         typer.Option(
-            "--url", metavar="URL", envvar="RESPCACHE_URL", help="asks the running application too"
+            "--url",
+            metavar="URL",
+            envvar="RESPCACHE_URL",
+            help="also print those of this running application",
         ),
     ] = None,
     token_file: TokenFile = None,
@@ -242,67 +252,72 @@ def config(
 ) -> None:
     """Print settings with their values and sources.
 
-    Of this environment; with --url those of the running application too. Secrets are not shown.
+    Prints those of this environment, and with --url also those of the running application.
+    Does not print secrets.
     """
     from respcache.ops.cli import config as command
 
     if url is None:
-        _run(as_json, lambda out: command.run(out, None))
+        _run(lambda out: command.run(out, None), as_json=as_json)
     else:
-        _ask(as_json, url, token_file, command.run)
+        _ask(command.run, as_json=as_json, url=url, token_file=token_file)
 
 
 @app.command()
 def doctor(
+    *,
     app: Annotated[
         str | None,
-        typer.Option("--app", metavar="MODULE:APP", help="asks this application for its tables"),
+        typer.Option("--app", metavar="MODULE:APP", help="application that declares the tables"),
     ] = None,
     tables: Annotated[
         str | None, typer.Option("--tables", metavar="A,B", help="tables that cached reads declare")
     ] = None,
-    schema: Annotated[str, typer.Option("--schema", help="where outbox and tables are")] = "public",
+    schema: Annotated[
+        str, typer.Option("--schema", help="schema of the outbox and the tables")
+    ] = "public",
     as_json: Json = False,
 ) -> None:
-    """Check the set-up, and say how to mend what is wrong.
+    """Check the set-up and print fixes for problems.
 
-    Both servers, the database, triggers, rights, secrets. Exit status 1 when there is a fault.
+    Checks both servers, the database, triggers, rights and secrets. Exit status 1 if there is a
+    fault.
 
     Reads REDIS_CACHE_URL, REDIS_URL, DATABASE_URL and RESPCACHE_KEY. Changes nothing.
     """
     from respcache.ops.cli import doctor as command
 
-    _run(as_json, lambda out: command.run(out, app=app, tables=tables, schema=schema))
+    _run(lambda out: command.run(out, app=app, tables=tables, schema=schema), as_json=as_json)
 
 
 @app.command()
 def acl(
-    role: Annotated[str | None, typer.Option("--role", help="only this one")] = None,
+    *,
+    role: Annotated[str | None, typer.Option("--role", help="only this role")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the rules for the server's ACL: what each user needs."""
+    """Print the ACL rules for the users of the cache server."""
     from respcache.ops.cli import acl as command
 
-    _run(as_json, lambda out: command.run(out, role=role))
+    _run(lambda out: command.run(out, role=role), as_json=as_json)
 
 
 @app.command()
 def bench(
+    *,
     urls: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[URL|PATH]...", help="of a running application, or with --app paths"
+            metavar="[URL|PATH]...", help="requests to a running application; with --app: paths"
         ),
     ] = None,
     app: Annotated[
         str | None,
         typer.Option(
-            "--app", metavar="MODULE:APP", help="starts it itself, with its cache and without"
+            "--app", metavar="MODULE:APP", help="start this application, with and without its cache"
         ),
     ] = None,
-    path: Annotated[
-        list[str] | None, typer.Option("--path", help="the same as an argument")
-    ] = None,
+    path: Annotated[list[str] | None, typer.Option("--path", help="same as an argument")] = None,
     headers: Headers = None,
     without: Annotated[
         str | None,
@@ -312,28 +327,37 @@ def bench(
     ] = None,
     pid: Annotated[
         list[int] | None,
-        typer.Option("--pid", help="of a process of the running one: measures its CPU"),
+        typer.Option("--pid", help="process of the application, to measure its CPU time"),
     ] = None,
     without_pid: Annotated[
-        list[int] | None, typer.Option("--without-pid", help="of a process of the other")
+        list[int] | None,
+        typer.Option("--without-pid", help="process of the application without cache"),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000)] = 5,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.01, max=600, help="of a lane in a round")
+        float,
+        typer.Option("--seconds", min=0.01, max=600, help="duration of one lane in one round"),
     ] = 1.0,
     connections: Annotated[str, typer.Option("--connections", metavar="N,N")] = "1,16",
     as_json: Json = False,
 ) -> None:
-    """Measure what the cache brings: with it, without it, bare ASGI.
+    """Compare an application with and without its cache, and bare ASGI.
 
-    Requests a second, latencies and CPU of the same requests, in turns within one run.
+    Measures requests per second, latency and CPU time of the same requests, in turns.
     """
     from respcache.ops.cli import bench as command
 
+    measured = command.Measured(
+        urls=[*(urls or []), *(path or [])],
+        app=app,
+        headers=headers or [],
+        without=without,
+        pids=pid or [],
+        without_pids=without_pid or [],
+    )
     _run(
-        as_json,
         lambda out: command.run(
-            out, urls=[*(urls or []), *(path or [])], app=app, headers=headers or [], without=without, pids=pid or [],
-            without_pids=without_pid or [], rounds=rounds, seconds=seconds, connections=connections,
+            out, measured, rounds=rounds, seconds=seconds, connections=connections
         ),
-    )  # fmt: skip
+        as_json=as_json,
+    )

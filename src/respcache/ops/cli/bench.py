@@ -1,9 +1,9 @@
-"""``respcache bench``: what the cache brings to an application, measured side by side in one
-run."""
+"""``respcache bench``: compares an application with and without its cache in one run."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,68 +17,71 @@ from respcache.ops.bench.compare import (
     Address,
     Bench,
     Effort,
+    OnProgress,
     Request,
-    Tell,
-    beside,
     check_pids,
+    on_generator_core,
     parse_connections,
     ratios,
 )
-from respcache.ops.bench.load import WrongAnswer
+from respcache.ops.bench.load import WrongResponse
 from respcache.ops.bench.processes import Cores, Failed
 from respcache.ops.cli.headers import read_headers
 from respcache.ops.cli.outcome import Failure, Status
 from respcache.ops.cli.output import Output
 
 BUSY = 0.93
-"""From here on whoever asks was the slower side."""
+"""From this share of its time on, the load generator is the bottleneck."""
 
 LABELS = {"with": "with the cache", "without": "without it", "bare": "bare ASGI"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What to measure: the options of the command."""
+
+    urls: Sequence[str]
+    app: str | None
+    headers: Sequence[str]
+    without: str | None
+    pids: Sequence[int]
+    without_pids: Sequence[int]
+
+
 def run(
-    out: Output,
-    *,
-    urls: Sequence[str],
-    app: str | None,
-    headers: Sequence[str],
-    without: str | None,
-    pids: Sequence[int],
-    without_pids: Sequence[int],
-    rounds: int,
-    seconds: float,
-    connections: str,
+    out: Output, measured: Measured, *, rounds: int, seconds: float, connections: str
 ) -> Status:
-    """Measure and print figures. FAILED where an answer is wrong or a process does not start."""
+    """Measure and print. Raises ``Failure`` for a wrong response or a server that does not
+    start."""
     if sys.platform != "linux":
         raise Failure(Status.USAGE, "bench needs Linux: epoll, and CPU times from /proc")
-    if not urls:
+    if not measured.urls:
         raise Failure(
             Status.USAGE,
-            "name what to ask: http://localhost:4001/api/leads, or with --app: /api/leads",
+            "name a request: http://localhost:4001/api/leads, or with --app: /api/leads",
         )
-    given = tuple(read_headers(headers))
+    headers = tuple(read_headers(measured.headers))
     effort = Effort(rounds, seconds, parse_connections(connections))
     cores = Cores.found()
     with (
-        Bench([Request(_target(url), given) for url in urls], cores=cores) as bench,
-        _progress(out) as tell,
+        Bench([Request(_target(url), headers) for url in measured.urls], cores=cores) as bench,
+        _progress() as on_progress,
     ):
         try:
-            if app is not None:
-                _own(bench, app, urls, without, [*pids, *without_pids])
-                with beside(cores):
-                    lanes = bench.run(effort, tell)
+            if measured.app is not None:
+                _add_application(bench, measured, measured.app)
+                with on_generator_core(cores):
+                    lanes = bench.run(effort, on_progress)
             else:
-                _running(bench, urls, without, pids, without_pids)
-                lanes = bench.run(effort, tell)
-        except (WrongAnswer, Failed) as error:
+                _add_running(bench, measured)
+                lanes = bench.run(effort, on_progress)
+        except (WrongResponse, Failed) as error:
             raise Failure(Status.FAILED, str(error)) from None
         except OSError as error:
-            raise Failure(Status.UNREACHABLE, f"no answer: {error}") from None
+            raise Failure(Status.UNREACHABLE, f"no response: {error}") from None
         notes = [*bench.notes, *_notes(lanes)]
     document = {
-        "requests": list(urls),
+        "requests": list(measured.urls),
         "machine": bench.machine(),
         "lanes": lanes,
         "with_against_without": ratios(lanes),
@@ -88,46 +91,36 @@ def run(
     return Status.OK
 
 
-def _own(
-    bench: Bench, app: str, urls: Sequence[str], without: str | None, pids: Sequence[int]
-) -> None:
-    if without is not None or pids:
+def _add_application(bench: Bench, measured: Measured, app: str) -> None:
+    if measured.without is not None or measured.pids or measured.without_pids:
         raise Failure(
             Status.USAGE,
-            "--app starts the processes itself: leave --without, --pid and --without-pid out",
+            "--app starts the servers itself: leave out --without, --pid and --without-pid",
         )
-    for url in urls:
+    for url in measured.urls:
         if not url.startswith("/"):
             raise Failure(
                 Status.USAGE,
                 f"{url!r} must be a path, such as /api/leads: --app starts the servers itself",
             )
-    load(app, Path.cwd())  # a clear message now, not one of a child
+    load(app, Path.cwd())  # fails here with a clearer message than in a child process
     bench.add_application(app)
 
 
-def _running(
-    bench: Bench,
-    urls: Sequence[str],
-    without: str | None,
-    pids: Sequence[int],
-    without_pids: Sequence[int],
-) -> None:
-    places = {_place(url) for url in urls}
-    if len(places) > 1:
-        raise Failure(
-            Status.USAGE,
-            f"name one server: {' and '.join(sorted(f'{host}:{port}' for host, port in places))} "
-            f"are two",
-        )
-    bench.add_running("with", Address(*places.pop(), check_pids(pids)))
-    if without is not None:
-        bench.add_running("without", Address(*_place(without), check_pids(without_pids)))
-    elif without_pids:
-        raise Failure(Status.USAGE, "--without-pid is of the server that --without names")
+def _add_running(bench: Bench, measured: Measured) -> None:
+    addresses = {_address(url) for url in measured.urls}
+    if len(addresses) > 1:
+        names = " and ".join(sorted(f"{host}:{port}" for host, port in addresses))
+        raise Failure(Status.USAGE, f"name one server, not {names}")
+    bench.add_running("with", Address(*addresses.pop(), check_pids(measured.pids)))
+    if measured.without is not None:
+        pids = check_pids(measured.without_pids)
+        bench.add_running("without", Address(*_address(measured.without), pids))
+    elif measured.without_pids:
+        raise Failure(Status.USAGE, "--without-pid needs --without, which names its server")
 
 
-def _place(url: str) -> tuple[str, int]:
+def _address(url: str) -> tuple[str, int]:
     try:
         parts = urlsplit(url)
         port = parts.port or 80
@@ -151,8 +144,8 @@ def _target(url: str) -> str:
 
 
 @contextmanager
-def _progress(out: Output) -> Iterator[Tell]:
-    """Show how far it is, on standard error, where somebody looks at it."""
+def _progress() -> Iterator[OnProgress]:
+    """Show the progress on standard error, if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(
@@ -160,25 +153,34 @@ def _progress(out: Output) -> Iterator[Tell]:
     ) as progress:
         task = progress.add_task("starting")
 
-        def tell(what: str, over: int, total: int) -> None:
-            progress.update(task, description=what, completed=over, total=total)
+        def on_progress(step: str, finished: int, total: int) -> None:
+            progress.update(task, description=step, completed=finished, total=total)
 
-        yield tell
+        yield on_progress
 
 
 def _notes(lanes: Mapping[str, Any]) -> Iterator[str]:
-    for way, counters in lanes.items():
-        if any(cell["generator_busy"] >= BUSY for cell in counters.values()):
-            yield f"{LABELS[way]}: the load generator was the slower side at times, so its requests/s are a lower bound"
-    if any(cell["hit_share"] < 1 for cell in lanes["with"].values()):
-        share = min(cell["hit_share"] for cell in lanes["with"].values())
-        yield f"not every answer with the cache was a hit ({share:.1%} at least): respcache explain PATH says why"
+    for lane, cells in lanes.items():
+        if any(cell["generator_busy"] >= BUSY for cell in cells.values()):
+            yield (
+                f"{LABELS[lane]}: the load generator was the bottleneck at times, so its "
+                f"requests/s are a lower bound"
+            )
+    hit_share = min(cell["hit_share"] for cell in lanes["with"].values())
+    if hit_share < 1:
+        yield (
+            f"not every response with the cache was a hit ({hit_share:.1%} at least): respcache "
+            f"explain PATH says why"
+        )
     if "without" not in lanes:
-        yield "without the cache was not measured: start the application once more with its cache off and give --without URL"
+        yield (
+            "without the cache was not measured: start the application once more with its cache "
+            "off and give --without URL"
+        )
 
 
 def _render(out: Output, document: Mapping[str, Any]) -> None:
-    out.say(document["machine"], "dim")
+    out.print(document["machine"], "dim")
     columns = (
         "lane",
         "connections>",
@@ -190,21 +192,31 @@ def _render(out: Output, document: Mapping[str, Any]) -> None:
         "CPU of bare / its own>",
     )
     rows = [
-        (
-            LABELS[way], int(count[1:]), f"{cell['rps']:,.0f}", f"{cell['p50_ms']:.2f} ms", f"{cell['p99_ms']:.2f} ms",
-            None if cell["cpu_us"] is None else f"{cell['cpu_us']:,.0f} us",
-            f"{cell['hit_share']:.1%}" if way == "with" else None, cell["cpu_ratio"],
-        )
-        for way, counters in document["lanes"].items() for count, cell in counters.items()
-    ]  # fmt: skip
+        _row(lane, int(count[1:]), cell)
+        for lane, cells in document["lanes"].items()
+        for count, cell in cells.items()
+    ]
     out.table(columns, sorted(rows, key=lambda row: row[1]))
     for count, ratio in document["with_against_without"].items():
-        cpu = "" if ratio["cpu"] is None else f", {ratio['cpu']:g} times less CPU a request"
-        out.say(
+        cpu = "" if ratio["cpu"] is None else f", {ratio['cpu']:g} times less CPU per request"
+        out.print(
             Text.assemble(
                 (f"{ratio['rps']:g} times", "bold green"),
                 f" the requests/s{cpu} at {count[1:]} connections",
             )
         )
     for note in document["notes"]:
-        out.say(f"note: {note}", "yellow")
+        out.print(f"note: {note}", "yellow")
+
+
+def _row(lane: str, connections: int, cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (
+        LABELS[lane],
+        connections,
+        f"{cell['rps']:,.0f}",
+        f"{cell['p50_ms']:.2f} ms",
+        f"{cell['p99_ms']:.2f} ms",
+        None if cell["cpu_us"] is None else f"{cell['cpu_us']:,.0f} us",
+        f"{cell['hit_share']:.1%}" if lane == "with" else None,
+        cell["cpu_ratio"],
+    )

@@ -1,5 +1,5 @@
-"""The client of the dashboard's JSON API (``ops/dashboard/api.py``): one connection, one token,
-failures as exit statuses."""
+"""A client for the dashboard's JSON API (``ops/dashboard/api.py``), with one connection and one
+token. Failures become exit statuses."""
 
 import os
 import re
@@ -24,12 +24,14 @@ STATUSES = {
     503: Status.UNREACHABLE,
     504: Status.UNREACHABLE,
 }
-"""Of answers; all others but 200 are failures."""
+"""Exit statuses by HTTP status; others except 200 are FAILED."""
 
 
 def read_token(file: Path | None) -> str | None:
-    """Return the token: of the file (``-``: standard input), else of RESPCACHE_TOKEN. Raises
-    ``Failure``."""
+    """Return the token from the file (``-`` for standard input), else from RESPCACHE_TOKEN.
+
+    Raises ``Failure``.
+    """
     if file is None:
         return os.environ.get("RESPCACHE_TOKEN") or None
     try:
@@ -38,27 +40,27 @@ def read_token(file: Path | None) -> str | None:
                 token = stream.readline().strip()
         else:
             if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise Failure(Status.USAGE, f"{file} can be read by others: chmod 600 {file}")
+                raise Failure(Status.USAGE, f"other users can read {file}: chmod 600 {file}")
             token = file.read_text().strip()
     except OSError as error:
         raise Failure(Status.USAGE, f"--token-file {file}: {error.strerror}") from None
     if not token:
-        raise Failure(Status.USAGE, f"--token-file {file} holds no token")
+        raise Failure(Status.USAGE, f"--token-file {file} contains no token")
     return token
 
 
 class Client:
-    """Asks one application. ``url`` is where its dashboard is mounted."""
+    """Sends requests to one application. ``url`` is the address of its dashboard."""
 
     def __init__(self, url: str, token: str | None) -> None:
         try:
             parsed = httpx2.URL(url.rstrip("/") + "/")
         except httpx2.InvalidURL as error:
-            raise Failure(Status.USAGE, f"--url {url!r} cannot be read: {error}") from None
+            raise Failure(Status.USAGE, f"--url {url!r} cannot be parsed: {error}") from None
         if parsed.userinfo:
             raise Failure(
                 Status.USAGE,
-                "--url holds a user or a password: leave them out, the token is in RESPCACHE_TOKEN",
+                "--url contains a user or a password: remove them and set RESPCACHE_TOKEN",
             )
         if (
             parsed.scheme not in ("http", "https")
@@ -70,7 +72,7 @@ class Client:
         if token is not None and not re.fullmatch(r"[!-~]+", token):
             raise Failure(
                 Status.USAGE,
-                "the token holds blanks or characters that no token has: give it whole and alone",
+                "the token contains blanks or other invalid characters: pass the token only",
             )
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self.url = parsed
@@ -91,51 +93,56 @@ class Client:
         self._http.close()
 
     def get(self, path: str, **query: str | int | None) -> Any:
-        """Ask for a document. None and empty values are left out. Raises ``Failure``."""
+        """Return a document. Query values that are None or empty are left out. Raises
+        ``Failure``."""
         given = {name: str(value) for name, value in query.items() if value not in (None, "")}
-        return self._answer("GET", path, params=given)
+        return self._request("GET", path, params=given)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Have something done, or explained. Raises ``Failure``."""
-        return self._answer(
+        """Send a body and return the resulting document. Raises ``Failure``."""
+        return self._request(
             "POST", path, json={name: value for name, value in body.items() if value is not None}
         )
 
-    def _answer(self, method: str, path: str, **options: Any) -> Any:
+    def _request(self, method: str, path: str, **options: Any) -> Any:
         try:
-            answer = self._http.request(method, path, **options)
+            response = self._http.request(method, path, **options)
         except httpx2.HTTPError as error:
-            said = str(error) or type(error).__name__
+            message = str(error) or type(error).__name__
             raise Failure(
                 Status.UNREACHABLE,
-                f"{self.url} does not answer: {said}; set --url or RESPCACHE_URL",
+                f"{self.url} does not respond: {message}; set --url or RESPCACHE_URL",
             ) from None
         try:
-            document = answer.json()
+            document = response.json()
         except ValueError:
             document = None
-        if answer.status_code == 200 and document is not None:
+        if response.status_code == 200 and document is not None:
             return document
-        raise self._failure(answer, document)
+        raise self._failure(response, document)
 
-    def _failure(self, answer: httpx2.Response, document: Any) -> Failure:
-        """Say what an answer means that is no document."""
-        code = answer.status_code
-        said = document.get("message") if isinstance(document, dict) else None
+    def _failure(self, response: httpx2.Response, document: Any) -> Failure:
+        """Return the failure that a response without the expected document means."""
+        code = response.status_code
+        message = document.get("message") if isinstance(document, dict) else None
         if code == 401 and self.token is None:
             return Failure(
-                Status.REFUSED, "a token is needed: set RESPCACHE_TOKEN, or give --token-file"
+                Status.REFUSED, "a token is required: set RESPCACHE_TOKEN, or use --token-file"
             )
         if code == 401:
             return Failure(
                 Status.REFUSED,
-                f"{self.url} does not know the token, or it has ended: set RESPCACHE_TOKEN anew",
+                f"{self.url} rejects the token, which is invalid or expired: set RESPCACHE_TOKEN",
             )
-        if not isinstance(said, str) or not isinstance(document, dict) or "error" not in document:
-            where = f"{answer.request.url} answered {code}"
-            hint = "is that where the dashboard is mounted? set --url or RESPCACHE_URL"
+        if (
+            not isinstance(message, str)
+            or not isinstance(document, dict)
+            or "error" not in document
+        ):
+            where = f"{response.request.url} responded with {code}"
+            hint = "is that the address of the dashboard? set --url or RESPCACHE_URL"
             return Failure(
                 STATUSES.get(code, Status.FAILED) if code >= 500 else Status.UNREACHABLE,
                 f"{where}: {hint}",
             )
-        return Failure(STATUSES.get(code, Status.FAILED), said)
+        return Failure(STATUSES.get(code, Status.FAILED), message)

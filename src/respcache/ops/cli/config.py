@@ -1,13 +1,13 @@
-"""``respcache config``: settings with value and source, of this environment and, if it is asked, of
-the running application."""
+"""``respcache config``: prints settings with value and source, for this environment and, with a
+client, for the running application."""
 
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from respcache.ops.cli.app import DEFAULT_URL
 from respcache.ops.cli.client import Client
+from respcache.ops.cli.options import DEFAULT_URL
 from respcache.ops.cli.outcome import Status
 from respcache.ops.cli.output import Output
 
@@ -20,11 +20,11 @@ READ: Mapping[str, tuple[str | None, bool]] = {
     "RESPCACHE_KEY": (None, True),
     "NO_COLOR": (None, False),
 }
-"""What the commands read of the environment: the default, and whether it is secret as a whole."""
+"""The variables that the commands read: default, and whether the whole value is secret."""
 
 
 def run(out: Output, client: Client | None) -> Status:
-    """Print what is in force here and, with a client, there."""
+    """Print the settings of this environment and, with a client, of the application."""
     local = list(_local())
     remote = None if client is None else client.get("configuration")
     document = {"environment": local, "application": remote}
@@ -33,7 +33,7 @@ def run(out: Output, client: Client | None) -> Status:
         columns = ("setting", "value", "source")
         out.table(columns, ((one["name"], one["value"], one["source"]) for one in local))
         if client is not None and remote is not None:
-            out.say()
+            out.print()
             out.table(
                 (f"setting of {client.url}", *columns[1:]),
                 ((one["name"], one["value"], one["source"]) for one in remote),
@@ -58,10 +58,9 @@ def _local() -> Iterator[dict[str, Any]]:
 
 
 def without_password(url: str) -> str:
-    """Return an address with its password, and what stands in its query, left out; also one that is
-    not encoded rightly.
+    """Return an address without its password and query, even if it is encoded incorrectly.
 
-    Of what is no address (``host=h password=p``) nothing is returned but that it is set.
+    Return ``set`` for anything else that may contain a secret (``host=h password=p``).
     """
     if "://" not in url.partition("@")[0]:
         return "set" if "@" in url or "=" in url else url

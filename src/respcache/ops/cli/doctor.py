@@ -1,4 +1,4 @@
-"""``respcache doctor``: the findings as a list, with what to do."""
+"""``respcache doctor``: prints the findings, with fixes for problems."""
 
 import os
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ MARKS = {
 
 
 def run(out: Output, *, app: str | None, tables: str | None, schema: str) -> Status:
-    """Check everything, print it, and return FAILED where there is a fault."""
+    """Run all checks and print the findings. Return FAILED if there is a fault."""
     if app is not None and tables is not None:
         raise Failure(
-            Status.USAGE, "--app and --tables both say which tables are declared: give one of them"
+            Status.USAGE, "--app and --tables both name the declared tables: use one of them"
         )
     declared = _declared(app) if app is not None else _listed(tables)
     findings = diagnose(os.environ, schema=schema, tables=declared)
     faults = sum(finding.level is Severity.FAULT for finding in findings)
     warnings = sum(finding.level is Severity.WARNING for finding in findings)
     document = {"faults": faults, "warnings": warnings, "findings": findings}
-    out.emit(document, lambda: _render(out, findings, faults, warnings))
+    out.emit(document, lambda: _render(out, findings, faults=faults, warnings=warnings))
     return Status.FAILED if faults else Status.OK
 
 
@@ -49,24 +49,26 @@ def _listed(tables: str | None) -> set[str] | None:
     named = {table.strip() for table in tables.split(",") if table.strip()}
     if not named:
         raise Failure(
-            Status.USAGE, "--tables names none: give names between commas, such as accounts,leads"
+            Status.USAGE, "--tables is empty: separate names by commas, such as accounts,leads"
         )
     return named
 
 
-def _render(out: Output, findings: Sequence[Finding], faults: int, warnings: int) -> None:
+def _render(out: Output, findings: Sequence[Finding], *, faults: int, warnings: int) -> None:
     about = ""
     for finding in findings:
         if finding.about != about:
             if about and out.terminal:
-                out.say()
+                out.print()
             about = finding.about
-            out.say(about, "bold")
+            out.print(about, "bold")
         mark, style = MARKS[finding.level]
-        out.say(Text.assemble("  ", (f"{mark:<8}", style), f" {finding.check:<15} ", finding.found))
+        out.print(
+            Text.assemble("  ", (f"{mark:<8}", style), f" {finding.check:<15} ", finding.found)
+        )
         if finding.level is not Severity.OK:
-            out.say(Text.assemble(" " * 11, ("why   ", "dim"), finding.why))
-            out.say(Text.assemble(" " * 11, ("mend  ", "dim"), (finding.mend, "cyan")))
-    out.say()
+            out.print(Text.assemble(" " * 11, ("why   ", "dim"), finding.why))
+            out.print(Text.assemble(" " * 11, ("fix   ", "dim"), (finding.fix, "cyan")))
+    out.print()
     style = "bold red" if faults else "yellow" if warnings else "green"
-    out.say(f"{len(findings)} checks: {faults} faults, {warnings} warnings", style)
+    out.print(f"{len(findings)} checks: {faults} faults, {warnings} warnings", style)

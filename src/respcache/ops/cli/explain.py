@@ -1,5 +1,4 @@
-"""``respcache explain``: what would become of a request now, and why, step by step as the cache
-takes them."""
+"""``respcache explain``: prints how the cache would handle a request now, and why."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from rich.text import Text
 from respcache.ops.cli.client import Client
 from respcache.ops.cli.headers import read_headers
 from respcache.ops.cli.outcome import Failure, Status
-from respcache.ops.cli.output import Output, size, span
+from respcache.ops.cli.output import Output, duration, size
 
 Document = Mapping[str, Any]
 Pairs = list[tuple[str, Any]]
@@ -20,7 +19,7 @@ OUTCOMES = {"hit": "bold green", "miss": "bold yellow", "bypass": "bold magenta"
 def run(
     out: Output, client: Client, *, path: str, method: str, headers: Sequence[str], anonymous: bool
 ) -> Status:
-    """Explain a request: of whoever the headers say, else of whoever the token belongs to."""
+    """Explain a request, with the credentials in the headers, else with the token."""
     if not path.startswith("/"):
         raise Failure(
             Status.USAGE, f"{path!r} must be a path of the application, such as /api/leads?limit=50"
@@ -34,12 +33,12 @@ def run(
 
 
 def policy_pairs(policy: Document) -> Pairs:
-    """List how a route is cached."""
+    """Return names and values of a policy."""
     level = f"{policy['level']} ({policy['bound_s']:g} s)" if policy["bound_s"] else policy["level"]
     return [
         (
             "policy",
-            f"{policy['kind']} of {policy['module']}, for {policy['ttl_s']:g} s, level {level}",
+            f"{policy['kind']} of {policy['module']}, ttl {policy['ttl_s']:g} s, level {level}",
         ),
         ("reads", ", ".join(policy["tables"]) or "no tables"),
         *([("varies by", policy["varies_by"])] if policy["varies_by"] else []),
@@ -48,9 +47,9 @@ def policy_pairs(policy: Document) -> Pairs:
 
 
 def generation_pairs(generation: Document, name: str = "generation") -> Pairs:
-    """List what a tenant's generation says."""
+    """Return names and values of a tenant's generation."""
     if generation["nonce"] is None:
-        return [(name, "none: nothing of this tenant is cached")]
+        return [(name, "none: no response of this tenant is valid")]
     bumps = ", ".join(f"{tag} at {sequence}" for tag, sequence in generation["bumps"].items())
     same = (
         "this server life"
@@ -58,19 +57,19 @@ def generation_pairs(generation: Document, name: str = "generation") -> Pairs:
         else "another server life or epoch"
     )
     return [
-        (name, f"{generation['nonce']}, sequence {generation['sequence']}, of {same}"),
-        ("last writes", bumps or "none that counts here"),
+        (name, f"{generation['nonce']}, sequence {generation['sequence']}, from {same}"),
+        ("last writes", bumps or "none that is relevant"),
     ]
 
 
 def entry_pairs(entry: Document) -> Pairs:
-    """List what is known of a stored answer."""
+    """Return names and values of a stored response."""
     style = "green" if entry["verdict"] == "valid" else "yellow"
     lives = Text.assemble(
         "stored ",
-        span(entry["age_s"]),
+        duration(entry["age_s"]),
         " ago, ",
-        span(entry["ttl_left_s"]),
+        duration(entry["ttl_left_s"]),
         f" of {entry['ttl_s']:g} s left",
     )
     coding = entry["coding"] or "plain"
@@ -80,7 +79,7 @@ def entry_pairs(entry: Document) -> Pairs:
             "size",
             Text.assemble(
                 size(entry["size_bytes"]),
-                f", {coding}; status {entry['status']}; made in {entry['fill_ms']} ms",
+                f", {coding}; status {entry['status']}; filled in {entry['fill_ms']} ms",
             ),
         ),
         ("certificate", f"{entry['nonce']}, sequence {entry['sequence']}"),
@@ -90,7 +89,7 @@ def entry_pairs(entry: Document) -> Pairs:
 
 def _render(out: Output, found: Document) -> None:
     head = (found["outcome"], OUTCOMES.get(found["outcome"], "bold"))
-    out.say(Text.assemble(head, f" ({found['reason']}): {found['why']}"))
+    out.print(Text.assemble(head, f" ({found['reason']}): {found['why']}"))
     pairs: Pairs = [
         ("request", f"{found['method']} {found['path']}"),
         ("route", found["route"] or "none that is cached"),
@@ -101,14 +100,14 @@ def _render(out: Output, found: Document) -> None:
         pairs += _caller(found["caller"])
     parts = [f"{part['place']} {part['name']}={part['value']}" for part in found["parameters"]]
     if found["key"] is not None:
-        pairs += [("key", found["key"]), ("made of", ", ".join(parts) or "the route alone")]
-        pairs.append(("left out", ", ".join(found["left_out"]) or "nothing"))
+        pairs += [("key", found["key"]), ("key parts", ", ".join(parts) or "the route only")]
+        pairs.append(("not in key", ", ".join(found["left_out"]) or "nothing"))
         pairs.append(("depends on", ", ".join(found["tags"])))
     for name in ("generation", "owner_generation"):
         if found[name] is not None:
             pairs += generation_pairs(found[name], name.replace("_", " "))
     if found["lease"] is not None:
-        pairs.append(("lease", _lease(found["lease"])))
+        pairs.append(("serving lease", _lease(found["lease"])))
     if found["entry"] is not None:
         pairs += entry_pairs(found["entry"])
     if found["memory"] is not None:
@@ -118,28 +117,37 @@ def _render(out: Output, found: Document) -> None:
 
 
 def _caller(caller: Document) -> Pairs:
-    who = (
-        f"tenant {caller['tenant'] or 'none'}{', role ' + caller['role'] if caller['role'] else ''}"
-    )
-    known = "remembered" if caller["remembered"] else "read anew"
-    sees = f"{caller['fingerprint']}, from {', '.join(caller['tables']) or 'no tables'} ({known})"
-    return [("caller", who), ("sees", sees)]
+    role = f", role {caller['role']}" if caller["role"] else ""
+    source = "cached" if caller["remembered"] else "read now"
+    tables = ", ".join(caller["tables"]) or "no tables"
+    return [
+        ("caller", f"tenant {caller['tenant'] or 'none'}{role}"),
+        ("scope", f"{caller['fingerprint']}, from {tables} ({source})"),
+    ]
 
 
 def _lease(lease: Document) -> Text:
     if lease["alive"]:
         return Text.assemble(
-            ("alive", "green"), " for ", span(lease["left_s"]), ", age ", span(lease["age_s"])
+            ("alive", "green"),
+            " for ",
+            duration(lease["left_s"]),
+            ", age ",
+            duration(lease["age_s"]),
         )
     return Text.assemble(
-        ("none", "bold red"), f": {lease['problem'] or 'no round has been completed yet'}"
+        ("none", "bold red"), f": {lease['problem'] or 'no relay cycle has been completed yet'}"
     )
 
 
 def _memory(memory: Document) -> Text:
-    plan = "recognised by its bytes" if memory["plan"] else "not recognised yet"
+    plan = "plan cached" if memory["plan"] else "no plan cached yet"
     if not memory["held"]:
         return Text(f"no; {plan}")
     return Text.assemble(
-        "yes, ", size(memory["size_bytes"]), ", for ", span(memory["ttl_left_s"]), f" more; {plan}"
+        "yes, ",
+        size(memory["size_bytes"]),
+        ", for ",
+        duration(memory["ttl_left_s"]),
+        f" more; {plan}",
     )

@@ -1,5 +1,5 @@
-"""Headers of a request as curl takes them: ``-H 'Name: value'``, or ``-H @file`` with one a line,
-which no process list shows."""
+"""Request headers as curl takes them: ``-H 'Name: value'``, or ``-H @file`` with one header per
+line, which keeps secrets out of process lists."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from respcache.ops.cli.outcome import Failure, Status
 
 
 def read_headers(given: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield names (in lower case) and values. Raises ``Failure``, without the value: it may be a
+    """Yield names in lower case and values. Raises ``Failure``, without the value, which may be a
     secret."""
     for header in given:
         if not header.startswith("@"):
@@ -30,5 +30,7 @@ def _read(header: str) -> tuple[str, str]:
         or not (name + value).isprintable()
         or not (name + value).isascii()
     ):
-        raise Failure(Status.USAGE, "-H must be 'Name: value', or @FILE with such lines")
+        raise Failure(
+            Status.USAGE, "-H must be 'Name: value', or @FILE with one such header per line"
+        )
     return name.lower(), value

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and what it says when it cannot do what it was asked."""
+"""How a command ends: its exit status, and the exception that ends it with a message."""
 
 from enum import IntEnum
 
@@ -8,17 +8,19 @@ class Status(IntEnum):
 
     OK = 0
     FAILED = 1
-    """A check found a fault, or what was asked for is not there."""
+    """A check found a fault, or the requested item does not exist."""
     USAGE = 2
     UNREACHABLE = 3
-    """No answer from the application."""
+    """The application cannot be reached."""
     REFUSED = 4
-    """The application does not let this token do that, or nobody confirmed it."""
+    """The token does not permit the command, or it was not confirmed."""
 
 
 class Failure(Exception):
-    """A command cannot go on; the message says why and what to do. Caught by
-    ``output.Output.running``."""
+    """Ends a command with a message that says why and what to do.
+
+    ``output.Output.running`` catches it.
+    """
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)

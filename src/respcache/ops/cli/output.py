@@ -1,9 +1,9 @@
-"""What a command prints: tables for people, one JSON document for programs (one a line where it
-does not end).
+"""The output of a command: tables for people, one JSON document for programs (``tail``: one per
+line).
 
-Colours only on a terminal, and not with NO_COLOR (https://no-color.org); in a pipe nothing is cut
-off and no line is broken. What was stored came from requests of others: control characters of it
-are shown as pictures, and never reach the terminal.
+Colours are used on terminals only, and not with NO_COLOR (https://no-color.org). In a pipe nothing
+is cut off and no line is broken. Stored data comes from other people's requests, so its control
+characters are replaced by symbols and never reach the terminal.
 """
 
 import json
@@ -22,22 +22,22 @@ from respcache.core.errors import ConfigurationError
 from respcache.ops.cli.outcome import Failure, Status
 
 UNBROKEN = 10_000
-"""Columns of an output that is no terminal: more than any line has."""
+"""Width of an output that is not a terminal: more than any line has."""
 
-PICTURES = {
+CONTROL_PICTURES = {
     **{code: 0x2400 + code for code in range(32)},
     127: 0x2421,
     **dict.fromkeys(range(128, 160), 0xFFFD),
 }
-"""What stands for a control character."""
+"""The symbol that replaces each control character."""
 
 ESCAPES = {code: f"\\u{code:04x}" for code in range(127, 160)}
-"""Of control characters that JSON leaves as they are (RFC 8259, section 7); U+009B begins a command
-as ESC [ does."""
+"""Escapes for control characters that JSON permits in strings (RFC 8259, section 7); U+009B starts
+a terminal command, as ESC [ does."""
 
 
 class Output:
-    """Standard output of one command, in one of both forms."""
+    """The standard output of one command: JSON or text."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
@@ -45,12 +45,12 @@ class Output:
 
     @property
     def terminal(self) -> bool:
-        """Whether somebody looks."""
+        """Whether standard output is a terminal."""
         return self._console.is_terminal
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run a command within; end the process with the status of what it raises."""
+        """Run a command in this context; exit with the status of the exception that it raises."""
         try:
             yield
         except Failure as failure:
@@ -64,34 +64,34 @@ class Output:
             raise typer.Exit(130) from None
 
     def emit(self, document: Any, render: Callable[[], None]) -> None:
-        """Print a document as JSON, or have it rendered."""
+        """Print a document as JSON, or call ``render``."""
         if self.as_json:
             print(_json(document, indent=2), flush=True)
         else:
             render()
 
     def line(self, document: Any, text: Text | str) -> None:
-        """Print one of many as a line."""
+        """Print one document of several as a line."""
         if self.as_json:
             print(_json(document), flush=True)
         else:
-            self.say(text)
+            self.print(text)
 
-    def say(self, text: Text | str = "", style: str = "") -> None:
-        """Print a line of text as it stands."""
+    def print(self, text: Text | str = "", style: str = "") -> None:
+        """Print a line of text without wrapping it."""
         self._console.print(
-            harmless(Text(text, style) if isinstance(text, str) else text), soft_wrap=True
+            without_controls(Text(text, style) if isinstance(text, str) else text), soft_wrap=True
         )
         self._console.file.flush()
 
     def note(self, message: str) -> None:
-        """Say on standard error what whoever reads the output should know."""
-        self._complain(message, "yellow")
+        """Print a note for the reader on standard error."""
+        self._print_error(message, "yellow")
 
     def body(self, text: str) -> None:
-        """Print a text of many lines: to a program exactly as it is."""
+        """Print a text of several lines; unchanged unless standard output is a terminal."""
         print(
-            "\n".join(line.translate(PICTURES) for line in text.split("\n"))
+            "\n".join(line.translate(CONTROL_PICTURES) for line in text.split("\n"))
             if self.terminal
             else text,
             flush=True,
@@ -101,7 +101,7 @@ class Output:
         """Print names and values."""
         grid = Table.grid(padding=(0, 2, 0, 0))
         for name, value in rows:
-            grid.add_row(harmless(Text(name, "bold")), harmless(shown(value)))
+            grid.add_row(without_controls(Text(name, "bold")), without_controls(to_text(value)))
         self._print(grid)
 
     def table(
@@ -115,14 +115,14 @@ class Output:
                 column.rstrip(">"), justify="right" if right else "left", overflow="fold"
             )
         for row in rows:
-            made.add_row(*(harmless(shown(value)) for value in row))
+            made.add_row(*(without_controls(to_text(value)) for value in row))
         if made.row_count:
             self._print(made)
         else:
-            self.say(empty, "dim")
+            self.print(empty, "dim")
 
     def _print(self, table: Table) -> None:
-        """Print a table; what fills its last column up to the right is of no use in a pipe."""
+        """Print a table; in a pipe, without blanks at the ends of lines."""
         with self._console.capture() as capture:
             self._console.print(table)
         lines = capture.get().splitlines()
@@ -134,24 +134,24 @@ class Output:
                 _json({"error": {"status": status.name.lower(), "message": message}}, indent=2),
                 flush=True,
             )
-        self._complain(message, "bold red")
+        self._print_error(message, "bold red")
         raise typer.Exit(status)
 
-    def _complain(self, message: str, style: str) -> None:
+    def _print_error(self, message: str, style: str) -> None:
         _console(sys.stderr).print(
-            harmless(Text.assemble(("respcache: ", style), message)), soft_wrap=True
+            without_controls(Text.assemble(("respcache: ", style), message)), soft_wrap=True
         )
 
 
-def harmless(text: Text) -> Text:
-    """Put pictures in place of control characters."""
+def without_controls(text: Text) -> Text:
+    """Replace control characters by symbols."""
     made = text.copy()
-    made.plain = text.plain.translate(PICTURES)
+    made.plain = text.plain.translate(CONTROL_PICTURES)
     return made
 
 
-def shown(value: Any) -> Text:
-    """Write a value for people: numbers with separators, nothing as a dash."""
+def to_text(value: Any) -> Text:
+    """Format a value for people: numbers with separators, None as a dash."""
     match value:
         case Text():
             return value
@@ -170,12 +170,12 @@ def shown(value: Any) -> Text:
 
 
 def share(part: float, whole: float) -> Text:
-    """Write a ratio in percent."""
+    """Format a ratio in percent."""
     return Text(f"{part / whole:.1%}") if whole else Text("-", "dim")
 
 
 def size(count: float | None) -> Text:
-    """Write a number of bytes."""
+    """Format a number of bytes."""
     if count is None:
         return Text("-", "dim")
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -185,8 +185,8 @@ def size(count: float | None) -> Text:
     raise AssertionError
 
 
-def span(seconds: float | None) -> Text:
-    """Write a duration in the unit that suits it."""
+def duration(seconds: float | None) -> Text:
+    """Format a duration in a suitable unit."""
     if seconds is None:
         return Text("-", "dim")
     for least, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):

@@ -1,4 +1,4 @@
-"""``respcache tail``: invalidations as they happen."""
+"""``respcache tail``: prints invalidations as they happen."""
 
 import time
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from rich.text import Text
 
 from respcache.ops.cli.client import Client
 from respcache.ops.cli.outcome import Status
-from respcache.ops.cli.output import Output, span
+from respcache.ops.cli.output import Output, duration
 
 Document = Mapping[str, Any]
 
@@ -21,13 +21,15 @@ STYLES = {"confirmed": "green", "pending; safe": "yellow", "pending": "bold red"
 def run(
     out: Output, client: Client, *, tenant: str | None, module: str | None, lines: int, follow: bool
 ) -> Status:
-    """Print the last events, and, if asked to, those that follow until Ctrl-C. In JSON, one
-    document a line."""
+    """Print the last events and, if ``follow``, new ones until Ctrl-C.
+
+    In JSON, every line is one document.
+    """
     feed = client.get("feed", tenant=tenant, limit=lines if module is None else MAX_EVENTS)
     if feed["processes"] != "all":
         out.note(
-            "the cache's server is away or is none: these are the invalidations of the process "
-            "that answered"
+            "the cache server is unavailable: these are the invalidations of the process that "
+            "responded"
         )
     for event in _chosen(feed, module)[-lines:]:
         out.line(event, _line(event))
@@ -52,8 +54,14 @@ def _line(event: Document) -> Text:
     what = "everything" if event["everything"] else ", ".join(event["modules"]) or "no module"
     tables = f" ({', '.join(event['tables'])})" if event["tables"] else ""
     worker = f"  {event['process']}" if event["process"] else ""
-    more = f"  and {event['skipped']} more that are not told" if event["skipped"] else ""
+    more = f"  and {event['skipped']} more that were skipped" if event["skipped"] else ""
     return Text.assemble(
-        (event["at"][:23].replace("T", " "), "dim"), "  ", (event["outcome"], STYLES.get(event["outcome"], "")), " after ",
-        span(event["seconds"]), f"  {event['tenant']}  {what}{tables}  {event['cause']}", (worker, "dim"), more,
-    )  # fmt: skip
+        (event["at"][:23].replace("T", " "), "dim"),
+        "  ",
+        (event["outcome"], STYLES.get(event["outcome"], "")),
+        " after ",
+        duration(event["seconds"]),
+        f"  {event['tenant']}  {what}{tables}  {event['cause']}",
+        (worker, "dim"),
+        more,
+    )

@@ -1,7 +1,7 @@
-"""The dashboard: pages, JSON API and live figures for operators and tenant admins, as one ASGI
-application to be mounted.
+"""The dashboard for operators and tenant admins: pages, a JSON API and live statistics, as one ASGI
+application.
 
-``Dashboard(admin, gate)``; see docs/dashboard.md. It needs the extra ``dashboard``.
+``Dashboard(admin, auth)``; see docs/dashboard.md. It needs the extra ``respcache[dashboard]``.
 """
 
 from respcache.ops.dashboard.app import Dashboard

@@ -1,7 +1,7 @@
-"""The forms that do something: sign in and out, purge, switch, reveal, explain; and the colours.
+"""The forms: sign in and out, purge, switch, reveal, explain, and the theme.
 
-Every form carries the token of its session (``gate.py``); without it nothing is done. What is
-refused is said on the page.
+Every form contains the CSRF token of its session (``auth.py``); without it nothing is done. The
+page shows why an action was refused.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,16 @@ from starlette.routing import BaseRoute, Route
 
 from respcache.core.errors import AuditLogUnavailable, InvalidOperation, OperationError, StoreError
 from respcache.ops.admin import Admin, Purge
-from respcache.ops.dashboard import auth
-from respcache.ops.dashboard import formatting as words
-from respcache.ops.dashboard.api import refusal
+from respcache.ops.dashboard import auth, formatting
+from respcache.ops.dashboard.api import describe_error
 from respcache.ops.dashboard.auth import Authenticator, TooManyAttempts, Viewer
-from respcache.ops.dashboard.layout import THEMES, Addresses, PageRenderer, theme_of
+from respcache.ops.dashboard.layout import THEMES, Addresses, theme_of
 from respcache.ops.dashboard.pages import Endpoint, Pages
 
 FORGED = (
-    "The form was not sent by a page of this session. Nothing was done: load the page anew and "
-    "try again."
+    "The form does not belong to this session. Nothing was done: reload the page and try again."
 )
+WRONG_CONFIRMATION = "the confirmation does not match"
 A_YEAR_S = 365 * 86400
 MAX_HEADERS = 50
 
@@ -32,18 +31,15 @@ Form = Mapping[str, str]
 
 
 class Actions:
-    """The pages with forms, and what these do."""
+    """The pages with forms, and the actions of these forms."""
 
-    def __init__(
-        self, admin: Admin, authenticator: Authenticator, pages: PageRenderer, looks: Pages
-    ) -> None:
+    def __init__(self, admin: Admin, authenticator: Authenticator, pages: Pages) -> None:
         self._admin = admin
         self._authenticator = authenticator
         self._pages = pages
-        self._looks = looks
 
     def routes(self) -> list[BaseRoute]:
-        """Return their routes."""
+        """Return the routes of the forms."""
         shown: dict[str, Endpoint] = {
             "/purge": self.purge_page,
             "/switches": self.switches_page,
@@ -61,70 +57,72 @@ class Actions:
             Route("/sign-in", self.sign_in_page, methods=["GET"]),
             Route("/sign-in", self.sign_in, methods=["POST"]),
             *(
-                Route(path, self._looks.signed_in(endpoint), methods=["GET"])
+                Route(path, self._pages.signed_in(endpoint), methods=["GET"])
                 for path, endpoint in shown.items()
             ),
             *(
-                Route(path, self._looks.signed_in(self._genuine(act)), methods=["POST"])
-                for path, act in done.items()
+                Route(path, self._pages.signed_in(self._checked(action)), methods=["POST"])
+                for path, action in done.items()
             ),
         ]
 
-    def _genuine(self, act: Any) -> Endpoint:
-        """Have an act done only for a form of this session."""
+    def _checked(self, action: Any) -> Endpoint:
+        """Wrap an action so that it runs only for a form of this session."""
 
         async def respond(request: Request, viewer: Viewer) -> Response:
             form = await _form(request)
-            if not auth.is_ours(form.get("csrf", ""), viewer.token):
-                return self._looks.problem(request, viewer, 403, FORGED)
-            answer: Response = await act(request, viewer, form)
-            return answer
+            if not auth.is_form_token(form.get("csrf", ""), viewer.token):
+                return self._pages.error_page(request, viewer, status=403, message=FORGED)
+            response: Response = await action(request, viewer, form)
+            return response
 
         return respond
 
-    # -- who is there ------------------------------------------------------------------------------
+    # -- sessions ----------------------------------------------------------------------------------
 
     async def sign_in_page(self, request: Request) -> Response:
-        """Ask for name and password."""
+        """Show the sign-in form."""
         if await self._authenticator.by_cookie(request) is not None:
             return RedirectResponse(_back(request, request.query_params.get("next", "")), 303)
-        return self._ask(request, next_page=request.query_params.get("next", ""))
+        return self._sign_in_form(request, next_page=request.query_params.get("next", ""))
 
     async def sign_in(self, request: Request) -> Response:
-        """Begin a session."""
+        """Start a session."""
         form = await _form(request)
         name, next_page = form.get("name", ""), form.get("next", "")
         secret = request.cookies.get(auth.SIGN_IN_COOKIE, "")
-        if not auth.is_ours(form.get("csrf", ""), secret):
-            return self._ask(
+        if not auth.is_form_token(form.get("csrf", ""), secret):
+            return self._sign_in_form(
                 request,
                 next_page=next_page,
                 name=name,
                 status=403,
-                problem="This page had been open too long. Try again.",
+                problem="This page has expired. Try again.",
             )
         try:
             token = await self._authenticator.sign_in(request, name, form.get("password", ""))
         except TooManyAttempts as error:
-            answer = self._ask(
+            response = self._sign_in_form(
                 request, next_page=next_page, name=name, status=429, problem=str(error)
             )
-            answer.headers["retry-after"] = str(error.retry_after_s)
-            return answer
+            response.headers["retry-after"] = str(error.retry_after_s)
+            return response
         if token is None:
-            problem = "Wrong name or password, or this person may not look at the cache."
-            return self._ask(request, next_page=next_page, name=name, status=401, problem=problem)
-        response = RedirectResponse(_back(request, next_page), 303)
-        auth.begin_session(response, request, token)
-        return response
+            problem = "Wrong name or password, or this user has no access to the cache."
+            return self._sign_in_form(
+                request, next_page=next_page, name=name, status=401, problem=problem
+            )
+        redirect = RedirectResponse(_back(request, next_page), 303)
+        auth.begin_session(redirect, request, token)
+        return redirect
 
     async def sign_out(self, request: Request, viewer: Viewer, form: Form) -> Response:
-        """End the session in this browser."""
+        """End the session of this browser."""
         response = RedirectResponse(Addresses(request)("sign-in"), 303)
         auth.end_session(response, request)
         return response
 
-    def _ask(
+    def _sign_in_form(
         self,
         request: Request,
         *,
@@ -140,36 +138,40 @@ class Actions:
             "name": name,
             "problem": problem,
         }
-        page = self._pages.page(request, "sign_in.html", viewer=None, status=status, **shown)
+        page = self._pages.renderer.page(
+            request, "sign_in.html", viewer=None, status=status, **shown
+        )
         auth.keep_sign_in_secret(page, request, secret)
         return page
 
     async def theme(self, request: Request, viewer: Viewer, form: Form) -> Response:
-        """Take the next colours: as the system is, light, dark."""
+        """Select the theme, or the next of: as the system, light, dark."""
         chosen = form.get("theme") or THEMES[(THEMES.index(theme_of(request)) + 1) % len(THEMES)]
         response = RedirectResponse(
             _back(request, urlsplit(request.headers.get("referer", "")).path), 303
         )
         if chosen in THEMES:
-            auth.remember(response, request, auth.THEME_COOKIE, chosen, max_age=A_YEAR_S)
+            auth.set_cookie(
+                response, request, name=auth.THEME_COOKIE, value=chosen, max_age=A_YEAR_S
+            )
         return response
 
     # -- purge -------------------------------------------------------------------------------------
 
     async def purge_page(self, request: Request, viewer: Viewer) -> Response:
-        """Ask what to purge, count it, and ask for the confirmation."""
+        """Show the form, the number of entries, and the confirmation."""
         return await self._purge_page(request, viewer, request.query_params)
 
     async def purge(self, request: Request, viewer: Viewer, form: Form) -> Response:
-        """Purge, if the confirmation is typed as it stands there."""
+        """Purge if the confirmation matches."""
         tenant, module, key = _target(viewer, form)
         try:
             if form.get("confirmation", "").strip() != _confirmation(viewer, tenant, key):
-                raise InvalidOperation("the confirmation was not typed as it stands there")
+                raise InvalidOperation(WRONG_CONFIRMATION)
             done = await self._admin.purge(viewer.access, tenant=tenant, module=module, key=key)
         except (InvalidOperation, AuditLogUnavailable, StoreError) as error:
             return await self._purge_page(request, viewer, form, problem=error)
-        return self._purge_answer(request, viewer, {}, done=done)
+        return self._purge_response(request, viewer, {}, done=done)
 
     async def _purge_page(
         self, request: Request, viewer: Viewer, given: Form, *, problem: Exception | None = None
@@ -179,13 +181,12 @@ class Actions:
         counted = None
         if key or tenant or (viewer.access.tenant and "module" in given):
             counted = await self._counted(viewer, tenant=tenant, module=module, key=key)
-        return self._purge_answer(request, viewer, given, counted=counted, problem=problem)
+        return self._purge_response(request, viewer, given, counted=counted, problem=problem)
 
     async def _counted(
         self, viewer: Viewer, *, tenant: str | None, module: str | None, key: str | None
     ) -> Purge:
-        """Count what a purge concerns; where that cannot be known, a tenant can be purged all the
-        same."""
+        """Count the entries; if the server is unavailable, a tenant can be purged without that."""
         try:
             return await self._admin.purge(
                 viewer.access, tenant=tenant, module=module, key=key, dry_run=True
@@ -197,7 +198,7 @@ class Actions:
                 tenant=viewer.access.within(tenant) or "", module=module, key=None, dry_run=True
             )
 
-    def _purge_answer(
+    def _purge_response(
         self,
         request: Request,
         viewer: Viewer,
@@ -214,18 +215,18 @@ class Actions:
             "key": key,
             "module": module or "",
             "modules": self._admin.module_names(),
-            "tenant_called": "" if tenant is None else viewer.name(tenant),
+            "selected_tenant": "" if tenant is None else viewer.name(tenant),
             "confirmation": _confirmation(viewer, tenant, key) if counted else "",
             "typed": given.get("confirmation", "") if problem else "",
         }
-        return self._page(request, "purge", viewer, problem, **shown)
+        return self._page(request, "purge", viewer, problem=problem, **shown)
 
     # -- switches ----------------------------------------------------------------------------------
 
     async def switches_page(self, request: Request, viewer: Viewer) -> Response:
         """Show what is switched off."""
         viewer.access.demand_operator("a switch")
-        return await self._switches_answer(
+        return await self._switches_response(
             request, viewer, await self._admin.switches(viewer.access)
         )
 
@@ -235,7 +236,7 @@ class Actions:
         tenant, module = viewer.tenant(form.get("tenant", "")), form.get("module") or None
         try:
             if everything and off and form.get("confirmation", "").strip() != "off":
-                raise InvalidOperation("the confirmation was not typed as it stands there")
+                raise InvalidOperation(WRONG_CONFIRMATION)
             if not everything and tenant is None and module is None:
                 raise InvalidOperation("name a tenant or a module")
             switches = await self._admin.switch(
@@ -246,12 +247,12 @@ class Actions:
                 await self._admin.switches(viewer.access),
                 form.get("confirmation", ""),
             )
-            return await self._switches_answer(
+            return await self._switches_response(
                 request, viewer, switches, problem=error, typed=typed
             )
-        return await self._switches_answer(request, viewer, switches, done="off" if off else "on")
+        return await self._switches_response(request, viewer, switches, done="off" if off else "on")
 
-    async def _switches_answer(
+    async def _switches_response(
         self,
         request: Request,
         viewer: Viewer,
@@ -266,29 +267,28 @@ class Actions:
             request,
             "switches",
             viewer,
-            problem,
+            problem=problem,
             switches=switches,
             done=done,
             typed=typed,
             modules=modules,
         )
 
-    # -- looking closer ----------------------------------------------------------------------------
+    # -- details -----------------------------------------------------------------------------------
 
     async def reveal(self, request: Request, viewer: Viewer, form: Form) -> Response:
-        """Show the body of a stored answer."""
+        """Show the body of a stored response."""
         key = request.query_params.get("key", "")
         body = await self._admin.reveal(viewer.access, key)
-        return await self._looks.one_key(request, viewer, key, body=body)
+        return await self._pages.one_key(request, viewer, key, body=body)
 
     async def explain_page(self, request: Request, viewer: Viewer) -> Response:
-        """Ask for a request."""
+        """Show the form."""
         path = request.query_params.get("path", "")
         return self._explained(request, viewer, {"method": "GET", "path": path, "headers": ""})
 
     async def explain(self, request: Request, viewer: Viewer, form: Form) -> Response:
-        """Say what would become of it. The form is a POST, so that credentials stand in no
-        address."""
+        """Explain a request. The form uses POST to keep credentials out of addresses."""
         given = {
             "method": form.get("method", "GET"),
             "path": form.get("path", ""),
@@ -315,27 +315,41 @@ class Actions:
         problem: Exception | None = None,
     ) -> Response:
         return self._page(
-            request, "explain", viewer, problem, given=given, found=found, outcomes=words.OUTCOMES
+            request,
+            "explain",
+            viewer,
+            problem=problem,
+            given=given,
+            found=found,
+            outcomes=formatting.OUTCOME_TONES,
         )
 
     def _page(
-        self, request: Request, name: str, viewer: Viewer, problem: Exception | None, **context: Any
+        self,
+        request: Request,
+        name: str,
+        viewer: Viewer,
+        *,
+        problem: Exception | None,
+        **context: Any,
     ) -> Response:
-        """Answer with a page that says what could not be done."""
-        status, _, text = (200, "", "") if problem is None else refusal(problem, viewer.access)
-        return self._pages.page(
+        """Return a page, which shows the problem if there is one."""
+        status, _, text = (
+            (200, "", "") if problem is None else describe_error(problem, viewer.access)
+        )
+        return self._pages.renderer.page(
             request, f"{name}.html", viewer=viewer, at=name, status=status, problem=text, **context
         )
 
 
 async def _form(request: Request) -> Form:
-    """Read a form; of what was given twice the last, and nothing that is a file."""
+    """Return the fields of a form; the last value of repeated fields, and no files."""
     async with request.form(max_files=0, max_fields=50) as form:
         return {name: value for name, value in form.multi_items() if isinstance(value, str)}
 
 
 def _target(viewer: Viewer, given: Form) -> tuple[str | None, str | None, str | None]:
-    """Return tenant, module and key of a purge."""
+    """Return tenant, module and key to purge."""
     key = given.get("key") or None
     if key is not None:
         return None, None, key
@@ -347,12 +361,12 @@ def _target(viewer: Viewer, given: Form) -> tuple[str | None, str | None, str | 
 
 
 def _confirmation(viewer: Viewer, tenant: str | None, key: str | None) -> str:
-    """Return what has to be typed: the tenant's name, or the end of the key."""
+    """Return the text to type: the tenant's name, or the end of the key."""
     return key[-8:] if key is not None else viewer.name(tenant or "")
 
 
 def _headers(text: str) -> list[tuple[str, str]]:
-    """Read header lines. Raises ``InvalidOperation``."""
+    """Parse header lines. Raises ``InvalidOperation``."""
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > MAX_HEADERS:
         raise InvalidOperation(f"{len(lines)} headers are more than {MAX_HEADERS}")
@@ -366,12 +380,12 @@ def _headers(text: str) -> list[tuple[str, str]]:
 
 
 def _back(request: Request, page: str) -> str:
-    """Return a page of ours to go to: what was asked for, if it is one."""
+    """Return the requested page if it is one of the dashboard, else the overview."""
     to = Addresses(request)
-    ours = (
+    is_own = (
         page.startswith(f"{to.root}/")
         and not page.startswith("//")
         and "\\" not in page
         and page.isprintable()
     )
-    return page if ours and not page.startswith(to("sign-in")) else to("")
+    return page if is_own and not page.startswith(to("sign-in")) else to("")

@@ -1,7 +1,7 @@
-"""The JSON API: the methods of ``ops/admin.py`` over HTTP, for the command line and for programs.
+"""The JSON API: the methods of ``ops/admin.py`` over HTTP, for the command line and other programs.
 
-A request bears the gate's token (``Authorization: Bearer``). Answers are the facade's structs as
-JSON; a tenant may be called by its id or its name. What was refused is answered ``{"error": word,
+Requests carry a token of the ``AuthBackend`` (``Authorization: Bearer``). Responses are the structs
+of ``Admin`` as JSON. Tenants can be given by id or by name. An error is ``{"error": code,
 "message": text}``.
 """
 
@@ -26,35 +26,33 @@ from respcache.ops.admin import Admin
 from respcache.ops.dashboard.auth import Authenticator, TooManyAttempts, Viewer
 
 T = TypeVar("T")
-Answer = Callable[["ApiCall"], Awaitable[Any]]
+Handler = Callable[["ApiCall"], Awaitable[Any]]
 
-WORDS: dict[type[Exception], tuple[int, str]] = {
+ERRORS: dict[type[Exception], tuple[int, str]] = {
     NotFound: (404, "not-found"),
     AccessRefused: (403, "refused"),
     InvalidOperation: (400, "invalid"),
-    AuditLogUnavailable: (503, "not-trailed"),
+    AuditLogUnavailable: (503, "audit-log-unavailable"),
     StoreError: (503, "unavailable"),
 }
-"""Status and word of what a method raises."""
+"""Status and error code for each exception of ``Admin``."""
 
-UNTOLD: dict[type[Exception], str] = {
-    AuditLogUnavailable: "the trail cannot be reached just now, and what cannot be written down is not done",
-    StoreError: "the cache's server cannot be asked just now",
+TENANT_MESSAGES: dict[type[Exception], str] = {
+    AuditLogUnavailable: "the audit log is unavailable, so nothing was changed",
+    StoreError: "the cache server is unavailable",
 }
-"""What is said in place of what servers say, which names hosts, to whoever does not reach all
-tenants."""
+"""Messages for users with access to one tenant, instead of those of servers, which name hosts."""
 
 
 class Credentials(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``token``."""
+    """The body of a request for ``token``."""
 
     name: str
     password: str
 
 
 class ExplainRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``explain``. ``headers``: of the request that is to be explained; ``path`` may
-    carry the query."""
+    """The body of a request for ``explain``. ``path`` may include the query."""
 
     path: str
     method: str = "GET"
@@ -63,13 +61,13 @@ class ExplainRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class KeyRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``reveal``."""
+    """The body of a request for ``reveal``."""
 
     key: str
 
 
 class PurgeRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``purge``: all of a tenant, one module of it, or one key."""
+    """The body of a request for ``purge``: a tenant, one module of it, or one key."""
 
     tenant: str | None = None
     module: str | None = None
@@ -78,7 +76,7 @@ class PurgeRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SwitchRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of ``switch``: of a tenant, of a module, or of everything."""
+    """The body of a request for ``switch``: a tenant, a module, or everything."""
 
     off: bool
     tenant: str | None = None
@@ -86,14 +84,14 @@ class SwitchRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Me(msgspec.Struct):
-    """Who a token belongs to; ``tenants``: the names of those within reach, by their ids."""
+    """The user of a token, and the names of the tenants within reach, by id."""
 
     access: Access
     tenants: dict[str, str]
 
 
 class ApiCall:
-    """A request to the API by somebody who is known."""
+    """An authenticated request to the API."""
 
     def __init__(self, request: Request, viewer: Viewer, body: bytes) -> None:
         self.request = request
@@ -102,7 +100,7 @@ class ApiCall:
         self._body = body
 
     def text(self, name: str) -> str | None:
-        """Return a parameter of the query; None where it is empty or missing."""
+        """Return a query parameter; None if it is empty or missing."""
         return self.request.query_params.get(name) or None
 
     def tenant(self) -> str | None:
@@ -110,12 +108,14 @@ class ApiCall:
         return self.viewer.tenant(self.text("tenant") or "")
 
     def number(self, name: str) -> dict[str, int]:
-        """Return a number of the query as an argument of that name, or none. Raises
-        ``InvalidOperation``."""
+        """Return a number of the query as a keyword argument, or no argument if it is missing.
+
+        Raises ``InvalidOperation``.
+        """
         return numbers(self.request, name)
 
     def page(self) -> dict[str, Any]:
-        """Return the order and the part of a list that the query asks for, as arguments."""
+        """Return the query's order, offset and limit as keyword arguments."""
         order = self.text("order")
         return {
             **({} if order is None else {"order": order}),
@@ -128,11 +128,11 @@ class ApiCall:
         try:
             return msgspec.json.decode(self._body or b"{}", type=kind)
         except msgspec.DecodeError as error:
-            raise InvalidOperation(f"the body is not as it must be: {error}") from None
+            raise InvalidOperation(f"the body is invalid: {error}") from None
 
 
 class Api:
-    """The methods, and where they are found below ``api/``."""
+    """The methods and their paths below ``api/``."""
 
     def __init__(self, admin: Admin, authenticator: Authenticator) -> None:
         self._admin = admin
@@ -140,7 +140,7 @@ class Api:
 
     def routes(self) -> list[Route]:
         """Return the routes of the API."""
-        reads: dict[str, Answer] = {
+        reads: dict[str, Handler] = {
             "me": self.me,
             "overview": lambda a: self._admin.overview(a.access, **a.number("minutes")),
             "tenants": lambda a: self._admin.tenants(a.access, **a.page()),
@@ -163,13 +163,13 @@ class Api:
             "feed": lambda a: self._admin.feed(
                 a.access, after=a.text("after") or "", tenant=a.tenant(), **a.number("limit")
             ),
-            "trail": lambda a: self._admin.audit_log(
+            "audit-log": lambda a: self._admin.audit_log(
                 a.access, tenant=a.tenant(), **a.number("limit"), **a.number("before")
             ),
             "switches": lambda a: self._admin.switches(a.access),
             "configuration": lambda a: self._admin.configuration(a.access),
         }
-        acts: dict[str, Answer] = {
+        actions: dict[str, Handler] = {
             "explain": self.explain,
             "reveal": lambda a: self._admin.reveal(a.access, a.body(KeyRequest).key),
             "purge": self.purge,
@@ -178,84 +178,89 @@ class Api:
         return [
             Route("/api/token", self.token, methods=["POST"]),
             *(
-                Route(f"/api/{path}", self._answering(answer), methods=["GET"])
-                for path, answer in reads.items()
+                Route(f"/api/{path}", self._endpoint(handler), methods=["GET"])
+                for path, handler in reads.items()
             ),
             *(
-                Route(f"/api/{path}", self._answering(answer), methods=["POST"])
-                for path, answer in acts.items()
+                Route(f"/api/{path}", self._endpoint(handler), methods=["POST"])
+                for path, handler in actions.items()
             ),
         ]
 
     async def token(self, request: Request) -> Response:
-        """Exchange a name and a password for the gate's token."""
+        """Return a token for a name and a password."""
         try:
             given = msgspec.json.decode(await request.body(), type=Credentials)
         except msgspec.DecodeError as error:
-            return say_no(400, "invalid", f"the body is not as it must be: {error}")
+            return error_response(400, "invalid", f"the body is invalid: {error}")
         try:
             token = await self._authenticator.sign_in(request, given.name, given.password)
         except TooManyAttempts as error:
-            return say_no(
-                429, "too-many-attempts", str(error), {"retry-after": str(error.retry_after_s)}
+            return error_response(
+                429,
+                "too-many-attempts",
+                str(error),
+                headers={"retry-after": str(error.retry_after_s)},
             )
         if token is None:
-            return say_no(
+            return error_response(
                 401,
                 "unauthenticated",
-                "Wrong name or password, or this person may not look at the cache",
+                "Wrong name or password, or this user has no access to the cache",
             )
-        return answer_json({"token": token})
+        return json_response({"token": token})
 
-    async def me(self, asked: ApiCall) -> Me:
-        """Say who asks."""
-        return Me(asked.access, dict(asked.viewer.names))
+    async def me(self, call: ApiCall) -> Me:
+        """Return the user of the token."""
+        return Me(call.access, dict(call.viewer.names))
 
-    async def explain(self, asked: ApiCall) -> Any:
+    async def explain(self, call: ApiCall) -> Any:
         """Explain a request."""
-        given = asked.body(ExplainRequest)
+        given = call.body(ExplainRequest)
         return await self._admin.explain(
-            asked.access,
+            call.access,
             method=given.method,
             path=given.path,
             query=given.query,
             headers=given.headers,
         )
 
-    async def purge(self, asked: ApiCall) -> Any:
-        """Purge, or count what would be."""
-        given = asked.body(PurgeRequest)
-        tenant = asked.viewer.tenant(given.tenant or "")
+    async def purge(self, call: ApiCall) -> Any:
+        """Purge, or count entries."""
+        given = call.body(PurgeRequest)
+        tenant = call.viewer.tenant(given.tenant or "")
         return await self._admin.purge(
-            asked.access, tenant=tenant, module=given.module, key=given.key, dry_run=given.dry_run
+            call.access, tenant=tenant, module=given.module, key=given.key, dry_run=given.dry_run
         )
 
-    async def switch(self, asked: ApiCall) -> Any:
+    async def switch(self, call: ApiCall) -> Any:
         """Switch off or on."""
-        given = asked.body(SwitchRequest)
-        tenant = asked.viewer.tenant(given.tenant or "")
+        given = call.body(SwitchRequest)
+        tenant = call.viewer.tenant(given.tenant or "")
         return await self._admin.switch(
-            asked.access, off=given.off, tenant=tenant, module=given.module
+            call.access, off=given.off, tenant=tenant, module=given.module
         )
 
-    def _answering(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+    def _endpoint(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
             viewer = await self._authenticator.by_bearer(request)
             if viewer is None:
-                return say_no(
-                    401, "unauthenticated", "A valid token is needed: Authorization: Bearer ..."
+                return error_response(
+                    401, "unauthenticated", "A valid token is required: Authorization: Bearer ..."
                 )
             try:
-                return answer_json(await answer(ApiCall(request, viewer, await request.body())))
+                return json_response(await handler(ApiCall(request, viewer, await request.body())))
             except (OperationError, StoreError) as error:
-                return say_no(*refusal(error, viewer.access))
+                return error_response(*describe_error(error, viewer.access))
 
         return respond
 
 
 def numbers(request: Request, name: str) -> dict[str, int]:
-    """Return a number of the query as an argument of that name, or none. Raises
-    ``InvalidOperation``."""
+    """Return a number of the query as a keyword argument, or no argument if it is missing.
+
+    Raises ``InvalidOperation``.
+    """
     given = request.query_params.get(name)
     if not given:
         return {}
@@ -264,25 +269,24 @@ def numbers(request: Request, name: str) -> dict[str, int]:
     return {name: int(given)}
 
 
-def refusal(error: Exception, access: Access) -> tuple[int, str, str]:
-    """Return status, word and text for what a method raised."""
-    status, word = next(
-        (found for kind, found in WORDS.items() if isinstance(error, kind)), (400, "invalid")
+def describe_error(error: Exception, access: Access) -> tuple[int, str, str]:
+    """Return status, error code and message for an exception of ``Admin``."""
+    status, code = next(
+        (found for kind, found in ERRORS.items() if isinstance(error, kind)), (400, "invalid")
     )
-    untold = {} if access.tenant is None else UNTOLD
-    return (
-        status,
-        word,
-        next((text for kind, text in untold.items() if isinstance(error, kind)), str(error)),
-    )
+    replaced = {} if access.tenant is None else TENANT_MESSAGES
+    message = next((text for kind, text in replaced.items() if isinstance(error, kind)), str(error))
+    return status, code, message
 
 
-def say_no(status: int, word: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    """Say no in JSON."""
+def error_response(
+    status: int, code: str, message: str, *, headers: dict[str, str] | None = None
+) -> Response:
+    """Return an error as JSON."""
     headers = {**(headers or {}), **({"www-authenticate": "Bearer"} if status == 401 else {})}
-    return answer_json({"error": word, "message": message}, status, headers)
+    return json_response({"error": code, "message": message}, status, headers)
 
 
-def answer_json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Encode structs and plain values."""
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return structs or plain values as JSON."""
     return Response(msgspec.json.encode(data), status, headers, media_type="application/json")

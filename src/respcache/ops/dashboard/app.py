@@ -1,8 +1,7 @@
-"""The dashboard as an ASGI application: its routes, the headers of all its answers, and what is
-answered when something fails.
+"""The dashboard as an ASGI application: its routes, the headers of all its responses, and its error
+responses.
 
-It can be mounted anywhere: every address that it writes begins with the ``root_path`` that it is
-given.
+It can be mounted at any path: every address that it writes begins with the ``root_path``.
 """
 
 import logging
@@ -18,10 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard.actions import Actions
-from respcache.ops.dashboard.api import Api, say_no
+from respcache.ops.dashboard.api import Api, error_response
 from respcache.ops.dashboard.auth import AuthBackend, Authenticator, AuthUnavailable
 from respcache.ops.dashboard.layout import Addresses, PageRenderer
-from respcache.ops.dashboard.live import Live
+from respcache.ops.dashboard.live import LiveStreams
 from respcache.ops.dashboard.pages import Pages
 
 MAX_BODY = 64 * 1024
@@ -31,7 +30,7 @@ CONTENT_POLICY = (
     "connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""Nothing inline, nothing from elsewhere (W3C Content Security Policy 3)."""
+"""No inline code or style, and only the dashboard's own files (W3C CSP Level 3)."""
 
 HEADERS = {
     "cache-control": "no-store",
@@ -43,75 +42,73 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
-"""On every answer that does not say otherwise itself."""
+"""Headers of every response that does not set them itself."""
 
 log = logging.getLogger("respcache")
 
 
 class Dashboard:
-    """PageRenderer, API and live figures over one ``Admin``. ``gate`` says who people are. To be mounted
-    in an ASGI application."""
+    """Pages, API and live statistics for one ``Admin``; ``auth`` authenticates users. Mount it in
+    an ASGI application."""
 
     def __init__(self, admin: Admin, auth: AuthBackend) -> None:
-        authenticator, pages = Authenticator(auth), PageRenderer()
-        self._looks = Pages(admin, authenticator, pages)
-        self._live = Live(admin, authenticator, pages)
+        authenticator, renderer = Authenticator(auth), PageRenderer()
+        self._pages = Pages(admin, authenticator, renderer)
+        self._live = LiveStreams(admin, authenticator, renderer)
         self.routes: list[BaseRoute] = [
             *Api(admin, authenticator).routes(),
             *self._live.routes(),
-            *Actions(admin, authenticator, pages, self._looks).routes(),
-            *self._looks.routes(),
+            *Actions(admin, authenticator, self._pages).routes(),
+            *self._pages.routes(),
         ]
         app = Starlette(
             routes=self.routes,
             exception_handlers={
-                HTTPException: self._refused,
-                AuthUnavailable: self._away,
-                Exception: self._failed,
+                HTTPException: self._http_error,
+                AuthUnavailable: self._unavailable,
+                Exception: self._server_error,
             },
             max_body_size=MAX_BODY,
         )
-        # around all of it: also what a fault is answered with has them
-        self._safe = SafeHeaders(app)
+        # the outermost layer, so that error responses have these headers too
+        self._app = SafeHeaders(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI 3.0)."""
-        await self._safe(scope, receive, send)
+        await self._app(scope, receive, send)
 
     @property
     def streams(self) -> int:
-        """Streams of live figures that are open in this process."""
+        """The number of open streams in this process."""
         return self._live.streams
 
     def close(self) -> None:
-        """End all live streams: call it when the server begins to shut down, so that it need not
-        wait for them."""
+        """End all streams. Call it when the server starts to shut down, so that it does not wait
+        for them."""
         self._live.close()
 
-    async def _refused(self, request: Request, error: Exception) -> Response:
+    async def _http_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        word = "not-found" if error.status_code == 404 else "invalid"
-        return self._say(
-            request,
-            error.status_code,
-            word,
-            "There is no such page" if word == "not-found" else str(error.detail),
-        )
+        missing = error.status_code == 404
+        message = "There is no page at this address" if missing else str(error.detail)
+        code = "not-found" if missing else "invalid"
+        return self._error(request, error.status_code, code=code, message=message)
 
-    async def _away(self, request: Request, error: Exception) -> Response:
-        return self._say(request, 503, "unavailable", str(error))
+    async def _unavailable(self, request: Request, error: Exception) -> Response:
+        return self._error(request, 503, code="unavailable", message=str(error))
 
-    async def _failed(self, request: Request, error: Exception) -> Response:
-        return self._say(request, 500, "failed", "The dashboard failed: the log says why")
+    async def _server_error(self, request: Request, error: Exception) -> Response:
+        message = "The dashboard failed: see the log"
+        return self._error(request, 500, code="failed", message=message)
 
-    def _say(self, request: Request, status: int, word: str, message: str) -> Response:
+    def _error(self, request: Request, status: int, *, code: str, message: str) -> Response:
         if request.url.path.startswith(Addresses(request)("api/")):
-            return say_no(status, word, message)
-        return self._looks.problem(request, None, status, message)
+            return error_response(status, code, message)
+        return self._pages.error_page(request, None, status=status, message=message)
 
 
 class SafeHeaders:
-    """Adds ``HEADERS`` to every answer."""
+    """Adds ``HEADERS`` to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -121,13 +118,13 @@ class SafeHeaders:
 
         async def add(message: Message) -> None:
             if message["type"] == "http.response.start":
-                _complete(message)
+                _add_missing(message)
             await send(message)
 
         await self._app(scope, receive, add if scope["type"] == "http" else send)
 
 
-def _complete(message: MutableMapping[str, Any]) -> None:
+def _add_missing(message: MutableMapping[str, Any]) -> None:
     given = message.get("headers", [])
     names = {name.lower() for name, _ in given}
     missing = [

@@ -1,22 +1,22 @@
-"""Pictures without a script: lines and histograms as the paths and rectangles of an SVG. Pure
+"""Charts without JavaScript: lines and histograms as the paths and rectangles of an SVG. Pure
 geometry.
 
-With JavaScript, lines are drawn anew by uPlot; histograms stay as they are.
+With JavaScript, uPlot redraws the lines; histograms stay as they are.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 600.0, 100.0
-"""Of the coordinates of lines; the style sheet says how large they are."""
+"""Range of the coordinates of lines; the style sheet sets their size."""
 
 Values = Sequence[float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its class (a colour of the style sheet), and what goes into ``d`` of its path and
-    of the area below it."""
+    """One line: its CSS class (a colour), and the ``d`` attributes of its path and of the area
+    below it."""
 
     style: str
     path: str
@@ -24,17 +24,16 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Lines in one picture. ``top``: what lies at its upper edge, in words."""
+class Chart:
+    """The lines of one chart. ``top`` is the label of its upper edge."""
 
     lines: Sequence[Line] = ()
     top: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """One column of a histogram, in per cent of the picture's width and height, and what it
-    says."""
+class Bar:
+    """One bar of a histogram, in per cent of the chart's width and height."""
 
     x: float
     width: float
@@ -43,49 +42,48 @@ class Column:
     count: int
 
 
-def picture(
+def chart(
     series: Sequence[tuple[str, Values]],
-    said: Callable[[float], str],
+    label: Callable[[float], str],
     *,
     top: float | None = None,
     stacked: bool = False,
     area: bool = True,
-) -> Picture:
-    """Draw series of one length into one picture; ``top``: what lies at its upper edge, if not the
-    largest value.
+) -> Chart:
+    """Draw series of equal length into one chart.
 
-    ``said`` writes a value. Stacked ones are drawn from the top of the pile down, so that each
-    covers what is below it.
+    ``top`` is the value at its upper edge, by default the largest; ``label`` formats it. Stacked
+    series are drawn from the top down, so that each covers the area of those below it.
     """
-    piled = _piled(series) if stacked else [(style, list(values)) for style, values in series]
+    stack = _stacked(series) if stacked else [(style, list(values)) for style, values in series]
     highest = (
         top
-        or max((value for _, values in piled for value in values if value is not None), default=0.0)
+        or max((value for _, values in stack for value in values if value is not None), default=0.0)
         or 1.0
     )
-    drawn = [Line(style, *_line(values, highest)) for style, values in piled]
+    drawn = [Line(style, *_line(values, highest)) for style, values in stack]
     if not area:
         drawn = [Line(line.style, line.path, "") for line in drawn]
-    return Picture(drawn[::-1] if stacked else drawn, said(highest))
+    return Chart(drawn[::-1] if stacked else drawn, label(highest))
 
 
 def spark(values: Values, *, top: float | None = None) -> tuple[str, str]:
-    """Draw one small line: path and area."""
+    """Draw one small line; return its path and area."""
     highest = top or max((value for value in values if value is not None), default=0.0) or 1.0
     return _line(values, highest)
 
 
-def histogram(counts: Sequence[int], labels: Sequence[str]) -> list[Column]:
-    """Draw columns of equal width; the highest takes the whole height."""
+def histogram(counts: Sequence[int], labels: Sequence[str]) -> list[Bar]:
+    """Draw bars of equal width; the highest takes the whole height."""
     highest = max(counts, default=0) or 1
     width = 100 / (len(counts) or 1)
     return [
-        Column(position * width, width, 100 * count / highest, label, count)
+        Bar(position * width, width, 100 * count / highest, label, count)
         for position, (count, label) in enumerate(zip(counts, labels, strict=True))
     ]
 
 
-def _piled(series: Sequence[tuple[str, Values]]) -> list[tuple[str, list[float | None]]]:
+def _stacked(series: Sequence[tuple[str, Values]]) -> list[tuple[str, list[float | None]]]:
     below = [0.0] * len(series[0][1]) if series else []
     found: list[tuple[str, list[float | None]]] = []
     for style, values in series:
@@ -95,7 +93,7 @@ def _piled(series: Sequence[tuple[str, Values]]) -> list[tuple[str, list[float |
 
 
 def _line(values: Values, highest: float) -> tuple[str, str]:
-    """Return the path and the area of a line; it is broken where there is no value."""
+    """Return the path and the area of a line, with gaps where values are missing."""
     step = WIDTH / max(1, len(values) - 1)
     runs: list[list[str]] = [[]]
     for position, value in enumerate(values):

@@ -1,7 +1,6 @@
-"""How pages are made: templates, navigation, the addresses of scripts and style sheets.
+"""The layout of pages: templates, navigation, and the addresses of scripts and style sheets.
 
-Navigation shows what somebody may do; that they may do nothing else is enforced elsewhere
-(``ops/admin.py``).
+The navigation hides pages that a user may not open; ``ops/admin.py`` enforces permissions.
 """
 
 import mimetypes
@@ -18,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from respcache.ops.access import Access, Role
-from respcache.ops.dashboard import formatting as words
+from respcache.ops.dashboard import formatting
 from respcache.ops.dashboard.auth import THEME_COOKIE, Viewer
 
 THEMES = ("auto", "light", "dark")
@@ -32,12 +31,12 @@ ASSETS = {
     "jetbrains-mono.woff2": "vendor/jetbrains-mono-5.3.0.woff2",
     "icon.svg": "icon.svg",
 }
-"""What pages load: names in addresses, and files below ``static``."""
+"""Files that pages load: their names in addresses, and their paths below ``static``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A page in the navigation. ``key``: what to press after g."""
+class NavItem:
+    """A page in the navigation. ``key`` is the key that opens it after g."""
 
     name: str
     path: str
@@ -46,11 +45,11 @@ class Place:
     visible: Callable[[Access], bool]
 
 
-def _everybody(access: Access) -> bool:
+def _everyone(access: Access) -> bool:
     return True
 
 
-def _everything(access: Access) -> bool:
+def _all_tenants(access: Access) -> bool:
     return access.tenant is None
 
 
@@ -58,36 +57,36 @@ def _operators(access: Access) -> bool:
     return access.role == Role.OPERATOR
 
 
-NAVIGATION: tuple[tuple[str, tuple[Place, ...]], ...] = (
+NAVIGATION: tuple[tuple[str, tuple[NavItem, ...]], ...] = (
     (
-        "Watch",
+        "Monitor",
         (
-            Place("overview", "", "Overview", "o", _everybody),
-            Place("tenants", "tenants", "Tenants", "t", _everything),
-            Place("modules", "modules", "Modules and routes", "m", _everybody),
-            Place("latency", "latency", "Latency", "l", _everything),
-            Place("feed", "feed", "Invalidations", "i", _everybody),
+            NavItem("overview", "", "Overview", "o", _everyone),
+            NavItem("tenants", "tenants", "Tenants", "t", _all_tenants),
+            NavItem("modules", "modules", "Modules and routes", "m", _everyone),
+            NavItem("latency", "latency", "Latency", "l", _all_tenants),
+            NavItem("feed", "feed", "Invalidations", "i", _everyone),
         ),
     ),
     (
-        "Look closer",
+        "Inspect",
         (
-            Place("keys", "keys", "Keys", "k", _everybody),
-            Place("explain", "explain", "Explain a request", "e", _everybody),
+            NavItem("keys", "keys", "Keys", "k", _everyone),
+            NavItem("explain", "explain", "Explain a request", "e", _everyone),
         ),
     ),
     (
-        "Act",
+        "Operate",
         (
-            Place("purge", "purge", "Purge", "p", _operators),
-            Place("switches", "switches", "Switches", "s", _operators),
+            NavItem("purge", "purge", "Purge", "p", _operators),
+            NavItem("switches", "switches", "Switches", "s", _operators),
         ),
     ),
     (
         "System",
         (
-            Place("configuration", "configuration", "Configuration", "c", _everything),
-            Place("trail", "trail", "Trail", "r", _everybody),
+            NavItem("configuration", "configuration", "Configuration", "c", _all_tenants),
+            NavItem("audit_log", "audit-log", "Audit log", "a", _everyone),
         ),
     ),
 )
@@ -102,7 +101,7 @@ class Asset:
 
 
 class PageRenderer:
-    """Makes pages from templates."""
+    """Renders pages from templates."""
 
     def __init__(self) -> None:
         self._templates = Environment(
@@ -112,8 +111,8 @@ class PageRenderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters.update(words.FILTERS)
-        self._templates.globals["nobodys"] = words.NOBODYS
+        self._templates.filters.update(formatting.FILTERS)
+        self._templates.globals["special_tenants"] = formatting.SPECIAL_TENANTS
 
     def page(
         self,
@@ -125,7 +124,7 @@ class PageRenderer:
         status: int = 200,
         **context: Any,
     ) -> Response:
-        """Answer with a page. ``at``: its name in the navigation."""
+        """Return a page as a response. ``at`` is its name in the navigation."""
         return HTMLResponse(self.text(request, template, viewer=viewer, at=at, **context), status)
 
     def text(
@@ -137,7 +136,7 @@ class PageRenderer:
         at: str = "",
         **context: Any,
     ) -> str:
-        """Write a page, or a part of one."""
+        """Render a page or a part of one."""
         return self._templates.get_template(template).render(
             viewer=viewer,
             at=at,
@@ -149,13 +148,13 @@ class PageRenderer:
 
 
 class Addresses:
-    """The addresses of pages, below wherever the dashboard is mounted."""
+    """The addresses of pages, below the path where the dashboard is mounted."""
 
     def __init__(self, request: Request) -> None:
         self.root = str(request.scope.get("root_path", "")).rstrip("/")
 
     def __call__(self, path: str, **query: Any) -> str:
-        """Return the address of a page; of the query, what is not empty."""
+        """Return the address of a page, without empty query parameters."""
         given = {name: value for name, value in query.items() if value not in (None, "")}
         return f"{self.root}/{quote(path)}" + (f"?{urlencode(given)}" if given else "")
 
@@ -164,26 +163,26 @@ class Addresses:
         return f"{self.root}/static/{fingerprint()}/{name}"
 
 
-def navigation(viewer: Viewer | None) -> list[tuple[str, list[Place]]]:
-    """Return the pages that somebody may see, by group."""
+def navigation(viewer: Viewer | None) -> list[tuple[str, list[NavItem]]]:
+    """Return the pages that a user may open, by group."""
     if viewer is None:
         return []
     groups = (
-        (title, [place for place in places if place.visible(viewer.access)])
-        for title, places in NAVIGATION
+        (title, [item for item in items if item.visible(viewer.access)])
+        for title, items in NAVIGATION
     )
-    return [(title, places) for title, places in groups if places]
+    return [(title, items) for title, items in groups if items]
 
 
 def theme_of(request: Request) -> str:
-    """Return what somebody chose: auto is as their system is."""
+    """Return the chosen theme; ``auto`` follows the system."""
     given = request.cookies.get(THEME_COOKIE, "")
     return given if given in THEMES else THEMES[0]
 
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """Read all files that pages load, once."""
+    """Return all files that pages load; reads them once."""
     folder = files("respcache.ops.dashboard") / "static"
     found: dict[str, Asset] = {}
     for name, path in ASSETS.items():
@@ -198,7 +197,7 @@ def assets() -> Mapping[str, Asset]:
 
 @cache
 def fingerprint() -> str:
-    """Return what tells this set of files from any other."""
+    """Return a digest of all files that pages load."""
     digest = blake2b(digest_size=6)
     for name, asset in sorted(assets().items()):
         digest.update(name.encode() + asset.body)

@@ -1,27 +1,27 @@
-"""What the overview says, in words and in lines: the same for the page and for the live figures
-that follow it. Pure."""
+"""The content of the overview, as text and as columns for charts; the same for the page and for its
+live updates. Pure."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from respcache.ops.dashboard import formatting as words
-from respcache.ops.figures import Overview, Row
-from respcache.ops.fleet import BUCKET_S, Point, Process
+from respcache.ops.dashboard import formatting as fmt
+from respcache.ops.stats.rows import Overview, StatsRow
+from respcache.ops.stats.shapes import BUCKET_S, LeaseStats, Point, Process
 
 RECENT = 6
-"""Points that make "now": a minute."""
+"""Points that are shown as the current value: one minute."""
 
 FULL = 0.9
-"""Of the server's memory limit, from which on it is said to be nearly full."""
+"""Share of the server's memory limit from which on it is shown as nearly full."""
 
 PENDING_S = 5.0
-"""An invalidation that waits longer is a warning."""
+"""Age of a pending invalidation from which on it is a warning."""
 
 
 class Tile(msgspec.Struct, frozen=True):
-    """A figure with its recent course. ``style``: the colour of its line; ``spark``: the column
+    """A number with a small chart. ``style`` is the CSS class of the line, ``spark`` the column
     that it draws."""
 
     id: str
@@ -34,7 +34,7 @@ class Tile(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """How something is. ``tone``: good, warn, bad, or nothing."""
+    """The state of a component. ``tone`` is good, warn, bad or empty."""
 
     id: str
     label: str
@@ -42,7 +42,7 @@ class State(msgspec.Struct, frozen=True):
     sub: str = ""
     tone: str = ""
     share: float | None = None
-    """Of one, where it is a part of something: drawn as a bar."""
+    """A share from 0 to 1 that is drawn as a bar."""
 
 
 Column = list[float | None]
@@ -63,16 +63,16 @@ _COLUMNS: dict[str, Callable[[Point], float | None]] = {
     "miss_p50": lambda point: _ms(point.miss_p50_s),
     "miss_p95": lambda point: _ms(point.miss_p95_s),
 }
-"""What is drawn of each point: rates per second, shares in per cent, times in milliseconds."""
+"""Values of a point: rates per second, shares in per cent, durations in milliseconds."""
 
 
 def columns(points: Sequence[Point]) -> dict[str, Column]:
-    """Return the columns that are drawn. The last point is unfinished, so it is left out."""
+    """Return the columns of the charts, without the last point, which is unfinished."""
     return {name: [read(point) for point in points[:-1]] for name, read in _COLUMNS.items()}
 
 
 def tiles(overview: Overview) -> list[Tile]:
-    """Return the figures at the top of the overview, of the last minute."""
+    """Return the tiles of the overview, with values of the last minute."""
     recent, total = overview.series[:-1][-RECENT:], overview.totals
     seconds = max(1, len(recent)) * BUCKET_S
     hits, misses, bypasses = (
@@ -82,92 +82,90 @@ def tiles(overview: Overview) -> list[Tile]:
     saved = sum(point.saved_s for point in recent) / seconds
     hit, miss = _latest(recent, "hit_p50_s"), _latest(recent, "miss_p50_s")
     requests, in_all = (
-        words.rate((hits + misses + bypasses) / seconds),
-        f"{words.number(total.requests)} in all",
+        fmt.rate((hits + misses + bypasses) / seconds),
+        f"{fmt.number(total.requests)} in total",
     )
     hit_p95, miss_p95 = (
-        f"p95 {words.span(_latest(recent, name))}" for name in ("hit_p95_s", "miss_p95_s")
+        f"p95 {fmt.duration(_latest(recent, name))}" for name in ("hit_p95_s", "miss_p95_s")
     )
-    estimated = f"{words.span(total.saved_s)} in all, estimated"
+    estimated = f"{fmt.duration(total.saved_s)} in total (estimate)"
     return [
         Tile("requests", "Requests", requests, "/s", in_all, "c-time", "requests"),
         Tile(
             "ratio",
             "Hit ratio",
-            words.share(ratio),
+            fmt.share(ratio),
             "",
-            f"{words.share(total.hit_ratio)} in all",
+            f"{fmt.share(total.hit_ratio)} in total",
             "c-hit",
             "ratio",
         ),
         Tile(
             "misses",
             "Misses",
-            words.rate(misses / seconds),
+            fmt.rate(misses / seconds),
             "/s",
-            f"{words.number(total.misses)} in all",
+            f"{fmt.number(total.misses)} in total",
             "c-miss",
             "misses",
         ),
-        Tile(
-            "saved", "Database time saved", words.rate(saved), "s/s", estimated, "c-saved", "saved"
-        ),
-        Tile("hit", "A hit takes", words.span(hit), "", hit_p95, "c-hit", "hit_p95"),
-        Tile("miss", "A miss takes", words.span(miss), "", miss_p95, "c-miss", "miss_p95"),
+        Tile("saved", "Database time saved", fmt.rate(saved), "s/s", estimated, "c-saved", "saved"),
+        Tile("hit", "A hit takes", fmt.duration(hit), "", hit_p95, "c-hit", "hit_p95"),
+        Tile("miss", "A miss takes", fmt.duration(miss), "", miss_p95, "c-miss", "miss_p95"),
     ]
 
 
 def states(overview: Overview) -> list[State]:
-    """Return how server, workers and invalidations are."""
+    """Return the states of server, workers and invalidations."""
     return [
         *_server(overview),
         _breaker(overview.processes),
         _workers(overview),
-        *_fences(overview.processes),
+        *_leases(overview.processes),
         _verifier(overview),
     ]
 
 
-def tenant_tiles(row: Row) -> list[Tile]:
-    """Return the figures of a tenant, since the workers started."""
+def tenant_tiles(row: StatsRow) -> list[Tile]:
+    """Return the tiles of a tenant, with totals since the workers started."""
     return [
-        Tile("requests", "Requests", words.number(row.requests), "", _bypassed(row), "c-time"),
+        Tile("requests", "Requests", fmt.number(row.requests), "", _bypassed(row), "c-time"),
         Tile(
             "ratio",
             "Hit ratio",
-            words.share(row.hit_ratio),
+            fmt.share(row.hit_ratio),
             "",
-            f"{words.number(row.hits)} hits",
+            f"{fmt.number(row.hits)} hits",
             "c-hit",
         ),
         Tile(
             "misses",
             "Misses",
-            words.number(row.misses),
+            fmt.number(row.misses),
             "",
-            f"{words.number(row.collapsed)} shared a fill",
+            f"{fmt.number(row.collapsed)} shared a fill",
             "c-miss",
         ),
         Tile(
             "served",
             "Served from the cache",
-            words.size(row.bytes_served),
+            fmt.size(row.bytes_served),
             "",
-            f"{words.size(row.bytes_stored)} stored",
+            f"{fmt.size(row.bytes_stored)} stored",
             "c-hit",
         ),
         Tile(
             "stores",
             "Stored",
-            words.number(row.stores),
+            fmt.number(row.stores),
             "",
-            words.reasons(row.stores_refused) or "nothing refused",
+            fmt.reasons(row.stores_refused) or "nothing refused",
             "c-time",
         ),
         Tile(
             "invalidations",
             "Invalidations",
-            words.number(row.invalidations),
+            fmt.number(row.invalidations),
             "",
             "of its modules",
             "c-saved",
@@ -176,7 +174,7 @@ def tenant_tiles(row: Row) -> list[Tile]:
 
 
 def texts(shown: Sequence[Tile | State]) -> dict[str, list[str | float | None]]:
-    """Return value, subtitle, tone and share by name, for what is on the page already."""
+    """Return value, subtitle, tone and share by id, to update tiles and states on a page."""
     return {
         one.id: [one.value, one.sub, getattr(one, "tone", ""), getattr(one, "share", None)]
         for one in shown
@@ -191,46 +189,46 @@ def _server(overview: Overview) -> list[State]:
             State(
                 "server",
                 "Cache server",
-                "up" if up else "away",
+                "up" if up else "unavailable",
                 "" if up else overview.problem,
                 "good" if up else "bad",
             )
         ]
     limit, used = server.memory_limit_bytes, server.memory_bytes
     tone = "warn" if limit and used > FULL * limit else "good"
-    of = f"of {words.size(limit)}" if limit else "no limit"
+    of = f"of {fmt.size(limit)}" if limit else "no limit"
     tight = "warn" if server.memory_policy == "noeviction" and limit else ""
     return [
         State(
             "server",
             "Cache server",
             f"{server.name} {server.version}",
-            f"up {words.span(server.uptime_s)}",
+            f"up {fmt.duration(server.uptime_s)}",
             "good",
         ),
         State(
-            "memory", "Memory", words.size(used), of, tight or tone, used / limit if limit else None
+            "memory", "Memory", fmt.size(used), of, tight or tone, used / limit if limit else None
         ),
         State(
             "evictions",
             "Evicted",
-            words.number(server.evicted_keys),
-            f"of {words.number(server.keys)} keys now",
+            fmt.number(server.evicted_keys),
+            f"of {fmt.number(server.keys)} keys now",
         ),
     ]
 
 
 def _breaker(processes: Sequence[Process]) -> State:
-    away = [process for process in processes if not process.available]
+    open_in = [process for process in processes if not process.available]
     if not processes:
-        return State("breaker", "Breaker", "unknown", "no worker publishes figures", "warn")
-    if not away:
-        return State("breaker", "Breaker", "closed", "all reach the server", "good")
+        return State("breaker", "Breaker", "unknown", "no worker publishes statistics", "warn")
+    if not open_in:
+        return State("breaker", "Breaker", "closed", "all workers are connected", "good")
     return State(
         "breaker",
         "Breaker",
-        f"open in {len(away)} of {len(processes)}",
-        "they answer without the cache",
+        f"open in {len(open_in)} of {len(processes)}",
+        "these respond without the cache",
         "bad",
     )
 
@@ -240,7 +238,7 @@ def _workers(overview: Overview) -> State:
     if off:
         return State("workers", "Workers", str(count), f"{off} switched off", "warn")
     if overview.problem:
-        return State("workers", "Workers", str(count), "figures of this one only", "warn")
+        return State("workers", "Workers", str(count), "only this one is shown", "warn")
     hosts = len({process.host for process in overview.processes})
     return State(
         "workers",
@@ -251,54 +249,59 @@ def _workers(overview: Overview) -> State:
     )
 
 
-def _fences(processes: Sequence[Process]) -> list[State]:
-    fences = [process.lease for process in processes if process.lease is not None]
-    if not fences:
-        return []
-    rows, oldest = (
-        max(lease.pending_rows for lease in fences),
-        max(lease.pending_s for lease in fences),
+def _leases(processes: Sequence[Process]) -> list[State]:
+    leases = [process.lease for process in processes if process.lease is not None]
+    return [_pending(leases), _serving_lease(leases)] if leases else []
+
+
+def _pending(leases: Sequence[LeaseStats]) -> State:
+    rows, oldest_s = (
+        max(lease.pending_rows for lease in leases),
+        max(lease.pending_s for lease in leases),
     )
-    age = max((lease.age_s for lease in fences if lease.age_s is not None), default=None)
-    lost = [lease for lease in fences if not lease.alive]
+    return State(
+        "pending",
+        "Pending invalidations",
+        fmt.number(rows),
+        f"the oldest for {fmt.duration(oldest_s)}" if rows else "none",
+        "warn" if oldest_s > PENDING_S else "good",
+    )
+
+
+def _serving_lease(leases: Sequence[LeaseStats]) -> State:
+    age_s = max((lease.age_s for lease in leases if lease.age_s is not None), default=None)
+    lost = [lease for lease in leases if not lease.alive]
     problem = next(
-        (lease.problem for lease in lost if lease.problem), "nothing is served from the cache there"
+        (lease.problem for lease in lost if lease.problem), "these serve nothing from the cache"
     )
-    waits = f"the oldest for {words.span(oldest)}" if rows else "none waits"
-    bound = (
-        f"lost in {len(lost)}: {problem}" if lost else f"of {words.span(fences[0].lease_s)} at most"
+    return State(
+        "lease",
+        "Serving lease",
+        "none yet" if age_s is None else f"{fmt.duration(age_s)} old",
+        f"lost in {len(lost)}: {problem}"
+        if lost
+        else f"valid for {fmt.duration(leases[0].lease_s)}",
+        "bad" if lost else "good",
     )
-    return [
-        State(
-            "pending",
-            "Pending invalidations",
-            words.number(rows),
-            waits,
-            "warn" if oldest > PENDING_S else "good",
-        ),
-        State("lease", "Fence age", words.span(age), bound, "bad" if lost else "good"),
-    ]
 
 
 def _verifier(overview: Overview) -> State:
-    audits = [process.verifier for process in overview.processes if process.verifier is not None]
-    made, found = (
-        sum(verifier.audits for verifier in audits),
-        sum(verifier.stale + verifier.leaks for verifier in audits),
-    )
-    if not audits:
-        return State("verifier", "Audit", "off", "no hit is made anew and compared")
+    verifiers = [process.verifier for process in overview.processes if process.verifier is not None]
+    if not verifiers:
+        return State("verifier", "Verifier", "off", "no hit is re-executed")
+    compared = sum(verifier.verifications for verifier in verifiers)
+    found = sum(verifier.stale + verifier.leaks for verifier in verifiers)
     return State(
         "verifier",
-        "Audit",
-        f"{found} found" if found else "nothing found",
-        f"{words.number(made)} hits compared",
+        "Verifier",
+        f"{found} wrong responses" if found else "no findings",
+        f"{fmt.number(compared)} hits compared",
         "bad" if found else "good",
     )
 
 
-def _bypassed(row: Row) -> str:
-    return f"{words.number(sum(row.bypasses.values()))} bypassed the cache"
+def _bypassed(row: StatsRow) -> str:
+    return f"{fmt.number(sum(row.bypasses.values()))} bypassed the cache"
 
 
 def _latest(points: Sequence[Point], name: str) -> Any:

@@ -1,5 +1,5 @@
-"""The doctor: looks at both servers, the database and the environment, and says what is wrong and
-how to mend it."""
+"""``respcache doctor``: checks both servers, the database and the environment, and reports problems
+with their fixes."""
 
 import asyncio
 from collections.abc import Collection, Mapping
@@ -19,31 +19,30 @@ RANDOM = "python -c 'import secrets; print(secrets.token_hex(32))'"
 def diagnose(
     environment: Mapping[str, str], *, schema: str = "public", tables: Collection[str] | None = None
 ) -> list[Finding]:
-    """Check what the environment names. ``tables`` are those that cached reads declare, None where
-    nobody said.
+    """Check what the environment names. Changes nothing; problems are findings, not exceptions.
 
-    Changes nothing. Raises nothing for what is broken: that is a finding.
+    ``tables`` are those that cached reads declare; None if unknown.
     """
     cache, memory, both = DoctorReport("cache"), DoctorReport("memory"), DoctorReport("servers")
     stored, secret = DoctorReport("database"), DoctorReport("environment")
     url = environment.get("REDIS_CACHE_URL") or None
-    served = None
+    cache_server = None
     if url == NO_CACHE:
         cache.warn(
             "reachable",
             "REDIS_CACHE_URL=none: there is no cache",
-            "every request runs its handler",
-            "set REDIS_CACHE_URL",
+            why="every request runs its handler",
+            fix="set REDIS_CACHE_URL",
         )
     else:
-        served = servers.examine(
+        cache_server = servers.examine(
             cache, url, variable="REDIS_CACHE_URL", memory=False, role=DATA_PLANE
         )
-    remembered = servers.examine(
+    memory_server = servers.examine(
         memory, environment.get("REDIS_URL") or None, variable="REDIS_URL", memory=True
     )
-    # what is right for the one is wrong for the other
-    if servers.compare(both, served, remembered):
+    # if both are one server, a fix for one of these checks would break the other server
+    if servers.compare(both, cache_server, memory_server):
         memory.findings = [
             finding
             for finding in memory.findings
@@ -55,7 +54,7 @@ def diagnose(
             environment.get("DATABASE_URL") or None,
             schema=schema,
             tables=tables,
-            cache=served,
+            cache=cache_server,
         )
     )
     check_secret(secret, environment.get("RESPCACHE_KEY") or None)
@@ -66,24 +65,31 @@ def diagnose(
 
 def check_secret(report: DoctorReport, secret: str | None) -> None:
     """Check the secret that keys the digests."""
-    mend = f"export RESPCACHE_KEY=$({RANDOM}), the same in all processes"
+    fix = f"export RESPCACHE_KEY=$({RANDOM}), the same in all processes"
     if secret is None:
-        why = (
-            "the application does not start, or makes one that other hosts do not have: then they "
-            "share no answers"
+        report.warn(
+            "secret",
+            "RESPCACHE_KEY is not set here",
+            why="the application does not start, or generates a secret that other hosts do not "
+            "have, so that they share no responses",
+            fix=fix,
         )
-        report.warn("secret", "RESPCACHE_KEY is not set here", why, mend)
     elif len(secret.encode()) < MIN_SECRET_BYTES:
         report.fault(
             "secret",
             f"RESPCACHE_KEY has {len(secret.encode())} bytes",
-            "the application does not start",
-            mend,
+            why="the application does not start",
+            fix=fix,
         )
     elif is_default(secret):
-        why = "who knows it can tell which key holds whose answer"
-        report.fault("secret", "RESPCACHE_KEY is one of an example", why, mend)
+        report.fault(
+            "secret",
+            "RESPCACHE_KEY comes from an example",
+            why="anyone who knows it can find out whose response a key holds",
+            fix=fix,
+        )
     else:
         report.ok(
-            "secret", f"RESPCACHE_KEY has {len(secret.encode())} bytes and is not of an example"
+            "secret",
+            f"RESPCACHE_KEY has {len(secret.encode())} bytes and does not come from an example",
         )

@@ -1,30 +1,31 @@
-"""What a check says: a verdict, what was found, and, unless all is well, why it matters and how to
-mend it."""
+"""Findings of checks: a verdict, what was found, and for problems why they matter and the fix."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """How bad it is."""
+    """The severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
     FAULT = "fault"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The result of one check. ``about`` is what was looked at: cache, memory, database,
-    application, environment."""
+    """The result of one check.
+
+    ``about`` is what was checked: cache, memory, servers, database or environment.
+    """
 
     about: str
     check: str
     level: Severity
     found: str
     why: str = ""
-    mend: str = ""
-    """The exact command, or what to change where."""
+    fix: str = ""
+    """The exact command, or what to change and where."""
 
 
 class DoctorReport:
@@ -35,13 +36,20 @@ class DoctorReport:
         self.findings: list[Finding] = []
 
     def ok(self, check: str, found: str) -> None:
-        """Say that all is well."""
-        self.findings.append(Finding(self.about, check, Severity.OK, found))
+        """Report that a check passed."""
+        self._add(Severity.OK, check, found)
 
-    def warn(self, check: str, found: str, why: str, mend: str) -> None:
-        """Say what works, but not as it should."""
-        self.findings.append(Finding(self.about, check, Severity.WARNING, found, why, mend))
+    def warn(self, check: str, found: str, *, why: str, fix: str) -> None:
+        """Report something that works, but not as it should."""
+        self._add(Severity.WARNING, check, found, why=why, fix=fix)
 
-    def fault(self, check: str, found: str, why: str, mend: str) -> None:
-        """Say what is broken or unsafe."""
-        self.findings.append(Finding(self.about, check, Severity.FAULT, found, why, mend))
+    def fault(self, check: str, found: str, *, why: str, fix: str) -> None:
+        """Report something that is broken or insecure."""
+        self._add(Severity.FAULT, check, found, why=why, fix=fix)
+
+    def _add(
+        self, level: Severity, check: str, found: str, *, why: str = "", fix: str = ""
+    ) -> None:
+        self.findings.append(
+            Finding(about=self.about, check=check, level=level, found=found, why=why, fix=fix)
+        )

@@ -1,18 +1,19 @@
-"""Which passwords and secrets everybody would try first, and which addresses nobody else
-reaches."""
+"""Recognizes default passwords and secrets, and addresses that only this machine can reach."""
 
 import ipaddress
 
-DEFAULTS = (
-    "admin", "changeme", "changeit", "default", "foobared", "guest", "password", "postgres", "redis", "root", "secret", "test",
-    "valkey", "123456",
-)  # fmt: skip
+DEFAULTS = frozenset(
+    (
+        *("admin", "changeme", "changeit", "default", "foobared", "guest", "password", "postgres"),
+        *("redis", "root", "secret", "test", "valkey", "123456"),
+    )
+)
 MARKS = ("changeme", "change-me", "only for trying it out")
-"""What secrets of tutorials are made of, this library's own among them."""
+"""Parts of the secrets in tutorials, including those of this library."""
 
 
 def is_default(secret: str | None) -> bool:
-    """Whether a password or secret looks as it came with an example."""
+    """Return whether a password or secret looks like one from an example."""
     if secret is None:
         return False
     lower = secret.lower()
@@ -20,7 +21,7 @@ def is_default(secret: str | None) -> bool:
 
 
 def is_local(host: str | None) -> bool:
-    """Whether only this machine reaches an address: loopback, or a socket's path."""
+    """Return whether only this machine can reach an address: loopback, or the path of a socket."""
     if not host or host == "localhost" or host.startswith("/"):
         return True
     try:

@@ -1,7 +1,7 @@
-"""Checks of the two servers: the cache, which must evict and may forget, and agent memory, which
-must do neither.
+"""Checks of the two servers: the cache server, which must evict and may lose data, and the server
+for agent memory, which must do neither.
 
-Everything is read; nothing is changed. What a user of the server may not see is said to be unseen.
+The checks only read. What the user of a server may not read is reported as unchecked.
 """
 
 import time
@@ -33,17 +33,17 @@ EVICTS = ("allkeys-", "volatile-")
 
 @dataclass
 class CheckedServer:
-    """What a server said of itself. ``config`` is None where this user may not ask."""
+    """What a server reports about itself. ``config`` is None if this user may not read it."""
 
     variable: str
-    """Of the environment: it holds the address."""
+    """The environment variable that contains its address."""
     url: ServerURL
     info: Mapping[str, Any]
     config: Mapping[str, str] | None
     skew_s: float
     epoch: Epoch | None = None
     cli: str = field(init=False)
-    """The command that talks to it, with the password that the environment holds."""
+    """The shell command that connects to it, with the password from the environment."""
 
     def __post_init__(self) -> None:
         user = f" --user {self.url.user}" if self.url.user else ""
@@ -55,17 +55,16 @@ class CheckedServer:
 
     @property
     def identity(self) -> str:
-        """Name this life of the server, as the fence does."""
+        """The id of this life of the server, as in the serving lease."""
         return str(self.info.get("master_replid", ""))
 
     @property
     def version(self) -> str:
-        """Return the number of the version, of Valkey where it is one (which also gives a Redis
-        number)."""
+        """The version number; for Valkey its own, not the Redis version that it also reports."""
         return str(self.info.get("valkey_version") or self.info.get("redis_version", "0"))
 
     def sets(self, name: str, value: str) -> str:
-        """Return the command that sets an option, now and lastingly."""
+        """Return the command that sets an option, in the running server and in its file."""
         return f"{self.cli} CONFIG SET {name} {value}; {self.cli} CONFIG REWRITE"
 
 
@@ -77,17 +76,21 @@ def examine(
     memory: bool,
     role: AclRole | None = None,
 ) -> CheckedServer | None:
-    """Check one server; return what it said, or None where it could not be asked. A handful of
-    round trips."""
+    """Check one server. Return what it reports, or None if it cannot be reached.
+
+    Takes a few round trips, and one for each permission of ``role``.
+    """
     if url is None:
         _unset(report, variable, memory=memory)
         return None
     try:
         parsed = ServerURL.parse(url)
     except ConfigurationError as error:
-        report.fault("address", str(error), "nothing can connect to it", f"mend {variable}")
+        report.fault(
+            "address", str(error), why="nothing can connect to it", fix=f"correct {variable}"
+        )
         return None
-    with _connected(report, url, parsed, variable) as client:
+    with _connected(report, url, parsed, variable=variable) as client:
         if client is None:
             return None
         server = _ask(variable, parsed, client)
@@ -109,7 +112,7 @@ def examine(
 def compare(
     report: DoctorReport, cache: CheckedServer | None, memory: CheckedServer | None
 ) -> bool:
-    """Check that the two servers are two; return whether they are one."""
+    """Check that the two servers differ; return whether they are the same server."""
     if cache is None or memory is None or cache.info.get("run_id") is None:
         return False
     if cache.info.get("run_id") != memory.info.get("run_id"):
@@ -123,11 +126,11 @@ def compare(
     report.fault(
         "two servers",
         f"REDIS_CACHE_URL and REDIS_URL are one server {where}",
-        "memory limit, eviction and persistence are of a server, not of a database: what must not "
-        "be lost is evicted with "
-        "the cache, or the cache fills up and refuses writes",
-        "start a second server for agent memory (maxmemory-policy noeviction, appendonly yes) and "
-        "set REDIS_URL to it",
+        why="memory limit, eviction and persistence apply to a server, not to a database: either "
+        "data that must not be lost is evicted with the cache, or the cache fills up and rejects "
+        "writes",
+        fix="start a second server for agent memory (maxmemory-policy noeviction, appendonly yes) "
+        "and set REDIS_URL to it",
     )
     return True
 
@@ -136,24 +139,23 @@ def _unset(report: DoctorReport, variable: str, *, memory: bool) -> None:
     if memory:
         report.ok("reachable", f"{variable} is not set: no agent memory to check")
     else:
-        why = "without a server nothing is cached across processes"
         report.fault(
             "reachable",
             f"{variable} is not set",
-            why,
-            f"export {variable}=redis://:PASSWORD@HOST:6379/0",
+            why="without a server nothing is cached across processes",
+            fix=f"export {variable}=redis://:PASSWORD@HOST:6379/0",
         )
 
 
 @contextmanager
 def _connected(
-    report: DoctorReport, url: str, parsed: ServerURL, variable: str
+    report: DoctorReport, url: str, parsed: ServerURL, *, variable: str
 ) -> "Iterator[redis.Redis | None]":
-    """Connect and log in, or say why that failed."""
+    """Connect and log in; yield None and report it if that fails."""
     why = (
-        "the application goes on without it, slower"
+        "the application works without it, but slower"
         if report.about == "cache"
-        else "what agents remember cannot be reached"
+        else "agent memory cannot be reached"
     )
     client = _client(url)
     try:
@@ -163,21 +165,23 @@ def _connected(
         report.fault(
             "reachable",
             f"{parsed} refuses the login: {error}",
-            why,
-            f"set the right user and password in {variable}",
+            why=why,
+            fix=f"set the right user and password in {variable}",
         )
         yield None
         return
     except NoPermissionError:
-        pass  # it is there; the rights are checked one by one
+        pass  # it is reachable; the permissions are checked one by one
     except redis.RedisError as error:
         client.close()
-        said = str(error).rstrip(".") or type(error).__name__
-        mend = (
-            f"start the server, or mend host, port and scheme in {variable}; to try it: "
-            f'valkey-cli -u "${variable}" PING'
+        message = str(error).rstrip(".") or type(error).__name__
+        report.fault(
+            "reachable",
+            f"{parsed} cannot be reached: {message}",
+            why=why,
+            fix=f"start the server, or correct host, port and scheme in {variable}; test it with "
+            f'valkey-cli -u "${variable}" PING',
         )
-        report.fault("reachable", f"{parsed} cannot be reached: {said}", why, mend)
         yield None
         return
     try:
@@ -207,8 +211,8 @@ def _ask(variable: str, url: ServerURL, client: redis.Redis) -> CheckedServer:
 
 
 def _skew_s(client: redis.Redis) -> float:
-    """Return how far the server's clock is ahead of ours, taking half of the round trip for its way
-    here; 0 where unseen."""
+    """Return how far the server's clock is ahead of ours, assuming that the reply takes half of the
+    round trip; 0 if this user may not read it."""
     before = time.time()
     try:
         seconds, microseconds = client.time()
@@ -237,8 +241,8 @@ def _check_version(report: DoctorReport, server: CheckedServer) -> None:
         report.fault(
             "version",
             server.version,
-            "RESP3 and the scripts need Redis 6.2, or any Valkey",
-            "upgrade the server",
+            why="RESP3 and the scripts need Redis 6.2, or any Valkey",
+            fix="upgrade the server",
         )
 
 
@@ -249,15 +253,15 @@ def _check_role(report: DoctorReport, server: CheckedServer) -> None:
         report.fault(
             "role",
             f"a replica of {master}",
-            "it cannot be written to",
-            f"use the address of the primary, {master}",
+            why="it rejects writes",
+            fix=f"use the address of the primary, {master}",
         )
     elif server.info.get("cluster_enabled"):
         report.fault(
             "role",
             "a cluster",
-            "keys of one tenant would be on several servers",
-            "use a server, with replicas if you like",
+            why="the keys of one tenant would be on several servers",
+            fix="use a single server, with replicas if you like",
         )
     elif role is not None:
         report.ok("role", f"primary with {server.info.get('connected_slaves', 0)} replicas")
@@ -271,24 +275,32 @@ def _check_eviction(report: DoctorReport, server: CheckedServer, *, memory: bool
     if not policy:
         return
     if memory and policy != "noeviction":
-        why = "a full server drops what agents remember, without a word"
-        report.fault("eviction", policy, why, server.sets("maxmemory-policy", "noeviction"))
-    elif not memory and not policy.startswith(EVICTS):
-        why = (
-            "a full cache refuses writes, invalidations among them, and is bypassed until there "
-            "is room"
+        report.fault(
+            "eviction",
+            policy,
+            why="a full server drops agent memory without notice",
+            fix=server.sets("maxmemory-policy", "noeviction"),
         )
-        report.fault("eviction", policy, why, server.sets("maxmemory-policy", "allkeys-lru"))
+    elif not memory and not policy.startswith(EVICTS):
+        report.fault(
+            "eviction",
+            policy,
+            why="a full cache server rejects writes, including invalidations, and the cache is "
+            "bypassed until there is room",
+            fix=server.sets("maxmemory-policy", "allkeys-lru"),
+        )
     else:
         report.ok("eviction", policy)
     if limit:
-        report.ok(
-            "maxmemory",
-            f"{limit / 2**20:,.0f} MiB, {server.info.get('used_memory', 0) / 2**20:,.1f} MiB in use",
-        )
+        used = server.info.get("used_memory", 0)
+        report.ok("maxmemory", f"{limit / 2**20:,.0f} MiB, {used / 2**20:,.1f} MiB in use")
     else:
-        why = "it grows until the machine has no memory left, and is then killed"
-        report.warn("maxmemory", "no limit", why, server.sets("maxmemory", "512mb"))
+        report.warn(
+            "maxmemory",
+            "no limit",
+            why="the server grows until the machine has no memory left, and is then killed",
+            fix=server.sets("maxmemory", "512mb"),
+        )
 
 
 def _check_persistence(report: DoctorReport, server: CheckedServer, *, memory: bool) -> None:
@@ -296,20 +308,26 @@ def _check_persistence(report: DoctorReport, server: CheckedServer, *, memory: b
     points = (server.config or {}).get("save")
     on = [*(["append-only file"] if aof else []), *([f"snapshots ({points})"] if points else [])]
     if memory and not on and server.config is not None:
-        why = "after a restart agents remember nothing"
-        report.warn("persistence", "off", why, server.sets("appendonly", "yes"))
-    elif not memory and on:
-        why = (
-            "a cache that is written to disk costs forks and time, for answers that nobody may "
-            "use after a restart"
+        report.warn(
+            "persistence",
+            "off",
+            why="a restart loses agent memory",
+            fix=server.sets("appendonly", "yes"),
         )
-        mend = "; ".join(
+    elif not memory and on:
+        fix = "; ".join(
             [
                 *([server.sets("appendonly", "no")] if aof else []),
                 *([server.sets("save", '""')] if points else []),
             ]
         )
-        report.warn("persistence", " and ".join(on), why, mend)
+        report.warn(
+            "persistence",
+            " and ".join(on),
+            why="writing the cache to disk costs forks and time, and its entries are not used "
+            "after a restart",
+            fix=fix,
+        )
     elif server.config is not None or on:
         report.ok("persistence", " and ".join(on) or "off")
 
@@ -318,34 +336,41 @@ def _check_encryption(report: DoctorReport, server: CheckedServer, variable: str
     if server.url.tls is not None or is_local(server.url.path or server.url.host):
         report.ok("encryption", "TLS" if server.url.tls else "on this machine only")
     else:
-        why = "answers of all tenants and the password cross the network in the clear"
         report.warn(
             "encryption",
             "none",
-            why,
-            f"give the server tls-port and a certificate, and write rediss:// in {variable}",
+            why="responses of all tenants and the password cross the network unencrypted",
+            fix=f"configure tls-port and a certificate on the server, and use rediss:// in "
+            f"{variable}",
         )
 
 
 def _check_password(report: DoctorReport, server: CheckedServer, variable: str) -> None:
-    """A fault where others can reach the server, a warning on this machine."""
-    say = report.warn if is_local(server.url.path or server.url.host) else report.fault
+    """Check that a password is required.
+
+    A missing one is a fault if other machines can reach the server, else a warning.
+    """
+    add = report.warn if is_local(server.url.path or server.url.host) else report.fault
     if _is_open(server.url):
-        why = "whoever reaches the port reads the answers of all tenants"
-        say("password", "none: it answers without one", why, server.sets("requirepass", "PASSWORD"))
+        add(
+            "password",
+            "none: the server replies without one",
+            why="anyone who can connect can read the responses of all tenants",
+            fix=server.sets("requirepass", "PASSWORD"),
+        )
     elif is_default(server.url.password):
-        say(
+        add(
             "password",
             "a well-known one",
-            "it is the first that is tried",
-            f"choose another one, and set {variable} to it",
+            why="attackers try it first",
+            fix=f"choose another one, and set {variable} to it",
         )
     else:
-        report.ok("password", "needed, and not a well-known one")
+        report.ok("password", "required, and not a well-known one")
 
 
 def _is_open(url: ServerURL) -> bool:
-    """Whether somebody without a password gets an answer."""
+    """Return whether the server replies without a password."""
     place: dict[str, Any] = (
         {"unix_socket_path": url.path} if url.path else {"host": url.host, "port": url.port}
     )
@@ -369,9 +394,9 @@ def _check_connections(report: DoctorReport, server: CheckedServer) -> None:
     if config is None:
         report.warn(
             "configuration",
-            "this user may not see it (CONFIG GET)",
-            "persistence, time-outs and output buffers are not checked",
-            "run doctor once more as the administration user: respcache acl --role administration",
+            "this user may not read it (CONFIG GET)",
+            why="persistence, time-outs and output buffers are not checked",
+            fix="run doctor again as the administration user: respcache acl --role administration",
         )
         return
     buffers = _buffers(config.get("client-output-buffer-limit", ""))
@@ -386,24 +411,32 @@ def _check_connections(report: DoctorReport, server: CheckedServer) -> None:
         report.warn(
             "output buffers",
             found,
-            why,
-            server.sets("client-output-buffer-limit", '"pubsub 32mb 8mb 60"'),
+            why=why,
+            fix=server.sets("client-output-buffer-limit", '"pubsub 32mb 8mb 60"'),
         )
     else:
         report.ok("output buffers", f"pubsub {hard / 2**20:,.0f} MiB")
     idle, alive = int(config.get("timeout", 0)), int(config.get("tcp-keepalive", 0))
     if idle:
-        why = "idle connections are cut, and each cut is a moment without the cache"
-        report.warn("timeout", f"{idle} s", why, server.sets("timeout", "0"))
+        report.warn(
+            "timeout",
+            f"{idle} s",
+            why="the server closes idle connections, and the cache is bypassed until it reconnects",
+            fix=server.sets("timeout", "0"),
+        )
     elif not alive:
-        why = "connections that a firewall has forgotten are noticed late"
-        report.warn("timeout", "tcp-keepalive is off", why, server.sets("tcp-keepalive", "300"))
+        report.warn(
+            "timeout",
+            "tcp-keepalive is off",
+            why="connections that a firewall dropped are detected late",
+            fix=server.sets("tcp-keepalive", "300"),
+        )
     else:
         report.ok("timeout", f"none; tcp-keepalive {alive} s")
 
 
 def _buffers(text: str) -> dict[str, int]:
-    """Read ``normal 0 0 0 slave ... pubsub hard soft seconds``: the hard limits in bytes."""
+    """Return the hard limits in bytes of ``normal 0 0 0 slave ... pubsub hard soft seconds``."""
     words = text.split()
     return {words[at]: int(words[at + 1]) for at in range(0, len(words) - 3, 4)}
 
@@ -412,10 +445,9 @@ def _check_clock(report: DoctorReport, server: CheckedServer) -> None:
     if abs(server.skew_s) <= SKEW_S:
         report.ok("clock", f"{server.skew_s:+.1f} s from here")
     else:
-        why = "nothing is served wrongly by it, but ages, logs and expiry times do not agree"
         report.warn(
             "clock",
             f"{server.skew_s:+.0f} s from here",
-            why,
-            "run an NTP client on both machines: timedatectl set-ntp true",
+            why="responses stay correct, but ages, logs and expiry times do not agree",
+            fix="run an NTP client on both machines: timedatectl set-ntp true",
         )

@@ -1,4 +1,4 @@
-"""What a process says of itself: its figures, added up, and how it is."""
+"""The statistics of this process: its counters, summed up, and its state."""
 
 import asyncio
 import os
@@ -8,16 +8,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
-from respcache.ops.fleet import Audits, LeaseStats, ModuleStats, Process, ProcessReport, RouteStats
+from respcache.cache import Cache
+from respcache.ops.stats.shapes import (
+    LeaseStats,
+    ModuleStats,
+    Process,
+    ProcessReport,
+    RouteStats,
+    VerifierStats,
+)
+from respcache.read.verifier import Verifier
 from respcache.telemetry.stats import Counters, RouteCounters, RouteTimes, Totals
-
-if TYPE_CHECKING:
-    from respcache.cache import Cache
+from respcache.writes.relay import OutboxRelay
 
 CHUNK = 25
-"""Tenants that are worked on before the event loop gets its turn: well under a millisecond."""
+"""Tenants that are summed up before the event loop runs other tasks: well under a millisecond."""
 
 ATTEMPTS = 3
 
@@ -26,8 +33,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class StatsSummary:
-    """All figures of this process, added up; and of each tenant a number that grows when something
-    changes."""
+    """The sum of all counters of this process.
+
+    ``events`` holds a number for each tenant, which grows when any of its counters does.
+    """
 
     routes: list[RouteStats] = field(default_factory=list)
     writes: list[ModuleStats] = field(default_factory=list)
@@ -37,9 +46,9 @@ class StatsSummary:
 
 
 async def summary_of(stats: Counters) -> StatsSummary:
-    """Add up all figures of this process, in portions between which the event loop gets its turn.
+    """Sum all counters of this process; let other tasks run after every ``CHUNK`` tenants.
 
-    Half a microsecond per tenant and route.
+    Takes half a microsecond for each tenant and route.
     """
     summary = StatsSummary()
     for _ in _add_up(stats, summary):
@@ -48,7 +57,7 @@ async def summary_of(stats: Counters) -> StatsSummary:
 
 
 def summary_at_once(stats: Counters) -> StatsSummary:
-    """The same for whoever has no event loop, in any thread."""
+    """Sum all counters without an event loop, in any thread."""
     summary = StatsSummary()
     for _ in _add_up(stats, summary):
         pass
@@ -59,7 +68,7 @@ def _add_up(stats: Counters, summary: StatsSummary) -> Iterator[None]:
     sums: dict[str, RouteCounters] = {}
     for chunk in chunks(stats.tenants()):
         for tenant in chunk:
-            summary.events[tenant] = _take(stats.counters(tenant), sums)
+            summary.events[tenant] = _add_tenant(stats.counters(tenant), sums)
         yield
     for _, found in sorted(sums.items()):
         totals = Totals()
@@ -72,11 +81,10 @@ def _add_up(stats: Counters, summary: StatsSummary) -> Iterator[None]:
             summary.writes.append(ModuleStats(found.module, totals))
 
 
-def _take(counters: Iterable[RouteCounters], sums: dict[str, RouteCounters]) -> int:
-    """Add the figures of a tenant to those of all; return a number that grows whenever one of them
-    does.
+def _add_tenant(counters: Iterable[RouteCounters], sums: dict[str, RouteCounters]) -> int:
+    """Add a tenant's counters to the sums; return a number that grows when any of them does.
 
-    Written out: the event loop waits for it.
+    The additions are inlined, because the event loop waits for this function.
     """
     events = 0
     for one in counters:
@@ -84,13 +92,8 @@ def _take(counters: Iterable[RouteCounters], sums: dict[str, RouteCounters]) -> 
         total = sums.get(key)
         if total is None:
             total = sums[key] = RouteCounters(one.module, one.route, one.times)
-        hits, misses, collapsed, stores, invalidations = (
-            one.hits,
-            one.misses,
-            one.collapsed,
-            one.stores,
-            one.invalidations,
-        )
+        hits, misses, collapsed = one.hits, one.misses, one.collapsed
+        stores, invalidations = one.stores, one.invalidations
         events += hits + misses + collapsed + stores + invalidations
         total.hits += hits
         total.misses += misses
@@ -109,9 +112,9 @@ def _take(counters: Iterable[RouteCounters], sums: dict[str, RouteCounters]) -> 
 
 
 def report_of(
-    cache: "Cache", summary: StatsSummary, *, process: str, started_at: float
+    cache: Cache, summary: StatsSummary, *, process: str, started_at: float
 ) -> ProcessReport:
-    """Return all that this process says of itself."""
+    """Return what this process publishes about itself. ``started_at`` is Unix time."""
     runtime = cache.runtime
     verifier = None if runtime is None else runtime.verifier
     findings = [] if verifier is None else list(verifier.found.mismatches)
@@ -120,28 +123,38 @@ def report_of(
     )
 
 
-def report_at_once(cache: "Cache", *, process: str, started_at: float) -> ProcessReport:
-    """The same for whoever has no event loop, in any thread: what changes while it is read is read
-    again."""
+def report_at_once(cache: Cache, *, process: str, started_at: float) -> ProcessReport:
+    """Return the report without an event loop, in any thread.
+
+    Starts again if a collection changes while it is being read, at most ``ATTEMPTS`` times.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return report_of(
                 cache, summary_at_once(cache.counters), process=process, started_at=started_at
             )
-        except RuntimeError:  # a dict or a set grew while it was walked over
+        except RuntimeError:  # a dict or set changed its size during iteration
             if attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError
 
 
 def chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    """Split work into portions of ``CHUNK``."""
+    """Split items into lists of at most ``CHUNK``."""
     rest = iter(items)
     while chunk := list(islice(rest, CHUNK)):
         yield chunk
 
 
-def _describe(cache: "Cache", process: str, started_at: float) -> Process:
+def library_version() -> str:
+    """Return the version of this library; empty if it is not installed as a package."""
+    try:
+        return version("respcache")
+    except PackageNotFoundError:
+        return ""
+
+
+def _describe(cache: Cache, process: str, started_at: float) -> Process:
     runtime, stats = cache.runtime, cache.counters
     near = None if runtime is None else runtime.near
     relay = None if runtime is None else runtime.relay
@@ -165,23 +178,35 @@ def _describe(cache: "Cache", process: str, started_at: float) -> Process:
         unconfirmed_invalidations=stats.unconfirmed_invalidations,
         acknowledgements_delayed=stats.acknowledgements_delayed,
         pending_tenants=len(cache.pending_tenants),
-        lease=None if relay is None else _chosen(LeaseStats, relay.to_dict()),
-        verifier=None if verifier is None else _audits(verifier.to_dict()),
+        lease=None if relay is None else _lease_stats(relay),
+        verifier=None if verifier is None else _verifier_stats(verifier),
     )
 
 
-def library_version() -> str:
-    """Return the version of this library; empty where it runs from its source."""
-    try:
-        return version("respcache")
-    except PackageNotFoundError:
-        return ""
+def _lease_stats(relay: OutboxRelay) -> LeaseStats:
+    age_s = relay.age_s
+    return LeaseStats(
+        alive=relay.alive,
+        age_s=None if age_s is None else round(age_s, 3),
+        lease_s=relay.outbox.lease_s,
+        cycles=relay.completed,
+        cycles_failed=relay.failed,
+        epochs_begun=relay.epochs,
+        pending_rows=relay.pending_rows,
+        pending_s=round(relay.pending_s, 3),
+        problem=relay.problem,
+        unsound_tables=relay.to_dict()["unsound_tables"],
+    )
 
 
-def _chosen(kind: type[T], said: dict[str, Any]) -> T:
-    """Make a struct of those entries that it has fields for."""
-    return kind(**{name: said[name] for name in kind.__annotations__})
-
-
-def _audits(said: dict[str, Any]) -> Audits:
-    return _chosen(Audits, {**said, "inconclusive": sum(said["inconclusive"].values())})
+def _verifier_stats(verifier: Verifier) -> VerifierStats:
+    found = verifier.found
+    return VerifierStats(
+        share=verifier.share,
+        verifications=found.verifications,
+        equal=found.equal,
+        inconclusive=sum(found.inconclusive.values()),
+        nondeterministic=found.nondeterministic,
+        stale=found.stale,
+        leaks=found.leaks,
+    )

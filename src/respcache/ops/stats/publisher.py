@@ -1,17 +1,17 @@
-"""The board: where every process of an application hangs out its figures, and where anybody reads
-those of all.
+"""Publishes the statistics of each process, and reads those of all processes.
 
-Every two seconds each process publishes what it counts (``ops/stats.py``) and how it is, on the
-cache's server, over a connection of its own: by route, and of each tenant that changed. What
-happened since is added to a series that all share. Nothing here is on the way of a request, and
-nothing depends on it: while the server is away there are figures of this process only, and that is
-said. Whoever stops publishing is left out after ``DEAD_AFTER_S``, by the time to live of its key:
-clocks need not agree.
+Every two seconds each process publishes its counters (``telemetry/stats.py``) and its state on the
+cache server, over a connection of its own: by route, and for each tenant whose counters changed.
+It adds what happened since the last time to a time series that all processes share. No request
+waits for any of this or depends on it: while the server is unavailable, readers get the statistics
+of their own process only, and the result says so. A process that stops publishing disappears after
+``DEAD_AFTER_S``, because its key expires: clocks need not agree.
 
-Deltas of the series are sent at most once. What happened while the server was away is sent when it
-is back, for the moments at which it happened: no gap in the series, and no peak after it.
+Increments of the series are sent at most once. Those that could not be sent while the server was
+unavailable are sent when it is back, for the time at which they happened: the series has no gap,
+and no peak after it.
 
-Needs redis-py, which is for administration only: the extra ``respcache[dashboard]``.
+Needs redis-py, which only administration uses: the extra ``respcache[dashboard]``.
 """
 
 import asyncio
@@ -21,12 +21,14 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from respcache.cache import Cache
 from respcache.core import keys
 from respcache.core.errors import ConfigurationError, StoreUnavailable
-from respcache.ops import fleet
-from respcache.ops.fleet import (
+from respcache.ops.stats import shapes
+from respcache.ops.stats.report import StatsSummary, chunks, report_of, summary_of
+from respcache.ops.stats.shapes import (
     BUCKET_S,
     Fleet,
     ProcessReport,
@@ -38,35 +40,31 @@ from respcache.ops.fleet import (
     TenantStats,
     TenantTotals,
 )
-from respcache.ops.process import StatsSummary, chunks, report_of, summary_of
 from respcache.resp.url import ServerURL
 from respcache.telemetry.stats import Counters, RouteTimes, Totals
-
-if TYPE_CHECKING:
-    from respcache.cache import Cache
 
 log = logging.getLogger("respcache")
 
 PERIOD_S = 2.0
-MOST_PERIOD_S = 10.0
-MOST_SHARE_OF_TIME = 0.01
-"""What publishing may take of a process's time. Who has many tenants publishes less often, but each
-``MOST_PERIOD_S``."""
+MAX_PERIOD_S = 10.0
+MAX_CPU_SHARE = 0.01
+"""Share of a process's CPU time that publishing may take. A process with many tenants publishes
+less often, but at least every ``MAX_PERIOD_S``."""
 
-FIGURES_TTL_S = 60
+STATS_TTL_S = 60
 DEAD_AFTER_S = 30.0
 SERIES_TTL_S = 70 * 60
 MAX_MINUTES = 60
-"""Of the series that can be asked for."""
+"""Length of the series that can be read."""
 
 DEADLINE_S = 1.0
 MAX_PROCESSES = 1_000
 MAX_CHANGED = 1_000
-"""Tenants that one publication says anew; those that wait longest come first."""
+"""Tenants that are sent in one publication, those that have waited longest first."""
 
-NO_SERVER = "the board was given no server: figures of this process only"
+NO_SERVER = "the StatsPublisher has no server: these are the statistics of this process only"
 PRUNE_EVERY = 30
-"""Publications between two looks for processes that have ended."""
+"""Publications between two searches for processes that have ended."""
 
 T = TypeVar("T")
 Order = Literal[
@@ -82,12 +80,13 @@ Order = Literal[
 
 
 class StatsPublisher:
-    """Publishes the figures of one cache, and reads those of all processes that share its server.
+    """Publishes the statistics of one cache, and reads those of all processes that share its
+    server.
 
-    ``url``: the address of the cache's server, as ``RedisStore`` takes it; None: figures of this
-    process only. Give it to the cache (``Cache(..., board=Board(url))``), which starts and stops
-    it; by itself it can read. ``client`` is its connection (of redis-py), for what else
-    administration asks the server. ``deadline_s`` bounds every wait for the server.
+    ``url`` is the address of the cache server, as for ``RedisStore``; None restricts statistics to
+    this process. Pass it to the cache (``Cache(..., publisher=StatsPublisher(url))``), which starts
+    and closes it; without a cache it can only read. ``client`` is its redis-py connection, which
+    other administration code uses too. ``deadline_s`` bounds every wait for the server.
     """
 
     def __init__(self, url: str | None = None, *, deadline_s: float = DEADLINE_S) -> None:
@@ -95,39 +94,39 @@ class StatsPublisher:
         self.publications = 0
         self.problem = NO_SERVER if url is None else ""
         self.client: Any = None
-        self._faults: tuple[type[Exception], ...] = (_Alone,)
+        self._errors: tuple[type[Exception], ...] = (_NoServer,)
         self._refused: tuple[type[Exception], ...] = ()
-        self._place = None if url is None else ServerURL.parse(url)
+        self._address = None if url is None else ServerURL.parse(url)
         if url is not None:
-            self.client, self._refused, self._faults = _client(url, deadline_s)
+            self.client, self._refused, self._errors = _client(url, deadline_s)
         self._cache: Cache | None = None
         self._started_at = time.time()
         self._publishing: asyncio.Task[None] | None = None
-        # tenant -> its events, and in which publication they were said
+        # tenant -> its events, and the publication that sent them
         self._published: dict[str, tuple[int, int]] = {}
-        self._shown = False  # something of this process may be on the server
+        self._sent = False  # the server may hold data of this process
         self._counted: dict[str, int] = {}
         self._own: dict[int, dict[str, int]] = {}  # the series of this process, by bucket
-        self._unsent: dict[int, dict[str, int]] = {}  # what of it the server has not been told
+        self._unsent: dict[int, dict[str, int]] = {}  # the part of it that was not sent
 
     def __repr__(self) -> str:
-        return f"Board({self._place})"
+        return f"StatsPublisher({self._address})"
 
     # -- lifetime ----------------------------------------------------------------------------------
 
-    def attach(self, cache: "Cache") -> None:
-        """Publish the figures of this cache. Raises ``ConfigurationError`` for a second one."""
+    def attach(self, cache: Cache) -> None:
+        """Publish the statistics of this cache. Raises ``ConfigurationError`` for a second one."""
         if self._cache is not None:
-            raise ConfigurationError("a Board belongs to one Cache: make another one")
+            raise ConfigurationError("a StatsPublisher belongs to one Cache: create another one")
         self._cache = cache
 
     def start(self) -> None:
-        """Begin to publish in the background. Does no waiting."""
+        """Start publishing in the background. Does not block."""
         if self._publishing is None:
             self._publishing = asyncio.create_task(self._keep_publishing())
 
     async def close(self) -> None:
-        """Stop, take this process's figures away from the server if it can be reached, and
+        """Stop publishing, delete this process's statistics if the server is reachable, and
         disconnect."""
         publishing, self._publishing = self._publishing, None
         if publishing is not None:
@@ -136,7 +135,7 @@ class StatsPublisher:
         if self.client is None:
             return
         with contextlib.suppress(Exception):
-            if self._shown and not self.problem:
+            if self._sent and not self.problem:
                 gone = self._pipeline(transaction=True)
                 gone.srem(keys.PROCESSES_KEY, self.id)
                 gone.delete(
@@ -149,11 +148,11 @@ class StatsPublisher:
     # -- reading -----------------------------------------------------------------------------------
 
     async def fleet(self) -> Fleet:
-        """Return all processes that live and their figures, and what the server says of itself.
-        Three round trips."""
+        """Return all live processes, the sum of their counters, and the server's INFO. Three round
+        trips."""
         reports, server, problem = await self.reports()
-        routes = fleet.by_route(reports)
-        modules = fleet.by_module(
+        routes = shapes.by_route(reports)
+        modules = shapes.by_module(
             routes, (writes for report in reports for writes in report.writes)
         )
         totals, times = Totals(), RouteTimes()
@@ -171,38 +170,42 @@ class StatsPublisher:
         )
 
     async def reports(self) -> tuple[list[ProcessReport], Server | None, str]:
-        """Return what each process that lives says of itself, and the server; and why these are not
-        all. Three round trips."""
-        reports, server, problem = await self._others()
+        """Return the report of each live process and the server's INFO. Three round trips.
+
+        The third value says why the reports of other processes are missing; empty if they are not.
+        """
+        reports, server, problem = await self._other_reports()
         own = await self._report()
         if own is not None:
             reports.append(own)
         return sorted(reports, key=lambda report: report.process.id), server, problem
 
     async def tenant(self, tenant: str) -> TenantStats:
-        """Return the figures of one tenant, by module and route; zeros for one that nobody has
-        seen. Two round trips."""
+        """Return the statistics of one tenant, by module and route. Two round trips.
+
+        All counters of an unknown tenant are 0.
+        """
         rows: list[RouteRow] = []
         if self._cache is not None:
-            rows += fleet.route_rows(self._cache.counters.counters(tenant))
+            rows += shapes.route_rows(self._cache.counters.counters(tenant))
         problem = ""
         try:
-            for _, _, found in await self._ask(
+            for _, _, found in await self._for_each_process(
                 lambda pipeline, process: pipeline.hget(keys.routes_key(process), tenant)
             ):
-                rows += fleet.decode(found, list[RouteRow]) or ()
-        except self._faults as error:
-            problem = self._told(error)
-        return fleet.of_tenant(tenant, rows, alone=bool(problem), problem=problem)
+                rows += shapes.decode(found, list[RouteRow]) or ()
+        except self._errors as error:
+            problem = self._reason(error)
+        return shapes.of_tenant(tenant, rows, alone=bool(problem), problem=problem)
 
     async def tenants(
         self, *, order: Order = "requests", offset: int = 0, limit: int = 100
     ) -> Tenants:
-        """Return some tenants, the largest first (by name: alphabetically). One round trip per
-        process, and two.
+        """Return a page of tenants, the largest first; ordered by ``tenant``, alphabetically.
 
-        Of this process too as they were last published, where they can be read. What belongs to no
-        tenant, or to those beyond the bound, is the tenant ``stats.OTHER``.
+        Takes two round trips and one for each process. The counters are those last published, also
+        for this process. Requests without a tenant, and of tenants beyond ``MAX_COUNTERS``, are
+        counted for the tenant ``telemetry.stats.OTHER``.
         """
         problem, found = "", dict[str, Totals]()
         try:
@@ -211,8 +214,8 @@ class StatsPublisher:
                     found[name].add(totals)
                 else:
                     found[name] = totals
-        except self._faults as error:
-            problem, found = self._told(error), await self._own_totals()
+        except self._errors as error:
+            problem, found = self._reason(error), await self._own_totals()
         ordered = sorted(found)
         if order != "tenant":
             ordered.sort(key=lambda name: getattr(found[name], order) or 0, reverse=True)
@@ -226,15 +229,14 @@ class StatsPublisher:
         try:
             async for process, name, totals in self._published_totals():
                 found.setdefault(process, {})[name] = totals
-        except self._faults:
+        except self._errors:
             found = {self.id: await self._own_totals()}
         return found
 
     async def series(self, minutes: int = MAX_MINUTES) -> Series:
-        """Return what happened in the last minutes, a point each ``BUCKET_S`` seconds, the last one
-        unfinished.
+        """Return the points of the last minutes, of which the last is unfinished. Two round trips.
 
-        Two round trips. Raises ``ValueError`` beyond ``MAX_MINUTES``.
+        Raises ``ValueError`` beyond ``MAX_MINUTES``.
         """
         if not 1 <= minutes <= MAX_MINUTES:
             raise ValueError(f"minutes must be 1 to {MAX_MINUTES}, not {minutes}")
@@ -247,34 +249,32 @@ class StatsPublisher:
             for bucket in buckets:
                 pipeline.hgetall(keys.series_key(bucket))
             fields = [_integers(found) for found in await pipeline.execute()]
-        except self._faults as error:
-            problem = self._told(error)
+        except self._errors as error:
+            problem = self._reason(error)
             last = int(time.time()) // BUCKET_S
             buckets = range(last - count + 1, last + 1)
             fields = [self._own.get(bucket, {}) for bucket in buckets]
         points = [
-            fleet.point(bucket * BUCKET_S, found)
+            shapes.series_point(bucket * BUCKET_S, found)
             for bucket, found in zip(buckets, fields, strict=True)
         ]
         return Series(points, bool(problem), problem)
 
-    async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
-        """Ask the server something else: ``question`` is called with the client. Raises
-        ``StoreUnavailable``."""
+    async def ask(self, query: Callable[[Any], Awaitable[T]]) -> T:
+        """Call ``query`` with the redis-py client. Raises ``StoreUnavailable``."""
         try:
             self._check()
-            return await question(self.client)
-        except self._faults as error:
-            raise StoreUnavailable(self._told(error)) from None
+            return await query(self.client)
+        except self._errors as error:
+            raise StoreUnavailable(self._reason(error)) from None
 
     # -- publishing --------------------------------------------------------------------------------
 
     async def publish(self) -> bool:
-        """Publish once, as is done every ``PERIOD_S``. Returns whether the server took it; it is
-        said in ``problem`` why not."""
+        """Publish once. Return whether the server accepted it; if not, ``problem`` says why."""
         assert self._cache is not None
         summary = await summary_of(self._cache.counters)
-        counted = fleet.counters(summary.totals, summary.times, self._cache.counters)
+        counted = shapes.series_fields(summary.totals, summary.times, self._cache.counters)
         delta = {
             name: more
             for name, value in counted.items()
@@ -286,10 +286,10 @@ class StatsPublisher:
             return False
         try:
             await self._send(self._cache, summary)
-        except self._faults as error:
+        except self._errors as error:
             if not self.problem:
-                log.info("figures are not published: %s", error)
-            self.problem = self._told(error)
+                log.info("statistics are not published: %s", error)
+            self.problem = self._reason(error)
             return False
         self.problem = ""
         self.publications += 1
@@ -297,50 +297,50 @@ class StatsPublisher:
 
     async def _keep_publishing(self) -> None:
         own = asyncio.current_task()
-        # ends here where a client swallows the cancellation, as wait_for may
+        # a client may swallow the cancellation, as wait_for does: then this condition ends the loop
         while self._publishing is own:
             began, waited = time.thread_time(), False
             try:
                 waited = not await self.publish() and self.client is not None
             except Exception:
-                log.exception("figures could not be published")
+                log.exception("statistics could not be published")
             if self._publishing is not own:
                 return
-            # with what else the event loop did meanwhile: who is busy publishes less often; who
-            # waited in vain, as often as ever
+            # thread time includes other tasks: a busy process publishes less often, but a process
+            # that waited for an unavailable server does not
             spent_s = 0.0 if waited else time.thread_time() - began
             await asyncio.sleep(_pause_s(spent_s) * random.uniform(0.9, 1.1))
 
-    async def _send(self, cache: "Cache", summary: StatsSummary) -> None:
+    async def _send(self, cache: Cache, summary: StatsSummary) -> None:
         tenants, routes = keys.tenants_key(self.id), keys.routes_key(self.id)
         pipeline = self._pipeline()
         pipeline.time()
-        pipeline.expire(tenants, FIGURES_TTL_S)
-        pipeline.expire(routes, FIGURES_TTL_S)
+        pipeline.expire(tenants, STATS_TTL_S)
+        pipeline.expire(routes, STATS_TTL_S)
         (now, _), *there = await pipeline.execute()
-        if not all(there):  # a server that lost them: a restart, an eviction, FLUSHALL
+        if not all(there):  # the server lost them: a restart, an eviction, FLUSHALL
             self._published.clear()
         pipeline = self._pipeline(transaction=True)
         pipeline.sadd(keys.PROCESSES_KEY, self.id)
-        pipeline.expire(keys.PROCESSES_KEY, FIGURES_TTL_S)
+        pipeline.expire(keys.PROCESSES_KEY, STATS_TTL_S)
         report = report_of(cache, summary, process=self.id, started_at=self._started_at)
-        pipeline.set(keys.counters_key(self.id), fleet.encode(report), ex=FIGURES_TTL_S)
+        pipeline.set(keys.counters_key(self.id), shapes.encode(report), ex=STATS_TTL_S)
         ahead_s = now - int(time.time())
-        unsent, self._unsent = self._unsent, {}  # whatever becomes of this: at most once
+        unsent, self._unsent = self._unsent, {}  # even if this fails: at most once
         for bucket, fields in unsent.items():
             middle = bucket * BUCKET_S + BUCKET_S // 2
             series = keys.series_key((middle + ahead_s) // BUCKET_S)
             for name, more in fields.items():
                 pipeline.hincrby(series, name, more)
             pipeline.expire(series, SERIES_TTL_S)
-        self._shown = True
+        self._sent = True
         await pipeline.execute()
         await self._send_tenants(cache.counters, summary.events)
         if self.publications % PRUNE_EVERY == 0:
             await self._prune()
 
     async def _send_tenants(self, stats: Counters, events: Mapping[str, int]) -> None:
-        """Say the figures of the tenants that changed."""
+        """Send the counters of the tenants that changed."""
         nothing = (0, -1)
         changed = [
             tenant
@@ -351,10 +351,10 @@ class StatsPublisher:
         for chunk in chunks(changed[:MAX_CHANGED]):
             totals, routes = dict[str, bytes](), dict[str, bytes]()
             for tenant in chunk:
-                rows = fleet.route_rows(stats.counters(tenant))
+                rows = shapes.route_rows(stats.counters(tenant))
                 routes[tenant], totals[tenant] = (
-                    fleet.encode(rows),
-                    fleet.encode(fleet.tenant_row(rows)),
+                    shapes.encode(rows),
+                    shapes.encode(shapes.tenant_row(rows)),
                 )
             pipeline = self._pipeline(transaction=True)
             for key, mapping in (
@@ -362,14 +362,14 @@ class StatsPublisher:
                 (keys.routes_key(self.id), routes),
             ):
                 pipeline.hset(key, mapping=mapping)
-                pipeline.expire(key, FIGURES_TTL_S)
+                pipeline.expire(key, STATS_TTL_S)
             await pipeline.execute()
             self._published.update(
                 (tenant, (events[tenant], self.publications)) for tenant in chunk
             )
 
     async def _prune(self) -> None:
-        """Forget the processes that have no figures any more."""
+        """Remove processes whose report has expired."""
         found = await self._members()
         pipeline = self._pipeline()
         for process in found:
@@ -383,7 +383,7 @@ class StatsPublisher:
             await self.client.srem(keys.PROCESSES_KEY, *gone)
 
     def _note(self, delta: Mapping[str, int]) -> None:
-        """Add to the series of this process."""
+        """Add increments to the series of this process."""
         bucket = int(time.time()) // BUCKET_S
         for series in (self._own, self._unsent):
             fields = series.setdefault(bucket, {})
@@ -393,7 +393,7 @@ class StatsPublisher:
                 del series[old]
 
     async def _report(self) -> ProcessReport | None:
-        """What this process would publish now."""
+        """Return what this process would publish now."""
         if self._cache is None:
             return None
         summary = await summary_of(self._cache.counters)
@@ -404,63 +404,60 @@ class StatsPublisher:
         stats = Counters() if self._cache is None else self._cache.counters
         for chunk in chunks(stats.tenants()):
             for tenant in chunk:
-                found[tenant] = fleet.totals_of(
-                    *fleet.tenant_row(fleet.route_rows(stats.counters(tenant)))
+                found[tenant] = shapes.totals_of(
+                    *shapes.tenant_row(shapes.route_rows(stats.counters(tenant)))
                 )
             await asyncio.sleep(0)
         return found
 
-    # -- what the others say -----------------------------------------------------------------------
+    # -- other processes ---------------------------------------------------------------------------
 
-    async def _others(self) -> tuple[list[ProcessReport], Server | None, str]:
-        """Read the figures of the other processes, and the server's; what is wrong, if they cannot
-        be read."""
+    async def _other_reports(self) -> tuple[list[ProcessReport], Server | None, str]:
+        """Return the reports of other processes, the server's INFO, and why these are missing."""
         try:
-            asked = await self._ask(
+            replies = await self._for_each_process(
                 lambda pipeline, process: pipeline.get(keys.counters_key(process))
             )
             server = await self._server()
-        except self._faults as error:
-            return [], None, self._told(error)
+        except self._errors as error:
+            return [], None, self._reason(error)
         reports: list[ProcessReport] = []
-        for _, age_s, found in asked:
-            report = fleet.decode(found, ProcessReport)
+        for _, age_s, found in replies:
+            report = shapes.decode(found, ProcessReport)
             if report is not None:
                 report.process.age_s = age_s
                 reports.append(report)
         return reports, server, ""
 
     async def _published_totals(self) -> AsyncIterator[tuple[str, str, Totals]]:
-        """Read what all processes that live have published of each tenant: process, tenant,
-        totals."""
-        asked = await self._ask(
+        """Yield process, tenant and counters, as all live processes have published them."""
+        replies = await self._for_each_process(
             lambda pipeline, process: pipeline.hlen(keys.tenants_key(process)), own=True
         )
-        for process, _, _ in asked:
+        for process, _, _ in replies:
             found: dict[bytes, bytes] = await self.client.hgetall(keys.tenants_key(process))
             for chunk in chunks(found.items()):
                 for name, data in chunk:
-                    row = fleet.decode(data, TenantRow)
+                    row = shapes.decode(data, TenantRow)
                     if row is not None:
-                        yield process, name.decode(), fleet.totals_of(*row)
+                        yield process, name.decode(), shapes.totals_of(*row)
                 await asyncio.sleep(0)
 
-    async def _ask(
-        self, ask: Callable[[Any, str], object], *, own: bool = False
+    async def _for_each_process(
+        self, command: Callable[[Any, str], object], *, own: bool = False
     ) -> list[tuple[str, float, Any]]:
-        """Ask something of every other process that lives, or of all: its id, how long ago it
-        published, the reply.
+        """Queue one command for each live process; return its id, its age in seconds, the reply.
 
-        Two round trips.
+        This process is included only if ``own``. Two round trips.
         """
         processes = [process for process in await self._members() if own or process != self.id]
         pipeline = self._pipeline()
         for process in processes:
             pipeline.pttl(keys.counters_key(process))
-            ask(pipeline, process)
+            command(pipeline, process)
         replies = await pipeline.execute()
-        # -2: there is none
-        ages = [FIGURES_TTL_S - remaining_ms / 1000 for remaining_ms in replies[::2]]
+        # -2 means that the key does not exist
+        ages = [STATS_TTL_S - remaining_ms / 1000 for remaining_ms in replies[::2]]
         found = zip(processes, ages, replies[1::2], strict=True)
         return [
             (process, max(0.0, age_s), reply)
@@ -476,49 +473,49 @@ class StatsPublisher:
         )
 
     async def _server(self) -> Server | None:
-        """Return what the server says of itself, if it lets us ask."""
-        assert self._place is not None
+        """Return the server's INFO; None if this user may not read it."""
+        assert self._address is not None
         try:
-            return fleet.server_of(await self.client.info(), self._place.database)
+            return shapes.server_of(await self.client.info(), self._address.database)
         except self._refused:
             return None
 
     async def _now(self) -> int:
-        """Return the server's clock: Unix seconds."""
+        """Return the time of the server's clock in Unix seconds."""
         self._check()
         seconds, _ = await self.client.time()
         return int(seconds)
 
     def _check(self) -> None:
         if self.client is None:
-            raise _Alone(NO_SERVER)
+            raise _NoServer(NO_SERVER)
 
     def _pipeline(self, *, transaction: bool = False) -> Any:
         return self.client.pipeline(transaction=transaction)
 
-    def _told(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
         return (
             str(error)
-            if isinstance(error, _Alone)
-            else f"{self._place}: {error or type(error).__name__}"
+            if isinstance(error, _NoServer)
+            else f"{self._address}: {error or type(error).__name__}"
         )
 
 
 def _pause_s(spent_s: float) -> float:
-    """Say how long to wait after a publication that took so much time."""
-    return max(PERIOD_S, min(MOST_PERIOD_S, spent_s / MOST_SHARE_OF_TIME))
+    """Return the pause after a publication that took ``spent_s`` of CPU time."""
+    return max(PERIOD_S, min(MAX_PERIOD_S, spent_s / MAX_CPU_SHARE))
 
 
-class _Alone(Exception):
-    """There is no server to ask."""
+class _NoServer(Exception):
+    """No server is configured."""
 
 
 def _client(
     url: str, deadline_s: float
 ) -> tuple[Any, tuple[type[Exception], ...], tuple[type[Exception], ...]]:
-    """Make a client of redis-py that waits for nothing longer than that, and tries nothing twice.
+    """Return a redis-py client that waits at most ``deadline_s`` and does not retry.
 
-    Also what it raises: when the server refuses something, and whatever is wrong.
+    Also return the exceptions that it raises if the server refuses a command, and all of them.
     """
     try:
         from redis.asyncio import Redis
@@ -527,7 +524,7 @@ def _client(
         from redis.exceptions import RedisError, ResponseError
     except ImportError:
         raise ConfigurationError(
-            "a Board with a server needs redis-py: pip install 'respcache[dashboard]'"
+            "a StatsPublisher with a server needs redis-py: pip install 'respcache[dashboard]'"
         ) from None
     client = Redis.from_url(
         url,

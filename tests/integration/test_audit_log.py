@@ -61,7 +61,7 @@ async def kept(psql: asyncpg.Connection, engine: AsyncEngine) -> AsyncIterator[P
 
 def act(number: int, tenant: str | None = None) -> AuditEvent:
     return AuditEvent(
-        act="purge",
+        action="purge",
         name=f"somebody {number}",
         role="operator",
         tenant=tenant,
@@ -77,7 +77,7 @@ async def test_acts_come_back_as_they_were_with_number_and_time(kept: PostgresAu
     assert [one.details for one in found] == [act(number).details for number in (2, 1, 0)]
     assert [one.id for one in found] == sorted((one.id for one in found), reverse=True)
     assert all(one.at is not None and one.at.tzinfo is not None for one in found)
-    assert (found[0].act, found[0].name, found[0].role, found[0].tenant) == (
+    assert (found[0].action, found[0].name, found[0].role, found[0].tenant) == (
         "purge",
         "somebody 2",
         "operator",
@@ -194,7 +194,7 @@ async def test_a_table_that_is_locked_is_not_waited_for(
     async with psql.transaction():
         await psql.execute(f"LOCK TABLE {AUDIT_LOG}")
         with pytest.raises(
-            AuditLogUnavailable, match=r"the trail: the database did not answer within 0\.2 s"
+            AuditLogUnavailable, match=r"the audit log: the database did not answer within 0\.2 s"
         ):
             await kept.append(act(1))
     await kept.close()
@@ -202,7 +202,7 @@ async def test_a_table_that_is_locked_is_not_waited_for(
 
 async def test_the_log_keeps_a_bounded_number_in_memory(caplog: pytest.LogCaptureFixture) -> None:
     """And writes all of them, one line of JSON each."""
-    caplog.set_level("INFO", "respcache.trail")
+    caplog.set_level("INFO", "respcache.audit_log")
     audit_log = LoggingAuditLog()
     for number in range(MAX_REMEMBERED + 5):
         await audit_log.append(act(number))
@@ -273,7 +273,7 @@ async def test_an_act_that_cannot_be_trailed_is_not_done(tmp_path: Path, acciden
         if accident == "stopped":
             server.stop()
         said = await acts_of(admin, facts.key)
-        assert all(isinstance(one, str) and "trail" in one for one in said), said
+        assert all(isinstance(one, str) and "audit log" in one for one in said), said
         assert cache.runtime.switches is not None
         assert cache.runtime.switches.off == frozenset()
         assert await cache.get_or_set("t", "numbers", {}, make) == 1

@@ -1,5 +1,4 @@
-"""Figures as operators read them: rows of tenants, modules and routes, and the state at a glance.
-Pure."""
+"""Statistics as operators read them: one row per tenant, module or route, and an overview. Pure."""
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -8,27 +7,30 @@ from typing import Any
 import msgspec
 
 from respcache.core.policy import Policy
-from respcache.ops.fleet import ModuleStats, Point, Process, RouteStats, Server
+from respcache.ops.stats.shapes import ModuleStats, Point, Process, RouteStats, Server
 from respcache.read.verifier import Mismatch
 from respcache.routing.table import Route
 from respcache.telemetry.stats import BOUNDS_S, Histogram, RouteTimes, Totals
 
-ENOUGH = 200
-"""Look-ups before a route is said to be not worth caching."""
+MIN_LOOKUPS = 200
+"""Lookups that a route needs before it gets advice."""
 
-HARDLY_HIT = 0.1
-HARDLY_LONGER = 2.0
-"""A fill that takes no longer than so many hits saves little."""
+LOW_HIT_RATIO = 0.1
+CHEAP_FILL = 2.0
+"""A route whose fill takes at most this many times as long as a hit gains little."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a tenant, a module or a route."""
+class StatsRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The statistics of one tenant, module or route.
+
+    It has 25 attributes because it mirrors one JSON object of the dashboard's API.
+    """
 
     name: str
     module: str | None = None
-    """Of a route."""
+    """The module of a route."""
     kind: str | None = None
-    """Of a route, with the next two."""
+    """Of a route, as are the next two."""
     level: str | None = None
     ttl_s: float | None = None
     hits: int
@@ -44,79 +46,80 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     bytes_served: int
     bytes_stored: int
     stored_mean_bytes: float | None
-    """Of an answer that was stored, before compression."""
+    """Mean body size of a stored response, before compression."""
     hit_p50_s: float | None = None
-    """This and what follows: of modules and routes, for those who reach all tenants; else None."""
+    """This and the following are set for modules and routes of all tenants together only."""
     hit_p95_s: float | None = None
     miss_p50_s: float | None = None
     miss_p95_s: float | None = None
     fill_s: float | None = None
-    """What the fills took together."""
+    """Total duration of the fills."""
     fill_mean_s: float | None = None
     saved_s: float | None = None
-    """What hits would have taken had they been fills: an estimate."""
+    """Estimate of the time that the hits would have taken as fills."""
     advice: str | None = None
-    """Why it may not be worth caching."""
+    """Why the route may not be worth caching."""
 
 
 class SwitchStates(msgspec.Struct, frozen=True, kw_only=True):
-    """What is switched off. To a tenant's admin: as far as it concerns the tenant."""
+    """What is switched off. An admin of one tenant sees the part that concerns the tenant."""
 
     enabled: bool
-    """This process looks into the cache at all."""
+    """Whether this process uses the cache at all."""
     everything: bool
     tenants: list[str]
     modules: list[str]
-    told: bool = True
-    """The store was reached: all processes follow within a second. If not, it is told as soon as it
-    is."""
+    propagated: bool = True
+    """Whether the cache server has the last change, so that all processes follow within a second.
+    If not, it is sent as soon as the server is back."""
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
-    """The state at a glance. The admin of one tenant does not see what is kept of all: times,
-    series, processes, server."""
+    """The state of the cache. Histograms, series, processes and the server are hidden from an admin
+    of one tenant, because they cover all tenants."""
 
     at: datetime
-    figures_of: str
-    """``all processes``, or ``this process`` where the server is away or is none."""
+    source: str
+    """Whose statistics these are: ``all processes``; or ``this process`` if the cache server is
+    unavailable or none is configured."""
     problem: str
-    """Why it is this process only."""
+    """Why they cover this process only."""
     tenant: str | None
-    """Of whom: None: all."""
+    """The tenant that they cover; None for all."""
     available: bool
-    """This process has a connection to the cache's server."""
+    """Whether this process is connected to the cache server."""
     switches: SwitchStates
-    totals: Row
+    totals: StatsRow
     hit_times: Histogram | None
     """By the bounds ``bounds_s``; one hit in 64 is timed."""
     miss_times: Histogram | None
     bounds_s: tuple[float, ...] = BOUNDS_S
     series: list[Point]
-    """Of ten seconds each, the oldest first."""
+    """One point for each ten seconds, the oldest first."""
     processes: list[Process]
     server: Server | None
     findings: list[Mismatch]
-    """Of the audit, the last ones."""
+    """The last findings of the verifier."""
     pending_tenants: list[str]
-    """Vetoed in this process: their last invalidation is not confirmed."""
+    """Tenants that this process bypasses, because their last invalidation is not confirmed."""
 
 
-def row(
+def stats_row(
     name: str,
     totals: Totals,
     *,
     module: str | None = None,
     times: RouteTimes | None = None,
     policy: Policy | None = None,
-) -> Row:
-    """Make a row of what was counted; ``policy``: of a route."""
+) -> StatsRow:
+    """Return a row for these counters. ``module`` and ``policy`` are those of a route."""
     timed: dict[str, Any] = {} if times is None else _timed(totals, times)
     described: dict[str, Any] = (
         {}
         if policy is None
         else {"kind": policy.kind, "level": str(policy.level), "ttl_s": policy.ttl_s}
     )
-    return Row(
+    return StatsRow(
         name=name,
         module=module,
         requests=totals.requests,
@@ -128,15 +131,15 @@ def row(
     )
 
 
-def module_rows(modules: Iterable[ModuleStats]) -> list[Row]:
-    """Make a row of each module."""
-    return [row(one.module, one.totals, times=one.times) for one in modules]
+def module_rows(modules: Iterable[ModuleStats]) -> list[StatsRow]:
+    """Return a row for each module."""
+    return [stats_row(one.module, one.totals, times=one.times) for one in modules]
 
 
-def route_rows(routes: Iterable[RouteStats], policies: Mapping[str, Policy]) -> list[Row]:
-    """Make a row of each route; ``policies`` by template."""
+def route_rows(routes: Iterable[RouteStats], policies: Mapping[str, Policy]) -> list[StatsRow]:
+    """Return a row for each route. ``policies`` maps path templates to policies."""
     return [
-        row(
+        stats_row(
             one.route,
             one.totals,
             module=one.module,
@@ -148,7 +151,7 @@ def route_rows(routes: Iterable[RouteStats], policies: Mapping[str, Policy]) -> 
 
 
 def policies_of(routes: Iterable[Route]) -> dict[str, Policy]:
-    """Find the policy of each template."""
+    """Return the policy of each path template."""
     return {route.template: route.policy for route in routes if route.policy is not None}
 
 
@@ -166,11 +169,11 @@ def _timed(totals: Totals, times: RouteTimes) -> dict[str, float | None]:
 
 def _advice(totals: Totals, times: RouteTimes | None) -> str | None:
     ratio = totals.hit_ratio
-    if ratio is None or totals.hits + totals.misses < ENOUGH:
+    if ratio is None or totals.hits + totals.misses < MIN_LOOKUPS:
         return None
-    if ratio < HARDLY_HIT:
+    if ratio < LOW_HIT_RATIO:
         return (
-            f"hardly ever hit ({ratio:.0%}): its answers are asked for too rarely, or change too "
+            f"low hit ratio ({ratio:.0%}): its responses are requested too rarely or change too "
             f"often"
         )
     hit_s = None if times is None else times.hits.quantile(0.5)
@@ -178,7 +181,7 @@ def _advice(totals: Totals, times: RouteTimes | None) -> str | None:
         times is not None
         and hit_s is not None
         and totals.stores
-        and times.fill_s / totals.stores <= HARDLY_LONGER * hit_s
+        and times.fill_s / totals.stores <= CHEAP_FILL * hit_s
     ):
-        return "making an answer takes hardly longer than a hit"
+        return "a fill takes hardly longer than a hit"
     return None

@@ -10,9 +10,9 @@ import pytest
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
-from respcache.ops.cli.figures import _problems, _process, _row
-from respcache.ops.figures import Overview
-from respcache.ops.fleet import LeaseStats, Process
+from respcache.ops.cli.stats import _process, _row, problems_of
+from respcache.ops.stats.rows import Overview
+from respcache.ops.stats.shapes import LeaseStats, Process
 from respcache.read.verifier import Mismatch
 
 pytestmark = pytest.mark.anyio
@@ -26,6 +26,11 @@ FINDING = Mismatch(
     at="2026-01-02T03:04:05+00:00", kind="stale", tenant="acme", module="leads", route="/api/leads", key="k", age_ms=1,
     certificate={}, served={}, confirmed={}, held="", found="",
 )  # fmt: skip
+
+
+def problems(overview: dict[str, Any]) -> list[str]:
+    """Return the problems of an overview."""
+    return list(problems_of(overview))
 
 
 class Running:
@@ -61,24 +66,24 @@ async def running() -> AsyncIterator[Running]:
 
 async def test_nothing_is_wrong(running: Running) -> None:
     """To nobody."""
-    assert [_problems(await running.overview(access)) for access in (ROOT, OWN)] == [[], []]
+    assert [problems(await running.overview(access)) for access in (ROOT, OWN)] == [[], []]
 
 
 async def test_a_tenants_admin_hears_what_is_switched_off(running: Running) -> None:
     """Everything, or the own tenant; of another one nothing."""
     await running.cache.disable(tenant_id="globex")
-    assert _problems(await running.overview(OWN)) == []
+    assert problems(await running.overview(OWN)) == []
     await running.cache.disable(tenant_id="acme")
-    assert _problems(await running.overview(OWN)) == ["tenant acme is switched off"]
-    assert _problems(await running.overview(ROOT)) == []
+    assert problems(await running.overview(OWN)) == ["tenant acme is switched off"]
+    assert problems(await running.overview(ROOT)) == []
     await running.cache.disable()
-    assert len(_problems(await running.overview(OWN))) == 2
-    assert "switched off for all" in _problems(await running.overview(ROOT))[0]
+    assert len(problems(await running.overview(OWN))) == 2
+    assert "switched off for all" in problems(await running.overview(ROOT))[0]
 
 
 @pytest.mark.parametrize(
     ("access", "who"),
-    [(ROOT, "{name} "), (OWN, "the process that answered ")],
+    [(ROOT, "{name} "), (OWN, "the process that responded ")],
     ids=["root", "admin"],
 )
 async def test_a_process_that_was_started_without_its_cache_is_named(
@@ -88,13 +93,13 @@ async def test_a_process_that_was_started_without_its_cache_is_named(
     running = Running(enabled=False)
     await running.cache.connect()
     process = await running.process()
-    (problem,) = _problems(await running.overview(access))
+    (problem,) = problems(await running.overview(access))
     assert problem.startswith(
         who.format(name=f"{process.host}:{process.pid}")
         + "serves nothing from the cache: it was started"
     )
-    (problem,) = _problems(await running.overview(OWN, available=False))
-    assert "server is away" in problem
+    (problem,) = problems(await running.overview(OWN, available=False))
+    assert "server is unavailable" in problem
     await running.cache.close()
 
 
@@ -104,23 +109,23 @@ async def test_a_store_that_is_away_is_one_problem(running: Running) -> None:
         available=False, lease=msgspec.structs.replace(FENCE, unsound_tables=[])
     )
     for access in (ROOT, OWN):
-        (problem,) = _problems(await running.overview(access, available=False, processes=[process]))
-        assert "server is away" in problem
-    (other,) = _problems(await running.overview(ROOT, processes=[process]))
-    assert other.endswith("has no connection to the cache's server")
+        (problem,) = problems(await running.overview(access, available=False, processes=[process]))
+        assert "server is unavailable" in problem
+    (other,) = problems(await running.overview(ROOT, processes=[process]))
+    assert other.endswith("is not connected to the cache server")
 
 
 async def test_a_process_without_a_fence_says_why(running: Running) -> None:
     """And which tables are not cached."""
     process = await running.process(lease=FENCE)
-    fenced, tables = _problems(await running.overview(ROOT, processes=[process]))
-    assert "has no fence, so serves nothing from the cache: the database is away" in fenced
+    fenced, tables = problems(await running.overview(ROOT, processes=[process]))
+    assert "has no serving lease, so it serves nothing from the cache: the database is away" in fenced
     assert "leads" in tables
 
 
 async def test_the_last_wrong_answer_is_named(running: Running) -> None:
     """With its kind, route, tenant and time."""
-    (problem,) = _problems(await running.overview(ROOT, findings=[FINDING] * 2))
+    (problem,) = problems(await running.overview(ROOT, findings=[FINDING] * 2))
     assert (
         "(2 are kept), the last one stale: /api/leads of tenant acme, at 2026-01-02T03:04:05"
         in problem

@@ -1,10 +1,10 @@
-"""The figures of all processes: their shapes, as they are read, and their bytes, as they are
-published. Pure: no clock, no I/O.
+"""Statistics of all processes: their structs, and the bytes in which they are published. Pure: no
+clock, no I/O.
 
-Published are MessagePack arrays ``[version, body]``. What has another version, or is damaged, is
-left out by whoever reads it, so two releases of the library can run side by side. Series are hashes
-of integers instead, for the server to add up: their fields say what they hold, and unknown ones are
-left out.
+Published values are MessagePack arrays ``[version, body]``. Readers skip values that have another
+version or are damaged, so two releases of the library can run side by side. The time series is
+stored as hashes of integers, so that the server can add them up: each field is named, and readers
+skip unknown fields.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,47 +26,50 @@ from respcache.telemetry.stats import (
 
 VERSION = 1
 BUCKET_S = 10
-"""Seconds of a point of the series."""
+"""Seconds that one point of the time series covers."""
 
-Row = tuple[int, int, int, int, int, int, int]
-"""The integers of ``Totals``, in their order."""
+Integers = tuple[int, int, int, int, int, int, int]
+"""The integers of ``Totals``, in the order of its fields."""
 
-NOTHING: Row = (0,) * 7
+ZEROS: Integers = (0,) * 7
 Reasons = tuple[Mapping[str, int], Mapping[str, int]]
-"""Of bypasses, and of refusals."""
+"""Counts by reason: of bypasses, and of refusals."""
 
-TenantRow = tuple[Row, Reasons]
-RouteRow = tuple[str, str, Row, Reasons]
-"""Route, module, figures."""
+TenantRow = tuple[Integers, Reasons]
+RouteRow = tuple[str, str, Integers, Reasons]
+"""Route, module, counters."""
 
-read_row: Callable[[RouteCounters], Row] = attrgetter(
+read_integers: Callable[[RouteCounters], Integers] = attrgetter(
     "hits", "misses", "collapsed", "stores", "invalidations", "bytes_served", "bytes_stored"
 )
 
 
 class LeaseStats(msgspec.Struct):
-    """How well a process keeps up with the database (``core/fence.py``)."""
+    """The serving lease of a process (``core/serving_lease.py``), and its outbox relay."""
 
     alive: bool
     age_s: float | None
-    """How old the moment is up to which it has seen every write; None before the first round."""
+    """Age of the moment up to which the process has seen every write; None before the first relay
+    cycle."""
     lease_s: float
     cycles: int
+    """Relay cycles that were completed."""
     cycles_failed: int
     epochs_begun: int
     pending_rows: int
-    """Invalidations in the database that this process has yet to apply, or see applied."""
+    """Outbox rows that this process has not yet applied or seen applied."""
     pending_s: float
-    """The age of the oldest."""
+    """Age of the oldest of them."""
     problem: str
+    """Why the last relay cycle failed; empty if it did not."""
     unsound_tables: list[str]
 
 
-class Audits(msgspec.Struct):
-    """What the audit of a process has found (``ops/audit.py``)."""
+class VerifierStats(msgspec.Struct):
+    """What the verifier of a process has found (``read/verifier.py``)."""
 
     share: float
-    audits: int
+    verifications: int
     equal: int
     inconclusive: int
     nondeterministic: int
@@ -75,7 +78,10 @@ class Audits(msgspec.Struct):
 
 
 class Process(msgspec.Struct):
-    """One worker, and how it is. Times are seconds, ``started_at`` of the Unix epoch."""
+    """One worker process. Times are seconds; ``started_at`` is Unix time.
+
+    It has 21 attributes because it mirrors one JSON object of the dashboard's API.
+    """
 
     id: str
     host: str
@@ -85,55 +91,58 @@ class Process(msgspec.Struct):
     python: str
     enabled: bool
     available: bool
-    """Whether it has a connection to the cache's server: if not, its breaker is open and nothing
+    """Whether it is connected to the cache server. If not, its breaker is open, and no request
     waits for the server."""
     near_bytes: int
     near_entries: int
     near_limit_bytes: int
     near_evicted: int
     commands: dict[str, int]
-    """Commands, timeouts, errors and reconnects on the connection to the cache's server."""
+    """Commands, timeouts, errors and reconnects on the connection to the cache server."""
     errors: int
     stale_served: int
     unconfirmed_invalidations: int
     acknowledgements_delayed: int
     pending_tenants: int
-    """Tenants whose last invalidation is not confirmed: it bypasses them."""
+    """Tenants that this process bypasses, because their last invalidation is not confirmed."""
     lease: LeaseStats | None
-    verifier: Audits | None
+    verifier: VerifierStats | None
     age_s: float = 0.0
-    """How long ago this was published."""
+    """Seconds since this was published."""
 
 
 class RouteStats(msgspec.Struct):
-    """What happened to the requests of a route: a template, or ``value:`` and a module."""
+    """Counters of one route: a path template, or ``value:`` and a module."""
 
     route: str
     module: str
     totals: Totals
     times: RouteTimes | None = None
-    """None where the figures are of one tenant: times are not kept apart."""
+    """None in the statistics of one tenant: times are not kept per tenant."""
 
 
 class ModuleStats(msgspec.Struct):
-    """What happened to the requests and writes of a module."""
+    """Counters of one module: its requests and its writes."""
 
     module: str
     totals: Totals
     times: RouteTimes | None = None
-    """None where the figures are of one tenant."""
+    """None in the statistics of one tenant."""
 
 
 class TenantTotals(msgspec.Struct):
-    """What happened to the requests and writes of a tenant."""
+    """Counters of one tenant: its requests and its writes."""
 
     tenant: str
     totals: Totals
 
 
 class TenantStats(msgspec.Struct):
-    """The same by module and route. ``alone``: of this process only, because the others' cannot be
-    read (``problem``)."""
+    """Counters of one tenant, by module and by route.
+
+    ``alone`` means that they cover this process only, because the others' cannot be read;
+    ``problem`` says why.
+    """
 
     tenant: str
     totals: Totals
@@ -144,7 +153,7 @@ class TenantStats(msgspec.Struct):
 
 
 class Tenants(msgspec.Struct):
-    """Some of the tenants in an order, and how many there are."""
+    """One page of tenants in some order. ``count`` is the number of all tenants."""
 
     tenants: list[TenantTotals]
     count: int
@@ -153,7 +162,10 @@ class Tenants(msgspec.Struct):
 
 
 class Server(msgspec.Struct):
-    """The cache's server, as it says itself (INFO)."""
+    """What the cache server reports about itself (INFO).
+
+    It has 16 attributes because it mirrors one JSON object of the dashboard's API.
+    """
 
     name: str
     version: str
@@ -162,11 +174,11 @@ class Server(msgspec.Struct):
     clients: int
     memory_bytes: int
     memory_limit_bytes: int
-    """0: none."""
+    """0 means no limit."""
     memory_policy: str
     fragmentation: float
     keys: int
-    """In the cache's database."""
+    """Keys in the cache's database."""
     evicted_keys: int
     expired_keys: int
     keyspace_hits: int
@@ -176,9 +188,10 @@ class Server(msgspec.Struct):
 
 
 class Fleet(msgspec.Struct):
-    """All processes that live, and their figures added up. Of each, since it started.
+    """All live processes and the sum of their counters, each since its process started.
 
-    ``alone``: this process only, because the others' cannot be read; ``problem`` says why.
+    ``alone`` means that it covers this process only, because the others' statistics cannot be read;
+    ``problem`` says why.
     """
 
     processes: list[Process]
@@ -193,10 +206,10 @@ class Fleet(msgspec.Struct):
 
 
 class Point(msgspec.Struct):
-    """What happened in ``BUCKET_S`` seconds from ``at`` on (of the Unix epoch, by the server's
-    clock), everywhere.
+    """What happened in all processes in the ``BUCKET_S`` seconds from ``at`` on.
 
-    Percentiles are estimates in seconds; None where nothing was timed.
+    ``at`` is Unix time by the server's clock. Percentiles are estimates in seconds; None where no
+    request was timed.
     """
 
     at: int
@@ -209,7 +222,7 @@ class Point(msgspec.Struct):
     errors: int
     bytes_served: int
     saved_s: float
-    """Estimated: what hits would have taken had they been fills."""
+    """Estimate of the time that the hits would have taken as fills."""
     hit_p50_s: float | None
     hit_p95_s: float | None
     miss_p50_s: float | None
@@ -225,27 +238,27 @@ class Series(msgspec.Struct):
 
 
 class ProcessReport(msgspec.Struct):
-    """What a process publishes of itself."""
+    """What a process publishes about itself."""
 
     process: Process
     routes: list[RouteStats]
     writes: list[ModuleStats]
-    """Of each module: its invalidations."""
+    """The invalidations of each module."""
     findings: list[Mismatch]
 
 
-# -- adding up -------------------------------------------------------------------------------------
+# -- sums ------------------------------------------------------------------------------------------
 
 
-def totals_of(row: Row, reasons: Reasons) -> Totals:
-    """Read figures from a row."""
-    return Totals(*row, bypasses=dict(reasons[0]), refusals=dict(reasons[1]))
+def totals_of(integers: Integers, reasons: Reasons) -> Totals:
+    """Return the counters of a published row."""
+    return Totals(*integers, bypasses=dict(reasons[0]), refusals=dict(reasons[1]))
 
 
 def by_module(
     routes: Iterable[RouteStats], writes: Iterable[ModuleStats] = ()
 ) -> list[ModuleStats]:
-    """Add figures up by module."""
+    """Sum counters by module."""
     found: dict[str, ModuleStats] = {}
     parts: list[RouteStats | ModuleStats] = [*routes, *writes]
     for part in parts:
@@ -258,7 +271,7 @@ def by_module(
 
 
 def by_route(reports: Iterable[ProcessReport]) -> list[RouteStats]:
-    """Add the figures of many processes up by route."""
+    """Sum the counters of several processes by route."""
     found: dict[tuple[str, str], RouteStats] = {}
     for report in reports:
         for one in report.routes:
@@ -271,7 +284,7 @@ def by_route(reports: Iterable[ProcessReport]) -> list[RouteStats]:
     return [found[name] for name in sorted(found)]
 
 
-# -- tenants on the wire ---------------------------------------------------------------------------
+# -- bytes of tenants ------------------------------------------------------------------------------
 
 
 def encode(body: Any) -> bytes:
@@ -280,8 +293,7 @@ def encode(body: Any) -> bytes:
 
 
 def decode(data: bytes | None, kind: Any) -> Any:
-    """Read published bytes back; None for nothing, for another version, and for what is none of
-    ours."""
+    """Return a published value; None for no data, another version, or damaged data."""
     if data is None:
         return None
     try:
@@ -292,30 +304,30 @@ def decode(data: bytes | None, kind: Any) -> Any:
 
 
 def route_rows(counters: Sequence[RouteCounters]) -> list[RouteRow]:
-    """Return the figures of a tenant as they are published: route by route, and the writes of each
-    module."""
+    """Return a tenant's counters as they are published: by route, and the writes by module."""
     return [
-        (one.route, one.module, read_row(one), (one.bypasses, one.refusals)) for one in counters
+        (one.route, one.module, read_integers(one), (one.bypasses, one.refusals))
+        for one in counters
     ]
 
 
 def tenant_row(rows: Sequence[RouteRow]) -> TenantRow:
-    """Add the figures of a tenant up."""
-    total = tuple(map(sum, zip(*(row for _, _, row, _ in rows), strict=True))) if rows else NOTHING
+    """Sum the counters of a tenant."""
+    total = tuple(map(sum, zip(*(row for _, _, row, _ in rows), strict=True))) if rows else ZEROS
     bypasses, refusals = dict[str, int](), dict[str, int]()
-    for _, _, _, (left, refused) in rows:
-        add_counts(bypasses, left)
+    for _, _, _, (bypassed, refused) in rows:
+        add_counts(bypasses, bypassed)
         add_counts(refusals, refused)
-    return cast(Row, total), (bypasses, refusals)
+    return cast(Integers, total), (bypasses, refusals)
 
 
 def of_tenant(tenant: str, rows: Iterable[RouteRow], *, alone: bool, problem: str) -> TenantStats:
-    """Add up the rows of a tenant, of as many processes as there are."""
+    """Sum the rows of a tenant, which may come from several processes."""
     routes: dict[tuple[str, str], RouteStats] = {}
     writes: list[ModuleStats] = []
     total = Totals()
-    for route, module, row, reasons in rows:
-        counters = totals_of(row, reasons)
+    for route, module, integers, reasons in rows:
+        counters = totals_of(integers, reasons)
         total.add(counters)
         if route:
             routes.setdefault((route, module), RouteStats(route, module, Totals())).totals.add(
@@ -327,16 +339,18 @@ def of_tenant(tenant: str, rows: Iterable[RouteRow], *, alone: bool, problem: st
     return TenantStats(tenant, total, by_module(ordered, writes), ordered, alone, problem)
 
 
-# -- series on the wire ----------------------------------------------------------------------------
+# -- fields of the time series ---------------------------------------------------------------------
 
 _BUCKETS = (*(str(round(bound * 1e6)) for bound in BOUNDS_S), "more")
 _HITS = tuple(f"hit:{bucket}" for bucket in _BUCKETS)
 _MISSES = tuple(f"miss:{bucket}" for bucket in _BUCKETS)
 
 
-def counters(totals: Totals, times: RouteTimes, stats: Counters) -> dict[str, int]:
-    """Return the fields of the series as they stand: they only grow. Times in
-    ``hit:<microseconds>`` by bucket."""
+def series_fields(totals: Totals, times: RouteTimes, stats: Counters) -> dict[str, int]:
+    """Return the current values of the series' fields, which only grow.
+
+    ``hit:<microseconds>`` and ``miss:<microseconds>`` are the buckets of the histograms.
+    """
     return {
         "hits": totals.hits,
         "misses": totals.misses,
@@ -352,8 +366,8 @@ def counters(totals: Totals, times: RouteTimes, stats: Counters) -> dict[str, in
     }
 
 
-def point(at: int, fields: Mapping[str, int]) -> Point:
-    """Read a point of the series."""
+def series_point(at: int, fields: Mapping[str, int]) -> Point:
+    """Return the point that these fields describe; missing fields are 0."""
     hits, misses = (
         Histogram([fields.get(name, 0) for name in names]) for names in (_HITS, _MISSES)
     )
@@ -376,7 +390,7 @@ def point(at: int, fields: Mapping[str, int]) -> Point:
 
 
 def server_of(info: Mapping[str, Any], database: int) -> Server:
-    """Read what INFO says, as redis-py parses it."""
+    """Return what INFO reports, given as redis-py parses it."""
 
     def number(name: str) -> int:
         value = info.get(name, 0)
