@@ -48,4 +48,4 @@ class JsonCounts(JsonRows):
 @compiles(JsonRows)
 @compiles(JsonCounts)
 def _render(element: JsonRows, compiler: Any, **options: Any) -> str:
-    return f"(SELECT {element.made} FROM {compiler.process(element.rows, asfrom=True)})"
+    return f"(SELECT {element.made} FROM {compiler.process(element.rows, asfrom=True)})"  # noqa: S608

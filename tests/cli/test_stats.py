@@ -119,7 +119,9 @@ async def test_a_process_without_a_fence_says_why(running: Running) -> None:
     """And which tables are not cached."""
     process = await running.process(lease=FENCE)
     fenced, tables = problems(await running.overview(ROOT, processes=[process]))
-    assert "has no serving lease, so it serves nothing from the cache: the database is away" in fenced
+    assert (
+        "has no serving lease, so it serves nothing from the cache: the database is away" in fenced
+    )
     assert "leads" in tables
 
 

@@ -97,7 +97,9 @@ def test_invalidations_appear_as_they_happen_with_their_cause_and_time(
         newest = one.locator("#feed tr.new").first
         expect(newest).to_contain_text("acme")
         expect(newest.locator("[data-label=Cause]")).to_have_text("POST /api/accounts")
-        expect(newest.locator("[data-label=Duration]")).to_have_text(re.compile(r"^[\d.]+ (µs|ms|s)$"))
+        expect(newest.locator("[data-label=Duration]")).to_have_text(
+            re.compile(r"^[\d.]+ (µs|ms|s)$")
+        )
         expect(newest.locator("[data-label=Outcome]")).to_have_text("confirmed")
         expect(newest.locator("[data-label=Modules]")).to_contain_text("accounts")
     expect(page.locator("#feed tr.new", has_text="globex")).to_have_count(1)

@@ -16,8 +16,8 @@ from crm.settings import Settings
 from respcache.core.errors import AuditLogUnavailable
 from respcache.ops.admin import Admin
 from respcache.ops.dashboard import auth, layout, live
-from respcache.ops.stats.rows import Overview
 from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.ops.stats.rows import Overview
 from respcache.testing.servers import EmbeddedValkey
 from tests.crm.conftest import PASSWORD, SECRET, Crm, populate
 

@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm.app import create_app
 from crm.settings import Settings
-from respcache.testing.staleness import ViolationKind
 from respcache.testing.servers import EmbeddedPostgres
+from respcache.testing.staleness import ViolationKind
 from respcache.writes.postgres import PostgresOutbox
 
 from ..conftest import END_OTHERS, administer

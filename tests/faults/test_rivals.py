@@ -11,8 +11,8 @@ import pytest
 
 from respcache.testing.checker import check
 from respcache.testing.history import Recorder, load
-from respcache.testing.staleness import ViolationKind
 from respcache.testing.servers import EmbeddedValkey
+from respcache.testing.staleness import ViolationKind
 
 from .rivals import (
     TABLE,

@@ -27,7 +27,7 @@ from respcache.testing.servers import EmbeddedPostgres
 
 pytestmark = pytest.mark.anyio
 ROOT = Access(name="root", role=Role.OPERATOR)
-ROWS = f"SELECT string_agg({AUDIT_LOG}::text, ' ' ORDER BY id) FROM {AUDIT_LOG}"
+ROWS = f"SELECT string_agg({AUDIT_LOG}::text, ' ' ORDER BY id) FROM {AUDIT_LOG}"  # noqa: S608
 
 
 def statements(*, schema: str = "public") -> list[str]:
@@ -111,13 +111,13 @@ async def test_a_part_of_the_trail(where: str, kept: PostgresAuditLog) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        f"UPDATE {AUDIT_LOG} SET name = 'nobody'",
-        f"DELETE FROM {AUDIT_LOG}",
-        f"DELETE FROM {AUDIT_LOG} WHERE id < 0",
+        f"UPDATE {AUDIT_LOG} SET name = 'nobody'",  # noqa: S608
+        f"DELETE FROM {AUDIT_LOG}",  # noqa: S608
+        f"DELETE FROM {AUDIT_LOG} WHERE id < 0",  # noqa: S608
         f"TRUNCATE {AUDIT_LOG}",
         f"TRUNCATE {AUDIT_LOG} RESTART IDENTITY CASCADE",
-        f"INSERT INTO {AUDIT_LOG} (id, act, name, role, details) VALUES (1, 'x', 'x', 'x', '{{}}')",
-        f"WITH gone AS (DELETE FROM {AUDIT_LOG} RETURNING *) "
+        f"INSERT INTO {AUDIT_LOG} (id, act, name, role, details) VALUES (1, 'x', 'x', 'x', '{{}}')",  # noqa: S608
+        f"WITH gone AS (DELETE FROM {AUDIT_LOG} RETURNING *) "  # noqa: S608
         f"INSERT INTO {AUDIT_LOG} (act, name, role, details) "
         "SELECT act, 'nobody', role, details FROM gone",
     ],

@@ -14,11 +14,11 @@ import redis
 
 from respcache import Cache, ConfigurationError, MemoryStore, RedisStore, SingleTenant
 from respcache.core import keys
-from respcache.ops.stats import shapes
 from respcache.ops.stats import publisher as module
-from respcache.ops.stats.shapes import BUCKET_S
-from respcache.ops.stats.report import CHUNK, summary_of
+from respcache.ops.stats import shapes
 from respcache.ops.stats.publisher import StatsPublisher
+from respcache.ops.stats.report import CHUNK, summary_of
+from respcache.ops.stats.shapes import BUCKET_S
 from respcache.read.verifier import Mismatch
 from respcache.telemetry.stats import OTHER
 from respcache.testing.servers import EmbeddedValkey, free_port

@@ -20,8 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from crm.auth import issue_token
 from crm.models import Account, Employee, Tenant
 from respcache.core.keys import counters_key
-from respcache.ops.stats.shapes import Fleet
 from respcache.ops.stats.publisher import StatsPublisher
+from respcache.ops.stats.shapes import Fleet
 from respcache.testing.servers import EmbeddedValkey, free_port
 
 pytestmark = pytest.mark.anyio

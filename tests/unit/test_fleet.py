@@ -68,7 +68,9 @@ def test_the_figures_of_a_tenant_survive_the_wire_and_add_up(made: list[RouteCou
 def test_what_is_none_of_ours_is_nothing(data: bytes) -> None:
     """Whatever bytes."""
     for kind in (ProcessReport, list[RouteRow], TenantRow):
-        assert shapes.decode(data, kind) is None or msgspec.msgpack.decode(data)[0] == shapes.VERSION
+        assert (
+            shapes.decode(data, kind) is None or msgspec.msgpack.decode(data)[0] == shapes.VERSION
+        )
 
 
 @pytest.mark.parametrize("version", [0, shapes.VERSION + 1, "1", None])

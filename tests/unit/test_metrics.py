@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respcache.ops.stats import metrics
-from respcache.ops.stats.shapes import ProcessReport, RouteStats
 from respcache.ops.stats.metrics import largest
+from respcache.ops.stats.shapes import ProcessReport, RouteStats
 from respcache.telemetry.stats import OTHER, RouteTimes, Totals
 
 ROOT = Path(__file__).parents[2]

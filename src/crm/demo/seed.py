@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from crm import models as m
 from crm.auth import hash_password
 
-PASSWORD = "demo-password"
+PASSWORD = "demo-password"  # noqa: S105
 NAMESPACE = UUID("5f0c0f3e-6f0e-4b7c-9a53-7a3d1f6f2b11")
 PRESENT = datetime(2026, 11, 1, 9, 0, tzinfo=UTC)
 Sized = tuple[str, int, str]

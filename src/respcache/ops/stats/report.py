@@ -189,12 +189,12 @@ def _lease_stats(relay: OutboxRelay) -> LeaseStats:
         alive=relay.alive,
         age_s=None if age_s is None else round(age_s, 3),
         lease_s=relay.outbox.lease_s,
-        cycles=relay.completed,
-        cycles_failed=relay.failed,
-        epochs_begun=relay.epochs,
-        pending_rows=relay.pending_rows,
-        pending_s=round(relay.pending_s, 3),
-        problem=relay.problem,
+        cycles=relay.counters.cycles,
+        cycles_failed=relay.counters.failed,
+        epochs_begun=relay.counters.epochs,
+        pending_rows=relay.counters.pending_rows,
+        pending_s=round(relay.counters.pending_s, 3),
+        problem=relay.counters.problem,
         unsound_tables=relay.to_dict()["unsound_tables"],
     )
 
