@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm.cli.transfer import export_module, import_files
 from crm.csv_files import CsvFile, UnreadableFile, date_format, guess_mapping, read_number
-from crm.imports import BATCH, ImportResult, WrongMapping, store
+from crm.imports import BATCH, WrongMapping, store
 from crm.models import Account
 from crm.settings import Settings
 
@@ -56,7 +56,10 @@ def run_import(
             "json": True,
         }
         status = await import_files(
-            settings, database_url, valkey_url, argparse.Namespace(**{**chosen, **options})
+            settings,
+            argparse.Namespace(**{**chosen, **options}),
+            database_url=database_url,
+            cache_url=valkey_url,
         )
         return status, json.loads(capsys.readouterr().out)[0]
 
@@ -245,11 +248,10 @@ async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(
     theirs = crm.account("globex", "Theirs")
     await crm.save(theirs)
     engine = create_async_engine(database_url)
-    outcome = ImportResult()
     record = {"id": theirs.id, "tenant_id": crm.tenants["acme"].id, "name": "Mine", "metadata": {}}
-    await store(engine, "accounts", [record], outcome)
+    result = await store(engine, "accounts", [record])
     await engine.dispose()
-    assert (outcome.created, outcome.updated) == (0, 0)
+    assert (result.created, result.updated) == (0, 0)
     assert [account["name"] for account in await listed(crm, user="gus")] == ["Theirs"]
 
 
@@ -402,9 +404,9 @@ async def test_odd_headers_and_huge_fields(crm: Crm, run_import: Import) -> None
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "names no columns"),
-        (b"\n\n", "names no columns"),
-        (b",,\n , ,\n", "names no columns"),
+        (b"", "has no column names"),
+        (b"\n\n", "has no column names"),
+        (b",,\n , ,\n", "has no column names"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "text file"),
         (b"\xff\xfea", "not readable as utf-16"),
         (b"colour,shape\nred,round\n", "--map COLUMN=FIELD"),
@@ -458,10 +460,11 @@ async def test_import_with_the_cache_server_away_leaves_no_old_list_anywhere(
     )
     settings = Settings(jwt_secret=SECRET, respcache_key=SECRET)
     assert await listed(crm, "accounts") == []
-    assert await import_files(settings, database_url, "redis://127.0.0.1:1", options) == 0
+    urls = {"database_url": database_url, "cache_url": "redis://127.0.0.1:1"}
+    assert await import_files(settings, options, **urls) == 0
     assert [record["name"] for record in await listed(crm, "accounts")] == ["Acorn"]
     assert await stored(crm) == 1
-    assert await import_files(settings, database_url, None, options) == 0
+    assert await import_files(settings, options, database_url=database_url, cache_url=None) == 0
 
 
 async def test_stages_dates_and_amounts_of_deals(crm: Crm, run_import: Import) -> None:
