@@ -38,9 +38,13 @@ async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
     health = (await http.get("/api/system/health")).json()["data"]
     assert 0 <= health.pop("fence_age_s") < 3600
     assert health == {
-        "database": "up", "cache": "up", "cache_enabled": True, "invalidations_pending": 0, "oldest_pending_s": 0.0,
+        "database": "up",
+        "cache": "up",
+        "cache_enabled": True,
+        "invalidations_pending": 0,
+        "oldest_pending_s": 0.0,
         "fence_alive": True,
-    }  # fmt: skip
+    }
     await crm.cache.store.close()
     answer = await http.get("/api/system/health")
     assert (answer.status_code, answer.json()["data"]["cache"]) == (200, "down")
