@@ -34,18 +34,10 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference.md").read_text()
 DIGEST = bytes(range(16))
 OPTIONS = {
-    "Cache": Cache,
-    "RedisStore": respcache.RedisStore,
-    "MemoryStore": respcache.MemoryStore,
-    "cache_list": respcache.cache_list,
-    "Endpoint": Endpoint,
-    "PostgresOutbox": PostgresOutbox,
-    "watch": watch,
-    "get_or_set": Cache.get_or_set,
-    "Board": StatsPublisher,
-    "Admin": Admin,
-    "PostgresAuditLog": PostgresAuditLog,
-}
+    "Cache": Cache, "RedisStore": respcache.RedisStore, "MemoryStore": respcache.MemoryStore, "cache_list": respcache.cache_list,
+    "Endpoint": Endpoint, "PostgresOutbox": PostgresOutbox, "watch": watch, "get_or_set": Cache.get_or_set, "Board": StatsPublisher,
+    "Admin": Admin, "PostgresAuditLog": PostgresAuditLog,
+}  # fmt: skip
 OUR_HEADERS = re.compile(r"(x|cache|retry|www)-[a-z-]+|authorization", re.IGNORECASE)
 
 
@@ -99,30 +91,18 @@ def called(node: ast.AST) -> str:
 def test_keys_are_those_that_the_code_builds() -> None:
     """One row for each function that builds one."""
     holes = {
-        "{tenant}": "abc",
-        "{module}": "leads",
-        "{kind}": "count",
-        "{digest}": DIGEST.hex(),
-        "{process}": "0123456789abcdef",
+        "{tenant}": "abc", "{module}": "leads", "{kind}": "count", "{digest}": DIGEST.hex(), "{process}": "0123456789abcdef",
         "{bucket}": "7",
-    }
+    }  # fmt: skip
     (listed,) = tables("## Keys")
     listed.pop("key", None)
     built = {
-        keys.entry_key("abc", "leads", "count", DIGEST),
-        keys.lock_key("abc", "leads", "count", DIGEST),
-        keys.generation_key("abc"),
-        keys.generation_key(keys.SHARED),
-        keys.SWITCHES_KEY,
-        keys.EPOCH_KEY,
-        keys.FEED_KEY,
+        keys.entry_key("abc", "leads", "count", DIGEST), keys.lock_key("abc", "leads", "count", DIGEST),
+        keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY, keys.FEED_KEY,
         keys.FED_KEY,
-        keys.PROCESSES_KEY,
-        keys.counters_key("0123456789abcdef"),
-        keys.tenants_key("0123456789abcdef"),
-        keys.routes_key("0123456789abcdef"),
-        keys.series_key(7),
-    }
+        keys.PROCESSES_KEY, keys.counters_key("0123456789abcdef"), keys.tenants_key("0123456789abcdef"),
+        keys.routes_key("0123456789abcdef"), keys.series_key(7),
+    }  # fmt: skip
     filled = set()
     for pattern in listed:
         for hole, value in holes.items():
