@@ -36,14 +36,14 @@ async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
         await crm.cache.runtime.relay.caught_up()  # with what made these people
     assert (await http.get("/api/system/status")).json()["data"]["up"] is True
     health = (await http.get("/api/system/health")).json()["data"]
-    assert 0 <= health.pop("fence_age_s") < 3600
+    assert 0 <= health.pop("lease_age_s") < 3600
     assert health == {
         "database": "up",
         "cache": "up",
         "cache_enabled": True,
         "invalidations_pending": 0,
         "oldest_pending_s": 0.0,
-        "fence_alive": True,
+        "lease_alive": True,
     }
     await crm.cache.store.close()
     answer = await http.get("/api/system/health")
@@ -124,7 +124,7 @@ async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
     assert (await crm.as_user(None).get("/api/system/cache-stats")).status_code == 401
     assert (await crm.as_user("ann").get("/api/system/cache-stats")).status_code == 403
     data = (await crm.as_user("abe").get("/api/system/cache-stats")).json()["data"]
-    assert (data["connected"], data["figures_of"]) == (True, "this process")
+    assert (data["connected"], data["statistics_of"]) == (True, "this process")
     assert (data["modules"]["accounts"]["hits"], data["modules"]["accounts"]["misses"]) == (2, 1)
     assert "total_commands_processed" in data["info"]
     assert "used_memory" in data["memory"]
@@ -190,7 +190,7 @@ async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
     ).status_code == 403
     root = crm.as_user("root")
     answer = await root.post("/api/cache/switch", json={"enabled": False})
-    assert answer.json()["data"] == {"enabled": False, "other_processes_told": True}
+    assert answer.json()["data"] == {"enabled": False, "confirmed": True}
     assert "detail=off" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
     await root.post("/api/cache/switch", json={"enabled": True})
     assert "stored" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]

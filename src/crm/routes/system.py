@@ -60,8 +60,8 @@ async def health(request: Request) -> Response:
         data |= {
             "invalidations_pending": lease["pending_rows"],
             "oldest_pending_s": lease["pending_s"],
-            "fence_alive": lease["alive"],
-            "fence_age_s": lease["age_s"],
+            "lease_alive": lease["alive"],
+            "lease_age_s": lease["age_s"],
         }
     return respond(data) if database else fail(503, "Database unavailable", data=data)
 
@@ -94,9 +94,9 @@ async def cache_stats(request: Request, scope: Admin) -> Response:
         "connected": True,
         "info": info.stats,
         "memory": info.memory,
-        "figures_of": "this process",
-        "server_figures_of": "all processes and tenants; invalidated entries count until they "
-        "expire or are evicted",
+        "statistics_of": "this process",
+        "server_statistics_of": "all processes and tenants; invalidated entries count until "
+        "they expire or are evicted",
         "tenant": scope.tenant or "all",
         **cache.stats(scope.tenant),
     }
@@ -147,13 +147,14 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
 async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
     """Switches the cache for all processes, after an entry in the audit log.
 
-    Invalidations are still sent while it is off.
+    Invalidations are still sent while it is off. `confirmed` says that the cache server stored
+    the switch: all processes follow within a second.
     """
     admin: CacheAdmin = request.app.state.cache_admin
     access = access_of(scope)
     assert access is not None
     switches = await admin.switch(access, off=not body.enabled)
-    return respond({"enabled": switches.enabled, "other_processes_told": switches.propagated})
+    return respond({"enabled": switches.enabled, "confirmed": switches.told})
 
 
 async def _database_status(request: Request) -> dict[str, Any]:
