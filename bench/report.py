@@ -11,7 +11,7 @@ from measures import hits, memory, stampede
 Result = Mapping[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]
 PEERS = ("cashews", "fastapi-cache2", "aiocache", "redis-py")
-"""What runs in the application's own process, as ours does."""
+"""The libraries that run in the application's process, as respcache does."""
 COUNTS = [f"c{n}" for n in hits.CONNECTIONS]
 
 WIDTH = 100
@@ -84,12 +84,12 @@ def markdown(
 
 
 def plain(result: Result) -> str:
-    """Write the same tables for a terminal."""
+    """Return the same tables for a terminal."""
     return "\n\n".join(f"{title}\n{_columns(table)}" for title, _, table in sections(result))
 
 
 def sections(result: Result) -> Iterable[tuple[str, str, Table]]:
-    """List title, explanation and table of everything that was measured."""
+    """Yield title, explanation and table of each measurement."""
     if lanes(result):
         yield (
             "Hits: CPU of bare ASGI / CPU of the lane",
@@ -146,7 +146,7 @@ def sections(result: Result) -> Iterable[tuple[str, str, Table]]:
 
 
 def lanes(result: Result) -> list[str]:
-    """Name the lanes that were measured, in the order of the list."""
+    """Return the measured lanes, in the order of the list."""
     order = [*BY_NAME, *result]
     return sorted(
         (name for name, found in result.items() if isinstance(found, dict) and "c1" in found),
@@ -155,7 +155,7 @@ def lanes(result: Result) -> list[str]:
 
 
 def against_peers(result: Result) -> dict[str, dict[str, float]]:
-    """Divide the throughput of each of our lanes by that of the fastest peer, by connections."""
+    """Return the throughput of our lanes relative to the fastest peer, by connections."""
     peers = [name for name in PEERS if name in result]
     ours = [name for name in lanes(result) if name in BY_NAME and BY_NAME[name].ours]
     if not peers:

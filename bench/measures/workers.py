@@ -1,4 +1,4 @@
-"""One worker and two, at 64 connections: does a second process double what is answered?"""
+"""One worker and two, at 64 connections: does a second process double the throughput?"""
 
 import contextlib
 import functools
@@ -19,8 +19,7 @@ LANES: tuple[Lane, ...] = (BARE, BY_NAME["strict"])
 
 
 def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
-    """Return throughput and CPU time per request of each lane with each number of workers, in one
-    interleaved run."""
+    """Return throughput and CPU time per request, by lane and number of workers."""
     pages, chance = asks(), random.Random(effort.seed)
     found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     with contextlib.ExitStack() as stack:
@@ -35,8 +34,8 @@ def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
         for number in range(effort.rounds):
             for one, count in chance.sample(running, len(running)):
                 tell(f"workers: round {number + 1} of {effort.rounds}, {one.lane.name}, {count}")
-                figures = found.setdefault((one.lane.name, count), [])
-                patiently(functools.partial(_stretch, one, effort, pages, figures))
+                results = found.setdefault((one.lane.name, count), [])
+                patiently(functools.partial(_stretch, one, effort, pages, results=results))
     return {
         name: {
             f"w{count}": {
@@ -53,8 +52,9 @@ def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
 def _stretch(
     one: Served,
     effort: Effort,
-    pages: Sequence[LoadRequest],
-    figures: list[tuple[float, float, float]],
+    pages: Sequence[Ask],
+    *,
+    results: list[tuple[float, float, float]],
 ) -> None:
     before = [cpu_ns([pid]) for pid in one.pids]
     sample = drive(
@@ -66,4 +66,4 @@ def _stretch(
         hit=one.lane.hit,
     )
     spent = [cpu_ns([pid]) - was for pid, was in zip(one.pids, before, strict=True)]
-    figures.append((sample.rps, sum(spent) / 1000 / sample.requests, max(spent) / sum(spent)))
+    results.append((sample.rps, sum(spent) / 1000 / sample.requests, max(spent) / sum(spent)))

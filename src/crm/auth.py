@@ -262,6 +262,7 @@ class CrmResolver:
 
 async def current_scope(
     request: Request,
+    *,
     tenant_id: Annotated[
         str | None,
         Query(description="Tenant, as UUID or slug (default: your own)", max_length=63),
@@ -274,10 +275,7 @@ async def current_scope(
     ] = None,
     cookie: Annotated[Any, Security(APIKeyCookie(name="access_token", auto_error=False))] = None,
 ) -> TenantScope:
-    """Return the caller's scope: the one that the cache resolved, else resolve it now.
-
-    FastAPI prescribes the positional parameters.
-    """
+    """Return the caller's scope: the one that the cache resolved, else resolve it now."""
     scope = resolved_scope()
     if not isinstance(scope, TenantScope):
         resolver: CrmResolver = request.app.state.resolver

@@ -31,7 +31,7 @@ router = accounts.router()
 @router.get("/search", summary="Search accounts")
 @caching.accounts.list
 async def search_accounts(
-    rows: ReadRows, q: Search = None, limit: Limit = 25, offset: Offset = 0
+    rows: ReadRows, *, q: Search = None, limit: Limit = 25, offset: Offset = 0
 ) -> Response:
     """Searches name, email, website and city."""
     return respond(

@@ -36,6 +36,7 @@ router = contacts.router()
 @caching.contacts.list
 async def search_contacts(
     rows: ReadRows,
+    *,
     q: Annotated[Word, Query(min_length=1, max_length=200)],
     limit: Limit = 25,
     offset: Offset = 0,
