@@ -458,7 +458,7 @@ def _upsert(table: str, columns: Sequence[str], optional: Collection[str]) -> st
     differs = [f"{table}.{name} IS DISTINCT FROM {value}" for name, value in new.items()]
     differs.append(f"NOT {table}.metadata @> EXCLUDED.metadata")
     return (
-        f"INSERT INTO {table} ({listed}) SELECT {listed} FROM "
+        f"INSERT INTO {table} ({listed}) SELECT {listed} FROM "  # noqa: S608
         f"jsonb_populate_recordset(NULL::{table}, CAST(:rows AS jsonb)) "
         f"ON CONFLICT (id) DO UPDATE SET {', '.join(changes)} "
         f"WHERE {table}.tenant_id = EXCLUDED.tenant_id AND ({' OR '.join(differs)}) RETURNING id, "

@@ -10,12 +10,15 @@ import httpx2
 import pytest
 from alembic import command
 from pydantic import SecretStr
+from sqlalchemy import select
 
 from crm.app import create_app
 from crm.demo.seed import PASSWORD as DEMO_PASSWORD
 from crm.demo.seed import seed_if_empty
 from crm.errors import ApiError
+from crm.home import USERS
 from crm.migrations import configuration
+from crm.models import Employee
 from crm.routes.auth import LoginLimit
 from crm.settings import Settings
 from respcache import Claim, ConfigurationError
@@ -48,6 +51,19 @@ async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
     await crm.cache.store.close()
     answer = await http.get("/api/system/health")
     assert (answer.status_code, answer.json()["data"]["cache"]) == (200, "down")
+
+
+async def test_health_without_a_cache_is_that_of_the_database(database_url: str) -> None:
+    """REDIS_CACHE_URL=none: there is no serving lease, and nothing is pending."""
+    settings = Settings(
+        database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET
+    )
+    app = create_app(settings)
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://crm") as http:
+        answer = await http.get("/api/system/health")
+    await app.app.state.sessions.kw["bind"].dispose()
+    assert answer.json()["data"] == {"database": "up", "cache": "none", "cache_enabled": False}
 
 
 async def test_containers_status_says_who_answers_and_who_is_not_configured(
@@ -316,7 +332,7 @@ def test_models_and_migrations_agree(empty_database_url: str) -> None:
 
 
 def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> None:
-    """A second start finds it; the admin of acme can log in."""
+    """A second start finds it; the admin of acme can log in; the home page names users of it."""
 
     async def run() -> tuple[str, str, str]:
         first, second = await seed_if_empty(database_url), await seed_if_empty(database_url)
@@ -333,6 +349,8 @@ def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> Non
         scope = await app.state.resolver.scope(
             Claim((str(user.id), str(user.tenant_id), None), str(user.tenant_id))
         )
+        async with app.state.sessions() as session:
+            assert set(USERS) <= set(await session.scalars(select(Employee.email)))
         await app.state.sessions.kw["bind"].dispose()
         return first, second, scope.role
 

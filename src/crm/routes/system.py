@@ -55,7 +55,7 @@ async def health(request: Request) -> Response:
         "cache": state,
         "cache_enabled": cache.enabled,
     }
-    if cache.runtime.relay is not None:
+    if cache.runtime is not None and cache.runtime.relay is not None:
         lease = cache.runtime.relay.to_dict()
         data |= {
             "invalidations_pending": lease["pending_rows"],
@@ -120,11 +120,12 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
     if scope.tenant is None:
         raise AccessDenied(400, WRITE_NEEDS_TENANT, field="tenant_id")
     named: list[str] | list[None] = [None] if body.modules in ([], ["*"]) else body.modules
-    unknown = sorted({module for module in named if module is not None} - cache.registry.modules)
+    known = cache.registry.modules
+    unknown = sorted({module for module in named if module is not None} - known)
     if unknown:
         raise ApiError(
             400,
-            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.registry.modules))}",
+            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(known))}",
             field="modules",
         )
     purged = [
