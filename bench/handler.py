@@ -109,12 +109,12 @@ def request(number: int, path: str = PATH) -> bytes:
 def _page(number: int) -> JsonObject:
     chance = random.Random(number)
     rows = [_row(chance) for _ in range(ROWS)]
-    made = {"status": "success", "data": {"items": rows, "total": PAGES * ROWS, "page": number}}
-    missing = BODY_BYTES - len(_encode(made))
+    document = {"status": "success", "data": {"items": rows, "total": PAGES * ROWS, "page": number}}
+    missing = BODY_BYTES - len(_encode(document))
     assert missing > 0
     filler = " ".join(chance.choice(WORDS) for _ in range(missing // 4))
     rows[-1]["description"] += " " + filler[: missing - 1]
-    return made
+    return document
 
 
 @cache
@@ -130,8 +130,8 @@ def _row(chance: random.Random) -> JsonObject:
         f"{chance.choice(('GmbH', 'SA', 'AB', 'Ltd', 'Lda'))}"
     )
     host = name.lower().replace(" ", "-")
-    made = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(microseconds=chance.randrange(10**13))
-    changed = made + timedelta(microseconds=chance.randrange(10**12))
+    created = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(microseconds=chance.randrange(10**13))
+    changed = created + timedelta(microseconds=chance.randrange(10**12))
     return {
         "id": str(uuid.UUID(int=chance.getrandbits(128), version=4)),
         "name": name,
@@ -149,10 +149,10 @@ def _row(chance: random.Random) -> JsonObject:
         "team_id": None,
         "tags": chance.sample(WORDS, 3),
         "description": " ".join(chance.choice(WORDS) for _ in range(33)),
-        "created_at": made.isoformat(),
+        "created_at": created.isoformat(),
         "updated_at": changed.isoformat(),
     }
 
 
-def _encode(made: JsonObject) -> bytes:
-    return json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode()
+def _encode(document: JsonObject) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

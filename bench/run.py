@@ -56,8 +56,8 @@ def main() -> None:
         "skipped": skipped,
         "refused": {},
     }
-    with _progress(_steps(lanes, options)) as tell:
-        found = _measure(lanes, cores, options, refused=result["refused"], tell=tell)
+    with _progress(_steps(lanes, options)) as show_step:
+        found = _measure(lanes, cores, options, refused=result["refused"], show_step=show_step)
     result.update(found)
     result["load_average"] = [round(load, 1), round(os.getloadavg()[0], 1)]
     result["minutes"] = round((time.monotonic() - begun) / 60, 1)
@@ -76,14 +76,14 @@ def _measure(
     options: argparse.Namespace,
     *,
     refused: dict[str, str],
-    tell: hits.Tell,
+    show_step: hits.ShowStep,
 ) -> dict[str, Any]:
     until = time.monotonic() + QUICK_HITS_S if options.quick else math.inf
     effort = hits.Effort(options.rounds, options.seconds, options.requests, options.seed, until)
     seed, found = options.seed, {}
     with processes(cores) as on:
         if "hits" in options.only:
-            results, wrong = hits.measure(on, lanes, effort, tell=tell)
+            results, wrong = hits.measure(on, lanes, effort, show_step=show_step)
             refused.update(wrong)
             found.update(results, against_best_peer=report.against_peers(results))
         quick = options.quick
@@ -91,14 +91,14 @@ def _measure(
         further: dict[str, Callable[[], Any]] = {
             "invalidation": lambda: asyncio.run(
                 invalidation.measure(
-                    on, sizes=sizes, rounds=3 if quick else 7, seed=seed, tell=tell
+                    on, sizes=sizes, rounds=3 if quick else 7, seed=seed, show_step=show_step
                 )
             ),
             "stampede": lambda: stampede.measure(
                 on,
                 [lane for lane in lanes if lane.name not in refused],
                 rounds=2 if quick else 5,
-                tell=tell,
+                show_step=show_step,
             ),
             "misses": lambda: misses.measure(
                 on,
@@ -106,12 +106,14 @@ def _measure(
                 requests=25 if quick else 100,
                 seed=seed,
                 crm=any(lane.name == hits.CRM for lane in lanes),
-                tell=tell,
+                show_step=show_step,
             ),
             "memory": lambda: asyncio.run(
-                memory.measure(on, requests=2_000 if quick else 12_000, seed=seed, tell=tell)
+                memory.measure(
+                    on, requests=2_000 if quick else 12_000, seed=seed, show_step=show_step
+                )
             ),
-            "workers": lambda: workers.measure(on, effort, tell),
+            "workers": lambda: workers.measure(on, effort, show_step),
         }
         for name, measure in further.items():
             if name in options.only:
@@ -174,7 +176,7 @@ def _steps(lanes: Sequence[Lane], options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[hits.Tell]:
+def _progress(steps: int) -> Iterator[hits.ShowStep]:
     """Show the progress on standard error.
 
     It is drawn between measurements only, because it runs on the load generator's core.
@@ -197,7 +199,7 @@ def _progress(steps: int) -> Iterator[hits.Tell]:
 
         part = ""
 
-        def tell(what: str) -> None:
+        def show_step(what: str) -> None:
             nonlocal part
             if _stopping:
                 raise KeyboardInterrupt
@@ -208,7 +210,7 @@ def _progress(steps: int) -> Iterator[hits.Tell]:
                     f"{time.monotonic() - begun:5.0f} s  {what}", highlight=False, soft_wrap=True
                 )
 
-        yield tell
+        yield show_step
 
 
 def _options() -> argparse.Namespace:
@@ -247,7 +249,7 @@ def _options() -> argparse.Namespace:
 def _stop(number: int, frame: object) -> None:
     """Raise, so that all processes are ended in order.
 
-    Python ignores the exception while it forks a process; then the next ``tell`` raises it again.
+    Python ignores the exception while it forks a process; then the next step raises it.
     """
     _stopping.append(number)
     raise KeyboardInterrupt

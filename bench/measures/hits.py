@@ -38,7 +38,7 @@ lower bound."""
 MAX_REPEATS = 3
 REPEAT_PAUSE_S = 0.5
 
-Tell = Callable[[str], None]
+ShowStep = Callable[[str], None]
 
 
 @dataclass
@@ -76,14 +76,14 @@ def groups(lanes: Sequence[Lane]) -> list[list[Lane]]:
 
 
 def measure(
-    on: Processes, lanes: Sequence[Lane], effort: Effort, *, tell: Tell
+    on: Processes, lanes: Sequence[Lane], effort: Effort, *, show_step: ShowStep
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the results of each lane, and the reasons for those that were refused."""
     result: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for group in groups(lanes):
-        with _started(on, group, refused, tell=tell) as served:
-            cells = _rounds(on, served, effort, refused=refused, tell=tell)
+        with _started(on, group, refused, show_step=show_step) as served:
+            cells = _rounds(on, served, effort, refused=refused, show_step=show_step)
         for one in served:
             if one.lane.name not in refused:
                 results = {
@@ -151,11 +151,11 @@ def patiently(stretch: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def _started(
-    on: Processes, group: Sequence[Lane], refused: dict[str, str], *, tell: Tell
+    on: Processes, group: Sequence[Lane], refused: dict[str, str], *, show_step: ShowStep
 ) -> Iterator[list[Served]]:
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
-        tell("starting " + ", ".join(lane.name for lane in group))
+        show_step("starting " + ", ".join(lane.name for lane in group))
         served: list[Served] = [on.crm()[0]] if any(lane.name == CRM for lane in group) else []
         own = [lane for lane in group if lane.name != CRM]
         for lane, one in zip(own, on.serve([(lane, 1) for lane in own]), strict=True):
@@ -169,21 +169,26 @@ def _started(
 
 
 def _rounds(
-    on: Processes, served: Sequence[Served], effort: Effort, *, refused: dict[str, str], tell: Tell
+    on: Processes,
+    served: Sequence[Served],
+    effort: Effort,
+    *,
+    refused: dict[str, str],
+    show_step: ShowStep,
 ) -> dict[tuple[str, int], Cell]:
     cells = {(one.lane.name, n): Cell() for one in served for n in CONNECTIONS}
     pages = {one.lane.name: one.asks or asks(coding=one.lane.coding) for one in served}
     chance = random.Random(effort.seed)
     for one in served:
         with _refusing(one, refused):
-            tell(f"warming {one.lane.name}")
+            show_step(f"warming {one.lane.name}")
             warm(one, pages[one.lane.name])
     for number in range(effort.rounds):
         if number and time.monotonic() > effort.until:
             break
         for connections in CONNECTIONS:
             for one in chance.sample(served, len(served)):
-                tell(
+                show_step(
                     f"round {number + 1} of {effort.rounds}: {one.lane.name}, {connections} "
                     f"connections"
                 )

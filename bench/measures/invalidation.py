@@ -17,7 +17,7 @@ import redis.asyncio
 from lanes import ours
 from machine import Processes
 
-from measures.hits import Tell, middle
+from measures.hits import ShowStep, middle
 from respcache import Cache
 
 FEW = 100
@@ -43,7 +43,7 @@ Way = Callable[[], Awaitable[Any]]
 
 
 async def measure(
-    on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: int, tell: Tell
+    on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: int, show_step: ShowStep
 ) -> dict[str, Any]:
     """Return median milliseconds and commands of each way, by case and number of keys."""
     server = on.store(maxmemory="2gb", maxmemory_policy="noeviction")
@@ -67,7 +67,7 @@ async def measure(
             for case, share in ((f"{FEW}", FEW), ("all", 0)):
                 for size in sizes:
                     if share or size <= MAX_OWN:
-                        tell(f"invalidation: {share or size:,} of {size:,} keys")
+                        show_step(f"invalidation: {share or size:,} of {size:,} keys")
                         result.setdefault(case, {})[str(size)] = await _case(
                             client, cache, ways, size=size, share=share, rounds=rounds, seed=seed
                         )

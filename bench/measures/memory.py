@@ -15,7 +15,7 @@ import redis.asyncio
 from lanes import ours
 from machine import Processes
 
-from measures.hits import Tell
+from measures.hits import ShowStep
 
 KEYS = 2000
 EXPONENT = 0.9
@@ -23,7 +23,9 @@ MEMORY = "16mb"
 SAMPLED = 100
 
 
-async def measure(on: Processes, *, requests: int, seed: int, tell: Tell) -> dict[str, Any]:
+async def measure(
+    on: Processes, *, requests: int, seed: int, show_step: ShowStep
+) -> dict[str, Any]:
     """Return the bytes per entry and the hit ratio of both sides."""
     sequence = zipf(requests, seed)
     result: dict[str, Any] = {
@@ -34,7 +36,7 @@ async def measure(on: Processes, *, requests: int, seed: int, tell: Tell) -> dic
     }
     try:
         for name, side in (("respcache", _ours), ("plain JSON", _plain)):
-            tell(f"memory: {name}")
+            show_step(f"memory: {name}")
             server = on.store(
                 maxmemory=MEMORY, maxmemory_policy="allkeys-lru", maxmemory_samples="10"
             )

@@ -18,8 +18,8 @@ import handler
 from lanes import BY_NAME, Lane
 from machine import Processes, Served
 
-from measures.hits import Tell, middle, patiently, quartiles
-from respcache.ops.bench.load import LoadRequest, drive, percentile
+from measures.hits import ShowStep, middle, patiently, quartiles
+from respcache.ops.bench.load import Ask, drive, percentile
 from respcache.ops.bench.processes import settle
 
 PLAIN = Lane("plain", "lanes.plain:make", "the handler in FastAPI without any cache", caches=False)
@@ -28,19 +28,19 @@ MISS = b"fwd=uri-miss"
 
 
 def measure(
-    on: Processes, *, rounds: int, requests: int, seed: int, crm: bool, tell: Tell
+    on: Processes, *, rounds: int, requests: int, seed: int, crm: bool, show_step: ShowStep
 ) -> dict[str, Any]:
     """Return the overhead of a miss, in percent of the uncached handler's CPU time and latency."""
     result = {}
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
-        tell("misses: the benchmark's handler")
+        show_step("misses: the benchmark's handler")
         plain, strict = on.serve_all([(PLAIN, 1), (BY_NAME["strict"], 1)])
         numbers = itertools.count(handler.PAGES * 1000)
         size = {"rounds": rounds, "requests": requests, "seed": seed}
         result["handler"] = _compare(plain, strict, lambda: _item(next(numbers)), **size)
         if crm:
-            tell("misses: the CRM's list")
+            show_step("misses: the CRM's list")
             uncached, cached = on.crm()
             one = uncached.asks[0]
             numbers = itertools.count(1)

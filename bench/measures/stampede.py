@@ -14,7 +14,7 @@ from lanes import Lane
 from machine import Processes, Served
 from stand import Client
 
-from measures.hits import Tell
+from measures.hits import ShowStep
 from respcache.ops.bench.processes import Failed
 
 CALLERS = 200
@@ -24,7 +24,9 @@ PATIENCE_S = 30.0
 _numbers = itertools.count(handler.PAGES * 2000)
 
 
-def measure(on: Processes, lanes: list[Lane], *, rounds: int, tell: Tell) -> dict[str, Any]:
+def measure(
+    on: Processes, lanes: list[Lane], *, rounds: int, show_step: ShowStep
+) -> dict[str, Any]:
     """Return fetches per round, failed requests, and the median of the slowest response.
 
     One result for each way to fill a key.
@@ -33,7 +35,7 @@ def measure(on: Processes, lanes: list[Lane], *, rounds: int, tell: Tell) -> dic
     for lane in (lane for lane in lanes if lane.cold):
         with contextlib.ExitStack() as stack:
             stack.callback(on.stop_lanes)
-            tell(f"stampede: {lane.name}")
+            show_step(f"stampede: {lane.name}")
             served = on.serve_all([(lane, 1)] * PROCESSES)
             for label, path in lane.cold.items():
                 found = [asyncio.run(_stampede(served, path)) for _ in range(rounds)]

@@ -67,7 +67,7 @@ _USER = (
 )
 
 _hasher = PasswordHasher()
-_DUMMY_HASH = PasswordHasher().hash("nobody has this password")
+_DUMMY_HASH = PasswordHasher().hash("no user has this password")
 Sessions = async_sessionmaker[AsyncSession]
 
 

@@ -235,14 +235,14 @@ class _Tenant:
         return f"{self.chance.choice(FIRST)} {self.chance.choice(LAST)}"
 
     def _common(self, kind: str, number: int) -> dict[str, Any]:
-        made = PRESENT - timedelta(minutes=self.chance.randrange(60 * 24 * 700))
+        created = PRESENT - timedelta(minutes=self.chance.randrange(60 * 24 * 700))
         owner = self.chance.choice(self.employees)["id"] if self.chance.random() < 0.8 else None
         return {
             "id": key(self.slug, kind, number),
             "tenant_id": self.tenant,
             "assigned_to": owner,
-            "created_at": made,
-            "updated_at": made,
+            "created_at": created,
+            "updated_at": created,
             "metadata": {"imported_from": "demo"} if number % 10 == 0 else {},
         }
 
