@@ -94,11 +94,6 @@ def measure(
     return result, refused
 
 
-def cells_of(lanes: int) -> int:
-    """Return the number of stretches of load in a round of so many lanes."""
-    return lanes * len(CONNECTIONS)
-
-
 def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
     """Return the requests of the key space, with the expected responses."""
     if not coding:
