@@ -197,7 +197,7 @@ def _add_import_options(command: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m crm",
-        description="The CRM backend. Settings come from the environment; see README.md.",
+        description="The CRM backend. Settings come from the environment; see docs/reference.md.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
