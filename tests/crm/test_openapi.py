@@ -52,29 +52,10 @@ def test_no_generated_request_is_a_server_error(start: Start, tmp_path: Path) ->
     token = system.command("token", "--tenant", "acme", "--role", "admin").stdout.strip()
     (tmp_path / "schemathesis.toml").write_text(configure(system, token))
     command = [
-        sys.executable,
-        "-m",
-        "schemathesis.cli",
-        "--no-color",
-        "run",
-        f"{system.base}/openapi.json",
-        "--header",
-        f"Authorization: Bearer {token}",
-        "--checks",
-        ",".join(CHECKS),
-        "--phases",
-        "examples,coverage,fuzzing",
-        "--max-examples",
-        "5",
-        "--workers",
-        "1",
-        "--seed",
-        SEED,
-        "--continue-on-failure",
-        "--warnings",
-        "off",
-        "--no-shrink",
-    ]
+        sys.executable, "-m", "schemathesis.cli", "--no-color", "run", f"{system.base}/openapi.json",
+        "--header", f"Authorization: Bearer {token}", "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing",
+        "--max-examples", "5", "--workers", "1", "--seed", SEED, "--continue-on-failure", "--warnings", "off", "--no-shrink",
+    ]  # fmt: skip
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     schema = httpx2.get(f"{system.base}/openapi.json").json()

@@ -206,7 +206,7 @@ async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
     ).status_code == 403
     root = crm.as_user("root")
     answer = await root.post("/api/cache/switch", json={"enabled": False})
-    assert answer.json()["data"] == {"enabled": False, "confirmed": True}
+    assert answer.json()["data"] == {"enabled": False, "propagated": True}
     assert "detail=off" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
     await root.post("/api/cache/switch", json={"enabled": True})
     assert "stored" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]

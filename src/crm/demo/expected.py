@@ -1,9 +1,10 @@
 """What the demo's traffic knows of the records that it wrote, and which responses are stale.
 
-For each record it keeps the version that was sent last, and the version that the response to a
-write confirmed last. A read that begins after that response must show this version or a later one,
-and must not show a deleted record. So a read takes the expectations before it is sent, and its
-response is compared with them. Writes of others (yours, with curl) are never checked.
+A record is a register of ``respcache.testing.staleness``: a metadata field contains its version,
+and its deletion counts as the last version, ``DELETED``. A read must show at least the version that
+the response to a write had confirmed before the read was sent. So a read takes the expectations
+before it is sent, and its response is compared with them. Writes of others (yours, with curl) are
+never checked.
 
 A record has one writer at a time and is assigned to no employee, so its whole tenant sees it. A
 list must show a record only on its first page (newest first), and only if not all rows of a full
@@ -22,6 +23,12 @@ from respcache.testing.staleness import Minimum
 VERSION = "demo_version"
 """The metadata field that contains the version."""
 
+DELETED = inf
+"""The version of a deleted record."""
+
+ABSENT = -1
+"""The version that a read shows if it misses a record that was not deleted."""
+
 MAX_RECORDS = 12
 """Records kept per module; at this number a record is deleted instead of created."""
 
@@ -35,17 +42,16 @@ Row = Mapping[str, Any]
 class WrittenRecord:
     """A record that the traffic created. ``position`` orders a list, newest last.
 
-    ``sent`` and ``confirmed`` are versions; ``ending`` says that its deletion or conversion was
-    sent, ``deleted`` that this was confirmed; ``busy`` that a write is in progress.
+    ``sent`` and ``confirmed`` are the last versions sent and confirmed; ``ending`` says that its
+    deletion or conversion was sent, ``busy`` that a write is in progress.
     """
 
     module: str
     id: str
     position: tuple[str, str]
     sent: int = 0
-    confirmed: int = 0
+    confirmed: float = 0
     ending: bool = False
-    deleted: bool = False
     busy: bool = False
 
     @property
@@ -55,11 +61,10 @@ class WrittenRecord:
 
 
 class Expectation(NamedTuple):
-    """The least that a response to a read sent now must show of a record."""
+    """The least that the response to a read must show of a record."""
 
     record: WrittenRecord
-    version: int
-    deleted: bool
+    minimum: Minimum
 
 
 @dataclass
@@ -104,7 +109,7 @@ class ExpectedRows:
 
     def confirm_deletion(self, record: WrittenRecord) -> None:
         """Note that the deletion or conversion of a record was confirmed."""
-        record.deleted, record.busy = True, False
+        record.confirmed, record.busy = DELETED, False
         self.discard(record)
         deleted = self.deleted.setdefault(record.module, deque(maxlen=MAX_DELETED))
         deleted.append(record)
@@ -121,7 +126,7 @@ class ExpectedRows:
 
 def expect(record: WrittenRecord) -> Expectation:
     """Return the expectation of a record for a read that is sent now."""
-    return Expectation(record, record.confirmed, record.deleted)
+    return Expectation(record, Minimum(acknowledged=record.confirmed))
 
 
 def stale_rows(
@@ -137,22 +142,25 @@ def stale_rows(
     if first is not None and len(rows) >= first:
         edge = (rows[-1]["created_at"], rows[-1]["id"])
     for expectation in expected:
-        record = expectation.record
-        row = shown.get(record.id)
-        if row is not None:
+        row = shown.get(expectation.record.id)
+        if row is not None or (first is not None and expectation.record.position > edge):
             yield from stale_record(expectation, row)
-        elif first is not None and not record.ending and record.position > edge:
-            yield f"{record.module} {record.id} is missing"
 
 
 def stale_record(expectation: Expectation, row: Row | None) -> Iterator[str]:
-    """Yield a description if a row (None for *not found*) is older than expected."""
-    record, version, deleted = expectation
+    """Yield a description if a row is older than expected.
+
+    None: it was not found, or is not in a list that must show it.
+    """
+    record, minimum = expectation
+    absent = DELETED if record.ending else ABSENT
+    version = absent if row is None else row.get(VERSION, 0)
+    if not minimum.violated_by(version):
+        return
     name = f"{record.module} {record.id}"
     if row is None:
-        if not record.ending:
-            yield f"{name} is not found"
-    elif deleted:
+        yield f"{name} is missing"
+    elif minimum.acknowledged == DELETED:
         yield f"{name} is shown although it was deleted"
-    elif row.get(VERSION, 0) < version:
-        yield f"{name} is shown in version {row.get(VERSION, 0)}, not {version}"
+    else:
+        yield f"{name} is shown in version {version}, not {minimum.acknowledged}"

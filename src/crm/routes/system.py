@@ -148,14 +148,14 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
 async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
     """Switches the cache for all processes, after an entry in the audit log.
 
-    Invalidations are still sent while it is off. `confirmed` says that the cache server stored
-    the switch: all processes follow within a second.
+    Invalidations are still sent while it is off. `propagated` says that the cache server
+    stored the switch: all processes follow within a second.
     """
     admin: CacheAdmin = request.app.state.cache_admin
     access = access_of(scope)
     assert access is not None
     switches = await admin.switch(access, off=not body.enabled)
-    return respond({"enabled": switches.enabled, "confirmed": switches.told})
+    return respond({"enabled": switches.enabled, "propagated": switches.told})
 
 
 async def _database_status(request: Request) -> dict[str, Any]:
