@@ -19,10 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-input -e '.[cli,crm,dev]' -c constraints.txt
 	@touch $(STAMP)
 
-run: $(STAMP) ## Start the CRM with its servers and demo data on http://localhost:4001
+run: $(STAMP) ## Start the CRM, its servers and demo data; then open http://localhost:4001/
 	@$(VENV)/bin/python -m crm run
 
-demo: $(STAMP) ## The same with traffic and outages of the cache's server: see http://localhost:4001/cache; ARGS="--rate 20 --minutes 5"
+demo: $(STAMP) ## The same with traffic and outages; ARGS="--rate 20 --minutes 5"
 	@$(VENV)/bin/python -m crm demo $(ARGS)
 
 test: $(STAMP) ## Run the tests on servers that they start themselves

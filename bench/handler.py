@@ -1,10 +1,9 @@
-"""The one handler behind every lane: 64 pages of a list, 40,000 bytes of JSON each, made once, the
-same in every process.
+"""The one handler behind every lane: 64 pages of a list, 40,000 bytes of JSON each.
 
-The rows look like a CRM's accounts. ``fetch`` gives the objects, which whoever answers must
-serialise; ``body`` the bytes that must come out. Pages are numbered without end (a fresh key
-whenever one is needed), their content repeats after 64. ``fills`` counts how often the handler ran:
-a cache that answers itself leaves it alone.
+The pages are the same in every process; their rows look like a CRM's accounts. ``fetch`` returns
+the objects, which a lane must serialize; ``body`` returns the expected bytes. Page numbers have no
+limit (for fresh keys); the content repeats after 64. ``fills`` counts the calls of the handler,
+which a hit does not change.
 """
 
 import asyncio
@@ -28,9 +27,9 @@ LOCKED_PATH = "/slow-locked"
 TENANT = "acme"
 AUTHORIZATION = "Bearer of-an-admin-at-acme"
 CALLERS = {AUTHORIZATION: TENANT}
-"""Who may ask: every lane that checks its callers looks them up here, and does nothing else."""
+"""The known callers: every lane that checks its callers looks them up here."""
 
-OutboxPage = dict[str, Any]
+JsonObject = dict[str, Any]
 TEXT = (
     "pump valve motor offer visit contract price quote repair spare delivery crane sensor panel "
     "board cable order invoice "
@@ -55,37 +54,34 @@ _counter = [0]
 
 
 def fills() -> int:
-    """Return how often the handler ran in this process."""
+    """Return the number of calls of the handler in this process."""
     return _counter[0]
 
 
-def page(number: int) -> OutboxPage:
+def page(number: int) -> JsonObject:
     """Return the objects of a page."""
     return _page(number % PAGES)
 
 
 def body(number: int) -> bytes:
-    """Return the bytes of a page, as every JSON response class of Starlette and FastAPI writes
-    them."""
+    """Return the bytes of a page, as Starlette and FastAPI serialize it."""
     return _body(number % PAGES)
 
 
-async def fetch(number: int) -> OutboxPage:
-    """Be the handler: what a database would be asked for. Here it costs nothing, so that nothing
-    hides what a cache costs."""
+async def fetch(number: int) -> JsonObject:
+    """Run the handler. It costs nothing, so that it does not hide the cost of a cache."""
     _counter[0] += 1
     return page(number)
 
 
-async def fetch_slowly(number: int) -> OutboxPage:
-    """Be a handler that takes 200 ms."""
+async def fetch_slowly(number: int) -> JsonObject:
+    """Run a handler that takes 200 ms."""
     await asyncio.sleep(SLOW_S)
     return await fetch(number)
 
 
 async def caller(request: Request) -> str:
-    """Say which tenant asks: the check that every FastAPI lane makes, ours included (once a token,
-    in its resolver)."""
+    """Return the caller's tenant. Every FastAPI lane makes this check. Raises 401."""
     tenant = CALLERS.get(request.headers.get("authorization", ""))
     if tenant is None:
         raise HTTPException(401)
@@ -93,7 +89,7 @@ async def caller(request: Request) -> str:
 
 
 def application(**options: Any) -> FastAPI:
-    """Make the FastAPI application that a lane adds its routes to."""
+    """Return a FastAPI application, to which a lane adds its routes."""
     app = FastAPI(openapi_url=None, **options)
 
     @app.get("/fills")
@@ -104,20 +100,21 @@ def application(**options: Any) -> FastAPI:
 
 
 def request(number: int, path: str = PATH) -> bytes:
-    """Build the request for a page."""
-    return f"GET {path}?page={number} HTTP/1.1\r\nHost: bench\r\nAuthorization: {AUTHORIZATION}\r\n\r\n".encode()
+    """Return the HTTP request for a page."""
+    headers = f"Host: bench\r\nAuthorization: {AUTHORIZATION}"
+    return f"GET {path}?page={number} HTTP/1.1\r\n{headers}\r\n\r\n".encode()
 
 
 @cache
-def _page(number: int) -> OutboxPage:
+def _page(number: int) -> JsonObject:
     chance = random.Random(number)
     rows = [_row(chance) for _ in range(ROWS)]
-    made = {"status": "success", "data": {"items": rows, "total": PAGES * ROWS, "page": number}}
-    missing = BODY_BYTES - len(_encode(made))
+    document = {"status": "success", "data": {"items": rows, "total": PAGES * ROWS, "page": number}}
+    missing = BODY_BYTES - len(_encode(document))
     assert missing > 0
     filler = " ".join(chance.choice(WORDS) for _ in range(missing // 4))
     rows[-1]["description"] += " " + filler[: missing - 1]
-    return made
+    return document
 
 
 @cache
@@ -127,14 +124,14 @@ def _body(number: int) -> bytes:
     return encoded
 
 
-def _row(chance: random.Random) -> OutboxPage:
+def _row(chance: random.Random) -> JsonObject:
     name = (
         f"{chance.choice(WORDS).title()} {chance.choice(WORDS).title()} "
         f"{chance.choice(('GmbH', 'SA', 'AB', 'Ltd', 'Lda'))}"
     )
     host = name.lower().replace(" ", "-")
-    made = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(microseconds=chance.randrange(10**13))
-    changed = made + timedelta(microseconds=chance.randrange(10**12))
+    created = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(microseconds=chance.randrange(10**13))
+    changed = created + timedelta(microseconds=chance.randrange(10**12))
     return {
         "id": str(uuid.UUID(int=chance.getrandbits(128), version=4)),
         "name": name,
@@ -152,10 +149,10 @@ def _row(chance: random.Random) -> OutboxPage:
         "team_id": None,
         "tags": chance.sample(WORDS, 3),
         "description": " ".join(chance.choice(WORDS) for _ in range(33)),
-        "created_at": made.isoformat(),
+        "created_at": created.isoformat(),
         "updated_at": changed.isoformat(),
     }
 
 
-def _encode(made: OutboxPage) -> bytes:
-    return json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode()
+def _encode(document: JsonObject) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,9 +1,8 @@
-"""Cached against uncached, side by side in one run: ``GET /api/accounts`` with 50 rows of the demo
-data.
+"""Compare the cached with the uncached CRM: ``GET /api/accounts`` with 50 rows of demo data.
 
-Sends rounds to a worker with the cache and to one without (RESPCACHE_ENABLED=0) in turn, so that
-whatever else the machine does meets both. Prints a table and, last, one JSON line. CPU is that of
-the worker process.
+Rounds alternate between a worker with the cache and one without (RESPCACHE_ENABLED=0), so that
+other load on the machine affects both. The program prints a table and, as the last line, JSON. CPU
+is that of the worker process.
 """
 
 import argparse
@@ -22,16 +21,16 @@ PATH = "/api/accounts?limit=50"
 
 
 @dataclass
-class Lane:
-    """A worker and what was measured of it, by number of connections."""
+class WorkerResults:
+    """A worker and its results, by number of connections."""
 
     worker: Worker
     latencies_ms: dict[int, list[float]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     cpu_s: dict[int, float] = field(default_factory=dict)
 
-    def figures(self, connections: int) -> dict[str, float]:
-        """Return the figures at a number of connections."""
+    def summary(self, connections: int) -> dict[str, float]:
+        """Return the results at a number of connections."""
         latencies = self.latencies_ms[connections]
         return {
             "p50_ms": round(statistics.median(latencies), 3),
@@ -41,8 +40,8 @@ class Lane:
         }
 
 
-async def load(lane: Lane, request: bytes, *, connections: int, requests: int) -> None:
-    """Send requests over kept connections, one at a time each."""
+async def load(lane: WorkerResults, request: bytes, *, connections: int, requests: int) -> None:
+    """Send requests over persistent connections, one at a time on each."""
     latencies = lane.latencies_ms.setdefault(connections, [])
 
     async def one_connection() -> None:
@@ -50,7 +49,7 @@ async def load(lane: Lane, request: bytes, *, connections: int, requests: int) -
             for _ in range(requests // connections):
                 took_ms, head, _ = await client.send(request)
                 if not head.startswith(b"HTTP/1.1 200"):
-                    raise SystemExit(f"not answered: {head[:200]!r}")
+                    raise SystemExit(f"not a 200: {head[:200]!r}")
                 latencies.append(took_ms)
 
     before_cpu, started = lane.worker.cpu(), time.perf_counter()
@@ -60,12 +59,17 @@ async def load(lane: Lane, request: bytes, *, connections: int, requests: int) -
 
 
 async def measure(
-    lanes: list[Lane], request: bytes, *, rounds: int, requests: int, counts: tuple[int, ...]
+    lanes: list[WorkerResults],
+    request: bytes,
+    *,
+    rounds: int,
+    requests: int,
+    counts: tuple[int, ...],
 ) -> None:
-    """Warm up, then measure the lanes in turn."""
+    """Warm up, then measure the workers in turn."""
     for lane in lanes:
-        # connections, plans and the entry itself
-        await load(Lane(lane.worker), request, connections=1, requests=20)
+        # opens connections, fills plans and the entry
+        await load(WorkerResults(lane.worker), request, connections=1, requests=20)
     for number in range(rounds):
         for connections in counts:
             for lane in lanes:
@@ -74,11 +78,10 @@ async def measure(
 
 
 def commands_per_hit(on: Stand, *, hits: int) -> dict[str, float]:
-    """Count the commands that Valkey ran while the worker served hits, less the ones that count
-    them."""
+    """Return the number of Valkey's commands per hit."""
     with redis.Redis.from_url(on.valkey.url) as client:
         client.config_resetstat()
-        asyncio.run(load(Lane(on.cached), on.get(PATH), connections=1, requests=hits))
+        asyncio.run(load(WorkerResults(on.cached), on.get(PATH), connections=1, requests=hits))
         stats: dict[str, Any] = client.info("commandstats")
     names = (
         "cmdstat_get",
@@ -96,16 +99,16 @@ def commands_per_hit(on: Stand, *, hits: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument(
-        "--requests", type=int, default=480, help="a lane, a round and a number of connections"
+        "--requests", type=int, default=480, help="per worker, round and number of connections"
     )
     options = parser.parse_args()
     counts = (1, 16)
     with stand() as on:
-        lanes = [Lane(on.uncached), Lane(on.cached)]
+        lanes = [WorkerResults(on.uncached), WorkerResults(on.cached)]
         asyncio.run(
             measure(
                 lanes, on.get(PATH), rounds=options.rounds, requests=options.requests, counts=counts
@@ -113,17 +116,19 @@ def main() -> None:
         )
         commands = commands_per_hit(on, hits=500)
     result: dict[str, Any] = {
-        lane.worker.name: {f"c{n}": lane.figures(n) for n in counts} for lane in lanes
+        lane.worker.name: {f"c{n}": lane.summary(n) for n in counts} for lane in lanes
     }
     result["valkey_commands_per_hit"] = commands
     print(
-        f"{'lane':<10}{'connections':>12}{'p50 ms':>9}{'p99 ms':>9}{'requests/s':>12}{'CPU ms':>9}"
+        f"{'worker':<10}{'connections':>12}{'p50 ms':>9}{'p99 ms':>9}{'requests/s':>12}"
+        f"{'CPU ms':>9}"
     )
     for lane in lanes:
         for n in counts:
-            row = lane.figures(n)
+            row = lane.summary(n)
             print(
-                f"{lane.worker.name:<10}{n:>12}{row['p50_ms']:>9}{row['p99_ms']:>9}{row['rps']:>12}{row['cpu_ms']:>9}"
+                f"{lane.worker.name:<10}{n:>12}{row['p50_ms']:>9}{row['p99_ms']:>9}"
+                f"{row['rps']:>12}{row['cpu_ms']:>9}"
             )
     print(f"Valkey commands per hit: {commands}")
     print(json.dumps(result))

@@ -1,5 +1,7 @@
-"""What a benchmark starts: lanes, a Valkey, the CRM; and the versions of everything that takes
-part. Linux only."""
+"""The processes of a benchmark: lanes, a Valkey, the CRM; and the versions of all parts.
+
+It works on Linux only.
+"""
 
 import contextlib
 import json
@@ -25,7 +27,7 @@ from respcache.testing.servers import EmbeddedValkey
 SERVE = Path(__file__).with_name("serve.py")
 START_DEADLINE_S = 60.0
 CRM_ROWS_BYTES = 30_000
-"""So much of the CRM's list is compared: behind its rows come sums in an order of their own."""
+"""The part of the CRM's list that is compared; the sums behind the rows have no fixed order."""
 PACKAGES = (
     "respcache",
     "fastapi",
@@ -40,39 +42,38 @@ PACKAGES = (
 
 @dataclass
 class Served:
-    """A lane that answers: its port and all processes whose CPU time is the lane's."""
+    """A running lane: its port, and all processes whose CPU time is the lane's.
+
+    ``asks`` are its requests, if they are not those of the common key space.
+    """
 
     lane: Lane
     port: int
     pids: tuple[int, ...]
     fills_port: int
-    asks: tuple[LoadRequest, ...] = ()
-    """What to ask where that is not the common key space."""
+    asks: tuple[Ask, ...] = ()
     _seen: dict[int, int] = field(default_factory=dict)
 
     @property
     def counts_fills(self) -> bool:
-        """Whether the handler's own count says if answers were hits: where the lane does not mark
-        them."""
+        """Whether the handler's count tells hits from misses, because responses do not."""
         return self.lane.caches and not self.lane.hit
 
     def cpu_ns(self) -> int:
-        """Return the CPU time so far, of processes that have ended meanwhile too (nginx's cache
-        loader)."""
+        """Return the CPU time so far, also of processes that have ended (nginx's cache loader)."""
         for pid in self.pids:
             with contextlib.suppress(FileNotFoundError):
                 self._seen[pid] = cpu_ns([pid])
         return sum(self._seen.values())
 
     def fills(self) -> int:
-        """Ask the handler behind the lane how often it ran."""
+        """Return the number of calls of the handler behind the lane."""
         return int(json.loads(get(self.fills_port, "/fills"))["fills"])
 
 
 @dataclass
 class Processes:
-    """Starts what a benchmark needs in a folder of its own and ends it in reverse order, whatever
-    happens."""
+    """Starts the processes of a benchmark in one folder, and ends them in reverse order."""
 
     cores: Cores
     valkey: EmbeddedValkey
@@ -82,22 +83,22 @@ class Processes:
     _crm: "tuple[Served, Served] | None" = None
 
     def serve(self, lanes: Sequence[tuple[Lane, int]]) -> "list[Served | Failed]":
-        """Start lanes, each with so many workers, all at once on all cores; pin them when they are
-        ready.
+        """Start lanes, each with a number of workers, at once; pin them when they are ready.
 
-        Return them in this order, or why one did not start.
+        Return them in this order, or for each the reason why it did not start.
         """
         launched = [(lane, workers, *self._launch(lane.target, workers)) for lane, workers in lanes]
         served: list[Served | Failed] = []
         for lane, workers, port, processes in launched:
             try:
-                served.append(self._ready(lane, port, processes, self.cores.servers(workers)))
+                cores = self.cores.servers(workers)
+                served.append(self._ready(lane, port, processes, cores=cores))
             except Failed as error:
                 served.append(error)
         return served
 
     def serve_all(self, lanes: Sequence[tuple[Lane, int]]) -> list[Served]:
-        """Start lanes as ``serve`` does. Raises ``Failed`` when one did not start."""
+        """Start lanes as ``serve`` does. Raises ``Failed`` if one did not start."""
         served = self.serve(lanes)
         for one in served:
             if isinstance(one, Failed):
@@ -105,14 +106,13 @@ class Processes:
         return [one for one in served if isinstance(one, Served)]
 
     def stop_lanes(self) -> None:
-        """End what ``serve`` and ``store`` started."""
+        """End all that ``serve`` and ``store`` started."""
         self.lanes.close()
 
     def crm(self) -> "tuple[Served, Served]":
-        """Start PostgreSQL with demo data and two workers of the CRM; return the one without a
-        cache, and the one with.
+        """Start PostgreSQL with demo data and two workers of the CRM: without and with the cache.
 
-        They stay until the end: seeding takes its time.
+        They run until the end, because seeding takes long.
         """
         if self._crm is None:
             from stand import stand
@@ -137,19 +137,18 @@ class Processes:
         return self._crm
 
     def store(self, **settings: str) -> EmbeddedValkey:
-        """Start one more Valkey."""
+        """Start another Valkey."""
         given = {name.replace("_", "-"): value for name, value in settings.items()}
         server = EmbeddedValkey(Path(tempfile.mkdtemp(dir=self.folder)), settings=given).start()
         self.lanes.callback(server.stop)
         return server
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         lines = (self.folder / "lanes.log").read_text(errors="replace").splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "the log is empty"
 
     def _launch(self, target: str, workers: int) -> "tuple[int, list[subprocess.Popen[bytes]]]":
-        """Start one process a worker on one listening socket, as uvicorn's own ``--workers``
-        does."""
+        """Start one process per worker on one listening socket, as uvicorn's ``--workers``."""
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen(1024)
@@ -165,12 +164,13 @@ class Processes:
         lane: Lane,
         port: int,
         processes: "Sequence[subprocess.Popen[bytes]]",
+        *,
         cores: Sequence[int],
     ) -> Served:
         for process in processes:
             assert process.stdout is not None
             if process.stdout.readline() != b"ready\n":
-                raise Failed(f"{lane.name} did not start: {self._last_words()}")
+                raise Failed(f"{lane.name} did not start: {self._last_log_line()}")
         pids = [process.pid for process in processes]
         front = port
         if lane.front is not None:
@@ -182,12 +182,12 @@ class Processes:
 
     def _put_before(self, lane: Lane, origin: int) -> "tuple[int, subprocess.Popen[bytes]]":
         assert lane.front is not None
-        for _ in range(3):  # somebody else may take the port between the look and the bind
+        for _ in range(3):  # another program may take the port before the server binds it
             port = _free_port()
             process = self._spawn(lane.front(port, origin, Path(tempfile.mkdtemp(dir=self.folder))))
-            if _answers(port, process):
+            if _is_up(port, process):
                 return port, process
-        raise Failed(f"{lane.name} did not start: {self._last_words()}")
+        raise Failed(f"{lane.name} did not start: {self._last_log_line()}")
 
     def _spawn(
         self, command: Sequence[str], pass_fds: Sequence[int] = ()
@@ -205,7 +205,7 @@ class Processes:
                     "PYTHONDONTWRITEBYTECODE": "1",
                 },
                 pass_fds=pass_fds,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we end them in order
+                start_new_session=True,  # so that Ctrl-C reaches only this process
                 preexec_fn=tied_to_us(self.cores.available),
             )
         self.lanes.callback(end, process)
@@ -214,14 +214,13 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(cores: Cores) -> Iterator[Processes]:
-    """Start Valkey beside the load generator; end everything that was started, and leave no
-    file."""
+    """Start Valkey on the load generator's core; end all processes and delete all files on exit."""
     before = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="respcache-bench-")))
         os.sched_setaffinity(0, cores.generator())
         stack.callback(os.sched_setaffinity, 0, before)
-        folder.chmod(0o755)  # varnish reads its files as somebody else
+        folder.chmod(0o755)  # varnish reads its files as another user
         valkey = EmbeddedValkey(folder / "valkey").start()
         stack.callback(valkey.stop)
         started = Processes(cores, valkey, folder, stack)
@@ -230,21 +229,20 @@ def processes(cores: Cores) -> Iterator[Processes]:
 
 
 def get(port: int, request: str | bytes) -> bytes:
-    """Ask once, for a path or with a whole request, and return the body. Raises ``Failed`` unless
-    it is answered with 200."""
+    """Send a request (or GET a path) and return the body. Raises ``Failed`` unless it is a 200."""
     if isinstance(request, str):
         request = f"GET {request} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    head, _, content = answer.partition(b"\r\n\r\n")
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, content = response.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
-        raise Failed(f"{request[:60]!r} was answered with {head[:100]!r}")
+        raise Failed(f"{request[:60]!r}: the response is {head[:100]!r}")
     return content
 
 
 def versions() -> dict[str, str]:
-    """Name the version of everything that takes part."""
+    """Return the versions of all parts, by name."""
     found = {"Python": platform.python_version()}
     for package in (*PACKAGES, "cashews", "fastapi-cache2", "aiocache", "matplotlib"):
         with contextlib.suppress(PackageNotFoundError):
@@ -254,8 +252,8 @@ def versions() -> dict[str, str]:
     for program, option in (("nginx", "-v"), ("varnishd", "-V")):
         path = program_path(program)
         if path is not None:
-            said = subprocess.run([path, option], capture_output=True, text=True, check=False)
-            line = (said.stdout + said.stderr).splitlines()[0]
+            shown = subprocess.run([path, option], capture_output=True, text=True, check=False)
+            line = (shown.stdout + shown.stderr).splitlines()[0]
             found[program] = (
                 line.rpartition("/")[2]
                 if program == "nginx"
@@ -265,7 +263,7 @@ def versions() -> dict[str, str]:
 
 
 def program_path(name: str) -> str | None:
-    """Find a program, also where Debian puts servers and an ordinary user's PATH does not look."""
+    """Return the path of a program, also if it is in a folder of servers that PATH lacks."""
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
 
 
@@ -276,7 +274,7 @@ def _free_port() -> int:
         return port
 
 
-def _answers(port: int, process: "subprocess.Popen[bytes]") -> bool:
+def _is_up(port: int, process: "subprocess.Popen[bytes]") -> bool:
     deadline = time.monotonic() + START_DEADLINE_S
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError, Failed):

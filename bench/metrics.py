@@ -1,14 +1,13 @@
-"""What metrics cost: a hit with and without them in one run, and a scrape of 26 routes, 5,000
-tenants and 4 processes.
+"""The cost of metrics: of a hit, and of a scrape of 26 routes, 5,000 tenants and 4 processes.
 
-Hits: three servers of level strict on one core in turn, round after round, each ratio within its
-round: without metrics; with a board that publishes every two seconds; and the same while it is
-scraped once a second. CPU is that of the server, its scrapes included.
+Hits: three servers of level ``strict`` on one core, in interleaved rounds, with ratios within each
+round: without metrics; with a publisher (every two seconds); and with a publisher and a scrape per
+second. CPU is that of the server, with its scrapes.
 
-Scrapes: figures of four processes on a real Valkey, read and written by one of them in this
-process, while a heartbeat says how much of the event loop's time they took at a stretch.
+Scrapes: the statistics of four processes on a real Valkey, read and formatted by one of them in
+this process. A heartbeat measures how long a scrape blocks the event loop.
 
-Prints tables and, last, one JSON line.
+The program prints tables and, as the last line, JSON.
 """
 
 import argparse
@@ -43,7 +42,7 @@ SCRAPE = f"GET {PATH} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {TOKEN}\r
 
 @contextlib.contextmanager
 def scraping(port: int, every_s: float) -> Iterator[list[int]]:
-    """Scrape again and again in the background; yield the sizes of what came."""
+    """Scrape periodically in a thread; yield the sizes of the responses."""
     sizes: list[int] = []
     over = threading.Event()
 
@@ -61,15 +60,14 @@ def scraping(port: int, every_s: float) -> Iterator[list[int]]:
 
 
 def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dict[str, Any]:
-    """Return of each lane requests a second, CPU a hit and latencies, and ratios to the one
-    without."""
+    """Return throughput, CPU per hit, latencies, and ratios to the lane without metrics."""
     targets = ("lanes.ours:strict", "lanes.exported:scraped", "lanes.exported:scraped")
     served = on.serve_all(
         [(Lane(name, target, "", hit=MARK), 1) for name, target in zip(LANES, targets, strict=True)]
     )
     asks = [LoadRequest(handler.request(page), handler.body(page)) for page in range(handler.PAGES)]
     for one in served:
-        drive(one.port, asks, connections=1, requests=3 * len(asks))  # filled, recognised, warm
+        drive(one.port, asks, connections=1, requests=3 * len(asks))  # fill, recognize, warm up
     counters: dict[str, dict[str, list[float]]] = {
         name: {"rps": [], "cpu_us": [], "p50_ms": [], "p99_ms": []} for name in LANES
     }
@@ -80,12 +78,12 @@ def hits(on: Processes, *, rounds: int, seconds: float, connections: int) -> dic
             strict=True,
         ):
             with scraping(one.port, 1.0) if name == LANES[2] else contextlib.nullcontext():
-                note(counters[name], one, asks, connections=connections, seconds=seconds)
+                measure_round(counters[name], one, asks, connections=connections, seconds=seconds)
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     return {name: summary(counters[name], counters[LANES[0]]) for name in LANES}
 
 
-def note(
+def measure_round(
     counters: dict[str, list[float]],
     one: Served,
     asks: list[LoadRequest],
@@ -93,7 +91,7 @@ def note(
     connections: int,
     seconds: float,
 ) -> None:
-    """Drive one lane for one round."""
+    """Run one lane for one round and add its results."""
     before = cpu_ns(one.pids)
     sample = drive(one.port, asks, connections=connections, seconds=seconds, hit=MARK)
     counters["cpu_us"].append((cpu_ns(one.pids) - before) / 1000 / sample.requests)
@@ -102,11 +100,11 @@ def note(
     counters["p99_ms"].append(sample.percentile_ms(99))
 
 
-def summary(mine: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
-    """Medians of the rounds, and of the ratios within them."""
-    found = {name: round(statistics.median(values), 3) for name, values in mine.items()}
+def summary(own: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
+    """Return medians of the rounds, and of the ratios within them."""
+    found = {name: round(statistics.median(values), 3) for name, values in own.items()}
     for name in ("rps", "cpu_us"):
-        ratios = [value / other for value, other in zip(mine[name], base[name], strict=True)]
+        ratios = [value / other for value, other in zip(own[name], base[name], strict=True)]
         found[f"{name}_ratio"] = round(statistics.median(ratios), 4)
     return found
 
@@ -114,8 +112,8 @@ def summary(mine: dict[str, list[float]], base: dict[str, list[float]]) -> dict[
 # -- scrapes ---------------------------------------------------------------------------------------
 
 
-def crowd(cache: Cache, *, tenants: int) -> None:
-    """Have a cache count something of every tenant and route, as far as they are kept apart."""
+def fill_counters(cache: Cache, *, tenants: int) -> None:
+    """Count requests of every tenant and route."""
     for number in range(tenants):
         for route in range(ROUTES):
             counters = cache.counters.at(
@@ -134,11 +132,11 @@ def crowd(cache: Cache, *, tenants: int) -> None:
 
 
 async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
-    """Return what a scrape takes without tenants and with the 20 largest."""
-    boards = []
+    """Return the cost of a scrape without tenants and with the 20 largest."""
+    publishers = []
     for _ in range(WORKERS):
         publisher = StatsPublisher(url)
-        crowd(
+        fill_counters(
             Cache(
                 MemoryStore(),
                 secret=b"k" * 32,
@@ -147,37 +145,39 @@ async def scrapes(url: str, *, count: int, tenants: int) -> dict[str, Any]:
             ),
             tenants=tenants,
         )
-        for _ in range(1 + tenants // 1000):  # a publication says 1,000 tenants anew
+        for _ in range(1 + tenants // 1000):  # a publication updates 1,000 tenants
             await publisher.publish()
-        boards.append(publisher)
+        publishers.append(publisher)
     found = {}
     for name, k in (("without tenants", 0), ("with the 20 largest", 20)):
-        endpoint = Endpoint(boards[0], token=TOKEN, tenants=k)
-        took_ms, held_ms, cpu_ms, size = [], [], [], 0
+        endpoint = Endpoint(publishers[0], token=TOKEN, tenants=k)
+        took_ms, blocked_ms, cpu_ms, size = [], [], [], 0
         for _ in range(count):
             began, cpu = time.perf_counter(), time.thread_time()
             size = await scrape(endpoint)
             took_ms.append(1000 * (time.perf_counter() - began))
             cpu_ms.append(1000 * (time.thread_time() - cpu))
-            # in a scrape of its own: it spins while there is nothing to do
+            # in a separate scrape, because the heartbeat itself uses the CPU
             heart = asyncio.create_task(heartbeat())
             await scrape(endpoint)
             heart.cancel()
-            held_ms.append(1000 * await heart)
+            blocked_ms.append(1000 * await heart)
         found[name] = {
             "took_ms": round(statistics.median(took_ms), 1),
             "cpu_ms": round(statistics.median(cpu_ms), 1),
-            "longest_hold_ms": round(statistics.median(held_ms), 2),
+            "longest_block_ms": round(statistics.median(blocked_ms), 2),
             "kib": round(size / 1024),
         }
-    for publisher in boards:
+    for publisher in publishers:
         await publisher.close()
     return found
 
 
 async def heartbeat() -> float:
-    """Return, when cancelled, the most CPU time between two turns of the event loop: what else the
-    machine does is left out."""
+    """Return, when cancelled, the largest CPU time between two turns of the event loop.
+
+    CPU time does not include what other processes do.
+    """
     longest, last = 0.0, time.thread_time()
     with contextlib.suppress(asyncio.CancelledError):
         while True:
@@ -188,7 +188,7 @@ async def heartbeat() -> float:
 
 
 async def scrape(endpoint: Endpoint) -> int:
-    """Ask once; return the size of the page."""
+    """Scrape once; return the size of the response."""
     sizes = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -207,14 +207,14 @@ async def scrape(endpoint: Endpoint) -> int:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=3.0, help="a lane and a round")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per lane and round")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--scrapes", type=int, default=15)
     parser.add_argument("--tenants", type=int, default=TENANTS)
-    parser.add_argument("--quick", action="store_true", help="the least that says anything")
+    parser.add_argument("--quick", action="store_true", help="few and short rounds")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.scrapes = 3, 1.5, 5
@@ -227,17 +227,20 @@ def main() -> None:
         page = asyncio.run(scrapes(on.valkey.url, count=options.scrapes, tenants=options.tenants))
     print(f"{describe(cores)}; {options.connections} connections\n")
     print(
-        f"{'hits':<24}{'requests/s':>12}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'rps ratio':>11}{'CPU ratio':>11}"
+        f"{'hits':<24}{'requests/s':>12}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}"
+        f"{'rps ratio':>11}{'CPU ratio':>11}"
     )
     for name, row in found.items():
         print(
-            f"{name:<24}{row['rps']:>12,.0f}{row['cpu_us']:>9.1f}{row['p50_ms']:>9.2f}{row['p99_ms']:>9.2f}"
-            f"{row['rps_ratio']:>11.3f}{row['cpu_us_ratio']:>11.3f}"
+            f"{name:<24}{row['rps']:>12,.0f}{row['cpu_us']:>9.1f}{row['p50_ms']:>9.2f}"
+            f"{row['p99_ms']:>9.2f}{row['rps_ratio']:>11.3f}{row['cpu_us_ratio']:>11.3f}"
         )
     print(f"\na scrape of {WORKERS} processes, {ROUTES} routes, {options.tenants:,} tenants")
     for name, row in page.items():
-        said = f"CPU {row['cpu_ms']} ms  longest hold {row['longest_hold_ms']} ms  {row['kib']} KiB"
-        print(f"{name:<24}{row['took_ms']:>9} ms  {said}")
+        text = (
+            f"CPU {row['cpu_ms']} ms  longest block {row['longest_block_ms']} ms  {row['kib']} KiB"
+        )
+        print(f"{name:<24}{row['took_ms']:>9} ms  {text}")
     print(json.dumps({"hits": found, "scrapes": page}))
 
 

@@ -1,10 +1,9 @@
-"""What an outage of the cache server costs its users: requests at a steady pace while Valkey is
-frozen or killed, and back.
+"""The cost of an outage of the cache server: requests while Valkey is frozen, killed, restarted.
 
-The same requests (two lists, every tenth one a change of an account) go to the worker without a
-cache at the same moments: its answers are what the cached worker's can be at best while the cache
-is away. Prints, for each phase, how many requests there were, how many failed, and how long they
-took; last, one JSON line.
+The same requests (two lists; every tenth request changes an account) go to the worker without a
+cache at the same time. Its response times are the best that the cached worker can reach during an
+outage. The program prints, for each phase, the number of requests, of failures, and the response
+times; and as the last line JSON.
 """
 
 import argparse
@@ -21,21 +20,21 @@ PACE_S = 0.04
 CONNECTIONS = 8
 PHASE_S = 3.0
 BEGINNING_S = 0.5
-"""How long 'at first' is: the time in which the outage is noticed."""
+"""The length of the phase 'at first', in which the outage is detected."""
 WRITE_EVERY = 10
 
 
 @dataclass
 class Phase:
-    """What happened to the requests that began in one phase, at one worker."""
+    """The results of the requests that one worker got in one phase."""
 
     latencies_ms: list[float] = field(default_factory=list)
     failed: int = 0
     pending: int = 0
     hits: int = 0
 
-    def figures(self) -> dict[str, float | int]:
-        """Return the figures."""
+    def summary(self) -> dict[str, float | int]:
+        """Return counts and percentiles."""
         latencies = sorted(self.latencies_ms)
         return {
             "requests": len(latencies) + self.failed,
@@ -49,7 +48,7 @@ class Phase:
 
 
 class Load:
-    """Requests at a steady pace to both workers."""
+    """Sends requests at a steady rate to both workers."""
 
     def __init__(self, on: Stand, account: str) -> None:
         self.phase = ""
@@ -93,7 +92,7 @@ class Load:
 
 
 async def measure(on: Stand, *, rounds: int) -> Load:
-    """Freeze, thaw, kill and restart Valkey in turn under load."""
+    """Freeze, thaw, kill and restart Valkey under load."""
     async with Client(on.uncached.port) as client:
         _, _, body = await client.send(on.get("/api/accounts?limit=1"))
     load = Load(on, json.loads(body)["data"]["accounts"][0]["id"])
@@ -106,14 +105,14 @@ async def measure(on: Stand, *, rounds: int) -> Load:
     load.phase = "warm-up"
     await asyncio.sleep(1)
     for number in range(rounds):
-        for accident, begin, end in (
+        for failure, begin, end in (
             ("frozen", on.valkey.freeze, on.valkey.thaw),
             ("killed", on.valkey.kill, on.valkey.start),
         ):
             await pass_time("up", PHASE_S)
             begin()
-            await pass_time(f"{accident}, at first", BEGINNING_S)
-            await pass_time(f"{accident}, later", PHASE_S)
+            await pass_time(f"{failure}, at first", BEGINNING_S)
+            await pass_time(f"{failure}, later", PHASE_S)
             await asyncio.to_thread(end)
             await pass_time("back", PHASE_S)
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
@@ -123,7 +122,7 @@ async def measure(on: Stand, *, rounds: int) -> Load:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
@@ -134,12 +133,12 @@ def main() -> None:
     print(f"{'phase':<20}{'worker':<10}" + "".join(f"{name:>10}" for name in columns))
     for phase in dict.fromkeys(phase for _, phase in load.phases):
         for worker in ("uncached", "cached"):
-            figures = load.phases[worker, phase].figures()
-            print(f"{phase:<20}{worker:<10}" + "".join(f"{figures[name]:>10}" for name in columns))
+            row = load.phases[worker, phase].summary()
+            print(f"{phase:<20}{worker:<10}" + "".join(f"{row[name]:>10}" for name in columns))
     print(
         json.dumps(
             {
-                f"{worker}, {phase}": found.figures()
+                f"{worker}, {phase}": found.summary()
                 for (worker, phase), found in load.phases.items()
             }
         )

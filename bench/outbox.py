@@ -1,12 +1,10 @@
-"""What it costs that no invalidation is lost: side by side in one run, with the outbox and without
-(the interim form).
+"""The cost of the outbox: with it and without it, in one run.
 
-1. How long until an UPDATE by psql shows through the cache.
-2. What a write takes, of one row and of 5,000: without a cache, with the hooks alone, with the
-   outbox.
-3. The hit ratio of the same reads and writes in two processes, in both forms.
+1. The time until the cache shows an UPDATE by psql.
+2. The time of a write of one row and of 5,000: without a cache, with hooks only, with the outbox.
+3. The hit ratio of the same reads and writes in two processes, with hooks only and with the outbox.
 
-Prints tables and, last, one JSON line.
+The program prints tables and, as the last line, JSON.
 """
 
 import argparse
@@ -36,15 +34,15 @@ from respcache.writes.sqlalchemy import watch
 
 ROWS = 5_000
 TENANTS = 20
-FORMS = ("no cache", "hooks alone", "outbox")
+FORMS = ("no cache", "hooks only", "outbox")
 
 
 class Base(DeclarativeBase):
-    pass
+    """The base of the tables."""
 
 
 class Thing:
-    """A row; each form has a table of its own, as updates leave traces behind."""
+    """A row. Each form has its own table, because updates leave dead rows."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(20), index=True)
@@ -52,19 +50,19 @@ class Thing:
 
 
 class Plain(Thing, Base):
-    """Written without a cache."""
+    """The table without a cache."""
 
     __tablename__ = "plain"
 
 
 class Hooked(Thing, Base):
-    """Written with hooks alone."""
+    """The table with hooks only."""
 
     __tablename__ = "hooked"
 
 
 class Watched(Thing, Base):
-    """Has triggers."""
+    """The table with triggers."""
 
     __tablename__ = "watched"
 
@@ -76,14 +74,14 @@ TABLES: dict[str, type[Plain | Hooked | Watched]] = dict(
 
 @dataclass
 class Process:
-    """What one process of an application has, in one of the forms."""
+    """The parts of one process of an application, in one of the forms."""
 
     engine: AsyncEngine
     cache: Cache | None
     table: type[Plain | Hooked | Watched]
 
     async def write(self, where: Any) -> None:
-        """Change rows and wait until the write may be acknowledged."""
+        """Update rows; return when the write may be acknowledged."""
         async with AsyncSession(self.engine) as session, session.begin():
             await session.execute(
                 update(self.table).where(where).values(version=self.table.version + 1)
@@ -92,7 +90,7 @@ class Process:
             await self.cache.settled()
 
     async def read(self, tenant: str) -> int:
-        """Read the versions of a tenant through the cache."""
+        """Read the version of a tenant's first row through the cache."""
 
         async def make() -> int:
             async with AsyncSession(self.engine) as session:
@@ -113,7 +111,7 @@ class Process:
 
 @contextlib.asynccontextmanager
 async def process(form: str, database: str, valkey: str) -> AsyncIterator[Process]:
-    """Start one in a form."""
+    """Start a process in a form."""
     engine = create_async_engine(database)
     table = TABLES[form]
     if form == "no cache":
@@ -132,15 +130,14 @@ async def process(form: str, database: str, valkey: str) -> AsyncIterator[Proces
 
 
 async def psql_to_visible(database: str, valkey: str, *, samples: int) -> dict[str, float]:
-    """Measure from the COMMIT of an UPDATE by psql to the begin of the first read that shows it
-    (ms)."""
+    """Return the milliseconds from COMMIT of an UPDATE by psql to the first read that shows it."""
     found: list[float] = []
     psql = await asyncpg.connect(database.replace("+asyncpg", ""))
     async with process("outbox", database, valkey) as here:
         await here.read("t0")
         for number in range(samples):
             before = await here.read("t0")
-            await asyncio.sleep(random.uniform(0, 0.5))  # at any moment between two rounds
+            await asyncio.sleep(random.uniform(0, 0.5))  # any time between two relay cycles
             await psql.execute("UPDATE watched SET version = version + 1 WHERE tenant_id = 't0'")
             committed = began = time.perf_counter()
             while await here.read("t0") == before:
@@ -158,7 +155,7 @@ async def psql_to_visible(database: str, valkey: str, *, samples: int) -> dict[s
 
 
 async def cost_of_writes(database: str, valkey: str, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Measure writes of one row and of all rows of a tenant in each form in turn (median, ms)."""
+    """Return the median time of writes of one row and of all rows of a tenant, by form, in ms."""
     took: dict[str, dict[str, list[float]]] = {"1 row": {}, f"{ROWS} rows": {}}
     async with contextlib.AsyncExitStack() as stack:
         psql = await asyncpg.connect(database.replace("+asyncpg", ""))
@@ -191,8 +188,10 @@ async def cost_of_writes(database: str, valkey: str, *, rounds: int) -> dict[str
 
 
 async def hit_ratio(form: str, database: str, valkey: str, *, operations: int) -> float:
-    """Run the same reads (Zipf over tenants) and writes (one in a hundred) in two processes; return
-    hits of all reads."""
+    """Return the hit ratio of two processes with the same operations in each form.
+
+    Reads follow Zipf's law over tenants; one operation in a hundred is a write.
+    """
     dice = random.Random(5)
     weights = [1 / (rank + 1) for rank in range(TENANTS)]
     async with process(form, database, valkey) as first, process(form, database, valkey) as second:
@@ -208,15 +207,13 @@ async def hit_ratio(form: str, database: str, valkey: str, *, operations: int) -
                 await dice.choice(processes).read(tenant)
             if number % 500 == 0:
                 say(f"hit ratio, {form}: {number} of {operations}")
-        figures = [one.cache.stats() for one in processes if one.cache is not None]
-    hits = sum(figure["hits"] for figure in figures)
-    return round(
-        hits / (hits + sum(figure["misses"] + figure["bypasses"] for figure in figures)), 4
-    )
+        stats = [one.cache.stats() for one in processes if one.cache is not None]
+    hits = sum(one["hits"] for one in stats)
+    return round(hits / (hits + sum(one["misses"] + one["bypasses"] for one in stats)), 4)
 
 
 async def prepare(database: str) -> None:
-    """Make both tables with the same rows: 5,000 of each tenant's first two, one of the others."""
+    """Create the tables: 5,000 rows of each of the first two tenants, 49 of each other one."""
     engine = create_async_engine(database)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
@@ -243,7 +240,7 @@ def say(what: str) -> None:
 
 
 async def measure(database: str, valkey: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything."""
+    """Run all measurements."""
     await prepare(database)
     result: dict[str, Any] = {
         "psql_to_visible": await psql_to_visible(database, valkey, samples=options.samples)
@@ -257,10 +254,10 @@ async def measure(database: str, valkey: str, options: argparse.Namespace) -> di
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=200, help="UPDATEs by psql")
-    parser.add_argument("--rounds", type=int, default=30, help="of writes")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of writes")
     parser.add_argument(
         "--operations", type=int, default=10_000, help="reads and writes for the hit ratio"
     )
@@ -279,8 +276,8 @@ def main() -> None:
     say("")
     visible = result["psql_to_visible"]
     print(
-        f"an UPDATE by psql shows after {visible['p50_ms']} ms (p50), {visible['p99_ms']} ms "
-        f"(p99)\n"
+        f"the cache shows an UPDATE by psql after {visible['p50_ms']} ms (p50), "
+        f"{visible['p99_ms']} ms (p99)\n"
     )
     print(
         f"{'a write of':<14}"
@@ -290,11 +287,12 @@ def main() -> None:
     for size, times in result["writes_ms"].items():
         cells = "".join(f"{times[form]:>18}" for form in FORMS)
         print(
-            f"{size:<14}{cells}{times['outbox'] / times['no cache']:>16.2f}{times['outbox'] / times['hooks alone']:>10.2f}"
+            f"{size:<14}{cells}{times['outbox'] / times['no cache']:>16.2f}"
+            f"{times['outbox'] / times['hooks only']:>10.2f}"
         )
     print(
         f"\nhit ratio: {result['hit_ratio']['outbox']:.2%} with the outbox, "
-        f"{result['hit_ratio']['hooks alone']:.2%} without"
+        f"{result['hit_ratio']['hooks only']:.2%} without"
     )
     print(json.dumps(result))
 

@@ -1,5 +1,4 @@
-"""The pictures of RESULTS.md: CPU and throughput by lane, the cost of an invalidation by number of
-keys."""
+"""The pictures of RESULTS.md: CPU and throughput by lane, cost of an invalidation by keys."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ STYLE = {
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what was measured into a folder; return the files."""
+    """Draw the results into a folder; return the files."""
     mpl.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -57,11 +56,10 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     return drawn
 
 
-def _bars(result: Mapping[str, Any], figure: str, title: str) -> Figure:
-    """Draw a group of bars for each lane, one bar for each number of connections, on a logarithmic
-    axis."""
+def _bars(result: Mapping[str, Any], ratio: str, title: str) -> Figure:
+    """Draw a group of bars per lane and a bar per number of connections, on a logarithmic axis."""
     names = [name for name in lanes(result) if name != "bare"]
-    names.sort(key=lambda name: result[name]["c16"][figure])
+    names.sort(key=lambda name: result[name]["c16"][ratio])
     drawing, axes = plt.subplots(figsize=(9, 0.95 + 0.62 * len(names)), layout="constrained")
     height = 0.27
     for row, name in enumerate(names):
@@ -69,13 +67,13 @@ def _bars(result: Mapping[str, Any], figure: str, title: str) -> Figure:
         for place, count in enumerate(COUNTS):
             one = result[name][count]
             at = row + (1 - place) * height
-            axes.barh(at, one[figure], height * 0.92, color=colours[place])
-            low, high = one[f"{figure}_iqr"]
+            axes.barh(at, one[ratio], height * 0.92, color=colours[place])
+            low, high = one[f"{ratio}_iqr"]
             axes.plot([low, high], [at, at], color=INK, linewidth=0.9, solid_capstyle="butt")
             axes.text(
-                max(one[figure], high) * 1.06,
+                max(one[ratio], high) * 1.06,
                 at,
-                _short(one[figure]),
+                _short(one[ratio]),
                 va="center",
                 fontsize=8,
                 zorder=4,
@@ -83,7 +81,7 @@ def _bars(result: Mapping[str, Any], figure: str, title: str) -> Figure:
             )
     axes.set_xscale("log")
     low, high = (
-        pick(result[name][count][figure] for name in names for count in COUNTS)
+        pick(result[name][count][ratio] for name in names for count in COUNTS)
         for pick in (min, max)
     )
     axes.set_xlim(min(low * 0.7, 0.5), max(high * 1.6, 2))
@@ -125,7 +123,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _lines(found: Mapping[str, Any]) -> Figure:
-    """Draw milliseconds over the number of keys, a panel for each case, both axes logarithmic."""
+    """Draw milliseconds by number of keys, one panel per case, with logarithmic axes."""
     drawing, panels = plt.subplots(
         1, len(found), figsize=(9, 4.2), sharey=True, layout="constrained"
     )

@@ -1,14 +1,13 @@
-"""How well the near cache's policy chooses: replays reads against S3-FIFO, LRU and Belady's MIN, at
-eight sizes.
+"""Compare eviction policies: replay reads against S3-FIFO, LRU and Belady's MIN, at eight sizes.
 
-Two workloads: a recorded trace of database objects (docs/near.md says what it can tell of answers),
-and a made one, popular items after Zipf with scans in between, which needs no file. All objects
-count as one byte, so sizes are numbers of objects; a read that misses is a put. MIN knows the
-future and may decline to keep: no policy can do better.
+There are two workloads: a recorded trace of database objects (docs/near.md says what it means for
+responses), and a generated one, Zipf with scans in between, which needs no file. Each object counts
+as one byte, so sizes are numbers of objects; a miss is followed by a put. MIN knows the future and
+may decline to store an object: no policy can be better.
 
-Also measures what a ``get`` that hits costs, against ``dict.get`` and LRU in turn. Draws a picture
-(with matplotlib), prints tables and, last, one JSON line. Without the trace it replays the made
-workload alone and draws only where ``--picture`` says.
+The program also measures the cost of a ``get`` that hits, in turn with ``dict.get`` and LRU. It
+draws a picture (with matplotlib), prints tables and, as the last line, JSON. Without the trace it
+replays only the generated workload, and draws only to ``--picture``.
 """
 
 import argparse
@@ -33,7 +32,7 @@ TRACE = REPOSITORY.parent / "shared" / "data" / "traces" / "orm-night.trace.xz"
 PICTURE = REPOSITORY / "docs" / "pictures" / "near-hit-ratio.png"
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""Of the number of different objects in the workload."""
+"""Shares of the number of different objects in the workload."""
 
 ZIPF_SEED, ZIPF_EXPONENT, ZIPF_OBJECTS = 7, 0.9, 20_000
 SCANS, SCAN_READS, READS_BETWEEN_SCANS = 20, 2_000, 20_000
@@ -42,7 +41,7 @@ GET_ITEMS, GET_ROUNDS = 1_000, 2_000
 
 @dataclass
 class Workload:
-    """Keys in the order in which they are read."""
+    """The keys that are read, in order."""
 
     title: str
     reads: Sequence[int]
@@ -52,7 +51,7 @@ class Workload:
 
 
 class Lru:
-    """The usual one."""
+    """Least recently used."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -71,7 +70,7 @@ class Lru:
 
 
 def s3fifo_hits(reads: Sequence[int], size: int) -> int:
-    """Count the hits of S3-FIFO."""
+    """Return the number of hits of S3-FIFO."""
     cache: S3Fifo[int, bool] = S3Fifo(size)
     get, put, misses = cache.get, cache.put, 0
     for key in reads:
@@ -82,7 +81,7 @@ def s3fifo_hits(reads: Sequence[int], size: int) -> int:
 
 
 def lru_hits(reads: Sequence[int], size: int) -> int:
-    """Count the hits of LRU."""
+    """Return the number of hits of LRU."""
     cache = Lru(size)
     get, put, misses = cache.get, cache.put, 0
     for key in reads:
@@ -93,33 +92,32 @@ def lru_hits(reads: Sequence[int], size: int) -> int:
 
 
 def min_hits(reads: Sequence[int], size: int) -> int:
-    """Count the hits of the best choice there is: what is read again latest goes, or is not kept at
-    all.
+    """Return the number of hits of MIN: evict, or do not store, the object that is read again last.
 
-    An object that is kept is known by the place of its next read, so the heap needs no keys; places
-    that are past were hits.
+    The position of its next read identifies a stored object, so the heap needs no keys; positions
+    in the past were hits.
     """
-    kept, hits, due, latest = 0, 0, bytearray(len(reads)), list[int]()
+    stored, hits, due, latest = 0, 0, bytearray(len(reads)), list[int]()
     for place, following in enumerate(next_reads(reads)):
         if due[place]:
             hits += 1
-            kept -= 1
+            stored -= 1
         if following == len(reads):
             continue
         due[following] = 1
         heappush(latest, -following)
-        kept += 1
-        if kept > size:
+        stored += 1
+        if stored > size:
             due[-heappop(latest)] = 0
-            kept -= 1
+            stored -= 1
         if len(latest) > 2 * size + 1_000:
-            latest = [each for each in latest if -each > place]
+            latest = [position for position in latest if -position > place]
             heapify(latest)
     return hits
 
 
 def next_reads(reads: Sequence[int]) -> "array[int]":
-    """Return for each read the place of the next read of the same key, or the number of reads."""
+    """Return for each read the position of the key's next read, or the number of reads."""
     following, seen = array("q", bytes(8 * len(reads))), dict[int, int]()
     for place in range(len(reads) - 1, -1, -1):
         following[place] = seen.get(reads[place], len(reads))
@@ -135,7 +133,7 @@ POLICIES: dict[str, Callable[[Sequence[int], int], int]] = {
 
 
 def recorded(path: Path, limit: int) -> Workload:
-    """Read a trace of 4-byte big-endian integers in xz, the format of the cache2k benchmarks."""
+    """Read a trace in the format of the cache2k benchmarks: xz, 4-byte big-endian integers."""
     try:
         with lzma.open(path) as file:
             reads = array("i", file.read(4 * limit))
@@ -150,8 +148,8 @@ def recorded(path: Path, limit: int) -> Workload:
     )
 
 
-def made() -> Workload:
-    """Make reads by Zipf with scans of objects that are read once."""
+def generated() -> Workload:
+    """Return reads by Zipf's law, with scans of objects that are read once."""
     rng = random.Random(ZIPF_SEED)
     weights = list(
         itertools.accumulate(1 / rank**ZIPF_EXPONENT for rank in range(1, ZIPF_OBJECTS + 1))
@@ -167,7 +165,7 @@ def made() -> Workload:
 
 
 def replay(workload: Workload) -> dict[str, list[float]]:
-    """Return the hit ratio of each policy at each size, and print it."""
+    """Print and return the hit ratio of each policy at each size."""
     print(
         f"\n{workload.title.replace(chr(10), ' ')}\n\n| of objects | size |",
         *(f"{name} |" for name in POLICIES),
@@ -187,8 +185,7 @@ def replay(workload: Workload) -> dict[str, list[float]]:
 
 
 def get_costs() -> dict[str, float]:
-    """Return the nanoseconds of a ``get`` that hits, the best round of each; the rounds take
-    turns."""
+    """Return the nanoseconds of a ``get`` that hits: the best of interleaved rounds."""
     keys = [f"rc:{{acme}}:{number}" for number in range(GET_ITEMS)]
     plain, cache, lru = dict.fromkeys(keys, True), S3Fifo[str, bool](10 * GET_ITEMS), Lru(GET_ITEMS)
     for key in keys:
@@ -207,7 +204,7 @@ def get_costs() -> dict[str, float]:
 
 
 def round_ns(get: Callable[[str], Any], keys: Iterable[str]) -> float:
-    """Return what one of these calls took."""
+    """Return the mean time of a call."""
     began = time.perf_counter_ns()
     for key in keys:
         get(key)
@@ -215,12 +212,12 @@ def round_ns(get: Callable[[str], Any], keys: Iterable[str]) -> float:
 
 
 def draw(results: list[tuple[Workload, dict[str, list[float]]]], picture: Path) -> None:
-    """Draw hit ratio over size, one panel a workload."""
+    """Draw the hit ratio by size, one panel per workload."""
     try:
         import matplotlib
     except ImportError:
         raise SystemExit(
-            "no picture: it needs matplotlib (pip install matplotlib); --no-picture does without"
+            "the picture needs matplotlib (pip install matplotlib); or use --no-picture"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -265,6 +262,7 @@ def draw(results: list[tuple[Workload, dict[str, list[float]]]], picture: Path) 
 
 
 def main() -> None:
+    """Replay, measure, draw, and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -272,26 +270,27 @@ def main() -> None:
         "trace",
         type=Path,
         nargs="?",
-        help="by default ../shared/data/traces/orm-night.trace.xz of the repository",
+        help="default: ../shared/data/traces/orm-night.trace.xz beside the repository",
     )
     parser.add_argument(
-        "--reads", type=int, default=5_000_000, help="take so many reads of the trace at most"
+        "--reads", type=int, default=5_000_000, help="use at most so many reads of the trace"
     )
     parser.add_argument(
         "--picture",
         type=Path,
-        help="by default docs/pictures/near-hit-ratio.png, if there is a trace",
+        help="default: docs/pictures/near-hit-ratio.png, if there is a trace",
     )
     parser.add_argument("--no-picture", action="store_true")
     options = parser.parse_args()
 
-    workloads, picture = [made()], options.picture
+    workloads, picture = [generated()], options.picture
     if options.trace is not None or TRACE.exists():
         workloads.insert(0, recorded(options.trace or TRACE, options.reads))
         picture = picture or PICTURE
     else:
         print(
-            f"no trace at ../{TRACE.relative_to(REPOSITORY.parent)}: the made workload alone",
+            f"no trace at ../{TRACE.relative_to(REPOSITORY.parent)}: replaying only the generated "
+            f"workload",
             file=sys.stderr,
         )
     results = [(workload, replay(workload)) for workload in workloads]
@@ -299,8 +298,8 @@ def main() -> None:
     print("\na get that hits, ns:", ", ".join(f"{name} {cost:.0f}" for name, cost in costs.items()))
     if picture is not None and not options.no_picture:
         draw(results, picture)
-    figures = {workload.title.split("\n")[0]: ratios for workload, ratios in results}
-    print(json.dumps({"sizes": SIZES, "hit_ratios": figures, "get_ns": costs}))
+    ratios = {workload.title.split("\n")[0]: found for workload, found in results}
+    print(json.dumps({"sizes": SIZES, "hit_ratios": ratios, "get_ns": costs}))
 
 
 if __name__ == "__main__":

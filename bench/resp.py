@@ -1,9 +1,8 @@
-"""Our data plane against redis-py's asyncio client, side by side in one run: GETs of a small value
-from an embedded Valkey.
+"""Compare respcache's RESP client with redis-py's asyncio client: GETs of a small value.
 
-Callers ask one after another, so many at a time as the column says. Rounds of the two alternate, so
-that whatever else the machine does meets both. CPU is that of this process alone. Commands per
-write are counted in rounds of their own. Prints a table and, last, one JSON line.
+A number of callers send commands concurrently, each one after the other. Rounds alternate between
+the clients, so that other load on the machine affects both. CPU is that of this process. Commands
+per write are counted in separate rounds. The program prints a table and, as the last line, JSON.
 """
 
 import argparse
@@ -31,23 +30,23 @@ CALLERS = (1, 16, 64)
 DEADLINE_S = 10.0
 VALUE = b"x" * 100
 
-Ask = Callable[[], Awaitable[Any]]
+Command = Callable[[], Awaitable[Any]]
 
 
-async def load(ask: Ask, *, callers: int, commands: int) -> float:
-    """Send commands and return the CPU seconds of this process per command."""
+async def load(command: Command, *, callers: int, commands: int) -> float:
+    """Send commands; return the CPU seconds of this process per command."""
 
     async def one_caller() -> None:
         for _ in range(commands // callers):
-            await ask()
+            await command()
 
     before = time.process_time()
     await asyncio.gather(*(one_caller() for _ in range(callers)))
     return (time.process_time() - before) / (commands // callers * callers)
 
 
-async def commands_per_write(ask: Ask, *, callers: int, commands: int) -> float:
-    """Count the writes of both clients, whichever is asked."""
+async def commands_per_write(command: Command, *, callers: int, commands: int) -> float:
+    """Return the commands per write to the socket, of whichever client sends them."""
     writes = 0
     send, write_out = AbstractConnection.send_packed_command, Connection._write_out
 
@@ -63,26 +62,26 @@ async def commands_per_write(ask: Ask, *, callers: int, commands: int) -> float:
 
     with patch.object(AbstractConnection, "send_packed_command", counted_send):
         with patch.object(Connection, "_write_out", counted_write_out):
-            await load(ask, callers=callers, commands=commands)
+            await load(command, callers=callers, commands=commands)
     return commands // callers * callers / writes
 
 
 async def measure(
     url: str, *, rounds: int, commands: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Warm up, measure the two in turn, and count writes."""
+    """Warm up, measure both in turn, and count writes."""
     link, client = Link(ServerURL.parse(url), deadline_s=DEADLINE_S), Redis.from_url(url)
     await link.connect()
     await client.set("key", VALUE)
-    lanes: dict[str, Ask] = {
+    lanes: dict[str, Command] = {
         "respcache": lambda: link.execute(("GET", "key")),
         "redis-py": lambda: client.get("key"),
     }
     cpu_s: dict[tuple[str, int], list[float]] = {
         (lane, callers): [] for lane in lanes for callers in CALLERS
     }
-    for ask in lanes.values():
-        await load(ask, callers=max(CALLERS), commands=10 * max(CALLERS))
+    for command in lanes.values():
+        await load(command, callers=max(CALLERS), commands=10 * max(CALLERS))
     for number in range(rounds):
         for lane, callers in cpu_s:
             cpu_s[lane, callers].append(await load(lanes[lane], callers=callers, commands=commands))
@@ -101,11 +100,11 @@ async def measure(
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--commands", type=int, default=4096, help="a lane, a round and a number of callers"
+        "--commands", type=int, default=4096, help="per client, round and number of callers"
     )
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop")
     options = parser.parse_args()
@@ -127,7 +126,7 @@ def main() -> None:
         for n in CALLERS
     }
     print(
-        f"{'callers':<9}{'lane':<11}{'CPU us/command':>15}{'commands/write':>16}{'CPU ratio':>11}"
+        f"{'callers':<9}{'client':<11}{'CPU us/command':>15}{'commands/write':>16}{'CPU ratio':>11}"
     )
     for n in CALLERS:
         for lane, rows in result.items():

@@ -1,10 +1,10 @@
-"""Every lane in one run: bare ASGI, the uncached CRM, ours in each level, and the peers. ``make
-bench``, ``make bench QUICK=1``.
+"""Measure all lanes in one run: bare ASGI, the uncached CRM, respcache at each level, its peers.
 
-Hits at 1, 16 and 64 connections (throughput, latency, CPU of the servers, Valkey's CPU), then
-invalidation, stampede, misses, memory and workers. Prints tables and, last, one JSON line; writes
-bench/RESULTS.md and docs/pictures/bench-*.png, which a quick run leaves alone unless told. What
-answers wrongly or fails is refused, what cannot run here is skipped, and both are said.
+``make bench`` and ``make bench QUICK=1`` run this program. It measures hits at 1, 16 and 64
+connections (throughput, latency, CPU of the servers and of Valkey), then invalidation, stampede,
+misses, memory and workers. It prints tables and, as the last line, JSON. A full run also writes
+bench/RESULTS.md and docs/pictures/bench-*.png. Lanes with wrong responses are refused, lanes that
+cannot run here are skipped; the output names both.
 """
 
 import argparse
@@ -33,17 +33,18 @@ from respcache.ops.bench.processes import Cores, Failed, describe
 
 ROOT = Path(__file__).parent.parent
 QUICK_HITS_S = 120
-"""After so long a quick run begins no further round of hits: on a busy machine it has fewer, and
-still ends in time."""
+"""After this time a quick run begins no further round of hits, so that it ends in time on a busy
+machine."""
+
 MEASURES = ("hits", "invalidation", "stampede", "misses", "memory", "workers")
 
 _stopping: list[int] = []
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the results."""
     options = _options()
-    # what is measured in this process too may be away for 50 ms
+    # caches in this process may miss a deadline of 50 ms: that is not worth a warning
     logging.getLogger("respcache").setLevel(logging.ERROR)
     lanes, skipped = _choose(options.lanes)
     cores = Cores.found()
@@ -55,8 +56,8 @@ def main() -> None:
         "skipped": skipped,
         "refused": {},
     }
-    with _progress(_steps(lanes, options)) as tell:
-        found = _measure(result["refused"], lanes, cores, options, tell)
+    with _progress(_steps(lanes, options)) as show_step:
+        found = _measure(lanes, cores, options, refused=result["refused"], show_step=show_step)
     result.update(found)
     result["load_average"] = [round(load, 1), round(os.getloadavg()[0], 1)]
     result["minutes"] = round((time.monotonic() - begun) / 60, 1)
@@ -70,33 +71,34 @@ def main() -> None:
 
 
 def _measure(
-    refused: dict[str, str],
     lanes: list[Lane],
     cores: Cores,
     options: argparse.Namespace,
-    tell: hits.Tell,
+    *,
+    refused: dict[str, str],
+    show_step: hits.ShowStep,
 ) -> dict[str, Any]:
     until = time.monotonic() + QUICK_HITS_S if options.quick else math.inf
     effort = hits.Effort(options.rounds, options.seconds, options.requests, options.seed, until)
     seed, found = options.seed, {}
     with processes(cores) as on:
         if "hits" in options.only:
-            figures, wrong = hits.measure(on, lanes, effort, tell)
+            results, wrong = hits.measure(on, lanes, effort, show_step=show_step)
             refused.update(wrong)
-            found.update(figures, against_best_peer=report.against_peers(figures))
+            found.update(results, against_best_peer=report.against_peers(results))
         quick = options.quick
         sizes = (10**3, 10**4, 10**5) if quick else (10**3, 10**4, 10**5, 10**6)
         further: dict[str, Callable[[], Any]] = {
             "invalidation": lambda: asyncio.run(
                 invalidation.measure(
-                    on, sizes=sizes, rounds=3 if quick else 7, seed=seed, tell=tell
+                    on, sizes=sizes, rounds=3 if quick else 7, seed=seed, show_step=show_step
                 )
             ),
             "stampede": lambda: stampede.measure(
                 on,
                 [lane for lane in lanes if lane.name not in refused],
                 rounds=2 if quick else 5,
-                tell=tell,
+                show_step=show_step,
             ),
             "misses": lambda: misses.measure(
                 on,
@@ -104,18 +106,20 @@ def _measure(
                 requests=25 if quick else 100,
                 seed=seed,
                 crm=any(lane.name == hits.CRM for lane in lanes),
-                tell=tell,
+                show_step=show_step,
             ),
             "memory": lambda: asyncio.run(
-                memory.measure(on, requests=2_000 if quick else 12_000, seed=seed, tell=tell)
+                memory.measure(
+                    on, requests=2_000 if quick else 12_000, seed=seed, show_step=show_step
+                )
             ),
-            "workers": lambda: workers.measure(on, effort, tell),
+            "workers": lambda: workers.measure(on, effort, show_step),
         }
         for name, measure in further.items():
             if name in options.only:
                 try:
                     found[name] = measure()
-                except Exception as error:  # what the others showed is not thrown away
+                except Exception as error:  # keep the other results
                     refused[name] = f"{type(error).__name__}: {error}"
     return found
 
@@ -126,16 +130,15 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     pictures = plots.draw(result, options.into / "docs" / "pictures")
     extra = [
         *(["QUICK=1"] if options.quick else []),
-        *([f"ARGS={options.said}"] if options.said else []),
+        *([f"ARGS={options.given}"] if options.given else []),
     ]
     before, after = result["load_average"]
     notes = [
         f"It took {result['minutes']} minutes with seed {options.seed}. The machine's load "
-        f"average was {before} before anything "
-        f"of ours ran, and {after} when it ended."
+        f"average was {before} before the run, and {after} when it ended."
     ]
     if options.quick:
-        notes.append("**A quick run: few and short rounds. Expect more noise than in a full one.**")
+        notes.append("**A quick run: few and short rounds. Expect more noise than in a full run.**")
     path = options.into / "bench" / "RESULTS.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -146,12 +149,12 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def _choose(given: str | None) -> tuple[list[Lane], dict[str, str]]:
-    """Return the lanes to be measured, the bare one first, and why others are not."""
+    """Return the lanes to measure, the bare one first, and why others are skipped."""
     try:
         wanted = list(LANES) if given is None else [named(name) for name in given.split(",")]
     except KeyError as unknown:
         raise SystemExit(
-            f"no lane {unknown}: choose from {', '.join(BY_NAME)}, or give module:factory"
+            f"there is no lane {unknown}: use {', '.join(BY_NAME)}, or module:factory"
         ) from None
     reasons = {lane.name: lane.missing() for lane in wanted}
     lanes = [BARE, *(lane for lane in wanted if reasons[lane.name] is None and lane != BARE)]
@@ -159,7 +162,7 @@ def _choose(given: str | None) -> tuple[list[Lane], dict[str, str]]:
 
 
 def _steps(lanes: Sequence[Lane], options: argparse.Namespace) -> int:
-    """Count what is told of while it is measured."""
+    """Return the number of steps of the progress bar."""
     in_hits = len(lanes) + len(hits.groups(lanes)) - 1
     steps = {
         "hits": len(hits.groups(lanes)) + in_hits * (1 + options.rounds * len(hits.CONNECTIONS)),
@@ -173,9 +176,11 @@ def _steps(lanes: Sequence[Lane], options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[hits.Tell]:
-    """Show on standard error how far it is. Drawn between measurements only: it would run on the
-    generator's core."""
+def _progress(steps: int) -> Iterator[hits.ShowStep]:
+    """Show the progress on standard error.
+
+    It is drawn between measurements only, because it runs on the load generator's core.
+    """
     console, begun = Console(stderr=True), time.monotonic()
     columns = (
         BarColumn(),
@@ -194,7 +199,7 @@ def _progress(steps: int) -> Iterator[hits.Tell]:
 
         part = ""
 
-        def tell(what: str) -> None:
+        def show_step(what: str) -> None:
             nonlocal part
             if _stopping:
                 raise KeyboardInterrupt
@@ -205,34 +210,30 @@ def _progress(steps: int) -> Iterator[hits.Tell]:
                     f"{time.monotonic() - begun:5.0f} s  {what}", highlight=False, soft_wrap=True
                 )
 
-        yield tell
+        yield show_step
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="within 5 minutes; RESULTS.md is left alone"
+        "--quick", action="store_true", help="at most 5 minutes; does not write RESULTS.md"
     )
-    parser.add_argument(
-        "--lanes", help=f"some of {','.join(BY_NAME)}, or module:factory of your own"
-    )
+    parser.add_argument("--lanes", help=f"some of {','.join(BY_NAME)}, or your own module:factory")
     parser.add_argument("--only", default=",".join(MEASURES), help=f"some of {','.join(MEASURES)}")
-    parser.add_argument("--rounds", type=int, help="how often each lane has its turn")
+    parser.add_argument("--rounds", type=int, help="rounds; each lane runs once per round")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--seconds", type=float, help="of a lane, a round and a number of connections"
-    )
-    length.add_argument("--requests", type=int, help="the same, as a number of requests")
+    length.add_argument("--seconds", type=float, help="per lane, round and number of connections")
+    length.add_argument("--requests", type=int, help="instead of seconds: requests")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument(
         "--write",
         action="store_true",
-        help="write RESULTS.md and the pictures after a quick or partial run too",
+        help="write RESULTS.md and the pictures also after a quick or partial run",
     )
-    parser.add_argument("--into", type=Path, help="write them below this folder instead")
+    parser.add_argument("--into", type=Path, help="write them below this folder")
     options = parser.parse_args()
-    options.said = shlex.join(word for word in sys.argv[1:] if word not in ("--quick", "--json"))
+    options.given = shlex.join(word for word in sys.argv[1:] if word not in ("--quick", "--json"))
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(MEASURES):
         parser.error(f"--only: {', '.join(unknown)}")
@@ -246,10 +247,9 @@ def _options() -> argparse.Namespace:
 
 
 def _stop(number: int, frame: object) -> None:
-    """End by an exception, so that everything that was started is ended too.
+    """Raise, so that all processes are ended in order.
 
-    Python swallows it where it comes while a process is forked: then the next ``tell`` raises it
-    again.
+    Python ignores the exception while it forks a process; then the next step raises it.
     """
     _stopping.append(number)
     raise KeyboardInterrupt

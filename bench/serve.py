@@ -1,9 +1,7 @@
-"""One process of one lane: uvicorn with uvloop and httptools, no access log, on a listening socket
-that was handed down.
+"""One process of one lane: uvicorn with uvloop and httptools, on an inherited listening socket.
 
-Run by ``machine.py``: ``serve.py MODULE:FACTORY DESCRIPTOR``. The factory gets the address of
-Valkey and returns an ASGI application, or one with the protocol class that uvicorn is to use for
-it.
+``machine.py`` runs it as ``serve.py MODULE:FACTORY DESCRIPTOR``. The factory takes the address of
+Valkey and returns an ASGI application, or a pair of it and the protocol class for uvicorn.
 """
 
 import importlib

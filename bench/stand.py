@@ -1,5 +1,4 @@
-"""What the benchmarks measure on: our own servers, one worker with the cache and one without, and a
-plain HTTP client."""
+"""The CRM for benchmarks: its servers, a worker with the cache, one without, a plain client."""
 
 import asyncio
 import contextlib
@@ -30,14 +29,14 @@ class Worker:
     process: subprocess.Popen[bytes]
 
     def cpu(self) -> float:
-        """CPU seconds so far (Linux)."""
+        """Return the CPU seconds so far (Linux)."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 @dataclass
 class Stand:
-    """Everything that runs during a benchmark. ``token`` is of an admin of the tenant acme."""
+    """The processes of a benchmark. ``token`` is an admin's of the tenant acme."""
 
     uncached: Worker
     cached: Worker
@@ -45,11 +44,12 @@ class Stand:
     token: str
 
     def get(self, path: str) -> bytes:
-        """Build a GET request."""
-        return f"GET {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {self.token}\r\n\r\n".encode()
+        """Return a GET request."""
+        headers = f"Host: bench\r\nAuthorization: Bearer {self.token}"
+        return f"GET {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode()
 
     def put(self, path: str, body: bytes) -> bytes:
-        """Build a PUT request with a JSON body."""
+        """Return a PUT request with a JSON body."""
         head = self.get(path).replace(b"GET", b"PUT", 1).removesuffix(b"\r\n")
         return head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
             len(body),
@@ -58,7 +58,7 @@ class Stand:
 
 
 class Client:
-    """A kept connection that sends one request at a time."""
+    """A persistent connection that sends one request at a time."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -73,7 +73,7 @@ class Client:
         self._writer.close()
 
     async def send(self, request: bytes) -> tuple[float, bytes, bytes]:
-        """Send a request; return how long the whole answer took (ms), its head and its body."""
+        """Send a request; return the response time in milliseconds, the head and the body."""
         started = time.perf_counter()
         self._writer.write(request)
         head = await self._reader.readuntil(b"\r\n\r\n")
@@ -84,7 +84,7 @@ class Client:
 
 @contextlib.contextmanager
 def stand() -> Iterator[Stand]:
-    """Start Valkey, PostgreSQL with demo data, and the two workers; stop them whatever happens."""
+    """Start Valkey, PostgreSQL with demo data, and the two workers; stop them at the end."""
     with (
         tempfile.TemporaryDirectory(prefix="respcache-bench-") as folder,
         contextlib.ExitStack() as stack,
@@ -120,11 +120,11 @@ def stand() -> Iterator[Stand]:
             stack.callback(process.terminate)
             workers.append(Worker(name, port, process))
         for worker in workers:
-            asyncio.run(_answering(worker.port))
+            asyncio.run(_wait_until_up(worker.port))
         yield Stand(workers[0], workers[1], valkey, token)
 
 
-async def _answering(port: int) -> None:
+async def _wait_until_up(port: int) -> None:
     for _ in range(600):
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection("127.0.0.1", port)

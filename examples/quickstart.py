@@ -1,5 +1,7 @@
-"""The library alone: a list that is cached, and a write that invalidates it. Run: uvicorn
-examples.quickstart:app"""
+"""The library without the CRM: a cached list, and a write that invalidates it.
+
+Run: uvicorn examples.quickstart:app
+"""
 
 import os
 
@@ -27,7 +29,7 @@ async def add_book(title: str) -> dict[str, int]:
 url = os.environ.get("REDIS_CACHE_URL")
 cache = Cache(
     RedisStore(url) if url else MemoryStore(),
-    secret=os.environ.get("RESPCACHE_KEY", "only for trying it out, not more").encode(),
-    resolver=SingleTenant("public"),  # no tenants, no logins: everybody sees the same
+    secret=os.environ.get("RESPCACHE_KEY", "a key for trying it out, 32 bytes or more").encode(),
+    resolver=SingleTenant("public"),  # no tenants and no login: all callers see the same
 )
 app = cache.wrap(api)

@@ -1,9 +1,9 @@
-"""The lanes: one module for each way of answering, and here the list of them.
+"""The lanes: one module per implementation that is measured, and here the list of them.
 
-A lane is a factory of an ASGI application (the address of a Valkey in, the application out),
-started in a process of its own. Each answers ``/items?page=N`` with the page's bytes,
-``/slow?page=N`` with the same after 200 ms (the lanes that cache) and ``/fills`` with the number of
-times that the handler ran. A name with a colon (``my_module:factory``) is a lane of one's own.
+A lane is a factory of an ASGI application: it takes the address of a Valkey and returns the
+application, which runs in a process of its own. Each serves ``/items?page=N`` (the page's bytes),
+``/slow?page=N`` (the same after 200 ms; only lanes that cache) and ``/fills`` (the number of calls
+of the handler). A name with a colon (``my_module:factory``) is a lane of the user.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,14 +15,18 @@ from pathlib import Path
 from handler import LOCKED_PATH, SLOW_PATH
 
 Front = Callable[[int, int, Path], list[str]]
-"""Makes the command of a server that listens on the first port and caches what the second one
-answers."""
+"""Returns the command of a server that listens on the first port and caches the responses of the
+second one."""
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One way of answering. ``about`` says what a hit does and checks, for the caveats beside the
-    figures."""
+    """One implementation. ``about`` says what a hit does and checks.
+
+    ``store``: its hits read from Valkey. ``hit``: what the head of every hit contains, in lower
+    case; without it, the handler's count must not change. ``coding``: the content coding that its
+    clients accept; "" means none. ``cold``: how it can fill a cold key, as label and path.
+    """
 
     name: str
     target: str
@@ -30,19 +34,14 @@ class Lane:
     caches: bool = True
     ours: bool = False
     store: bool = False
-    """Whether its hits ask Valkey."""
     hit: bytes = b""
-    """What the head of every hit holds, in lower case; without it, the handler's own count must
-    stand still."""
     front: Front | None = None
     coding: str = ""
-    """The content coding that its clients accept; none: they take plain bytes alone."""
     needs: tuple[str, ...] = ()
     cold: Mapping[str, str] = field(default_factory=dict)
-    """Ways in which it may fill a cold key: a label and the path that takes it."""
 
     def missing(self) -> str | None:
-        """Say why this lane cannot run here, or return None."""
+        """Return why this lane cannot run here, or None."""
         for module in self.needs:
             if find_spec(module) is None:
                 return f"the package of {module} is not installed"
@@ -66,7 +65,7 @@ def _ours(
 def _front(name: str) -> Lane:
     module = import_module(f"lanes.{name}")
     about = (
-        "caches the same handler's answer as a proxy; token in the key, not looked up; stale "
+        "caches the same handler's response as a proxy; token in the key, not looked up; stale "
         "until it expires or is purged"
     )
     return Lane(name, f"lanes.{name}:make", about, front=module.command, cold={name: SLOW_PATH})
@@ -88,13 +87,12 @@ LANES = (
     ),
     _ours(
         "near",
-        "near cache, level ttl: fresh for the entry's time to live; claim of the resolver, route "
-        "table",
+        "near cache, level ttl: fresh for the entry's TTL; claim of the resolver, route table",
         store=False,
     ),
     _ours(
         "strict",
-        "level strict: nothing overwritten is served, checked at Valkey for every hit (the default)",
+        "level strict, the default: nothing overwritten is served, checked at Valkey for every hit",
         cold=True,
     ),
     _ours(
@@ -112,7 +110,7 @@ LANES = (
     Lane(
         "cashews",
         "lanes.cashews:make",
-        f"client side cache (Valkey tells of changes), the Response object; FastAPI route, "
+        f"client side cache (Valkey reports changes), the Response object; FastAPI route, "
         f"{CHECKS}; not checked at Valkey",
         needs=("cashews",),
         cold={"cashews": SLOW_PATH, "cashews, lock=True": LOCKED_PATH},
@@ -120,7 +118,7 @@ LANES = (
     Lane(
         "fastapi-cache2",
         "lanes.fastapi_cache2:make",
-        f"its decorator as in its README: JSON in Valkey, decoded and serialised anew; FastAPI "
+        f"its decorator as in its README: JSON in Valkey, decoded and serialized again; FastAPI "
         f"route, {CHECKS}",
         store=True,
         hit=b"x-fastapi-cache: hit",
@@ -130,7 +128,7 @@ LANES = (
     Lane(
         "aiocache",
         "lanes.aiocache:make",
-        f"its decorator as in its README: JSON in Valkey, decoded and serialised anew; FastAPI "
+        f"its decorator as in its README: JSON in Valkey, decoded and serialized again; FastAPI "
         f"route, {CHECKS}",
         store=True,
         needs=("aiocache",),
@@ -153,5 +151,5 @@ BY_NAME = {lane.name: lane for lane in LANES}
 
 
 def named(name: str) -> Lane:
-    """Return a lane of the list, or one's own (``module:factory``). Raises ``KeyError``."""
+    """Return a lane of the list, or one of the user (``module:factory``). Raises ``KeyError``."""
     return Lane(name, name, "given by its import path") if ":" in name else BY_NAME[name]

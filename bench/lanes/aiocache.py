@@ -1,5 +1,4 @@
-"""aiocache 0.12 as in its README: the ``cached`` decorator on a Redis cache with the JSON
-serializer."""
+"""aiocache 0.12 as in its README: the ``cached`` decorator, a Redis cache, the JSON serializer."""
 
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
@@ -11,7 +10,7 @@ from fastapi import Depends
 
 
 def make(url: str) -> Any:
-    """Make the application."""
+    """Return the application."""
     server = urlsplit(url)
     app = handler.application()
     Caller = Annotated[str, Depends(handler.caller)]

@@ -1,5 +1,4 @@
-"""The floor: an ASGI function that sends what others must first find. Heads are of the size of
-ours."""
+"""The lower bound: an ASGI function that sends prepared bytes, with heads of the size of ours."""
 
 import json
 from typing import Any
@@ -16,7 +15,7 @@ HEADERS = [
 
 
 def make(url: str) -> Any:
-    """Make the application."""
+    """Return the application."""
     pages = {f"page={number}".encode(): handler.body(number) for number in range(handler.PAGES)}
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -1,7 +1,6 @@
-"""cashews 7 at its best: client side cache, and the finished Response as the value, so that a hit
-serialises nothing.
+"""cashews 7 in its fastest form: the client-side cache, with the finished Response as the value.
 
-``lock=True`` is its way to fill a cold key once.
+A hit then serializes nothing. ``lock=True`` is its way to fill a cold key once.
 """
 
 import contextlib
@@ -15,12 +14,12 @@ from fastapi.responses import JSONResponse
 
 
 def make(url: str) -> Any:
-    """Make the application."""
+    """Return the application."""
     cache = cashews.Cache()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # the response class is pickled; its own signing is left off, as by default
+        # responses are pickled; signing of pickles is off, as by default
         await cache.setup(url, client_side=True).init()
         yield
         await cache.close()

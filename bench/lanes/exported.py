@@ -1,5 +1,4 @@
-"""The lane ``strict`` of respcache with its metrics exported: a board that publishes, and the page
-that is scraped."""
+"""The lane ``strict`` of respcache with metrics: a publisher, and the endpoint for Prometheus."""
 
 from typing import Any
 
@@ -12,7 +11,7 @@ TOKEN = "scrape-token-of-the-benchmark"  # noqa: S105
 
 
 def scraped(url: str) -> Any:
-    """Make it."""
+    """Return the application."""
     publisher = StatsPublisher(url)
     app = ours.wrapped(ours.make_cache(url, name="exported", publisher=publisher), "strict")
     app.app.add_route(PATH, Endpoint(publisher, token=TOKEN))

@@ -13,7 +13,7 @@ from fastapi_cache.decorator import cache
 
 
 def make(url: str) -> Any:
-    """Make the application."""
+    """Return the application."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

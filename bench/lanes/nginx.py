@@ -1,5 +1,4 @@
-"""nginx with proxy_cache before the plain handler: one worker, files in the page cache, no access
-log, one fill at a time."""
+"""nginx with proxy_cache before the plain handler: one worker, one fill at a time, no log."""
 
 import os
 from pathlib import Path
@@ -53,7 +52,7 @@ http {{
 
 
 def missing(factory: str) -> str | None:
-    """Say that nginx is not installed."""
+    """Return a message if nginx is not installed."""
     return None if _program() else "nginx is not installed (Debian: apt-get install nginx-light)"
 
 

@@ -1,4 +1,4 @@
-"""The same handler in FastAPI without any cache: what the others' misses and proxies stand on."""
+"""The handler in FastAPI without any cache: the base for misses and for proxies."""
 
 from typing import Annotated, Any
 
@@ -7,7 +7,7 @@ from fastapi import Depends
 
 
 def make(url: str) -> Any:
-    """Make the application."""
+    """Return the application."""
     app = handler.application()
     Caller = Annotated[str, Depends(handler.caller)]
 

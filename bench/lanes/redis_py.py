@@ -1,5 +1,4 @@
-"""What a careful engineer writes by hand: the body's bytes in Valkey, GET and SETEX with
-redis.asyncio, a Response of bytes."""
+"""A cache written by hand: the body's bytes in Valkey, GET and SETEX with redis.asyncio."""
 
 import contextlib
 import json
@@ -10,11 +9,11 @@ import handler
 import redis.asyncio
 from fastapi import Depends, FastAPI, Response
 
-Make = Callable[[int], Awaitable[Any]]
+Fetch = Callable[[int], Awaitable[Any]]
 
 
 def make(url: str) -> Any:
-    """Make the application."""
+    """Return the application."""
     client = redis.asyncio.from_url(url)
 
     @contextlib.asynccontextmanager
@@ -25,7 +24,7 @@ def make(url: str) -> Any:
     app = handler.application(lifespan=lifespan)
     Caller = Annotated[str, Depends(handler.caller)]
 
-    async def answer(key: str, page: int, fetch: Make) -> Response:
+    async def respond(key: str, page: int, fetch: Fetch) -> Response:
         body = await client.get(key)
         if body is None:
             body = json.dumps(await fetch(page), ensure_ascii=False, separators=(",", ":")).encode()
@@ -34,10 +33,10 @@ def make(url: str) -> Any:
 
     @app.get(handler.PATH)
     async def items(caller: Caller, page: int) -> Response:
-        return await answer(f"by-hand:items:{caller}:{page}", page, handler.fetch)
+        return await respond(f"by-hand:items:{caller}:{page}", page, handler.fetch)
 
     @app.get(handler.SLOW_PATH)
     async def slow(caller: Caller, page: int) -> Response:
-        return await answer(f"by-hand:slow:{caller}:{page}", page, handler.fetch_slowly)
+        return await respond(f"by-hand:slow:{caller}:{page}", page, handler.fetch_slowly)
 
     return app

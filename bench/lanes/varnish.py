@@ -22,7 +22,7 @@ sub vcl_deliver {{ set resp.http.Cache-Status = "varnish; hits=" + obj.hits; }}
 
 
 def missing(factory: str) -> str | None:
-    """Say that Varnish is not installed."""
+    """Return a message if Varnish is not installed."""
     return None if _program() else "Varnish is not installed (Debian: apt-get install varnish)"
 
 
@@ -31,20 +31,15 @@ def command(port: int, origin: int, folder: Path) -> list[str]:
     folder.chmod(0o755)
     rules = folder / "rules.vcl"
     rules.write_text(RULES.format(origin=origin, ttl=TTL_S, cached="|".join((PATH, SLOW_PATH))))
-    return [
-        *(_program() or "varnishd", "-F", "-j", "none"),
-        *(
-            "-a",
-            f"127.0.0.1:{port}",
-            "-f",
-            str(rules),
-            "-s",
-            "malloc,256m",
-            "-n",
-            str(folder / "work"),
-        ),
-        *("-p", "thread_pools=1", "-p", "thread_pool_min=80"),
-    ]
+    options = {
+        "-j": "none",
+        "-a": f"127.0.0.1:{port}",
+        "-f": str(rules),
+        "-s": "malloc,256m",
+        "-n": str(folder / "work"),
+    }
+    command = [_program() or "varnishd", "-F", "-p", "thread_pools=1", "-p", "thread_pool_min=80"]
+    return [*command, *(word for pair in options.items() for word in pair)]
 
 
 def _program() -> str | None:

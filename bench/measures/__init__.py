@@ -1,2 +1,1 @@
-"""What is measured besides hits: one module each, with a function that measures and one that makes
-the table."""
+"""The measurements, one module each with a function ``measure``."""

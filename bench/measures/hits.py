@@ -1,5 +1,7 @@
-"""Hits: all lanes in turn, round after round, at 1, 16 and 64 connections; every ratio is taken
-within its own round."""
+"""Hits: all lanes in turn, in rounds, at 1, 16 and 64 connections.
+
+Every ratio is taken within one round.
+"""
 
 import contextlib
 import functools
@@ -27,21 +29,21 @@ from respcache.ops.bench.load import (
 from respcache.ops.bench.processes import Failed, cpu_ns, settle
 
 CONNECTIONS = (1, 16, 64)
-MOST_LANES = 12
+MAX_LANES = 12
 CRM = "uncached"
 BUSY = 0.93
-"""From here on the core of load generator and Valkey was the slower side: throughput is a lower
-bound."""
+"""From this load on, the core of load generator and Valkey is the bottleneck: the throughput is a
+lower bound."""
 
-MOST_REPEATS = 3
+MAX_REPEATS = 3
 REPEAT_PAUSE_S = 0.5
 
-Tell = Callable[[str], None]
+ShowStep = Callable[[str], None]
 
 
 @dataclass
 class Cell:
-    """What the rounds of a lane at one number of connections showed."""
+    """The results of a lane at one number of connections, one value per round."""
 
     rps: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
@@ -53,51 +55,47 @@ class Cell:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long it may take: rounds, and the seconds or requests of one lane in one round at one
-    number of connections."""
+    """The size of a run: rounds, and seconds or requests per lane, round and number of connections.
+
+    No round begins after ``until`` (``time.monotonic``).
+    """
 
     rounds: int
     seconds: float | None
     requests: int | None
     seed: int
     until: float = math.inf
-    """When to begin no further round (``time.monotonic``)."""
 
 
 def groups(lanes: Sequence[Lane]) -> list[list[Lane]]:
-    """Split lanes into runs of at most ``MOST_LANES``, each with the bare one."""
+    """Split lanes into groups of at most ``MAX_LANES``, each with the bare lane."""
     others = [lane for lane in lanes if lane != BARE]
-    count = -(-len(others) // (MOST_LANES - 1)) or 1
+    count = -(-len(others) // (MAX_LANES - 1)) or 1
     size = -(-len(others) // count)
     return [[BARE, *others[i * size : (i + 1) * size]] for i in range(count)]
 
 
 def measure(
-    on: Processes, lanes: Sequence[Lane], effort: Effort, tell: Tell
+    on: Processes, lanes: Sequence[Lane], effort: Effort, *, show_step: ShowStep
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the figures of each lane and, for those that were refused, why."""
+    """Return the results of each lane, and the reasons for those that were refused."""
     result: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for group in groups(lanes):
-        with _started(on, group, refused, tell) as served:
-            cells = _rounds(on, served, effort, refused, tell)
+        with _started(on, group, refused, show_step=show_step) as served:
+            cells = _rounds(on, served, effort, refused=refused, show_step=show_step)
         for one in served:
             if one.lane.name not in refused:
-                figures = {
-                    f"c{n}": _figures(cells[one.lane.name, n], cells[BARE.name, n])
+                results = {
+                    f"c{n}": _results(cells[one.lane.name, n], cells[BARE.name, n])
                     for n in CONNECTIONS
                 }
-                result.setdefault(one.lane.name, figures)  # the bare lane of the first group
+                result.setdefault(one.lane.name, results)  # the bare lane of the first group
     return result, refused
 
 
-def cells_of(lanes: int) -> int:
-    """Count the stretches of load that one round of so many lanes takes."""
-    return lanes * len(CONNECTIONS)
-
-
-def asks(path: str = handler.PATH, *, coding: str = "") -> list[LoadRequest]:
-    """Return the requests of the key space, with what must come back."""
+def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
+    """Return the requests of the key space, with the expected responses."""
     if not coding:
         return [
             LoadRequest(handler.request(number, path), handler.body(number))
@@ -114,9 +112,11 @@ def asks(path: str = handler.PATH, *, coding: str = "") -> list[LoadRequest]:
     ]
 
 
-def warm(served: Served, pages: Sequence[LoadRequest], *, connections: int = 1) -> None:
-    """Fill every key, then look at each once more. One connection walks over all of them in order.
-    Raises ``WrongResponse``."""
+def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
+    """Fill every key, then read each once more; each connection requests all pages in order.
+
+    Raises ``WrongAnswer``.
+    """
     requests = max(16, connections * len(pages) if served.lane.caches else 0)
     drive(served.port, pages, connections=connections, requests=requests)
     settle()
@@ -128,13 +128,12 @@ def warm(served: Served, pages: Sequence[LoadRequest], *, connections: int = 1) 
 
 
 def patiently(stretch: Callable[[], None]) -> int:
-    """Run a stretch of load; again when an answer went the wrong way, up to ``MOST_REPEATS`` times.
-    Return how often that was.
+    """Run a stretch of load; repeat it up to ``MAX_REPEATS`` times if a response was no hit.
 
-    On a busy machine a cache that has deadlines passes a request on when its server did not get to
-    answer in time.
+    Return the number of repeats. On a busy machine a cache with deadlines bypasses a server that
+    does not reply in time.
     """
-    for repeats in range(MOST_REPEATS):
+    for repeats in range(MAX_REPEATS):
         try:
             stretch()
         except WrongOutcome:
@@ -142,16 +141,16 @@ def patiently(stretch: Callable[[], None]) -> int:
         else:
             return repeats
     stretch()
-    return MOST_REPEATS
+    return MAX_REPEATS
 
 
 @contextlib.contextmanager
 def _started(
-    on: Processes, group: Sequence[Lane], refused: dict[str, str], tell: Tell
+    on: Processes, group: Sequence[Lane], refused: dict[str, str], *, show_step: ShowStep
 ) -> Iterator[list[Served]]:
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
-        tell("starting " + ", ".join(lane.name for lane in group))
+        show_step("starting " + ", ".join(lane.name for lane in group))
         served: list[Served] = [on.crm()[0]] if any(lane.name == CRM for lane in group) else []
         own = [lane for lane in group if lane.name != CRM]
         for lane, one in zip(own, on.serve([(lane, 1) for lane in own]), strict=True):
@@ -165,21 +164,26 @@ def _started(
 
 
 def _rounds(
-    on: Processes, served: Sequence[Served], effort: Effort, refused: dict[str, str], tell: Tell
+    on: Processes,
+    served: Sequence[Served],
+    effort: Effort,
+    *,
+    refused: dict[str, str],
+    show_step: ShowStep,
 ) -> dict[tuple[str, int], Cell]:
     cells = {(one.lane.name, n): Cell() for one in served for n in CONNECTIONS}
     pages = {one.lane.name: one.asks or asks(coding=one.lane.coding) for one in served}
     chance = random.Random(effort.seed)
     for one in served:
         with _refusing(one, refused):
-            tell(f"warming {one.lane.name}")
+            show_step(f"warming {one.lane.name}")
             warm(one, pages[one.lane.name])
     for number in range(effort.rounds):
         if number and time.monotonic() > effort.until:
             break
         for connections in CONNECTIONS:
             for one in chance.sample(served, len(served)):
-                tell(
+                show_step(
                     f"round {number + 1} of {effort.rounds}: {one.lane.name}, {connections} "
                     f"connections"
                 )
@@ -187,7 +191,13 @@ def _rounds(
                     with _refusing(one, refused):
                         cell = cells[one.lane.name, connections]
                         stretch = functools.partial(
-                            _stretch, on, one, cell, pages[one.lane.name], connections, effort
+                            _stretch,
+                            on,
+                            one,
+                            cell,
+                            pages=pages[one.lane.name],
+                            connections=connections,
+                            effort=effort,
                         )
                         cell.repeated += patiently(stretch)
     return cells
@@ -195,8 +205,7 @@ def _rounds(
 
 @contextlib.contextmanager
 def _refusing(one: Served, refused: dict[str, str]) -> Iterator[None]:
-    """Leave out a lane that answers wrongly. Without the bare one there is nothing to compare
-    with."""
+    """Refuse a lane with wrong responses. Raise if it is the bare lane, the base of all ratios."""
     try:
         yield
     except (WrongResponse, Failed, OSError) as error:
@@ -209,7 +218,8 @@ def _stretch(
     on: Processes,
     one: Served,
     cell: Cell,
-    pages: Sequence[LoadRequest],
+    *,
+    pages: Sequence[Ask],
     connections: int,
     effort: Effort,
 ) -> None:
@@ -227,8 +237,8 @@ def _stretch(
     )
     cpu, store_cpu = one.cpu_ns() - before, cpu_ns([store.pid]) - store_before
     if one.counts_fills and one.fills() != fills:
-        raise WrongResponse(
-            f"the handler ran {one.fills() - fills} times while there were only hits to answer"
+        raise WrongAnswer(
+            f"the handler ran {one.fills() - fills} times although all requests should be hits"
         )
     cell.rps.append(sample.rps)
     cell.cpu_us.append(cpu / 1000 / sample.requests)
@@ -237,7 +247,7 @@ def _stretch(
     cell.latencies_ns.extend(sample.latencies_ns)
 
 
-def _figures(cell: Cell, bare: Cell) -> dict[str, Any]:
+def _results(cell: Cell, bare: Cell) -> dict[str, Any]:
     rps_ratios = [mine / floor for mine, floor in zip(cell.rps, bare.rps, strict=True)]
     cpu_ratios = [floor / mine for mine, floor in zip(cell.cpu_us, bare.cpu_us, strict=True)]
     return {
@@ -263,5 +273,5 @@ def middle(values: Sequence[float], digits: int = 4) -> float:
 
 
 def quartiles(values: Sequence[float], digits: int = 4) -> list[float]:
-    """Return the first and the third quartile, rounded: half of the rounds lie between."""
+    """Return the first and the third quartile, rounded."""
     return [round(percentile(values, 25), digits), round(percentile(values, 75), digits)]

@@ -1,10 +1,9 @@
-"""Invalidating what a tenant has cached, among 1,000 to 1,000,000 keys: ours, SCAN and DEL, a set
-of keys for each tag, cashews.
+"""Invalidating a tenant's entries among 1,000 to 1,000,000 keys.
 
-The keys are as ours and hold one byte each: what is measured is finding and removing them, which
-larger values only make slower. Two cases: the tenant has 100 of the keys, or all of them (up to
-100,000). Latency is that of the caller, in Python, on an idle server; commands are those that
-Valkey ran, the ones inside scripts included.
+Compared are respcache, SCAN and DEL, a set of keys per tag, and cashews. Keys have the form of
+respcache's and values of one byte: the cost is in finding and removing them, and larger values only
+add to it. Two cases: the tenant has 100 of the keys, or all of them (up to 100,000). Latency is the
+caller's, in Python, on an idle server. Commands are those that Valkey ran, also inside scripts.
 """
 
 import asyncio
@@ -18,7 +17,7 @@ import redis.asyncio
 from lanes import ours
 from machine import Processes
 
-from measures.hits import Tell, middle
+from measures.hits import ShowStep, middle
 from respcache import Cache
 
 FEW = 100
@@ -27,12 +26,12 @@ OTHERS = "tenant:other:items:list:"
 TAG = "_tag:tenant:acme"  # as cashews names it
 BATCH = 1000
 FILL_STEP = 1000
-"""Keys made by one script: short enough that nobody takes the server for dead meanwhile."""
+"""Keys created by one script: few enough that no client times out meanwhile."""
 PAUSE_S = 0.05
 OURS = "respcache"
 SAMPLES = 5
-MOST_OWN = 100_000
-"""More keys of one tenant are not tried: cashews alone would take minutes."""
+MAX_OWN = 100_000
+"""The limit for keys of one tenant: beyond it cashews takes minutes."""
 FILL = """
 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
     redis.call('SET', KEYS[1] .. i, 'x', 'EX', 3600)
@@ -44,9 +43,9 @@ Way = Callable[[], Awaitable[Any]]
 
 
 async def measure(
-    on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: int, tell: Tell
+    on: Processes, *, sizes: tuple[int, ...], rounds: int, seed: int, show_step: ShowStep
 ) -> dict[str, Any]:
-    """Return milliseconds (median) and commands of each way, by case and number of keys."""
+    """Return median milliseconds and commands of each way, by case and number of keys."""
     server = on.store(maxmemory="2gb", maxmemory_policy="noeviction")
     cache = ours.make_cache(server.url)
     tags = cashews.Cache()
@@ -67,10 +66,10 @@ async def measure(
             result: dict[str, Any] = {}
             for case, share in ((f"{FEW}", FEW), ("all", 0)):
                 for size in sizes:
-                    if share or size <= MOST_OWN:
-                        tell(f"invalidation: {share or size:,} of {size:,} keys")
+                    if share or size <= MAX_OWN:
+                        show_step(f"invalidation: {share or size:,} of {size:,} keys")
                         result.setdefault(case, {})[str(size)] = await _case(
-                            client, cache, ways, size, share, rounds, seed
+                            client, cache, ways, size=size, share=share, rounds=rounds, seed=seed
                         )
             return result
     finally:
@@ -83,6 +82,7 @@ async def _case(
     client: Client,
     cache: Cache,
     ways: dict[str, Way],
+    *,
     size: int,
     share: int,
     rounds: int,
@@ -94,7 +94,7 @@ async def _case(
     took: dict[str, list[float]] = {name: [] for name in ways}
     commands: dict[str, dict[str, int]] = {}
     chance = random.Random(seed)
-    for way in ways.values():  # scripts, connections
+    for way in ways.values():  # load scripts, open connections
         await way()
     for _ in range(rounds if own <= FEW else 1 if size > 10_000 else min(rounds, 3)):
         for name in chance.sample(sorted(ways), len(ways)):
@@ -117,10 +117,9 @@ async def _case(
 
 
 async def _repeat(cache: Cache, way: Way, took: list[float]) -> None:
-    """Take several samples of ours, as no keys are to be made anew: a value is cached, invalidated,
-    and must be made again.
+    """Take several samples of respcache: a value is cached, invalidated, and must be made again.
 
-    One that was not confirmed within its deadline, as happens on a busy machine, does not count.
+    An invalidation that was not confirmed within its deadline (on a busy machine) does not count.
     """
     for _ in range(SAMPLES):
         made: list[int] = []
@@ -140,7 +139,7 @@ async def _repeat(cache: Cache, way: Way, took: list[float]) -> None:
 
 
 async def _value(cache: Cache, made: list[int]) -> None:
-    """Ask for a value of the tenant's list; ``made`` gets an item when it is made."""
+    """Read a value of the tenant's list; ``made`` gets an item if the value was not cached."""
 
     async def make() -> int:
         made.append(1)
@@ -150,8 +149,7 @@ async def _value(cache: Cache, made: list[int]) -> None:
 
 
 async def _scan_and_delete(client: Client) -> None:
-    """Delete by pattern: a DEL for each batch that SCAN brings (one for each key, as often seen, is
-    slower still)."""
+    """Delete by pattern, with one DEL per batch of SCAN (one DEL per key is even slower)."""
     cursor = 0
     while True:
         cursor, keys = await client.scan(cursor, match=f"{PREFIX}*", count=100)
@@ -162,7 +160,7 @@ async def _scan_and_delete(client: Client) -> None:
 
 
 async def _tag_set(client: Client) -> None:
-    """Read the names of the keys that bear the tag, and remove them in batches."""
+    """Read the names of the keys with the tag, and remove them in batches."""
     names = list(await client.smembers(TAG))
     for at in range(0, len(names), BATCH):
         await client.unlink(*names[at : at + BATCH])
@@ -176,10 +174,10 @@ async def _fill(client: Client, prefix: str, count: int, *, tag: str) -> None:
 
 async def _commands(client: Client) -> dict[str, int]:
     found = await client.info("commandstats")
-    # GET is our look at the kill switch, once a second
-    mine = ("config", "info", "ping", "client", "get")
+    # GET reads the switches, once a second
+    ignored = ("config", "info", "ping", "client", "get")
     calls = {
         name.removeprefix("cmdstat_").partition("|")[0].upper(): int(entry["calls"])
         for name, entry in found.items()
     }
-    return {name: count for name, count in sorted(calls.items()) if name.lower() not in mine}
+    return {name: count for name, count in sorted(calls.items()) if name.lower() not in ignored}

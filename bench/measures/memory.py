@@ -1,9 +1,8 @@
-"""What an entry takes in Valkey, and what that buys: the hit ratio at equal memory, against the
-plain JSON text under a key.
+"""The size of an entry in Valkey, and the hit ratio at equal memory, against plain JSON text.
 
-Both sides get the same sequence of keys (Zipf, fixed seed) and servers of the same size that evict
-what was used least recently, as ours does by default. Ours is the whole application, called in this
-process, with the near cache off: what is compared is the store.
+Both sides get the same sequence of keys (Zipf, fixed seed) and servers of equal size with LRU
+eviction. respcache is the whole application, called in this process, with the near cache off: the
+comparison is about the store.
 """
 
 import itertools
@@ -16,7 +15,7 @@ import redis.asyncio
 from lanes import ours
 from machine import Processes
 
-from measures.hits import Tell
+from measures.hits import ShowStep
 
 KEYS = 2000
 EXPONENT = 0.9
@@ -24,8 +23,10 @@ MEMORY = "16mb"
 SAMPLED = 100
 
 
-async def measure(on: Processes, *, requests: int, seed: int, tell: Tell) -> dict[str, Any]:
-    """Return bytes per entry and the hit ratio of both sides."""
+async def measure(
+    on: Processes, *, requests: int, seed: int, show_step: ShowStep
+) -> dict[str, Any]:
+    """Return the bytes per entry and the hit ratio of both sides."""
     sequence = zipf(requests, seed)
     result: dict[str, Any] = {
         "keys": KEYS,
@@ -35,7 +36,7 @@ async def measure(on: Processes, *, requests: int, seed: int, tell: Tell) -> dic
     }
     try:
         for name, side in (("respcache", _ours), ("plain JSON", _plain)):
-            tell(f"memory: {name}")
+            show_step(f"memory: {name}")
             server = on.store(
                 maxmemory=MEMORY, maxmemory_policy="allkeys-lru", maxmemory_samples="10"
             )
@@ -51,7 +52,7 @@ async def measure(on: Processes, *, requests: int, seed: int, tell: Tell) -> dic
 
 
 def zipf(count: int, seed: int) -> list[int]:
-    """Draw page numbers: the n-th most popular with weight 1 / n ** EXPONENT."""
+    """Return page numbers: the n-th most popular has the weight 1 / n ** EXPONENT."""
     chance = random.Random(seed)
     bounds = list(itertools.accumulate(1 / rank**EXPONENT for rank in range(1, KEYS + 1)))
     return [bisect(bounds, chance.random() * bounds[-1]) for _ in range(count)]
@@ -80,7 +81,7 @@ async def _ours(url: str, client: "redis.asyncio.Redis", sequence: list[int]) ->
 
 
 async def _is_hit(app: Any, number: int) -> bool:
-    """Call the application as a server would."""
+    """Call the application as a server would; return whether the response was a hit."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -111,7 +112,7 @@ async def _is_hit(app: Any, number: int) -> bool:
 
 
 async def _entry_bytes(client: "redis.asyncio.Redis") -> int:
-    """Return what an entry's key takes, allocator included (MEMORY USAGE), on average."""
+    """Return the mean size of an entry, allocator included (MEMORY USAGE)."""
     keys = list(
         itertools.islice(
             [key async for key in client.scan_iter(count=1000) if b":~" not in key], SAMPLED

@@ -1,9 +1,8 @@
-"""What a miss costs above the handler itself: fresh keys through ours, beside the same handler
-without a cache, in turns.
+"""The overhead of a miss: fresh keys with respcache, and the same handler without it, in turns.
 
-Twice: the benchmark's handler, which costs nothing but its serialisation, so that the whole
-overhead shows; and the CRM's list from PostgreSQL, whose cost is that of a real handler. CPU time
-is read after the stores that follow an answer have ended.
+It is measured for the benchmark's handler, which costs only its serialization, so that the overhead
+is clearly visible; and for the CRM's list from PostgreSQL, a realistic handler. CPU time is read
+after the stores that follow a response have ended.
 """
 
 import contextlib
@@ -19,8 +18,8 @@ import handler
 from lanes import BY_NAME, Lane
 from machine import Processes, Served
 
-from measures.hits import Tell, middle, patiently, quartiles
-from respcache.ops.bench.load import LoadRequest, drive, percentile
+from measures.hits import ShowStep, middle, patiently, quartiles
+from respcache.ops.bench.load import Ask, drive, percentile
 from respcache.ops.bench.processes import settle
 
 PLAIN = Lane("plain", "lanes.plain:make", "the handler in FastAPI without any cache", caches=False)
@@ -29,34 +28,31 @@ MISS = b"fwd=uri-miss"
 
 
 def measure(
-    on: Processes, *, rounds: int, requests: int, seed: int, crm: bool, tell: Tell
+    on: Processes, *, rounds: int, requests: int, seed: int, crm: bool, show_step: ShowStep
 ) -> dict[str, Any]:
-    """Return the overhead of a miss in CPU time and latency (ratios to the uncached handler, less
-    one)."""
+    """Return the overhead of a miss, in percent of the uncached handler's CPU time and latency."""
     result = {}
     with contextlib.ExitStack() as stack:
         stack.callback(on.stop_lanes)
-        tell("misses: the benchmark's handler")
+        show_step("misses: the benchmark's handler")
         plain, strict = on.serve_all([(PLAIN, 1), (BY_NAME["strict"], 1)])
         numbers = itertools.count(handler.PAGES * 1000)
-        result["handler"] = _compare(
-            plain, strict, lambda: _item(next(numbers)), rounds, requests, seed
-        )
+        size = {"rounds": rounds, "requests": requests, "seed": seed}
+        result["handler"] = _compare(plain, strict, lambda: _item(next(numbers)), **size)
         if crm:
-            tell("misses: the CRM's list")
+            show_step("misses: the CRM's list")
             uncached, cached = on.crm()
             one = uncached.asks[0]
             numbers = itertools.count(1)
-            result["crm"] = _compare(
-                uncached, cached, lambda: _list(one, next(numbers)), rounds, requests, seed
-            )
+            result["crm"] = _compare(uncached, cached, lambda: _list(one, next(numbers)), **size)
     return result
 
 
 def _compare(
     plain: Served,
     ours: Served,
-    make: Callable[[], LoadRequest],
+    make: Callable[[], Ask],
+    *,
     rounds: int,
     requests: int,
     seed: int,
@@ -70,7 +66,15 @@ def _compare(
         for name, served in chance.sample(sides, 2):
             mark = MISS if name == "ours" else b""
             patiently(
-                functools.partial(_batch, served, make, requests, mark, cpu[name], latency[name])
+                functools.partial(
+                    _batch,
+                    served,
+                    make,
+                    requests=requests,
+                    mark=mark,
+                    cpu=cpu[name],
+                    latency=latency[name],
+                )
             )
     over = {
         name: [
@@ -93,7 +97,8 @@ def _compare(
 
 def _batch(
     served: Served,
-    make: Callable[[], LoadRequest],
+    make: Callable[[], Ask],
+    *,
     requests: int,
     mark: bytes,
     cpu: list[float],
@@ -112,8 +117,8 @@ def _item(number: int) -> LoadRequest:
     return LoadRequest(handler.request(number), handler.body(number))
 
 
-def _list(one: LoadRequest, number: int) -> LoadRequest:
-    """Ask for the same rows by a filter that nobody used before and that all of them pass."""
+def _list(one: Ask, number: int) -> Ask:
+    """Return a request for the same rows, with a new filter that all of them match."""
     only = quote(
         json.dumps({"$or": [{"employee_count": {"$gte": -number}}, {"employee_count": None}]})
     )

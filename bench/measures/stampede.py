@@ -1,5 +1,7 @@
-"""A cold key and 200 callers at once, at two processes that share one Valkey: how often the handler
-runs, who gets no answer."""
+"""200 concurrent requests for a cold key, to two processes with one Valkey.
+
+Measured are the calls of the handler and the failed requests.
+"""
 
 import asyncio
 import contextlib
@@ -12,7 +14,7 @@ from lanes import Lane
 from machine import Processes, Served
 from stand import Client
 
-from measures.hits import Tell
+from measures.hits import ShowStep
 from respcache.ops.bench.processes import Failed
 
 CALLERS = 200
@@ -22,14 +24,18 @@ PATIENCE_S = 30.0
 _numbers = itertools.count(handler.PAGES * 2000)
 
 
-def measure(on: Processes, lanes: list[Lane], *, rounds: int, tell: Tell) -> dict[str, Any]:
-    """Return fetches (each round), failed requests and how long the slowest caller waited (median),
-    for each way to fill."""
+def measure(
+    on: Processes, lanes: list[Lane], *, rounds: int, show_step: ShowStep
+) -> dict[str, Any]:
+    """Return fetches per round, failed requests, and the median of the slowest response.
+
+    One result for each way to fill a key.
+    """
     result: dict[str, Any] = {}
     for lane in (lane for lane in lanes if lane.cold):
         with contextlib.ExitStack() as stack:
             stack.callback(on.stop_lanes)
-            tell(f"stampede: {lane.name}")
+            show_step(f"stampede: {lane.name}")
             served = on.serve_all([(lane, 1)] * PROCESSES)
             for label, path in lane.cold.items():
                 found = [asyncio.run(_stampede(served, path)) for _ in range(rounds)]
@@ -42,7 +48,7 @@ def measure(on: Processes, lanes: list[Lane], *, rounds: int, tell: Tell) -> dic
 
 
 async def _stampede(served: list[Served], path: str) -> tuple[int, int, float]:
-    """Connect first, then have everybody ask in the same moment."""
+    """Open all connections, then send all requests at once."""
     number = next(_numbers)
     request, body = handler.request(number, path), handler.body(number)
     before = [one.fills() for one in served]
@@ -52,8 +58,8 @@ async def _stampede(served: list[Served], path: str) -> tuple[int, int, float]:
         async with asyncio.timeout(PATIENCE_S), Client(port) as client:
             connected.release()
             await start.wait()
-            took_ms, head, answer = await client.send(request)
-        if not head.startswith(b"HTTP/1.1 200") or answer != body:
+            took_ms, head, received = await client.send(request)
+        if not head.startswith(b"HTTP/1.1 200") or received != body:
             raise Failed(repr(head[:100]))
         return took_ms
 
@@ -64,8 +70,8 @@ async def _stampede(served: list[Served], path: str) -> tuple[int, int, float]:
     for _ in tasks:
         await connected.acquire()
     start.set()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(handler.SLOW_S + 0.1)  # fills that nobody waits for count too
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(handler.SLOW_S + 0.1)  # count fills without a waiting caller too
     fetches = sum(one.fills() - was for one, was in zip(served, before, strict=True))
-    taken = [answer for answer in answers if isinstance(answer, float)]
+    taken = [result for result in results if isinstance(result, float)]
     return fetches, CALLERS - len(taken), max(taken, default=0.0)

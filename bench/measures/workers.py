@@ -1,4 +1,4 @@
-"""One worker and two, at 64 connections: does a second process double what is answered?"""
+"""One worker and two, at 64 connections: does a second process double the throughput?"""
 
 import contextlib
 import functools
@@ -9,8 +9,8 @@ from typing import Any
 from lanes import BARE, BY_NAME, Lane
 from machine import Processes, Served
 
-from measures.hits import Effort, Tell, asks, middle, patiently, warm
-from respcache.ops.bench.load import LoadRequest, drive
+from measures.hits import Effort, ShowStep, asks, middle, patiently, warm
+from respcache.ops.bench.load import Ask, drive
 from respcache.ops.bench.processes import cpu_ns
 
 CONNECTIONS = 64
@@ -18,9 +18,8 @@ COUNTS = (1, 2)
 LANES: tuple[Lane, ...] = (BARE, BY_NAME["strict"])
 
 
-def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
-    """Return throughput and CPU time per request of each lane with each number of workers, in one
-    interleaved run."""
+def measure(on: Processes, effort: Effort, show_step: ShowStep) -> dict[str, Any]:
+    """Return throughput and CPU time per request, by lane and number of workers."""
     pages, chance = asks(), random.Random(effort.seed)
     found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     with contextlib.ExitStack() as stack:
@@ -30,13 +29,15 @@ def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
             (one, count) for one, (_, count) in zip(on.serve_all(served), served, strict=True)
         ]
         for one, count in running:
-            tell(f"workers: warming {one.lane.name}, {count}")
+            show_step(f"workers: warming {one.lane.name}, {count}")
             warm(one, pages, connections=8 * count)
         for number in range(effort.rounds):
             for one, count in chance.sample(running, len(running)):
-                tell(f"workers: round {number + 1} of {effort.rounds}, {one.lane.name}, {count}")
-                figures = found.setdefault((one.lane.name, count), [])
-                patiently(functools.partial(_stretch, one, effort, pages, figures))
+                show_step(
+                    f"workers: round {number + 1} of {effort.rounds}, {one.lane.name}, {count}"
+                )
+                results = found.setdefault((one.lane.name, count), [])
+                patiently(functools.partial(_stretch, one, effort, pages, results=results))
     return {
         name: {
             f"w{count}": {
@@ -53,8 +54,9 @@ def measure(on: Processes, effort: Effort, tell: Tell) -> dict[str, Any]:
 def _stretch(
     one: Served,
     effort: Effort,
-    pages: Sequence[LoadRequest],
-    figures: list[tuple[float, float, float]],
+    pages: Sequence[Ask],
+    *,
+    results: list[tuple[float, float, float]],
 ) -> None:
     before = [cpu_ns([pid]) for pid in one.pids]
     sample = drive(
@@ -66,4 +68,4 @@ def _stretch(
         hit=one.lane.hit,
     )
     spent = [cpu_ns([pid]) - was for pid, was in zip(one.pids, before, strict=True)]
-    figures.append((sample.rps, sum(spent) / 1000 / sample.requests, max(spent) / sum(spent)))
+    results.append((sample.rps, sum(spent) / 1000 / sample.requests, max(spent) / sum(spent)))

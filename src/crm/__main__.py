@@ -1,4 +1,4 @@
-"""``python -m crm``."""
+"""Entry point of ``python -m crm``."""
 
 import sys
 
@@ -6,5 +6,5 @@ try:
     from crm.cli.commands import main
 
     sys.exit(main())
-except KeyboardInterrupt:  # while it was still importing
+except KeyboardInterrupt:  # Ctrl-C while the modules were being imported
     sys.exit("crm: stopped")

@@ -1,4 +1,4 @@
-"""The CRM, put together: the only place where its parts meet."""
+"""The CRM application: the only module that connects its parts."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,9 +15,10 @@ from starlette.responses import RedirectResponse, Response
 from crm import errors
 from crm.auth import CrmResolver
 from crm.bodies import BodyLimit
+from crm.cache_auth import CrmAuthBackend
 from crm.caching import SHARED_TABLES, TENANT_IS
+from crm.home import home_page
 from crm.models import Base
-from crm.operators import CrmAuthBackend
 from crm.routes import (
     accounts,
     activities,
@@ -30,11 +31,9 @@ from crm.routes import (
     reports,
     system,
     tasks,
-)  # fmt: skip
-from crm.routes import (
-    settings as tenant_settings,
 )
-from crm.settings import Settings, shown
+from crm.routes import settings as tenant_settings
+from crm.settings import Settings, public_settings
 from respcache import Cache, ConfigurationError, RedisStore
 from respcache.integrations.prometheus import Endpoint
 from respcache.middleware import CacheMiddleware
@@ -47,14 +46,14 @@ from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import Watch, watch
 
 SCHEMA_VERSION = "1"
-"""Change it when the shape of an answer changes: answers of the old release are then never served
-by the new one."""
+"""Change it when the shape of a response changes: releases with different versions share no cache
+entries."""
 
 DESCRIPTION = """
-A multi-tenant CRM whose lists are cached without ever being stale.
+A multi-tenant CRM with a response cache that never serves stale data.
 
-Log in with `POST /api/auth/login`, or take a development token from `python -m crm token`, and press *Authorize*.
-Every answer of a cached route says in `Cache-Status` whether it was a hit.
+Log in with `POST /api/auth/login`, or get a development token from `python -m crm token`; then
+press *Authorize*. On cached routes, the response header `Cache-Status` says whether it was a hit.
 """
 
 
@@ -67,8 +66,10 @@ def watched_cache(
     strict_reads: bool = False,
     publisher: StatsPublisher | None = None,
 ) -> tuple[Cache, Watch]:
-    """Make the cache (no store for no URL or ``none``) and have it watch the engine: for the
-    application and for scripts."""
+    """Return a cache that watches the engine, for the application and for scripts.
+
+    It has no store if ``url`` is None or ``none``.
+    """
     settings = settings.with_secrets()
     assert settings.jwt_secret is not None
     assert settings.respcache_key is not None
@@ -90,16 +91,18 @@ def watched_cache(
 
 
 def from_environment() -> CacheMiddleware:
-    """Make the application as the environment says: for ``uvicorn --factory``, ``respcache doctor
-    --app`` and ``bench --app``."""
+    """Return the application with settings from the environment.
+
+    For ``uvicorn --factory``, ``respcache doctor --app`` and ``respcache bench --app``.
+    """
     return create_app(Settings().with_secrets())
 
 
 def create_app(settings: Settings, *, strict_reads: bool = False) -> CacheMiddleware:
-    """Make the application with the cache around it. Nothing is connected before its lifespan
-    starts.
+    """Return the application, wrapped in the cache. It connects when its lifespan starts.
 
-    ``strict_reads`` makes a cached read of an undeclared table an error: for tests.
+    ``strict_reads`` makes a cached read of an undeclared table an error (for tests). Raises
+    ``ConfigurationError``.
     """
     if (
         settings.database_url is None
@@ -116,12 +119,12 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> CacheMiddle
         pool_size=10,
         max_overflow=10,
         pool_timeout=10,
-        # PostgreSQL writes 1e300 out in digits: to orjson it is a float again, not an integer
+        # PostgreSQL returns 1e300 as 301 digits; orjson reads them as a float, not an integer
         json_deserializer=orjson.loads,
     )
-    event.listen(engine.sync_engine, "checkout", _refuse_if_closed)
+    event.listen(engine.sync_engine, "checkout", _check_connection)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    # what only reads needs no BEGIN and ROLLBACK: each statement sees the newest state anyway
+    # reads need no BEGIN and ROLLBACK: each statement sees the newest state
     reading = engine.execution_options(isolation_level="AUTOCOMMIT")
     resolver = CrmResolver(reading, settings.jwt_secret.get_secret_value())
     url = None if settings.redis_cache_url is None else settings.redis_cache_url.get_secret_value()
@@ -140,9 +143,14 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> CacheMiddle
         await engine.dispose()
 
     app = FastAPIOffline(
-        title="CRM", description=DESCRIPTION, version="1", lifespan=lifespan, redirect_slashes=False, redoc_url=None,
+        title="CRM",
+        description=DESCRIPTION,
+        version="1",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
         responses=errors.RESPONSES,
-    )  # fmt: skip
+    )
     app.state.settings = settings
     app.state.sessions, app.state.reading = sessions, reading
     app.state.resolver = resolver
@@ -150,15 +158,30 @@ def create_app(settings: Settings, *, strict_reads: bool = False) -> CacheMiddle
     errors.install(app)
     app.add_middleware(BodyLimit)
     for routes in (
-        auth, accounts, leads, contacts, bizdevsources, opportunities, activities, documents, tasks, reports, tenant_settings,
+        auth,
+        accounts,
+        leads,
+        contacts,
+        bizdevsources,
+        opportunities,
+        activities,
+        documents,
+        tasks,
+        reports,
+        tenant_settings,
         system,
-    ):  # fmt: skip
+    ):
         app.include_router(routes.router)
     cache_auth = CrmAuthBackend(
-        reading, sessions, resolver, app.state.login_limit, token_hours=settings.token_hours
+        reading,
+        sessions,
+        resolver=resolver,
+        limit=app.state.login_limit,
+        token_hours=settings.token_hours,
     )
+    app.add_route("/", home_page(settings), include_in_schema=False)
     app.add_route("/cache", _to_dashboard, include_in_schema=False)
-    app.state.cache_admin = Admin(cache, publisher, audit_log, settings=shown(settings))
+    app.state.cache_admin = Admin(cache, publisher, audit_log, settings=public_settings(settings))
     app.state.dashboard = Dashboard(app.state.cache_admin, cache_auth)
     app.mount("/cache", app.state.dashboard)
     if cache.store is not None:
@@ -176,8 +199,7 @@ async def _to_dashboard(request: Request) -> Response:
     return RedirectResponse(f"{request.scope.get('root_path', '')}/cache/", 308)
 
 
-def _refuse_if_closed(connection: Any, record: Any, proxy: Any) -> None:
-    """Have the pool replace a connection that has ended while it was idle. The driver knows that
-    without a round trip."""
+def _check_connection(connection: Any, record: Any, proxy: Any) -> None:
+    """Make the pool replace a connection that was closed while idle. No round trip."""
     if connection.driver_connection.is_closed():
         raise DisconnectionError

@@ -1,7 +1,7 @@
-"""Who calls and what they see: the resolver that the cache wrapper and every handler share.
+"""Authentication and visibility: the resolver that the cache and every handler share.
 
-The token says who (``sub``) and which tenant; role, team and visibility come from the database.
-What ``CrmResolver.scope`` returns is the very object by which ``db.Rows`` filters.
+The token names the user (``sub``) and the tenant; role, team and visibility come from the
+database. ``CrmResolver.scope`` returns the very object that ``db.Rows`` filters by.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 
-from crm.errors import ErrorResponse
-from crm.models import ROLES, Employee, Team, Tenant, now
+from crm.errors import AccessDenied
+from crm.models import ROLES, Employee, Team, Tenant, as_uuid, now
 from respcache import Claim, RequestHead, Scope, bind_scope
 from respcache import current_scope as resolved_scope
 from respcache.core.keys import SHARED
@@ -42,9 +42,9 @@ WRITE_NEEDS_TENANT = "Superadmin write operations require a tenant_id to be spec
 WRONG_LOGIN = "Wrong email or password"
 DEFAULT_TIMEZONE = "UTC"
 MAX_VERIFIED = 10_000
-"""Tokens whose signature is remembered."""
+"""Tokens whose verified signature is cached."""
 
-# plain tables, put together once: what every request asks needs no ORM
+# every request runs this statement: it is built once, of plain tables, without the ORM
 employees, teams, tenants = (model.__table__.c for model in (Employee, Team, Tenant))
 _TENANT = (
     tenants.id.label("tenant"),
@@ -67,16 +67,16 @@ _USER = (
 )
 
 _hasher = PasswordHasher()
-_DUMMY_HASH = PasswordHasher().hash("nobody has this password")
+_DUMMY_HASH = PasswordHasher().hash("no user has this password")
 Sessions = async_sessionmaker[AsyncSession]
 
 
 @dataclass(frozen=True, slots=True)
 class TenantScope(Scope):
-    """A caller within a tenant. ``visible_ids`` are the employees whose rows they see besides
-    unassigned ones; None: all.
+    """A caller within a tenant.
 
-    ``timezone`` is the tenant's (an IANA name): it decides when a day is over.
+    ``visible_ids`` are the employees whose rows the caller sees besides unassigned rows; None means
+    all. ``timezone`` is the tenant's (an IANA name); it decides when a day ends.
     """
 
     user_id: UUID
@@ -86,12 +86,12 @@ class TenantScope(Scope):
     timezone: str
 
     def today(self) -> date:
-        """Return the date where the tenant is."""
+        """Return the current date in the tenant's time zone."""
         return now().astimezone(ZoneInfo(self.timezone)).date()
 
 
 class RoleGuard:
-    """A dependency that demands at least a role. Cached routes name it as ``rule``."""
+    """A dependency that requires at least a role. Cached routes declare it as ``rule``."""
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -101,19 +101,21 @@ class RoleGuard:
         return f"RoleGuard({self.role!r})"
 
     async def __call__(self, scope: "CurrentScope") -> TenantScope:
-        """Return the scope, or refuse."""
+        """Return the scope. Raises 403."""
         if not self.allows(scope):
-            raise ErrorResponse(403, f"Access denied: this needs the role {self.role}", code="role")
+            raise AccessDenied(403, f"Access denied: this needs the role {self.role}", code="role")
         return scope
 
     def allows(self, scope: TenantScope) -> bool:
-        """Whether the scope's role is high enough."""
+        """Return whether the scope's role is high enough."""
         return ROLES.index(scope.role) >= ROLES.index(self.role)
 
 
 class CrmResolver:
-    """Decides identity, tenant and role. A tenant's generation covers what is read of its users,
-    SHARED that of superadmins."""
+    """Resolves user, tenant and role.
+
+    A scope depends on the tenant's generation, that of a superadmin on the SHARED generation.
+    """
 
     tables = ("employees", "teams", "tenants")
     headers = ("authorization", "cookie", "x-tenant-id")
@@ -125,7 +127,8 @@ class CrmResolver:
         self.stands_for = frozenset({current_scope})
 
     def claim(self, head: RequestHead, tenant_in_body: str | None = None) -> Claim:
-        """Verify the token. The requested tenant, first found: body, query, path, header."""
+        """Verify the token. The requested tenant comes from body, query, path or header, in this
+        order."""
         authorization = head.header("authorization") or ""
         scheme, _, token = authorization.partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else head.cookie("access_token")
@@ -140,7 +143,7 @@ class CrmResolver:
         return self.claim_of(given, wanted)
 
     def claim_of(self, token: str | None, wanted: str | None = None) -> Claim:
-        """Verify a token by itself. ``wanted``: the requested tenant."""
+        """Verify a token. ``wanted`` is the requested tenant (UUID or slug)."""
         payload = self._verify(token)
         owner_tenant = payload.get("tenant_id") or SHARED
         return Claim(
@@ -150,8 +153,10 @@ class CrmResolver:
         )
 
     async def scope(self, claim: Claim) -> TenantScope:
-        """Read user, tenant and visible employees: one statement, up to three where visibility is
-        hierarchical."""
+        """Read user, tenant and visible employees.
+
+        One statement; up to three if visibility is hierarchical. Raises 401, 403 and 404.
+        """
         subject, owner_tenant, wanted = claim.key  # type: ignore[misc]
         async with self._engine.connect() as connection:
             user = (await connection.execute(_USER, {"user": UUID(subject)})).one_or_none()
@@ -160,16 +165,16 @@ class CrmResolver:
                 or user.status != "active"
                 or str(user.tenant_id or "") != (owner_tenant or "")
             ):
-                raise ErrorResponse(401, UNAUTHENTICATED)
+                raise AccessDenied(401, UNAUTHENTICATED)
             tenant: Any = user
             if user.role == "superadmin":
                 tenant = await self._tenant(connection, wanted) if wanted else None
             elif user.tenant_id is None:
-                raise ErrorResponse(403, NO_TENANT)
+                raise AccessDenied(403, NO_TENANT)
             elif user.tenant_status != "active" or (
                 wanted and wanted not in (str(user.tenant), user.slug.lower())
             ):
-                raise ErrorResponse(403, OTHER_TENANT)
+                raise AccessDenied(403, OTHER_TENANT)
             visible = await self._visible(connection, user, tenant)
         return TenantScope(
             tenant=str(tenant.tenant) if tenant else None,
@@ -184,21 +189,23 @@ class CrmResolver:
         )
 
     def permits(self, scope: Scope, rule: Any) -> bool:
-        """Decide a ``RoleGuard``."""
+        """Return whether a ``RoleGuard`` (or no rule) permits the scope."""
         return rule is None or (
             isinstance(rule, RoleGuard) and isinstance(scope, TenantScope) and rule.allows(scope)
         )
 
     def token(self, user: Employee, *, hours: float) -> str:
-        """Issue a token for a user."""
+        """Return a token for a user."""
         return issue_token(self._secret, user, hours=hours)
 
     def _verify(self, token: str | None) -> dict[str, Any]:
-        """Return the claims of a token. A signature is checked once, the time that it is valid for
-        every time."""
-        known = self._verified.get(token or "")
-        if known is not None and known["exp"] > time.time():
-            return known
+        """Return the claims of a token. Raises 401.
+
+        The signature is verified once per token, the expiry every time.
+        """
+        cached = self._verified.get(token or "")
+        if cached is not None and cached["exp"] > time.time():
+            return cached
         try:
             payload = jwt.decode(
                 token or "",
@@ -210,26 +217,25 @@ class CrmResolver:
             if payload.get("tenant_id") is not None:
                 UUID(payload["tenant_id"])
         except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
-            raise ErrorResponse(401, UNAUTHENTICATED) from None
+            raise AccessDenied(401, UNAUTHENTICATED) from None
         if len(self._verified) >= MAX_VERIFIED:
             self._verified.clear()
         self._verified[token or ""] = payload
         return payload
 
     async def _tenant(self, connection: AsyncConnection, wanted: str) -> Any:
-        match = (
-            tenants.id == UUID(wanted) if _is_uuid(wanted) else func.lower(tenants.slug) == wanted
-        )
+        key = as_uuid(wanted)
+        match = func.lower(tenants.slug) == wanted if key is None else tenants.id == key
         found = select(*_TENANT).where(match, tenants.status == "active")
         tenant = (await connection.execute(found)).one_or_none() if "\x00" not in wanted else None
         if tenant is None:
-            raise ErrorResponse(404, "Tenant not found")
+            raise AccessDenied(404, "Tenant not found")
         return tenant
 
     async def _visible(
         self, connection: AsyncConnection, user: Any, tenant: Any
     ) -> tuple[UUID, ...] | None:
-        """Return the employees whose rows the user sees, or None for all."""
+        """Return the employees whose rows the user sees; None for all."""
         if (
             tenant is None
             or user.role in ("superadmin", "admin")
@@ -256,20 +262,20 @@ class CrmResolver:
 
 async def current_scope(
     request: Request,
+    *,
     tenant_id: Annotated[
         str | None,
-        Query(description="Tenant, by UUID or slug; your own if left out", max_length=63),
+        Query(description="Tenant, as UUID or slug (default: your own)", max_length=63),
     ] = None,
     x_tenant_id: Annotated[
-        str | None, Header(description="Tenant, where the query names none", max_length=63)
+        str | None, Header(description="Tenant, if the query names none", max_length=63)
     ] = None,
     bearer: Annotated[
-        Any, Security(HTTPBearer(auto_error=False, description="A token of POST /api/auth/login"))
+        Any, Security(HTTPBearer(auto_error=False, description="Token from POST /api/auth/login"))
     ] = None,
     cookie: Annotated[Any, Security(APIKeyCookie(name="access_token", auto_error=False))] = None,
 ) -> TenantScope:
-    """Return the caller's scope: the one that the cache wrapper resolved for this request, or else
-    resolve it now."""
+    """Return the caller's scope: the one that the cache resolved, else resolve it now."""
     scope = resolved_scope()
     if not isinstance(scope, TenantScope):
         resolver: CrmResolver = request.app.state.resolver
@@ -284,9 +290,9 @@ CurrentScope = Annotated[TenantScope, Depends(current_scope)]
 
 
 async def writing_scope(scope: CurrentScope) -> TenantScope:
-    """Return the scope of a caller who writes: it names one tenant."""
+    """Return the scope of a write, which has exactly one tenant. Raises 400."""
     if scope.tenant is None:
-        raise ErrorResponse(400, WRITE_NEEDS_TENANT, field="tenant_id")
+        raise AccessDenied(400, WRITE_NEEDS_TENANT, field="tenant_id")
     return scope
 
 
@@ -296,8 +302,10 @@ require_superadmin = RoleGuard("superadmin")
 
 
 async def log_in(sessions: Sessions, email: str, password: str) -> Employee:
-    """Return the active user with this password. An unknown mail takes as long as a wrong
-    password."""
+    """Return the active user with this email and password. Raises 401.
+
+    An unknown email takes as long as a wrong password.
+    """
     async with sessions() as session:
         user = await session.scalar(
             select(Employee).where(func.lower(Employee.email) == email.lower())
@@ -305,17 +313,17 @@ async def log_in(sessions: Sessions, email: str, password: str) -> Employee:
     stored = user.password_hash if user is not None and user.password_hash else _DUMMY_HASH
     matches = await asyncio.to_thread(_matches, stored, password)
     if user is None or not matches or user.status != "active" or not user.password_hash:
-        raise ErrorResponse(401, WRONG_LOGIN)
+        raise AccessDenied(401, WRONG_LOGIN)
     return user
 
 
 def hash_password(password: str) -> str:
-    """Hash a password (argon2id)."""
+    """Return the argon2id hash of a password (RFC 9106)."""
     return _hasher.hash(password)
 
 
 def issue_token(secret: str, user: Employee, *, hours: float) -> str:
-    """Sign a token for a user."""
+    """Return a signed token (JWT, HS256) for a user."""
     expires = datetime.now(UTC) + timedelta(hours=hours)
     tenant = str(user.tenant_id) if user.tenant_id else None
     claims = {
@@ -331,8 +339,10 @@ def issue_token(secret: str, user: Employee, *, hours: float) -> str:
 async def development_token(
     database_url: str, secret: str, *, tenant: str, role: str, hours: float = 12
 ) -> str:
-    """Issue a token for the first user of a role in a tenant (UUID or slug). Raises ``LookupError``
-    where there is none."""
+    """Return a token for the first active user of a role in a tenant (UUID or slug).
+
+    Raises ``LookupError`` if there is none.
+    """
     engine = create_async_engine(database_url)
     try:
         async with AsyncSession(engine) as session:
@@ -342,14 +352,15 @@ async def development_token(
                 .order_by(Employee.email)
             )
             if role != "superadmin":
-                match = Tenant.id == UUID(tenant) if _is_uuid(tenant) else Tenant.slug == tenant
+                key = as_uuid(tenant)
+                match = Tenant.slug == tenant if key is None else Tenant.id == key
                 users = users.join(Tenant, Tenant.id == Employee.tenant_id).where(match)
             user = await session.scalar(users.limit(1))
             if user is None:
                 known = ", ".join(await session.scalars(select(Tenant.slug).order_by(Tenant.slug)))
                 raise LookupError(
-                    f"no active {role} in tenant {tenant!r}; tenants: {known or 'none'}; roles: "
-                    f"{', '.join(ROLES)}"
+                    f"there is no active {role} in tenant {tenant!r}; tenants: {known or 'none'}; "
+                    f"roles: {', '.join(ROLES)}"
                 )
             return issue_token(secret, user, hours=hours)
     finally:
@@ -357,8 +368,7 @@ async def development_token(
 
 
 async def _tenant_in_body(request: Request) -> str | None:
-    """Return ``tenant_id`` of a JSON body, which FastAPI has read and kept; what is not JSON is its
-    business."""
+    """Return ``tenant_id`` of a JSON body; FastAPI itself reports invalid JSON."""
     if request.method in ("GET", "HEAD") or not request.headers.get("content-type", "").startswith(
         "application/json"
     ):
@@ -372,26 +382,24 @@ async def _tenant_in_body(request: Request) -> str | None:
 
 
 def _descendants(root: UUID, teams: Iterable[tuple[UUID, UUID | None]]) -> set[UUID]:
-    """Return the team and all below it; a circle of parents ends."""
+    """Return the team and all teams below it. Cycles are harmless."""
     children: dict[UUID | None, list[UUID]] = {}
     for team, parent in teams:
         children.setdefault(parent, []).append(team)
-    found, waiting = set[UUID](), [root]
-    while waiting:
-        team = waiting.pop()
+    found, pending = set[UUID](), [root]
+    while pending:
+        team = pending.pop()
         if team not in found:
             found.add(team)
-            waiting += children.get(team, [])
+            pending += children.get(team, [])
     return found
 
 
 def _fingerprint(visible: tuple[UUID, ...] | None) -> bytes:
-    """Equal for two callers iff they see the same rows."""
-    return (
-        b"all"
-        if visible is None
-        else hashlib.sha256(b"".join(one.bytes for one in visible)).digest()
-    )
+    """Return bytes that are equal for two callers iff they see the same rows."""
+    if visible is None:
+        return b"all"
+    return hashlib.sha256(b"".join(key.bytes for key in visible)).digest()
 
 
 def _matches(stored: str, password: str) -> bool:
@@ -399,11 +407,3 @@ def _matches(stored: str, password: str) -> bool:
         return _hasher.verify(stored, password)
     except (Argon2Error, InvalidHashError):
         return False
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True

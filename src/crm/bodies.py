@@ -1,8 +1,7 @@
-"""Request bodies, made from the tables: types, lengths and choices stand in ``models.py`` and
-nowhere else.
+"""Request bodies, generated from the tables: types and lengths are declared in ``models.py`` only.
 
-Keys that are no column are metadata: they merge into the record's ``metadata`` and come back beside
-its columns.
+Unknown keys are metadata: they are merged into the record's ``metadata``, and responses show them
+beside the columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ SERVER_FIELDS = ("id", "tenant_id", "created_at", "updated_at")
 
 
 class BodyLimit:
-    """Refuses bodies of more than ``MAX_BODY`` bytes with 413 while they are read."""
+    """Rejects bodies of more than ``MAX_BODY`` bytes with 413 while they are read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -48,7 +47,7 @@ class BodyLimit:
 
 
 class Body(BaseModel):
-    """A JSON object with the fields of a table; others are metadata."""
+    """A JSON object with the columns of a table; other members are metadata."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -61,7 +60,7 @@ class Body(BaseModel):
         return body
 
     def fields(self) -> dict[str, Any]:
-        """Return the columns that the caller gave, under the names of the model's attributes."""
+        """Return the given columns, by the names of the model's attributes."""
         given = {
             name: getattr(self, name)
             for name in self.model_fields_set
@@ -75,7 +74,7 @@ class Body(BaseModel):
 
 
 class Ids(BaseModel):
-    """Records to act upon."""
+    """The ids of records."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"ids": ["5f0c0f3e-6f0e-4b7c-9a53-7a3d1f6f2b11"]}]}
@@ -91,8 +90,10 @@ def body_for(
     required: Sequence[str] = (),
     choices: Mapping[str, Sequence[str]] | None = None,
 ) -> type[Body]:
-    """Make the body of a table. ``required`` fields must be given and not blank; ``choices`` name
-    the values of a field."""
+    """Return the body class of a table.
+
+    ``required`` fields must be present and not blank; ``choices`` list the values of a field.
+    """
     fields: dict[str, Any] = {}
     for column in model.__table__.columns:
         if column.name in SERVER_FIELDS:
@@ -100,7 +101,7 @@ def body_for(
         kind = (
             Literal[tuple(choices[column.name])]
             if choices and column.name in choices
-            else _type(column, column.name in required)
+            else _type(column, required=column.name in required)
         )
         if column.name in required:
             fields[column.name] = (kind, ...)
@@ -112,7 +113,7 @@ def body_for(
     return made
 
 
-def _type(column: Column[Any], required: bool) -> Any:
+def _type(column: Column[Any], *, required: bool) -> Any:
     kind = column.type
     if isinstance(kind, Uuid):
         return UUID
@@ -142,13 +143,15 @@ def _type(column: Column[Any], required: bool) -> Any:
 
 
 def check_storable(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what PostgreSQL cannot store or nobody could list: NUL, lone surrogates, endless
-    nesting, texts and numbers."""
+    """Raise ``ValueError`` for what PostgreSQL or a JSON list cannot represent.
+
+    That is NUL, lone surrogates, too deep nesting, and texts and numbers beyond the limits.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
         if "\x00" in value or not _encodable(value):
-            raise ValueError(f"{where} contains characters that cannot be stored")
+            raise ValueError(f"{where} contains NUL or a lone surrogate")
         if len(value) > MAX_TEXT:
             raise ValueError(f"{where} is longer than {MAX_TEXT:,} characters")
     elif isinstance(value, dict):
@@ -164,7 +167,7 @@ def check_storable(value: Any, where: str, depth: int = 0) -> None:
         raise ValueError(f"{where} is not a number")
     elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
         raise ValueError(
-            f"{where} is not between -{MAX_INTEGER} and {MAX_INTEGER}: write larger numbers as text"
+            f"{where} is not between -{MAX_INTEGER} and {MAX_INTEGER}: send larger numbers as text"
         )
 
 

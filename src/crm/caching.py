@@ -1,9 +1,9 @@
-"""What is cached: one line per module and special route. The tables are those that the handlers
-read; writes to them invalidate the answers.
+"""What is cached: one line per module and special route.
 
-Writes are seen at the database engine and by triggers, which the next migration installs for a
-table that is new here (``alembic revision --autogenerate``); until then what reads it is not
-cached. Lists of rows that show the name of their account read ``accounts`` too.
+The tables are those that the handlers read; writes to them invalidate the cached responses. Writes
+are detected at the database engine and by triggers. The next migration (``alembic revision
+--autogenerate``) installs triggers for a table that is new here; until then, responses that read
+it are not cached. Lists that show the name of an account also read ``accounts``.
 """
 
 from collections.abc import Callable
@@ -13,35 +13,29 @@ from typing import Any, TypeVar
 from crm.auth import CrmResolver, TenantScope
 from crm.models import Base
 from respcache.core.policy import VariesBy
-from respcache.decorators import (
-    cache_count,
-    cache_detail,
-    cache_list,
-    cache_settings,
-)
+from respcache.decorators import cache_count, cache_detail, cache_list, cache_settings
 from respcache.writes.triggers import Watched, watched
 
 E = TypeVar("E", bound=Callable[..., Any])
 
 TENANT_IS = {"tenants": "id"}
-"""Tables whose tenant is in another column than ``tenant_id``."""
+"""Tables whose tenant column is not ``tenant_id``."""
 
 SHARED_TABLES = ("tenants",)
-"""Tables whose changes also count as changes of data shared by all tenants."""
+"""Tables whose writes also invalidate data that all tenants share."""
 
 declared_tables = set(CrmResolver.tables)
-"""The tables that answers depend on: those that decide who sees what, and those of every line
-below."""
+"""All tables that cached responses depend on: those of visibility, and those of each line below."""
 
 
 def today(scope: TenantScope) -> str:
-    """Vary by the date where the tenant is: what is due today is overdue after midnight."""
+    """Vary by the date in the tenant's time zone: what is due today is overdue after midnight."""
     return scope.today().isoformat()
 
 
 @dataclass(frozen=True)
 class Cached:
-    """How the answers of a module are cached."""
+    """How the responses of a module are cached: decorators for its endpoints."""
 
     module: str
     tables: tuple[str, ...]
@@ -55,7 +49,7 @@ class Cached:
         return cache_list(self.module, tables=self.tables, varies_by=self.varies_by)(endpoint)
 
     def detail(self, endpoint: E) -> E:
-        """Cache a record."""
+        """Cache a single record."""
         return cache_detail(self.module, tables=self.tables, varies_by=self.varies_by)(endpoint)
 
     def count(self, endpoint: E) -> E:
@@ -68,8 +62,7 @@ class Cached:
 
 
 def watched_tables() -> list[Watched]:
-    """Say how the tables that answers depend on are to be watched: what migrations are compared
-    with."""
+    """Return how the tables above are watched. Migrations are compared with it."""
     return watched(Base.metadata, declared_tables, tenant_is=TENANT_IS, shared=SHARED_TABLES)
 
 

@@ -1,4 +1,4 @@
-"""Create, change and delete records, the same for every module, with what refers to them."""
+"""Create, update and delete records of any module, and maintain the references to them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ REFERENCES: dict[str, type[Owned]] = {"account_id": Account, "contact_id": Conta
 
 
 async def create(rows: WritableRows, model: type[Owned], body: Body) -> dict[str, Any]:
-    """Insert a row from a body and return its record."""
+    """Insert a row and return its record. Raises 422 that names a wrong reference."""
     row = model(**{name: value for name, value in body.fields().items() if value is not None})
     await _check_references(rows, row, body)
     rows.add(row)
@@ -22,11 +22,13 @@ async def create(rows: WritableRows, model: type[Owned], body: Body) -> dict[str
     return as_record(row)
 
 
-async def change(rows: WritableRows, model: type[Owned], key: str, body: Body) -> dict[str, Any]:
-    """Change the given fields of a row; metadata merges; activities about it follow a new name.
-    Raises 404."""
+async def update(rows: WritableRows, model: type[Owned], key: str, *, body: Body) -> dict[str, Any]:
+    """Update the given fields of a row and return its record. Raises 404 and 422.
+
+    Metadata is merged. If the display name changes, ``related_name`` follows in activities.
+    """
     row = await rows.get(model, key, lock=True)
-    known_as = row.display_name
+    old_name = row.display_name
     columns = model.__table__.c  # type: ignore[attr-defined]
     for name, value in body.fields().items():
         if name == "metadata_":
@@ -38,7 +40,7 @@ async def change(rows: WritableRows, model: type[Owned], key: str, body: Body) -
     await _check_references(rows, row, body)
     row.updated_at = now()
     await rows.session.flush()
-    if model.kind and row.display_name != known_as:
+    if model.kind and row.display_name != old_name:
         about = (Activity.related_to == model.kind, Activity.related_id == row.id)
         renamed = (
             rows.update(Activity, unseen=True)
@@ -49,37 +51,33 @@ async def change(rows: WritableRows, model: type[Owned], key: str, body: Body) -
     return as_record(row)
 
 
-async def remove(rows: WritableRows, model: type[Owned], key: str) -> dict[str, Any]:
+async def delete(rows: WritableRows, model: type[Owned], key: str) -> dict[str, Any]:
     """Delete a row and return its id. Raises 404."""
     row = await rows.get(model, key, lock=True)
-    await forget(rows, model, [row.id])
+    await detach_references(rows, model, [row.id])
     await rows.session.delete(row)
     await rows.session.flush()
     return {"id": str(row.id), "deleted": True}
 
 
-async def remove_many(
+async def delete_many(
     rows: WritableRows, model: type[Owned], keys: Sequence[UUID]
 ) -> dict[str, Any]:
-    """Delete rows; say which there were and which there were not (or are not the caller's to
-    see)."""
+    """Delete rows; return the deleted ids, and in ``not_found`` the unknown and invisible ones."""
     found = list(
         await rows.session.scalars(
             rows.select(model, model.id).where(model.id.in_(keys)).with_for_update()
         )
     )
     if found:
-        await forget(rows, model, found)
+        await detach_references(rows, model, found)
         await rows.session.execute(rows.delete(model).where(model.id.in_(found)))
-    return {
-        "deleted": len(found),
-        "ids": found,
-        "not_found": [key for key in dict.fromkeys(keys) if key not in set(found)],
-    }
+    missing = [key for key in dict.fromkeys(keys) if key not in set(found)]
+    return {"deleted": len(found), "ids": found, "not_found": missing}
 
 
-async def forget(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -> None:
-    """Let what is about rows that will be gone point to nothing; an activity keeps their name."""
+async def detach_references(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -> None:
+    """Clear polymorphic references to rows about to be deleted; activities keep their names."""
     for referring in REFERRING if model.kind else ():
         assert referring.about is not None
         kind, key = (getattr(referring, name) for name in referring.about)
@@ -88,10 +86,9 @@ async def forget(rows: WritableRows, model: type[Owned], keys: Sequence[UUID]) -
 
 
 async def _check_references(rows: WritableRows, row: Owned, body: Body) -> None:
-    """Demand that referenced rows and employees are the caller's own tenant's. Raises 422 that
-    names the field."""
+    """Raise 422 that names the field if a reference is to another tenant's or an unknown row."""
     given = body.fields()
-    # the row may hold a reference that the database would refuse with worse words
+    # an automatic flush would let the database refuse the reference with a worse message
     with rows.session.no_autoflush:
         for field, model in REFERENCES.items():
             if given.get(field) is not None:
@@ -99,18 +96,18 @@ async def _check_references(rows: WritableRows, row: Owned, body: Body) -> None:
         if given.get("assigned_to") is not None:
             await rows.check_employee(given["assigned_to"])
         if row.about is not None and any(field in given for field in row.about):
-            await _check_about(rows, row, *row.about)
+            await _check_about(rows, row, row.about)
 
 
-async def _check_about(rows: WritableRows, row: Owned, kind_field: str, key_field: str) -> None:
-    """Check what an activity, a document or a task is about, and name it in an activity."""
+async def _check_about(rows: WritableRows, row: Owned, fields: tuple[str, str]) -> None:
+    """Check a polymorphic reference; set ``related_name`` of an activity."""
+    kind_field, key_field = fields
     kind, key = getattr(row, kind_field), getattr(row, key_field)
     if key is None:
         return
     if kind is None:
-        raise ApiError(
-            422, f"{kind_field}: say what kind of record {key_field} is", field=kind_field
-        )
+        message = f"{kind_field}: required together with {key_field}"
+        raise ApiError(422, message, field=kind_field)
     found = await rows.find(REFERABLE[kind], key, field=key_field)
     if isinstance(row, Activity):
         row.related_name = found.display_name[:300]

@@ -1,5 +1,4 @@
-"""CSV files as people have them: any encoding, any delimiter, odd headers; and what their columns
-mean."""
+"""CSV files of any encoding, delimiter and header, and the meaning of their columns."""
 
 import csv
 import re
@@ -15,46 +14,75 @@ SAMPLE = 100_000
 DELIMITERS = ",;\t|"
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 DATE_FORMATS = ("%Y-%m-%d", "%d-%m-%y", "%d-%m-%Y", "%m-%d-%y", "%m-%d-%Y", "%Y-%m-%dT%H:%M:%S")
-"""Tried in this order on a whole column, with ``/`` and ``.`` read as ``-``: the first that fits
-every value counts."""
+"""Tried in this order on a whole column, with ``/`` and ``.`` replaced by ``-``. The first that
+fits every value is used."""
 
-SYNONYMS: Mapping[str, Mapping[str, str]] = {
+_PERSON = {
+    "full_name": "name fullname",
+    "first_name": "firstname givenname",
+    "last_name": "lastname surname familyname",
+    "email": "emailaddress",
+    "phone": "phone1 phonenumber telephone",
+    "job_title": "position title",
+    "zip": "postcode zipcode postalcode",
+}
+_NAMES: Mapping[str, Mapping[str, str]] = {
     "accounts": {
-        "account": "name", "company": "name", "companyname": "name", "organization": "name", "organisation": "name",
-        "sector": "industry", "employees": "employee_count", "numberofemployees": "employee_count", "revenue": "annual_revenue",
-        "turnover": "annual_revenue", "officelocation": "country", "url": "website", "homepage": "website", "address": "street",
-        "postcode": "zip", "zipcode": "zip", "postalcode": "zip", "phonenumber": "phone", "emailaddress": "email",
+        "name": "account company companyname organization organisation",
+        "industry": "sector",
+        "employee_count": "employees numberofemployees",
+        "annual_revenue": "revenue turnover",
+        "country": "officelocation",
+        "website": "url homepage",
+        "street": "address",
+        "zip": "postcode zipcode postalcode",
+        "phone": "phonenumber",
+        "email": "emailaddress",
     },
     "contacts": {
-        "name": "full_name", "fullname": "full_name", "firstname": "first_name", "givenname": "first_name",
-        "lastname": "last_name", "surname": "last_name",
-        "familyname": "last_name", "emailaddress": "email", "phone1": "phone", "phonenumber": "phone", "telephone": "phone",
-        "phone2": "mobile", "mobilephone": "mobile", "cell": "mobile", "company": "account", "organization": "account",
-        "organisation": "account", "accountname": "account", "position": "job_title", "title": "job_title",
-        "source": "lead_source", "street": "address", "postcode": "zip", "zipcode": "zip", "postalcode": "zip",
+        **_PERSON,
+        "mobile": "phone2 mobilephone cell",
+        "account": "company organization organisation accountname",
+        "lead_source": "source",
+        "address": "street",
     },
     "leads": {
-        "name": "full_name", "fullname": "full_name", "firstname": "first_name", "givenname": "first_name",
-        "lastname": "last_name", "surname": "last_name",
-        "familyname": "last_name", "emailaddress": "email", "phone1": "phone", "phonenumber": "phone", "telephone": "phone",
-        "organization": "company", "organisation": "company", "companyname": "company", "accountname": "account",
-        "position": "job_title", "title": "job_title", "leadsource": "source", "value": "estimated_value", "street": "address",
-        "postcode": "zip", "zipcode": "zip", "postalcode": "zip",
+        **_PERSON,
+        "company": "organization organisation companyname",
+        "account": "accountname",
+        "source": "leadsource",
+        "estimated_value": "value",
+        "address": "street",
     },
     "opportunities": {
-        "opportunity": "name", "deal": "name", "dealname": "name", "opportunityname": "name", "dealstage": "stage",
-        "status": "stage", "closevalue": "amount", "value": "amount", "dealvalue": "amount", "accountname": "account",
-        "company": "account", "salesagent": "assigned_to", "owner": "assigned_to", "closedate": "close_date",
+        "name": "opportunity deal dealname opportunityname",
+        "stage": "dealstage status",
+        "amount": "closevalue value dealvalue",
+        "account": "accountname company",
+        "assigned_to": "salesagent owner",
+        "close_date": "closedate",
     },
-}  # fmt: skip
-"""What columns of other systems are called, in letters and digits only."""
+}
+SYNONYMS: Mapping[str, Mapping[str, str]] = {
+    module: {name: field for field, names in fields.items() for name in names.split()}
+    for module, fields in _NAMES.items()
+}
+"""For each module: names of columns in other systems (letters and digits only), and the field."""
 
 STAGES = {
-    "won": "closed_won", "closedwon": "closed_won", "lost": "closed_lost", "closedlost": "closed_lost",
-    "engaging": "qualification", "qualified": "qualification", "prospect": "prospecting", "quote": "proposal",
+    "won": "closed_won",
+    "closedwon": "closed_won",
+    "lost": "closed_lost",
+    "closedlost": "closed_lost",
+    "engaging": "qualification",
+    "qualified": "qualification",
+    "prospect": "prospecting",
+    "quote": "proposal",
     "negotiating": "negotiation",
-}  # fmt: skip
-NOTHING = (
+}
+"""Names of stages in other systems."""
+
+IGNORED = (
     "index",
     "row",
     "rownumber",
@@ -65,10 +93,11 @@ NOTHING = (
     "contactname",
     "leadname",
 )
-"""Columns that say nothing of a record, or what only the server says."""
-REJECTED = ("line", "reason")
-"""The columns before the row itself in a file of rejected rows, which can be mended and imported
-again."""
+"""Columns without information about a record, or with values that only the server sets."""
+
+REJECT_COLUMNS = ("line", "reason")
+"""The first columns of a file of rejected rows; such a file can be corrected and imported again."""
+
 IDENTITIES = (
     "externalid",
     "organizationid",
@@ -78,16 +107,16 @@ IDENTITIES = (
     "contactid",
     "leadid",
 )
-"""What the column is called that names a row in its own system, unless it is called id."""
+"""Names of the column that identifies a row in its own system, besides ``id``."""
 
 
 class UnreadableFile(ValueError):
-    """The file is no CSV that can be imported; the message says why."""
+    """The file is not a CSV file that can be imported; the message says why."""
 
 
 @dataclass(frozen=True)
 class CsvFile:
-    """A file, read: unique column names, and rows as (line number, values)."""
+    """The content of a file, with unique column names."""
 
     path: Path
     encoding: str
@@ -107,18 +136,20 @@ class CsvFile:
                 f"{path}: not readable as {encoding}: {error.reason} at byte {error.start}"
             ) from None
         if "\x00" in text[:SAMPLE]:
-            raise UnreadableFile(f"{path}: this is no text file")
+            raise UnreadableFile(f"{path}: not a text file")
         first = text.partition("\n")[0]
         delimiter = max(DELIMITERS, key=first.count) if any(map(first.count, DELIMITERS)) else ","
         csv.field_size_limit(MAX_FIELD)
         _, header = next(_rows(text, delimiter), (0, []))
         if not any(cell.strip() for cell in header):
-            raise UnreadableFile(f"{path}: the first line names no columns")
+            raise UnreadableFile(f"{path}: the first line has no column names")
         return cls(path, encoding, delimiter, _unique(header), text)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield the line at which each row begins, and its cells; blank lines are left out. Raises
-        ``UnreadableFile``."""
+        """Yield each row as (number of its first line, cells), without blank lines.
+
+        Raises ``UnreadableFile``.
+        """
         rows = _rows(self.text, self.delimiter)
         next(rows, None)
         try:
@@ -128,53 +159,54 @@ class CsvFile:
 
 
 def plain(name: str) -> str:
-    """Return the letters and digits of a column's name."""
+    """Return the letters and digits of a name, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def guess_mapping(columns: Sequence[str], kind: str, fields: Sequence[str]) -> dict[str, str]:
-    """Guess which field each column means; columns that mean none are metadata under their own
-    name. First come, first served."""
+    """Guess the field of each column; "" drops a column, and columns left out are metadata.
+
+    If two columns match one field, the first is used.
+    """
     known = {plain(field): field for field in fields}
     synonyms = SYNONYMS[kind]
+    rejected = tuple(columns[: len(REJECT_COLUMNS)]) == REJECT_COLUMNS
     mapping: dict[str, str] = {}
     for place, column in enumerate(columns):
-        word = plain(column)
-        field = known.get(word) or synonyms.get(word)
+        name = plain(column)
+        field = known.get(name) or synonyms.get(name)
         if field and field not in mapping.values():
             mapping[column] = field
-        elif word in NOTHING or (place < len(REJECTED) and tuple(columns[:2]) == REJECTED):
+        elif name in IGNORED or (rejected and place < len(REJECT_COLUMNS)):
             mapping[column] = ""
     return mapping
 
 
 def identity_column(columns: Sequence[str], mapping: Mapping[str, str]) -> str | None:
-    """Find the column that names a row in its own system."""
+    """Return the column that identifies a row in its own system, or None."""
     words = {plain(column): column for column in columns if column not in mapping}
     return next((words[word] for word in ("id", *IDENTITIES) if word in words), None)
 
 
 def date_format(values: Sequence[str]) -> str | None:
-    """Find the one format that fits all dates of a column, or None."""
+    """Return the first format that fits all dates of a column, or None."""
     given = [_dashed(value) for value in values if value.strip()]
     return next((form for form in DATE_FORMATS if all(_fits(value, form) for value in given)), None)
 
 
 def read_date(value: str, form: str | None) -> date:
-    """Read a date. Raises ``ValueError``."""
+    """Parse a date. Raises ``ValueError``."""
     return datetime.strptime(_dashed(value), form or DATE_FORMATS[0]).date()
 
 
 def read_number(value: str) -> str:
-    """Take currency signs, blanks and separators of thousands out of a number: 1,234.50 and
-    1.234,50 alike."""
+    """Remove currency signs, blanks and thousands separators: 1,234.50 and 1.234,50 are equal."""
     text = re.sub(r"[^\d,.\-+eE]", "", value)
     if "," in text and "." in text:
-        text = (
-            text.replace(",", "")
-            if text.rindex(".") > text.rindex(",")
-            else text.replace(".", "").replace(",", ".")
-        )
+        if text.rindex(".") > text.rindex(","):
+            text = text.replace(",", "")
+        else:
+            text = text.replace(".", "").replace(",", ".")
     elif re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
         text = text.replace(",", "")
     return text.replace(",", ".")
@@ -205,8 +237,10 @@ def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _unique(header: Sequence[str]) -> tuple[str, ...]:
-    """Name every column once: a repeated name gets a number, a blank one its place. Metadata has
-    small letters only."""
+    """Make column names unique without regard to case, because metadata keys are lower case.
+
+    A repeated name gets a number, a blank name its position.
+    """
     names: list[str] = []
     taken: set[str] = set()
     for place, cell in enumerate(header, 1):

@@ -1,8 +1,8 @@
 """Access to rows: the one place where tenant and visibility are applied.
 
 Handlers get a ``Rows`` and cannot select, change or delete anything that their caller may not see;
-none of them writes a tenant filter of its own. A session ends before the answer is sent (its
-dependency has function scope), so that what an answer acknowledges is committed.
+no handler writes a tenant filter of its own. A session ends before the response is sent (its
+dependency has function scope), so everything that a response acknowledges is committed.
 """
 
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from crm.auth import CurrentScope, TenantScope, WritingScope
 from crm.errors import ApiError, not_found
-from crm.models import Base, Employee, Owned
+from crm.models import Base, Employee, Owned, as_uuid
 
 T = TypeVar("T", bound=Owned)
 
@@ -25,7 +25,7 @@ T = TypeVar("T", bound=Owned)
 def criteria(
     model: type[Owned], tenant: str | None, visible_ids: tuple[UUID, ...] | None
 ) -> tuple[ColumnElement[bool], ...]:
-    """Put a scope into SQL: remembered, as that takes longer than to send it."""
+    """Return the WHERE clause of a scope. Cached: building it takes longer than sending it."""
     columns = model.__table__.c  # type: ignore[attr-defined]
     found: list[ColumnElement[bool]] = []
     if tenant is not None:
@@ -36,18 +36,21 @@ def criteria(
 
 
 class Rows:
-    """What one caller may see, to be read: a plain connection, as no reading needs the ORM."""
+    """The rows that one caller may see, for reading.
+
+    It uses a plain connection, because reading needs no ORM.
+    """
 
     def __init__(self, run: AsyncConnection | AsyncSession, scope: TenantScope) -> None:
         self._run = run
         self.scope = scope
 
     async def execute(self, statement: Select[Any]) -> Any:
-        """Run a statement."""
+        """Run a statement and return its result."""
         return await self._run.execute(statement)
 
     async def scalar(self, statement: Select[Any]) -> Any:
-        """Run a statement; return the first column of its first row."""
+        """Run a statement and return the first column of its first row."""
         return await self._run.scalar(statement)
 
     def visible(self, model: type[Owned]) -> tuple[ColumnElement[bool], ...]:
@@ -55,33 +58,38 @@ class Rows:
         return criteria(model, self.scope.tenant, self.scope.visible_ids)
 
     def select(self, model: type[Owned], *columns: Any) -> Select[Any]:
-        """Begin to select columns of a table (or, of ``WritableRows``, the model itself)."""
+        """Return a SELECT of visible rows: of columns, or (``WritableRows``) of the model."""
         table = model.__table__  # type: ignore[attr-defined]
         return select(*(columns or (model,))).select_from(table).where(*self.visible(model))
 
 
 class WritableRows(Rows):
-    """What one caller may see and change: a session in a transaction."""
+    """The rows that one caller may see and change: a session in a transaction."""
 
     def __init__(self, session: AsyncSession, scope: TenantScope) -> None:
         super().__init__(session, scope)
         self.session = session
 
     def update(self, model: type[Owned], *, unseen: bool = False) -> Update:
-        """Begin to change many rows of a table; ``unseen`` also those that the caller does not see:
-        what refers to a row that he changes must follow, whoever it is assigned to."""
+        """Return an UPDATE of visible rows, or with ``unseen`` of all rows of the tenant.
+
+        ``unseen`` is for references: they follow a changed row even in rows that the caller does
+        not see.
+        """
         scope = (
             (model.tenant_id == UUID(self.scope.tenant or ""),) if unseen else self.visible(model)
         )
         return update(model).where(*scope)
 
     def delete(self, model: type[Owned]) -> Delete:
-        """Begin to delete many rows of a table."""
+        """Return a DELETE of visible rows."""
         return delete(model).where(*self.visible(model))
 
     async def get(self, model: type[T], key: str | UUID, *, lock: bool = False) -> T:
-        """Return a row, locked until the end of the transaction if asked. Raises 404 for unknown,
-        foreign and invisible ones."""
+        """Return a row, with ``lock`` locked until the end of the transaction.
+
+        Raises 404 for unknown, foreign and invisible rows.
+        """
         identity = as_uuid(key)
         statement = self.select(model).where(model.id == identity)
         found: T | None = None
@@ -94,14 +102,14 @@ class WritableRows(Rows):
         return found
 
     async def find(self, model: type[T], key: UUID, *, field: str) -> T:
-        """Return a referenced row. Raises 422 that names the field where the caller sees none."""
+        """Return a referenced row. Raises 422 that names the field if it is not visible."""
         found: T | None = await self.session.scalar(self.select(model).where(model.id == key))
         if found is None:
             raise ApiError(422, f"{field}: no such {model.title}", field=field)
         return found
 
     async def check_employee(self, key: UUID) -> None:
-        """Demand that rows are assigned to an employee of the tenant. Raises 422."""
+        """Raise 422 unless this is an employee of the tenant."""
         known = select(Employee.id).where(
             Employee.id == key, Employee.tenant_id == UUID(self.scope.tenant or "")
         )
@@ -115,22 +123,14 @@ class WritableRows(Rows):
         self.session.add(row)
 
 
-def as_uuid(key: str | UUID) -> UUID | None:
-    """Read an id, or return None for what cannot be one."""
-    try:
-        return key if isinstance(key, UUID) else UUID(key)
-    except ValueError:
-        return None
-
-
 async def reading_rows(request: Request, scope: CurrentScope) -> AsyncIterator[Rows]:
-    """Take a connection."""
+    """Yield rows on a connection of the pool."""
     async with request.app.state.reading.connect() as connection:
         yield Rows(connection, scope)
 
 
 async def writing_rows(request: Request, scope: WritingScope) -> AsyncIterator[WritableRows]:
-    """Open a transaction; it commits when the handler returns and rolls back when it raises."""
+    """Yield rows in a transaction: committed when the handler returns, rolled back if it raises."""
     async with request.app.state.sessions.begin() as session:
         yield WritableRows(session, scope)
 

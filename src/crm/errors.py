@@ -1,5 +1,4 @@
-"""Errors as the API answers them: one envelope, a message that names the field, never the
-database's own words."""
+"""Error responses: one envelope, a message that names the field, never the database's own text."""
 
 import logging
 from typing import Any, Literal
@@ -18,32 +17,33 @@ log = logging.getLogger("crm")
 
 
 class Problem(BaseModel):
-    """The answer to a request that failed."""
+    """The response to a request that failed."""
 
     status: Literal["error"]
-    message: str = Field(description="What is wrong, beginning with the field when there is one")
+    message: str = Field(description="What is wrong; it begins with the field, if there is one")
     field: str | None = Field(None, description="The field that is wrong")
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {
         "model": Problem,
-        "description": "The request cannot be served as it is: the message says why",
+        "description": "The request is invalid or not allowed; the message says why",
     },
     503: {
         "model": Problem,
-        "description": "The database, or for routes about the cache the cache, is away: try again",
+        "description": "The database is unavailable (on routes about the cache: the cache "
+        "server or the audit log); try again",
     },
 }
-"""What every route may answer besides success."""
+"""The error responses of every route."""
 
-AWAY = ("08", "57P", "53300")
-"""SQLSTATEs of a server that starts, stops, or has no connection left: connection exceptions,
-operator interventions."""
+UNAVAILABLE = ("08", "57P", "53300")
+"""SQLSTATEs of a server that starts, stops, or has no free connection: connection exceptions,
+operator interventions, too many connections (PostgreSQL, appendix A)."""
 
 
 class ApiError(Exception):
-    """An answer that is an error: status, message, and what else helps the caller."""
+    """An error response: status, message, and further members of the envelope."""
 
     def __init__(self, status: int, message: str, **extra: Any) -> None:
         super().__init__(message)
@@ -52,48 +52,41 @@ class ApiError(Exception):
         self.extra = extra
 
 
-class ErrorResponse(ApiError, Denied):
-    """The caller is unknown (401) or may not do this (403, 404 for what he may not know of, 400 for
-    a missing tenant)."""
+class AccessDenied(ApiError, Denied):
+    """The caller is unknown (401) or may not do this.
+
+    403: forbidden. 404: the caller may not know that it exists. 400: no tenant was named.
+    """
 
 
 def not_found(title: str) -> ApiError:
-    """Answer for a row that does not exist, is another tenant's, or is invisible: the same in all
-    three cases."""
-    return ApiError(404, f"{capital(title)} not found")
+    """Return the 404 for a row that is unknown, another tenant's, or invisible: always the same."""
+    return ApiError(404, f"{capitalize(title)} not found")
 
 
-def capital(words: str) -> str:
-    """Begin a sentence."""
-    return words[:1].upper() + words[1:]
+def capitalize(text: str) -> str:
+    """Return the text with its first letter in upper case and the others unchanged."""
+    return text[:1].upper() + text[1:]
 
 
 def respond(data: Any, *, status: int = 200, message: str | None = None) -> Response:
-    """Encode a success envelope once."""
-    envelope = (
-        {"status": "success", "data": data}
-        if message is None
-        else {"status": "success", "data": data, "message": message}
-    )
-    # default=str: the driver's UUIDs are a class of its own
-    return Response(
-        orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z),
-        status,
-        media_type="application/json",
-    )
+    """Return a success envelope."""
+    envelope = {"status": "success", "data": data}
+    if message is not None:
+        envelope["message"] = message
+    # default=str: the driver's UUIDs are of a class of their own
+    content = orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z)
+    return Response(content, status, media_type="application/json")
 
 
 def fail(status: int, message: str, **extra: Any) -> Response:
-    """Encode an error envelope."""
-    return Response(
-        orjson.dumps({"status": "error", "message": message, **extra}, default=str),
-        status,
-        media_type="application/json",
-    )
+    """Return an error envelope."""
+    content = orjson.dumps({"status": "error", "message": message, **extra}, default=str)
+    return Response(content, status, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every kind of failure with the envelope."""
+    """Turn every kind of exception into an error envelope."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -116,9 +109,8 @@ def install(app: FastAPI) -> None:
         if not problems:
             return fail(422, "Invalid request")
         first = problems[0]
-        return fail(
-            422, f"{first['field']}: {first['problem']}", field=first["field"], details=problems
-        )
+        message = f"{first['field']}: {first['problem']}"
+        return fail(422, message, field=first["field"], details=problems)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -132,26 +124,26 @@ def install(app: FastAPI) -> None:
         return fail(
             409,
             "The change contradicts other data",
-            hint="a referenced record may be gone, or a unique value taken",
+            hint="a referenced record may have been deleted, or a unique value is in use",
         )
 
     @app.exception_handler(OperationalError)
     @app.exception_handler(InterfaceError)
     @app.exception_handler(OSError)
-    async def database_away(request: Request, error: Exception) -> Response:
-        log.error("the database is away: %s", type(error).__name__)
+    async def database_unavailable(request: Request, error: Exception) -> Response:
+        log.error("the database is unavailable: %s", type(error).__name__)
         return fail(503, "Database unavailable")
 
     @app.exception_handler(AuditLogUnavailable)
-    async def not_trailed(request: Request, error: AuditLogUnavailable) -> Response:
-        log.error("nothing was done, as it could not be written down who did it: %s", error)
-        return fail(503, "Not done, as it cannot be written down just now who did it: try again")
+    async def audit_log_unavailable(request: Request, error: AuditLogUnavailable) -> Response:
+        log.error("the audit log is unavailable, so the action was refused: %s", error)
+        return fail(503, "The audit log is unavailable; nothing was changed: try again")
 
     @app.exception_handler(DBAPIError)
-    async def database_refused(request: Request, error: DBAPIError) -> Response:
+    async def database_error(request: Request, error: DBAPIError) -> Response:
         state = str(getattr(error.orig, "sqlstate", None) or "")
-        if error.connection_invalidated or state.startswith(AWAY):
-            return await database_away(request, error.orig or error)
+        if error.connection_invalidated or state.startswith(UNAVAILABLE):
+            return await database_unavailable(request, error.orig or error)
         log.error(
             "the database refused a statement of %s %s",
             request.method,
@@ -166,6 +158,5 @@ def install(app: FastAPI) -> None:
 
 
 def _field(location: tuple[Any, ...]) -> str:
-    """Name the field of a validation error as the caller wrote it: without 'body' or 'query' before
-    it."""
+    """Return the field of a validation error, without the leading ``body`` or ``query``."""
     return ".".join(str(part) for part in location[1:]) or str(location[0])

@@ -1,5 +1,7 @@
-"""Exporting a module to CSV: what ``python -m crm export`` does. The file can be imported again,
-and then changes nothing."""
+"""The export of a module to CSV: what ``python -m crm export`` does.
+
+Importing the file again changes nothing.
+"""
 
 import csv
 from collections.abc import AsyncIterator
@@ -17,34 +19,45 @@ from crm.listing import select_records
 from crm.routes.reports import MODULES
 
 PAGE = 1000
-NOBODY = UUID(int=0)
+SMALLEST = UUID(int=0)
 
 
-async def export(engine: AsyncEngine, tenant: UUID, module: str, file: IO[str]) -> int:
-    """Write all records of a tenant's module, as of one moment; return how many. The column
-    ``metadata`` holds JSON."""
+async def export(engine: AsyncEngine, tenant: UUID, module: str, *, file: IO[str]) -> int:
+    """Write all records of a tenant's module, from one database snapshot; return their number.
+
+    The column ``metadata`` contains JSON. One statement per 1,000 records.
+    """
     model = MODULES[module]
-    scope = TenantScope(str(tenant), b"", NOBODY, "", "admin", None, DEFAULT_TIMEZONE)
+    scope = TenantScope(
+        tenant=str(tenant),
+        fingerprint=b"",
+        user_id=SMALLEST,
+        email="",
+        role="admin",
+        visible_ids=None,
+        timezone=DEFAULT_TIMEZONE,
+    )
     writer = csv.writer(file)
     written = 0
     async with engine.connect() as plain:
         connection = await plain.execution_options(isolation_level="REPEATABLE READ")
-        every = select_records(Rows(connection, scope), model)
-        names = [name for name in every.selected_columns.keys() if name != "tenant_id"]  # noqa: SIM118 - no dictionary
+        statement = select_records(Rows(connection, scope), model)
+        columns = statement.selected_columns
+        names = [name for name in columns.keys() if name != "tenant_id"]  # noqa: SIM118 - no dict
         writer.writerow(names)
-        async for page in _pages(connection, every):
+        async for page in _pages(connection, statement):
             writer.writerows([_cell(record[name]) for name in names] for record in page)
             written += len(page)
     return written
 
 
 async def _pages(
-    connection: AsyncConnection, every: Select[Any]
+    connection: AsyncConnection, statement: Select[Any]
 ) -> AsyncIterator[list[dict[str, Any]]]:
-    key = every.selected_columns["id"]
-    after = NOBODY
+    key = statement.selected_columns["id"]
+    after = SMALLEST
     while True:
-        page = every.where(key > after).order_by(key).limit(PAGE)
+        page = statement.where(key > after).order_by(key).limit(PAGE)
         records = orjson.loads(await connection.scalar(select(JsonRows(page))))
         if not records:
             return
@@ -53,7 +66,7 @@ async def _pages(
 
 
 def _cell(value: Any) -> Any:
-    """Write words with commas between them, other structures as JSON, and nothing as a blank."""
+    """Format a value: tags separated by commas, other structures as JSON, null as a blank cell."""
     if isinstance(value, list) and not any("," in word for word in value):
         return ", ".join(value)
     if isinstance(value, dict | list):

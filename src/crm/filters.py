@@ -1,8 +1,7 @@
-"""The ``filter`` parameter of lists: a small query language in JSON, with bounds, over whitelisted
-columns.
+"""The ``filter`` parameter of lists: a bounded query language in JSON over the columns of a table.
 
-``{"status": "new"}``, ``{"score": {"$gte": 50}}``, ``{"$or": [{"city": {"$icontains": "x"}},
-{"assigned_to": null}]}``. Fields and operators that stand side by side must all hold.
+Examples: ``{"status": "new"}``, ``{"score": {"$gte": 50}}``, ``{"$or": [{"city": {"$icontains":
+"x"}}, {"assigned_to": null}]}``. All members of an object must match.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +50,7 @@ _TEXTS = ("$contains", "$icontains", "$startswith")
 def parse_filter(
     text: str | None, table: Table, *, field: str = "filter"
 ) -> list[ColumnElement[bool]]:
-    """Turn the parameter into criteria. Raises 400 that says what is wrong and where."""
+    """Return the criteria of a filter. Raises 400 that names the problem and its place."""
     if not text:
         return []
     if len(text) > MAX_LENGTH:
@@ -64,8 +63,7 @@ def parse_filter(
 
 
 def parse_values(text: str | None, column: Column[Any], *, field: str) -> list[ColumnElement[bool]]:
-    """Read a plain parameter that may also be an operator in JSON: ``lost`` or ``{"$nin":
-    ["lost"]}``."""
+    """Return the criteria of a parameter: a value (``lost``) or JSON (``{"$nin": ["lost"]}``)."""
     if text is None:
         return []
     if text.startswith("{"):
@@ -77,7 +75,7 @@ def parse_values(text: str | None, column: Column[Any], *, field: str) -> list[C
 
 
 def contains(column: Any, text: str) -> ColumnElement[bool]:
-    """Match text anywhere in a column, without case; % and _ stand for themselves."""
+    """Return a case-insensitive substring match; % and _ have no special meaning."""
     return column.icontains(text, autoescape=True)  # type: ignore[no-any-return]
 
 
@@ -89,7 +87,7 @@ def _json(text: str, field: str) -> Any:
 
 
 class _Parser:
-    """Reads one document; counts its terms."""
+    """Parses one filter document and counts its terms."""
 
     def __init__(self, table: Table, field: str) -> None:
         self._table = table
@@ -98,7 +96,7 @@ class _Parser:
 
     def document(self, document: Any, depth: int) -> ColumnElement[bool]:
         if not isinstance(document, dict) or not document:
-            self._refuse("an object with at least one field is expected")
+            self._refuse("must be an object with at least one field")
         if depth > MAX_DEPTH:
             self._refuse(f"nested deeper than {MAX_DEPTH}")
         return and_(*(self._member(name, value, depth) for name, value in document.items()))
@@ -118,7 +116,7 @@ class _Parser:
         if not isinstance(value, dict):
             return _COMPARE["$eq"](column, self.value(column, value))
         if not value:
-            self._refuse(f"{name}: an operator is expected")
+            self._refuse(f"{name}: must be a value or an object with an operator")
         return and_(
             *(self._operator(column, operator, operand) for operator, operand in value.items())
         )
@@ -134,31 +132,27 @@ class _Parser:
                 self._refuse(
                     f"{column.name}: {operator} needs a list of at most {MAX_TERMS} values"
                 )
-            values = [self.value(column, one) for one in operand]
+            values = [self.value(column, item) for item in operand]
             found = or_(
-                column.in_([one for one in values if one is not None]),
+                column.in_([value for value in values if value is not None]),
                 column.is_(None) if None in values else False,
             )
-            return (
-                found
-                if operator == "$in"
-                else or_(not_(found), column.is_(None) if None not in values else False)
-            )
+            if operator == "$in":
+                return found
+            return or_(not_(found), column.is_(None) if None not in values else False)
         if operator in _TEXTS:
             if not isinstance(operand, str) or not isinstance(column.type, String | Text):
-                self._refuse(f"{column.name}: {operator} needs text, on a text field")
+                self._refuse(f"{column.name}: {operator} needs a text, and a text field")
             text = self.value(column, operand)
             if operator == "$icontains":
                 return contains(column, text)
-            return (
-                column.contains(text, autoescape=True)
-                if operator == "$contains"
-                else column.startswith(text, autoescape=True)
-            )
+            if operator == "$contains":
+                return column.contains(text, autoescape=True)
+            return column.startswith(text, autoescape=True)
         return self._refuse(f"{column.name}: unknown operator {operator!r}")
 
     def value(self, column: Column[Any], value: Any) -> Any:
-        """Bring a JSON value to the column's type."""
+        """Convert a JSON value to the column's type. Raises 400."""
         if value is None:
             return None
         kind = column.type

@@ -1,8 +1,8 @@
-"""Importing CSV files: what ``python -m crm import`` does.
+"""The import of CSV files: what ``python -m crm import`` does.
 
-Rows are checked by the same bodies as requests. A row's id follows from its tenant and from what
-names it (an id column, else its name or mail), so repeating an import changes nothing. Each batch
-is one transaction, sent as one statement; the watched engine tells the cache.
+The bodies of requests also check rows. The id of a row is derived from its tenant and from what
+identifies it (an id column, else its name or email), so a repeated import changes nothing. Each
+batch is one transaction; the watched engine sends the invalidations.
 """
 
 import csv
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
 import orjson
@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from crm.bodies import SERVER_FIELDS
 from crm.csv_files import (
-    REJECTED,
+    REJECT_COLUMNS,
     STAGES,
     CsvFile,
     date_format,
@@ -33,7 +33,7 @@ from crm.csv_files import (
     read_date,
     read_number,
 )
-from crm.models import Account, Activity, Contact, Employee, Lead, Owned, Person, Tenant
+from crm.models import Account, Activity, Contact, Employee, Lead, Owned, Person, Tenant, as_uuid
 from crm.module import Module
 from crm.routes.accounts import accounts
 from crm.routes.contacts import contacts
@@ -48,29 +48,37 @@ MODULES: dict[str, Module] = {
 }
 NAMESPACE = UUID("0f3e5c52-3f0e-4f43-9d0e-8f6f0a9f1a77")
 BATCH = 500
-PSEUDO: dict[str, tuple[str, ...]] = {
+EXTRA_FIELDS: dict[str, tuple[str, ...]] = {
     "accounts": (),
     "contacts": ("account", "full_name"),
     "leads": ("account", "full_name"),
     "opportunities": ("account",),
 }
-"""Fields that are no columns: the name of an account, and first and last name in one."""
-NATURAL = {
+"""Fields that have no column: the name of an account, and first and last name in one."""
+NATURAL_KEYS = {
     "accounts": (("name",),),
     "contacts": (("email",), ("first_name", "last_name", "phone")),
     "leads": (("email",), ("first_name", "last_name", "phone", "company")),
     "opportunities": (("name", "account", "close_date", "amount"),),
 }
-"""What names a row where no column does: the first of these whose fields are given."""
+"""The fields that identify a row without an id column: the first key whose first field is given."""
 
 
 class WrongMapping(ValueError):
     """``--map`` names a column or a field that does not exist."""
 
 
+class BatchResult(NamedTuple):
+    """The number of rows of a batch that were created, updated and left unchanged."""
+
+    created: int
+    updated: int
+    unchanged: int
+
+
 @dataclass
 class ImportResult:
-    """What became of the rows of a file."""
+    """The number of rows of a file, by what was done with them."""
 
     read: int = 0
     created: int = 0
@@ -80,22 +88,39 @@ class ImportResult:
     unlinked: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def stored(self) -> int:
+        """The number of rows that are in the database."""
+        return self.created + self.updated + self.unchanged
+
+    def count(self, batch: BatchResult) -> None:
+        """Add the rows of a stored batch."""
+        self.created += batch.created
+        self.updated += batch.updated
+        self.unchanged += batch.unchanged
+
 
 @dataclass(frozen=True)
 class ExistingRecords:
-    """The records of the tenant that rows refer to by name, in lower case without needless
-    blanks."""
+    """The records of the tenant that rows may refer to.
+
+    ``accounts`` and ``employees`` map a name (lower case, single spaces) to an id. ``ids`` maps a
+    field to the ids that it may contain.
+    """
 
     tenant: UUID
     accounts: Mapping[str, UUID]
     employees: Mapping[str, UUID]
     ids: Mapping[str, frozenset[UUID]]
-    """Of each field that refers to a record: what it may refer to."""
 
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """How a file becomes rows of a table."""
+    """How the rows of a file become rows of a table.
+
+    ``mapping`` maps columns to fields ("" drops a column); other columns are metadata.
+    ``identity`` is the column that identifies a row.
+    """
 
     file: CsvFile
     kind: str
@@ -104,9 +129,8 @@ class ImportPlan:
 
     @classmethod
     def make(cls, file: CsvFile, kind: str, given: Mapping[str, str]) -> "ImportPlan":
-        """Guess the mapping, and overrule it by what was given (an empty field drops a column).
-        Raises ``WrongMapping``."""
-        fields = [*_columns(kind), *PSEUDO[kind]]
+        """Guess the mapping and apply the given one on top. Raises ``WrongMapping``."""
+        fields = [*_columns(kind), *EXTRA_FIELDS[kind]]
         for column, name in given.items():
             if column not in file.columns:
                 raise WrongMapping(
@@ -117,28 +141,25 @@ class ImportPlan:
                 raise WrongMapping(
                     f"{kind} have no field {name!r}; known are {', '.join(sorted(fields))}"
                 )
-        guessed = guess_mapping(
-            [column for column in file.columns if column not in given], kind, fields
-        )
+        others = [column for column in file.columns if column not in given]
+        guessed = guess_mapping(others, kind, fields)
         taken = set(given.values())
-        mapping = {column: name for column, name in guessed.items() if name not in taken} | dict(
-            given
-        )
-        mapping = {column: mapping[column] for column in file.columns if column in mapping}
+        merged = {column: name for column, name in guessed.items() if name not in taken}
+        merged |= given
+        mapping = {column: merged[column] for column in file.columns if column in merged}
         if not any(mapping.values()):
             raise WrongMapping(
-                f"{file.path}: no column is known as a field of {kind}: say --map COLUMN=FIELD; "
-                f"its columns are "
-                f"{', '.join(file.columns)}; fields are {', '.join(sorted(fields))}"
+                f"{file.path}: no column is known as a field of {kind}: use --map COLUMN=FIELD; "
+                f"its columns are {', '.join(file.columns)}; fields are "
+                f"{', '.join(sorted(fields))}"
             )
         named = [column for column, name in mapping.items() if name == "id"]
-        return cls(
-            file, kind, mapping, named[0] if named else identity_column(file.columns, mapping)
-        )
+        identity = named[0] if named else identity_column(file.columns, mapping)
+        return cls(file, kind, mapping, identity)
 
     @cached_property
     def dates(self) -> dict[str, str | None]:
-        """The format of each column that holds dates."""
+        """The format of each field that contains dates. Reads the whole file."""
         columns = _columns(self.kind)
         places = {
             name: self.file.columns.index(column)
@@ -147,37 +168,37 @@ class ImportPlan:
         }
         if not places:
             return {}
-        cells = [row for _, row in self.file.rows()]
+        rows = [row for _, row in self.file.rows()]
         return {
-            name: date_format([row[place] for row in cells if place < len(row)])
+            name: date_format([row[place] for row in rows if place < len(row)])
             for name, place in places.items()
         }
 
     def records(
         self,
-        known: ExistingRecords,
-        outcome: ImportResult,
+        existing: ExistingRecords,
+        result: ImportResult,
         reject: Callable[[int, Sequence[str], str], None],
     ) -> Iterator[dict[str, Any]]:
-        """Yield the rows to store; reject what does not fit."""
+        """Yield the rows to store; pass each invalid row to ``reject`` (line, cells, reason)."""
         seen: dict[UUID, int] = {}
         for line, cells in self.file.rows():
-            outcome.read += 1
+            result.read += 1
             try:
-                record = self._record(cells, known, outcome)
+                record = self._record(cells, existing, result)
                 first = seen.setdefault(record["id"], line)
                 if first != line:
                     raise ValueError(f"the same record as in line {first}")
             except (ValueError, ValidationError) as error:
-                outcome.rejected += 1
+                result.rejected += 1
                 reason = _reason(error)
-                outcome.reasons[reason.partition(":")[0]] += 1
+                result.reasons[reason.partition(":")[0]] += 1
                 reject(line, cells, reason)
             else:
                 yield record
 
     def _record(
-        self, cells: Sequence[str], known: ExistingRecords, outcome: ImportResult
+        self, cells: Sequence[str], existing: ExistingRecords, result: ImportResult
     ) -> dict[str, Any]:
         if len(cells) > len(self.file.columns):
             raise ValueError(f"{len(cells)} cells in a file of {len(self.file.columns)} columns")
@@ -186,55 +207,62 @@ class ImportPlan:
             for column, cell in zip(self.file.columns, cells, strict=False)
             if cell.strip()
         }
-        named = given.get(self.identity) if self.identity else None
-        own = UUID(named) if named and _is_uuid(named) and UUID(named) in known.ids["id"] else None
+        external = given.get(self.identity) if self.identity else None
+        own = as_uuid(external) if external else None
+        if own not in existing.ids["id"]:
+            own = None
         if own and self.identity:
             del given[self.identity]
         values, metadata = self._split(given)
         account = values.pop("account", None)
-        self._link(values, metadata, account, known, outcome)
+        self._check_ids(values, existing)
+        if account is not None and self._link_account(values, account, existing) is None:
+            metadata["account"] = account
+            result.unlinked += 1
+        self._link_owner(values, metadata, existing)
         if self.kind == "opportunities" and "name" not in values:
-            values["name"] = (
-                " - ".join(part for part in (account, metadata.get("product")) if part)
-                or "Opportunity"
-            )
+            named = " - ".join(part for part in (account, metadata.get("product")) if part)
+            values["name"] = named or "Opportunity"
         body = MODULES[self.kind].new.model_validate({**values, "metadata": metadata})
         fields = {name: value for name, value in body.fields().items() if value is not None}
-        identity = own or self._identity(named, values, account, known)
+        if own is None:
+            key = self._key({**values, "account": account or ""}, external)
+            own = uuid5(NAMESPACE, "\x1f".join((str(existing.tenant), self.kind, *key)))
         metadata = fields.pop("metadata_", {})
-        return {**fields, "id": identity, "tenant_id": known.tenant, "metadata": metadata}
+        return {**fields, "id": own, "tenant_id": existing.tenant, "metadata": metadata}
 
-    def _link(
-        self,
-        values: dict[str, Any],
-        metadata: dict[str, Any],
-        account: str | None,
-        known: ExistingRecords,
-        outcome: ImportResult,
-    ) -> None:
-        """Turn names of accounts and employees into references; keep names that nobody has as
-        metadata."""
-        for name in known.ids.keys() & values.keys():
-            if name == "assigned_to" and not _is_uuid(values[name]):
-                continue
-            if not _is_uuid(values[name]) or UUID(values[name]) not in known.ids[name]:
+    def _check_ids(self, values: Mapping[str, Any], existing: ExistingRecords) -> None:
+        """Raise ``ValueError`` for the id of a record that the tenant does not have."""
+        for name in existing.ids.keys() & values.keys():
+            key = as_uuid(values[name])
+            if key is None and name == "assigned_to":
+                continue  # the name of an employee
+            if key not in existing.ids[name]:
                 raise ValueError(f"{name}: no such record in this tenant")
-        if (
-            account is not None
-            and "account_id" in _columns(self.kind)
-            and "account_id" not in values
-        ):
-            if (key := known.accounts.get(_folded(account))) is not None:
-                values["account_id"] = key
-            else:
-                metadata["account"] = account
-                outcome.unlinked += 1
+
+    def _link_account(
+        self, values: dict[str, Any], account: str, existing: ExistingRecords
+    ) -> UUID | None:
+        """Refer to the account of this name, unless the row has an account id.
+
+        Return the id, or None if the name is unknown.
+        """
+        if "account_id" not in values and (found := existing.accounts.get(_folded(account))):
+            values["account_id"] = found
+        return values.get("account_id")
+
+    def _link_owner(
+        self, values: dict[str, Any], metadata: dict[str, Any], existing: ExistingRecords
+    ) -> None:
+        """Replace the name of an employee by an id; keep an unknown name as metadata."""
         owner = values.get("assigned_to")
-        if owner is not None and not _is_uuid(owner):
-            if (employee := known.employees.get(_folded(values.pop("assigned_to")))) is not None:
-                values["assigned_to"] = employee
-            else:
-                metadata["owner"] = owner
+        if owner is None or as_uuid(owner) is not None:
+            return
+        employee = existing.employees.get(_folded(values.pop("assigned_to")))
+        if employee is None:
+            metadata["owner"] = owner
+        else:
+            values["assigned_to"] = employee
 
     def _split(self, given: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Split a row into converted fields and metadata."""
@@ -245,9 +273,8 @@ class ImportPlan:
             name = self.mapping.get(column)
             if name == "full_name":
                 first, _, last = cell.rpartition(" ")
-                values |= (
-                    {"first_name": first, "last_name": last} if first else {"first_name": last}
-                )
+                names = {"first_name": first, "last_name": last} if first else {"first_name": last}
+                values |= names
             elif name in columns:
                 values[name] = self._converted(name, cell)
             elif name == "account":
@@ -267,42 +294,28 @@ class ImportPlan:
             if isinstance(kind, Integer | Numeric):
                 return read_number(cell)
             if isinstance(kind, ARRAY):
-                return (
-                    orjson.loads(cell)
-                    if cell.startswith("[")
-                    else [tag.strip() for tag in cell.split(",") if tag.strip()]
-                )
+                if cell.startswith("["):
+                    return orjson.loads(cell)
+                return [tag.strip() for tag in cell.split(",") if tag.strip()]
         except ValueError:
-            raise ValueError(
-                f"{name}: {cell[:50]!r} is no {'date' if isinstance(kind, Date) else 'list'}"
-            ) from None
+            expected = "date" if isinstance(kind, Date) else "list"
+            raise ValueError(f"{name}: {cell[:50]!r} is not a {expected}") from None
         if name in MODULES[self.kind].choices:
             options = {plain(option): option for option in MODULES[self.kind].choices[name]}
-            return options.get(plain(cell)) or (
-                STAGES.get(plain(cell), cell) if name == "stage" else cell
-            )
+            other = STAGES.get(plain(cell), cell) if name == "stage" else cell
+            return options.get(plain(cell)) or other
         return cell
 
-    def _identity(
-        self,
-        named: str | None,
-        values: Mapping[str, Any],
-        account: str | None,
-        known: ExistingRecords,
-    ) -> UUID:
-        """Return the id of a new row, which follows from what names it: the same in every
-        import."""
-        if named is not None:
-            name: tuple[str, ...] = (plain(self.identity or ""), named)
-        else:
-            every = {**values, "account": account or ""}
-            natural = NATURAL[self.kind]
-            chosen = next((names for names in natural if every.get(names[0])), natural[-1])
-            name = tuple(_folded(str(every.get(one) or "")) for one in chosen)
-        return uuid5(NAMESPACE, "\x1f".join((str(known.tenant), self.kind, *name)))
+    def _key(self, values: Mapping[str, Any], external: str | None) -> tuple[str, ...]:
+        """Return what identifies a row: the cell of the identity column, or a natural key."""
+        if external is not None:
+            return (plain(self.identity or ""), external)
+        keys = NATURAL_KEYS[self.kind]
+        chosen = next((names for names in keys if values.get(names[0])), keys[-1])
+        return tuple(_folded(str(values.get(name) or "")) for name in chosen)
 
 
-async def tenant_of(engine: AsyncEngine, slug: str) -> UUID:
+async def tenant_id(engine: AsyncEngine, slug: str) -> UUID:
     """Return the id of a tenant. Raises ``LookupError`` for an unknown one."""
     async with engine.connect() as connection:
         tenant: UUID | None = await connection.scalar(
@@ -314,9 +327,9 @@ async def tenant_of(engine: AsyncEngine, slug: str) -> UUID:
         return tenant
 
 
-async def look_up(engine: AsyncEngine, slug: str, kind: str) -> ExistingRecords:
-    """Read what the rows of a kind may refer to. Raises ``LookupError`` for an unknown tenant."""
-    tenant = await tenant_of(engine, slug)
+async def load_existing(engine: AsyncEngine, slug: str, kind: str) -> ExistingRecords:
+    """Read what rows of a module may refer to: 7 statements. Raises ``LookupError``."""
+    tenant = await tenant_id(engine, slug)
     async with engine.connect() as connection:
         accounts = (
             select(Account.name, Account.id)
@@ -333,21 +346,19 @@ async def look_up(engine: AsyncEngine, slug: str, kind: str) -> ExistingRecords:
             ("contact_id", Contact),
             ("lead_id", Lead),
         ):
-            ids[name] = frozenset(
-                await connection.scalars(select(model.id).where(model.tenant_id == tenant))
-            )
+            found = select(model.id).where(model.tenant_id == tenant)
+            ids[name] = frozenset(await connection.scalars(found))
         return ExistingRecords(tenant, by_name, people, ids)
 
 
-async def store(
-    engine: AsyncEngine, kind: str, records: Sequence[dict[str, Any]], outcome: ImportResult
-) -> None:
-    """Insert or update one batch in one transaction; activities about a row follow its new name."""
+async def store(engine: AsyncEngine, kind: str, records: Sequence[dict[str, Any]]) -> BatchResult:
+    """Insert or update one batch in one transaction; update the names in its activities."""
     table = MODULES[kind].model.__table__  # type: ignore[attr-defined]
     names = {name for record in records for name in record}
     optional = {name for name in names if table.c[name].nullable}
+    # a column with a default is named only for the rows that have a value for it
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for record in records:  # a column with a default is named only for the rows that give it
+    for record in records:
         groups.setdefault(tuple(sorted(optional | record.keys())), []).append(record)
     tenant = records[0]["tenant_id"]
     options = {"respcache_writes": (table.name,), "respcache_tenant": str(tenant)}
@@ -363,36 +374,38 @@ async def store(
                 updated += [] if is_new else [key]
         if updated:
             await connection.execute(_renamed(MODULES[kind].model, tenant, updated))
-    outcome.created += created
-    outcome.updated += len(updated)
-    outcome.unchanged += len(records) - created - len(updated)
+    return BatchResult(created, len(updated), len(records) - created - len(updated))
 
 
 def batches(records: Iterator[dict[str, Any]], size: int = BATCH) -> Iterator[list[dict[str, Any]]]:
-    """Cut rows into batches."""
+    """Yield lists of at most ``size`` rows."""
     while batch := list(islice(records, size)):
         yield batch
 
 
 class Rejects:
-    """The file of rejected rows, made with the first of them: line and reason, then the row as it
-    was."""
+    """The file of rejected rows: line, reason, and the cells of the row.
+
+    The first rejected row creates it. Corrected, the file can be imported again.
+    """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path = path
-        self._again = len(REJECTED) if tuple(columns[: len(REJECTED)]) == REJECTED else 0
-        self._columns = columns[self._again :]
+        # the file itself may be one of rejected rows: drop its first two columns
+        count = len(REJECT_COLUMNS)
+        self._skip = count if tuple(columns[:count]) == REJECT_COLUMNS else 0
+        self._columns = columns[self._skip :]
         self._file: Any = None
 
     def __call__(self, line: int, cells: Sequence[str], reason: str) -> None:
-        """Write down one row."""
+        """Append one row."""
         if self._file is None:
             self._file = self.path.open("w", newline="", encoding="utf-8")
-            csv.writer(self._file).writerow([*REJECTED, *self._columns])
-        csv.writer(self._file).writerow([line, reason, *cells[self._again :]])
+            csv.writer(self._file).writerow([*REJECT_COLUMNS, *self._columns])
+        csv.writer(self._file).writerow([line, reason, *cells[self._skip :]])
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file, if there is one."""
         if self._file is not None:
             self._file.close()
 
@@ -405,8 +418,7 @@ def _columns(kind: str) -> Mapping[str, Any]:
 
 
 def _renamed(model: type[Owned], tenant: UUID, keys: Sequence[UUID]) -> Update:
-    """Build the statement by which activities take over the names of rows that may have new
-    ones."""
+    """Build the statement that updates ``related_name`` in the activities of changed rows."""
     table, about = model.__table__, Activity.__table__.c  # type: ignore[attr-defined]
     names = (
         (table.c.first_name, table.c.last_name) if issubclass(model, Person) else (table.c.name,)
@@ -429,8 +441,10 @@ def _renamed(model: type[Owned], tenant: UUID, keys: Sequence[UUID]) -> Update:
 
 
 def _upsert(table: str, columns: Sequence[str], optional: Collection[str]) -> str:
-    """Build the statement: names come from the model, never from a file. A blank cell leaves what
-    is there."""
+    """Build an upsert in which a blank cell changes nothing.
+
+    Names come from the model, never from a file.
+    """
     listed = ", ".join(columns)
     own = [name for name in columns if name not in ("id", "tenant_id", "metadata")]
     new = {
@@ -458,20 +472,12 @@ def _metadata(cell: str) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"metadata: {cell[:50]!r} is no JSON object")
+        raise ValueError(f"metadata: {cell[:50]!r} is not a JSON object")
     return found
 
 
 def _folded(name: str) -> str:
     return " ".join(name.lower().split())
-
-
-def _is_uuid(value: str) -> bool:
-    try:
-        UUID(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _reason(error: Exception) -> str:

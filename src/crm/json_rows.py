@@ -1,7 +1,7 @@
-"""Rows as JSON, made by PostgreSQL: the cheapest way from a row to an answer.
+"""Rows as JSON text made by PostgreSQL: no row is decoded and encoded again in Python.
 
-Expressions of their own, because the same in terms of subqueries costs more to put together than
-all the rest of a request.
+These are SQL expressions of their own because the equivalent SQLAlchemy subqueries take longer to
+build than the rest of a request.
 """
 
 from typing import Any
@@ -14,16 +14,17 @@ EMPTY = "[]"
 
 
 class JsonRows(ColumnElement[str]):
-    """The rows of a statement as the text of a JSON array, in their order.
+    """The rows of a statement, in their order, as the text of a JSON array.
 
-    The keys of a row's ``metadata`` stand beside its columns, never over them.
+    The keys of a row's ``metadata`` become members of its object; columns take precedence.
     """
 
     __visit_name__ = "json_rows"
     inherit_cache = True
-    _traverse_internals = [("rows", InternalTraversal.dp_clauseelement)]  # noqa: RUF012 - SQLAlchemy's protocol for its cache
+    # the name and the mutable list are SQLAlchemy's protocol for its statement cache
+    _traverse_internals = [("rows", InternalTraversal.dp_clauseelement)]  # noqa: RUF012
     type = Text()
-    made = (
+    expression = (
         "coalesce(json_agg(CASE WHEN record.metadata = '{}'::jsonb THEN to_json(record) "
         "ELSE (record.metadata || to_jsonb(record))::json END)::text, '[]')"
     )
@@ -33,19 +34,21 @@ class JsonRows(ColumnElement[str]):
 
 
 class JsonCounts(JsonRows):
-    """A statement of values and their counts (columns ``value`` and ``count``) as the text of a
-    JSON object, in their order.
+    """The columns ``value`` and ``count`` of a statement as the text of a JSON object.
 
-    Else PostgreSQL could change its plan, and an answer that is made anew would not be the stored
-    one.
+    It is ordered by value. Otherwise a changed query plan could reorder it, and a re-executed
+    response would differ from the stored one.
     """
 
     __visit_name__ = "json_counts"
     inherit_cache = True
-    made = "coalesce(json_object_agg(record.value, record.count ORDER BY record.value)::text, '{}')"
+    expression = (
+        "coalesce(json_object_agg(record.value, record.count ORDER BY record.value)::text, '{}')"
+    )
 
 
 @compiles(JsonRows)
 @compiles(JsonCounts)
 def _render(element: JsonRows, compiler: Any, **options: Any) -> str:
-    return f"(SELECT {element.made} FROM {compiler.process(element.rows, asfrom=True)})"  # noqa: S608
+    rows = compiler.process(element.rows, asfrom=True)
+    return f"(SELECT {element.expression} FROM {rows})"  # noqa: S608 - it contains no values

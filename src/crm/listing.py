@@ -1,9 +1,9 @@
-"""Lists: filter, order, page, count, and records as they are sent."""
+"""Lists (order, pages, counts), and records in the form of a response."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
 import orjson
@@ -20,10 +20,10 @@ from sqlalchemy import (
     select,
 )
 
-from crm.db import Rows, as_uuid, criteria
+from crm.db import Rows, criteria
 from crm.errors import ApiError, not_found
 from crm.json_rows import EMPTY, JsonCounts, JsonRows
-from crm.models import OPEN_ACTIVITY, Account, Activity, Contact, Document, Lead, Owned
+from crm.models import OPEN_ACTIVITY, Account, Activity, Contact, Document, Lead, Owned, as_uuid
 
 MAX_LIMIT = 200
 MAX_OFFSET = 1_000_000
@@ -43,16 +43,16 @@ Offset = Annotated[int, Field(ge=0, le=MAX_OFFSET, description="Rows to skip")]
 Filter = Annotated[
     Word | None,
     Field(
-        description='JSON, such as `{"$or":[{"city":{"$icontains":"x"}},{"assigned_to":null}]}`',
+        description='JSON, like `{"$or":[{"city":{"$icontains":"x"}},{"assigned_to":null}]}`',
         examples=['{"is_test_data":false}'],
     ),
 ]
 Sort = Annotated[
     Word | None,
-    Field(description="Field to order by, `-field` for descending; newest first if left out"),
+    Field(description="Field to sort by, `-field` for descending; default: newest first"),
 ]
 Search = Annotated[
-    Word | None, Field(max_length=200, description="Text to look for, without regard to case")
+    Word | None, Field(max_length=200, description="Text to search for, case-insensitive")
 ]
 Choice = Annotated[Word | None, Field(max_length=2000)]
 
@@ -69,63 +69,77 @@ async def page(
     stats_by: ColumnElement[Any] | None = None,
     newest_by: str = "created_at",
 ) -> dict[str, Any]:
-    """Return one page with its exact total; ``stats_by`` adds counts by a column over all rows that
-    the caller sees. One statement, so that rows and total are of the same moment."""
-    late = overdue(rows) if model is Activity else None
-    build = _page if where or late is not None else _unfiltered_page
-    scope = (rows.scope.tenant, rows.scope.visible_ids)
-    statement = build(model, *scope, tuple(where), late, stats_by, sort, newest_by, limit, offset)
-    text, number, *counts = (await rows.execute(statement)).one()
+    """Return one page with its exact total, in one statement, so both are of one snapshot.
+
+    ``stats_by`` adds counts by a column, over all rows that the caller sees. Raises 400 for an
+    unknown ``sort``.
+    """
+    query = PageQuery(
+        model=model,
+        tenant=rows.scope.tenant,
+        visible_ids=rows.scope.visible_ids,
+        where=tuple(where),
+        overdue=overdue(rows) if model is Activity else None,
+        stats_by=stats_by,
+        sort=sort,
+        newest_by=newest_by,
+        limit=limit,
+        offset=offset,
+    )
+    plain = not query.where and query.overdue is None
+    statement = _unfiltered_page(query) if plain else _page(query)
+    text, total, *counts = (await rows.execute(statement)).one()
     data: dict[str, Any] = {
         plural: orjson.Fragment(text),
-        "total": number,
+        "total": total,
         "limit": limit,
         "offset": offset,
     }
     for stats in counts:
-        by = orjson.loads(stats)
-        data["stats"] = {"total": sum(by.values()), **by}
+        by_value = orjson.loads(stats)
+        data["stats"] = {"total": sum(by_value.values()), **by_value}
     return data
 
 
-def _page(
-    model: type[Owned],
-    tenant: str | None,
-    visible_ids: tuple[UUID, ...] | None,
-    where: tuple[ColumnElement[bool], ...],
-    late: ColumnElement[bool] | None,
-    stats_by: ColumnElement[Any] | None,
-    sort: str | None,
-    newest_by: str,
-    limit: int,
-    offset: int,
-) -> Select[Any]:
-    """Select a page of records as JSON, their total, and the counts if asked."""
+class PageQuery(NamedTuple):
+    """All that the statement of a page depends on. Hashable: it is the key of a cache."""
+
+    model: type[Owned]
+    tenant: str | None
+    visible_ids: tuple[UUID, ...] | None
+    where: tuple[ColumnElement[bool], ...]
+    overdue: ColumnElement[bool] | None
+    stats_by: ColumnElement[Any] | None
+    sort: str | None
+    newest_by: str
+    limit: int
+    offset: int
+
+
+def _page(query: PageQuery) -> Select[Any]:
+    """Return the statement for a page of records as JSON, their total, and counts if wanted."""
+    model, stats_by = query.model, query.stats_by
     table = model.__table__  # type: ignore[attr-defined]
-    visible = criteria(model, tenant, visible_ids)
+    visible = criteria(model, query.tenant, query.visible_ids)
+    found = _records(model)
+    if query.overdue is not None:
+        found = found.add_columns(query.overdue.label("is_overdue"))
     found = (
-        _records(model) if late is None else _records(model).add_columns(late.label("is_overdue"))
+        found.where(*visible, *query.where)
+        .order_by(*_order(query))
+        .limit(query.limit)
+        .offset(query.offset)
     )
-    found = (
-        found.where(*visible, *where)
-        .order_by(*_order(model, sort, newest_by))
-        .limit(limit)
-        .offset(offset)
-    )
-    total = select(func.count()).select_from(table).where(*visible, *where).scalar_subquery()
+    total = select(func.count()).select_from(table).where(*visible, *query.where).scalar_subquery()
     parts: list[Any] = [JsonRows(found), total]
     if stats_by is not None:
-        parts.append(
-            JsonCounts(
-                select(*_counted(stats_by)).select_from(table).where(*visible).group_by(stats_by)
-            )
-        )
+        counted = select(*_counted(stats_by)).select_from(table).where(*visible)
+        parts.append(JsonCounts(counted.group_by(stats_by)))
     return select(*parts)
 
 
 _unfiltered_page = lru_cache(maxsize=256)(_page)
-"""Remembers the pages that are asked for most: to put a statement together takes as long as to run
-it."""
+"""Caches statements without filters: building one takes as long as running it."""
 
 
 @cache
@@ -133,8 +147,8 @@ def _counted(column: ColumnElement[Any]) -> tuple[ColumnElement[Any], ...]:
     return func.coalesce(column, "none").label("value"), func.count().label("count")
 
 
-async def one(rows: Rows, model: type[Owned], key: str) -> orjson.Fragment:
-    """Return one record as it is sent. Raises 404."""
+async def get_record(rows: Rows, model: type[Owned], key: str) -> orjson.Fragment:
+    """Return one record as JSON. Raises 404."""
     identity = as_uuid(key)
     if identity is not None:
         text = await rows.scalar(
@@ -146,20 +160,25 @@ async def one(rows: Rows, model: type[Owned], key: str) -> orjson.Fragment:
 
 
 def select_records(rows: Rows, model: type[Owned]) -> Select[Any]:
-    """Select a table's columns, the names of the records that rows point to, and whether an
-    activity is overdue."""
+    """Return a SELECT of visible records.
+
+    It has the table's columns, the names of referenced records, and ``is_overdue`` of activities.
+    """
     statement = _records(model).where(*rows.visible(model))
-    return (
-        statement.add_columns(overdue(rows).label("is_overdue")) if model is Activity else statement
-    )
+    if model is Activity:
+        return statement.add_columns(overdue(rows).label("is_overdue"))
+    return statement
 
 
 @cache
 def _records(model: type[Owned]) -> Select[Any]:
-    """The part of ``select_records`` that is the same for everybody. Of plain tables: nothing here
-    needs the ORM."""
+    """Return the part of ``select_records`` that does not depend on the caller.
+
+    It uses plain tables, because nothing here needs the ORM.
+    """
     table = model.__table__  # type: ignore[attr-defined]
-    account, contact, lead = (joined.__table__ for joined in (Account, Contact, Lead))  # type: ignore[attr-defined]
+    joined: Any = (Account, Contact, Lead)
+    account, contact, lead = (other.__table__ for other in joined)
     names: list[Any] = []
     source = table
     if "account_id" in table.c or model is Document:
@@ -191,12 +210,12 @@ def _records(model: type[Owned]) -> Select[Any]:
 
 
 def _moment(column: ColumnElement[Any]) -> ColumnElement[str]:
-    """Write a moment as ``as_record`` does: UTC, microseconds, Z."""
+    """Format a timestamp as ``as_record`` does: UTC, microseconds, Z."""
     return func.to_char(func.timezone(_UTC, column), _MOMENT).label(column.key)
 
 
 def newest(rows: Rows, model: type[Owned], *, limit: int) -> Select[Any]:
-    """Select the latest records of a module."""
+    """Return a SELECT of the newest visible records of a module."""
     table = model.__table__  # type: ignore[attr-defined]
     return (
         select_records(rows, model)
@@ -206,14 +225,14 @@ def newest(rows: Rows, model: type[Owned], *, limit: int) -> Select[Any]:
 
 
 def overdue(rows: Rows) -> ColumnElement[bool]:
-    """Hold for activities that should have been done before today, where the tenant is."""
+    """Return the criterion of overdue activities: open, and due before the tenant's today."""
     columns = Activity.__table__.c
     late = and_(columns.status.in_(OPEN_ACTIVITY), columns.due_date < rows.scope.today())
     return func.coalesce(or_(columns.status == "overdue", late), False)
 
 
 def as_record(instance: Owned, **more: Any) -> dict[str, Any]:
-    """Return a changed or new entity as it is sent."""
+    """Return a new or changed row as a record. ``more`` adds members."""
     columns: Mapping[str, Any] = instance.__table__.c  # type: ignore[attr-defined]
     own = {
         str(name): getattr(instance, "metadata_" if name == "metadata" else name)
@@ -227,16 +246,13 @@ def as_record(instance: Owned, **more: Any) -> dict[str, Any]:
     return {**own["metadata"], **own, **more}
 
 
-def _order(model: type[Owned], sort: str | None, newest_by: str) -> list[Any]:
-    columns = model.__table__.c  # type: ignore[attr-defined]
-    if not sort:
-        return [columns[newest_by].desc(), columns.id.desc()]
-    name = sort.removeprefix("-")
+def _order(query: PageQuery) -> list[Any]:
+    columns = query.model.__table__.c  # type: ignore[attr-defined]
+    if not query.sort:
+        return [columns[query.newest_by].desc(), columns.id.desc()]
+    name = query.sort.removeprefix("-")
     if name not in columns or name in ("metadata", "tags", "tenant_id"):
         raise ApiError(400, f"sort: unknown field {name[:50]!r}", field="sort")
-    ordered = (
-        columns[name].desc().nulls_last()
-        if sort.startswith("-")
-        else columns[name].asc().nulls_last()
-    )
-    return [ordered, columns.id.desc()]
+    descending = query.sort.startswith("-")
+    ordered = columns[name].desc() if descending else columns[name].asc()
+    return [ordered.nulls_last(), columns.id.desc()]

@@ -1,5 +1,7 @@
-"""The tables of the CRM. Every business table belongs to a tenant; every list has an index that
-begins with it."""
+"""The tables of the CRM.
+
+Every business table has a tenant; every list has an index that begins with the tenant.
+"""
 
 from datetime import UTC, date, datetime
 from typing import Any, ClassVar
@@ -38,12 +40,20 @@ VISIBILITY = ("shared", "hierarchical")
 
 
 def now() -> datetime:
-    """Return the present moment, in UTC."""
+    """Return the current time, in UTC."""
     return datetime.now(UTC)
 
 
+def as_uuid(key: str | UUID) -> UUID | None:
+    """Parse an id; return None if it is not a UUID."""
+    try:
+        return key if isinstance(key, UUID) else UUID(key)
+    except ValueError:
+        return None
+
+
 class Base(DeclarativeBase):
-    """All tables."""
+    """The base of all tables."""
 
     metadata = MetaData(
         naming_convention={
@@ -63,7 +73,7 @@ class Base(DeclarativeBase):
 
 
 class Stamped:
-    """When a row was made and last changed."""
+    """The id of a row, and when it was created and last updated."""
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
     created_at: Mapped[datetime] = mapped_column(default=now, server_default=text("now()"))
@@ -109,10 +119,10 @@ class Employee(Stamped, Base):
 
 
 class Owned(Stamped):
-    """A business row: of a tenant, perhaps assigned to an employee, with free metadata.
+    """A business row: it has a tenant, free metadata, and perhaps an employee it is assigned to.
 
-    ``title`` names one in a sentence; ``kind`` is its name in references of other rows (None:
-    nothing refers to it); ``about`` are the columns by which it refers to a row of any kind.
+    ``title`` is its name in a sentence. ``kind`` is its name in polymorphic references (None:
+    nothing refers to it). ``about`` are the two columns of its own polymorphic reference.
     """
 
     title: ClassVar[str]
@@ -127,17 +137,17 @@ class Owned(Stamped):
 
     @declared_attr
     def assigned_to(cls) -> Mapped[UUID | None]:
-        """The employee whose row this is."""
+        """The employee who is responsible for the row; None: visible to all employees."""
         return mapped_column(ForeignKey("employees.id", ondelete="SET NULL"), index=True)
 
     @property
     def display_name(self) -> str:
-        """The name under which people know this row."""
+        """The name that the API shows in references to this row."""
         return str(getattr(self, "name", "") or "")
 
 
 class Person(Owned):
-    """A row about a human being."""
+    """The columns that leads and contacts share."""
 
     first_name: Mapped[str | None] = mapped_column(String(100))
     last_name: Mapped[str | None] = mapped_column(String(100))
@@ -159,8 +169,10 @@ class Person(Owned):
 
 
 def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
-    """The indexes of a list: its order, and each filter followed by the order; all begin with the
-    tenant."""
+    """Return the indexes of a list: one for its order, and one per filter, followed by the order.
+
+    All begin with the tenant.
+    """
     newest = (text("created_at DESC"), text("id DESC"))
     return (
         Index(f"ix_{table}_newest", "tenant_id", *newest),
@@ -172,7 +184,7 @@ def list_indexes(table: str, *columns: str) -> tuple[Index, ...]:
 
 
 class Account(Owned, Base):
-    """A company."""
+    """A company. The attributes mirror the table, so there are more than 15."""
 
     title = "account"
     kind = "account"
@@ -205,7 +217,7 @@ class Account(Owned, Base):
 
 
 class Lead(Person, Base):
-    """Somebody who may buy."""
+    """A person who may become a customer."""
 
     title = "lead"
     kind = "lead"
@@ -229,7 +241,7 @@ class Lead(Person, Base):
 
 
 class Contact(Person, Base):
-    """Somebody we know."""
+    """A person at a customer or partner."""
 
     title = "contact"
     kind = "contact"
@@ -248,7 +260,10 @@ class Contact(Person, Base):
 
 
 class BizDevSource(Owned, Base):
-    """A place where business may come from; promoting it makes an account."""
+    """A source of new business; promotion turns it into an account.
+
+    The attributes mirror the table, so there are more than 15.
+    """
 
     title = "BizDev source"
     kind = "bizdev_source"
@@ -282,12 +297,12 @@ class BizDevSource(Owned, Base):
 
     @property
     def display_name(self) -> str:
-        """Its own name for itself."""
+        """The name of the source."""
         return self.source_name
 
 
 class Opportunity(Owned, Base):
-    """A deal under way."""
+    """A possible sale."""
 
     title = "opportunity"
     kind = "opportunity"
@@ -317,7 +332,7 @@ class Opportunity(Owned, Base):
 
 
 class Activity(Owned, Base):
-    """Something done or to be done, about another record."""
+    """A call, email, meeting, task or note about another record."""
 
     title = "activity"
     about = ("related_to", "related_id")
@@ -339,7 +354,7 @@ class Activity(Owned, Base):
 
 
 class Document(Owned, Base):
-    """A file that is kept elsewhere, about another record."""
+    """The description and address of a file; the file itself is stored elsewhere."""
 
     title = "document"
     about = ("related_type", "related_id")
@@ -355,7 +370,7 @@ class Document(Owned, Base):
 
 
 class Task(Owned, Base):
-    """Something that an employee or an agent is to do."""
+    """Work for an employee or an agent."""
 
     title = "task"
     about = ("entity_type", "entity_id")
@@ -371,14 +386,14 @@ class Task(Owned, Base):
 REFERABLE: dict[str, type[Owned]] = {
     model.kind: model for model in (Account, Lead, Contact, Opportunity, BizDevSource) if model.kind
 }
-"""The kinds of rows that others are about."""
+"""The tables that polymorphic references may name, by ``kind``."""
 
 REFERRING: tuple[type[Owned], ...] = (Activity, Document, Task)
-"""The tables whose rows are about others."""
+"""The tables that have a polymorphic reference."""
 
 
 class EntityTransition(Base):
-    """What became of a record that was converted or promoted, with a snapshot of it."""
+    """The conversion or promotion of a record, with a copy of the record."""
 
     __tablename__ = "entity_transitions"
     __table_args__ = (Index("ix_entity_transitions_from", "tenant_id", "from_table", "from_id"),)

@@ -1,4 +1,4 @@
-"""Settings from the environment, and the secrets that are made where none are given."""
+"""Settings from the environment, and secrets that are generated if none are set."""
 
 import os
 import secrets
@@ -18,11 +18,14 @@ MIN_SECRET = 32
 MIN_DISTINCT = 10
 SECRETS = ("jwt_secret", "respcache_key", "metrics_token")
 KNOWN_WORDS = ("changeme", "change-me", "secret", "password", "default", "development")
-"""What secrets of tutorials are made of."""
+"""Words in the secrets of tutorials."""
 
 
 class Settings(BaseSettings):
-    """The environment of the CRM. Names of variables are those of the fields in upper case."""
+    """The environment of the CRM: each field is a variable, in upper case.
+
+    There is one field per variable, so there are more than 15.
+    """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore")
 
@@ -71,14 +74,13 @@ class Settings(BaseSettings):
 
     @property
     def without_cache(self) -> bool:
-        """Whether ``REDIS_CACHE_URL=none`` says that there is no cache at all."""
+        """Whether ``REDIS_CACHE_URL=none``: the system has no cache at all."""
         return (
             self.redis_cache_url is not None and self.redis_cache_url.get_secret_value() == "none"
         )
 
     def with_secrets(self) -> "Settings":
-        """Return settings whose missing secrets come from the data folder, made there on first use
-        (mode 0600)."""
+        """Return settings with missing secrets from the data folder, see ``stored_secret``."""
         missing = [name for name in ("jwt_secret", "respcache_key") if getattr(self, name) is None]
         given: dict[str, Any] = {
             name: SecretStr(stored_secret(self.data_dir, name.upper())) for name in missing
@@ -86,62 +88,56 @@ class Settings(BaseSettings):
         return self.model_copy(update=given)
 
 
-def shown(settings: Settings) -> list[Setting]:
-    """Return the settings as operators see them: addresses without passwords, of secrets only
-    whether they are set."""
+def public_settings(settings: Settings) -> list[Setting]:
+    """Return the settings for operators: addresses without passwords, secrets as (not) set."""
     found = []
     for name in Settings.model_fields:
         value, variable = getattr(settings, name), name.upper()
-        source = (
-            variable
-            if os.environ.get(variable)
-            else "argument"
-            if name in settings.model_fields_set
-            else "default"
-        )
+        given = "argument" if name in settings.model_fields_set else "default"
+        source = variable if os.environ.get(variable) else given
         if name in SECRETS:
             value = "not set" if value is None else "set"
         elif isinstance(value, SecretStr):
             value = _address(value.get_secret_value())
-        found.append(
-            Setting(name=variable, value="not set" if value is None else str(value), source=source)
-        )
+        text = "not set" if value is None else str(value)
+        found.append(Setting(name=variable, value=text, source=source))
     return found
 
 
 def _address(url: str) -> str:
-    """Return of an address what is no secret: where it leads."""
+    """Return an address without user and password."""
     parts = urlsplit(url)
     port = "" if parts.port is None else f":{parts.port}"
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}" if parts.scheme else url
 
 
 def stored_secret(folder: Path, name: str) -> str:
-    """Return a secret kept in the data folder, making it when there is none. Refuses one that
-    others can read."""
+    """Return a secret from the data folder; generate it (mode 0600) if there is none.
+
+    Raises ``ConfigurationError`` if other users can read it, or if it is too short.
+    """
     path = folder / "secrets" / name
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(path, secrets.token_hex(32))
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigurationError(
-            f"{path} can be read by others: chmod 600 it, or delete it to have a new one made"
+            f"{path} can be read by other users: chmod 600 it, or delete it to generate a new one"
         )
     value = path.read_text().strip()
     if len(value) < MIN_SECRET:
         raise ConfigurationError(
-            f"{path} holds less than {MIN_SECRET} characters: delete it to have a new one made"
+            f"{path} has less than {MIN_SECRET} characters: delete it to generate a new one"
         )
     return value
 
 
 def _weakness(secret: str, *, strict: bool) -> str | None:
-    """Say what is wrong with a secret; in production also ones that look made up by hand are
-    refused."""
+    """Return what is wrong with a secret, or None. ``strict`` also rejects hand-written ones."""
     if len(secret) < MIN_SECRET:
         return f"must be at least {MIN_SECRET} random characters"
     if strict and (
         len(set(secret)) < MIN_DISTINCT or any(word in secret.lower() for word in KNOWN_WORDS)
     ):
-        return "looks like a default: give random characters"
+        return "looks like a default: use random characters"
     return None

@@ -1,5 +1,4 @@
-"""What conversions and promotions share: the record of what became of what, and moving what pointed
-to it."""
+"""What conversion and promotion share: the transition row, and moving references."""
 
 from typing import Any
 from uuid import UUID
@@ -11,33 +10,27 @@ from crm.db import WritableRows
 from crm.models import REFERRING, Activity, EntityTransition, Opportunity, Owned
 
 
-async def already(rows: WritableRows, table: str, key: UUID, action: str) -> bool:
-    """Whether a record of the caller's tenant went through this transition before."""
-    done = select(EntityTransition.id).where(
+async def was_converted(rows: WritableRows, model: type[Owned], key: UUID) -> bool:
+    """Return whether a record of the caller's tenant was converted before."""
+    found = select(EntityTransition.id).where(
         EntityTransition.tenant_id == UUID(rows.scope.tenant or ""),
-        EntityTransition.from_table == table,
+        EntityTransition.from_table == model.__table__.name,  # type: ignore[attr-defined]
         EntityTransition.from_id == key,
-        EntityTransition.action == action,
+        EntityTransition.action == "convert",
     )
-    return await rows.session.scalar(done.limit(1)) is not None
+    return await rows.session.scalar(found.limit(1)) is not None
 
 
 def record_transition(
-    rows: WritableRows,
-    from_table: str,
-    from_id: UUID,
-    to_table: str,
-    to_id: UUID,
-    action: str,
-    snapshot: dict[str, Any],
+    rows: WritableRows, old: Owned, new: Owned, *, action: str, snapshot: dict[str, Any]
 ) -> None:
-    """Write down what became of a record, with the record as it was."""
+    """Insert a transition row. ``snapshot`` is the record as it was before."""
     rows.add(
         EntityTransition(
-            from_table=from_table,
-            from_id=from_id,
-            to_table=to_table,
-            to_id=to_id,
+            from_table=old.__table__.name,  # type: ignore[attr-defined]
+            from_id=old.id,
+            to_table=new.__table__.name,  # type: ignore[attr-defined]
+            to_id=new.id,
             action=action,
             performed_by=rows.scope.user_id,
             snapshot=orjson.loads(orjson.dumps(snapshot, default=str)),
@@ -46,7 +39,7 @@ def record_transition(
 
 
 async def relink(rows: WritableRows, old: Owned, new: Owned) -> None:
-    """Let everything that is about one record be about another."""
+    """Move all polymorphic references from one record to another."""
     for referring in REFERRING:
         assert referring.about is not None
         kind, key = (getattr(referring, name) for name in referring.about)
@@ -58,8 +51,8 @@ async def relink(rows: WritableRows, old: Owned, new: Owned) -> None:
 
 
 async def relink_opportunities(rows: WritableRows, source: UUID, account: UUID) -> None:
-    """Give opportunities that came from a source its new account."""
-    came = rows.update(Opportunity, unseen=True).where(
+    """Set the account of the opportunities that came from a BizDev source."""
+    from_source = rows.update(Opportunity, unseen=True).where(
         Opportunity.source == f"bizdev_source:{source}"
     )
-    await rows.session.execute(came.values(account_id=account))
+    await rows.session.execute(from_source.values(account_id=account))

@@ -1,5 +1,4 @@
-"""Lanes that do not do what they are measured for, each in one way: the benchmark must refuse
-them."""
+"""Lanes that are wrong, each in one way: the benchmark must refuse them."""
 
 from typing import Any
 

@@ -74,9 +74,15 @@ class Crm:
 
 
 SINGULAR = {
-    "accounts": "account", "leads": "lead", "contacts": "contact", "bizdevsources": "bizdevsource",
-    "opportunities": "opportunity", "activities": "activity", "documents": "document", "tasks": "task",
-}  # fmt: skip
+    "accounts": "account",
+    "leads": "lead",
+    "contacts": "contact",
+    "bizdevsources": "bizdevsource",
+    "opportunities": "opportunity",
+    "activities": "activity",
+    "documents": "document",
+    "tasks": "task",
+}
 MODULES = tuple(SINGULAR)
 NEW: dict[str, dict[str, Any]] = {
     "accounts": {"name": "Acorn"},
@@ -135,9 +141,14 @@ async def populate(crm: Crm) -> None:
     def person(name: str, tenant: str | None, role: str, team: Team | None = None) -> Employee:
         where: UUID | None = crm.tenants[tenant].id if tenant else None
         user = Employee(
-            id=uuid4(), email=f"{name}@x.example", name=name, role=role, tenant_id=where,
-            team_id=team.id if team else None, password_hash=PASSWORD_HASH,
-        )  # fmt: skip
+            id=uuid4(),
+            email=f"{name}@x.example",
+            name=name,
+            role=role,
+            tenant_id=where,
+            team_id=team.id if team else None,
+            password_hash=PASSWORD_HASH,
+        )
         crm.users[name] = user
         return user
 

@@ -208,8 +208,8 @@ async def test_after_a_round_what_was_committed_before_is_bumped(
 async def test_there_are_no_false_alarms(
     crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everybody reads, writes and is moved between teams; psql writes too. As many verifiers as there
-    can be, none finds a thing."""
+    """Everybody reads, writes and is moved between teams; psql writes too. As many verifiers as
+    there can be, none finds a thing."""
     monkeypatch.setattr(verifiers, "LEAST_PAUSE_S", 0.0)
     monkeypatch.setattr(verifiers, "MOST_SHARE_OF_TIME", 0.999)
     verifier = audit_of(crm)

@@ -198,8 +198,11 @@ def test_the_check_passes_on_a_right_system_and_fails_without_invalidation(
     broken = subprocess.run(
         [sys.executable, "-c", BROKEN, running["database_url"], str(free_port())],
         env={**system.environment, "REDIS_CACHE_URL": running["cache_url"]},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert broken.returncode == 1, broken.stdout + broken.stderr
     assert "FAIL accounts: a created record is in the next list" in broken.stdout
 
@@ -213,7 +216,8 @@ class Unwatched:
     def close(self): pass
 crm_app.watch = lambda *a, **k: Unwatched()
 settings = Settings(database_url=sys.argv[1]).with_secrets()
-server = uvicorn.Server(uvicorn.Config(crm_app.create_app(settings), port=int(sys.argv[2]), log_level="error"))
+app, port = crm_app.create_app(settings), int(sys.argv[2])
+server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
 thread = threading.Thread(target=server.run)
 thread.start()
 while not server.started: time.sleep(0.05)

@@ -184,9 +184,13 @@ def test_the_reference_names_the_operations_with_their_options() -> None:
         DropAuditLog(),
     )
     names = (
-        "create_respcache_outbox", "drop_respcache_outbox", "watch_table", "unwatch_table", "create_respcache_trail",
+        "create_respcache_outbox",
+        "drop_respcache_outbox",
+        "watch_table",
+        "unwatch_table",
+        "create_respcache_trail",
         "drop_respcache_trail",
-    )  # fmt: skip
+    )
     of = dict(zip(map(type, operations), names, strict=True))
     listed = dict(re.findall(r"^\| `op\.(\w+\(.*?\))` \| `op\.(\w+)` \|", REFERENCE, re.MULTILINE))
     assert listed == {signature(of[type(one)]): of[type(one.reverse())] for one in operations}

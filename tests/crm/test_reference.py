@@ -97,7 +97,7 @@ def test_keys_are_those_that_the_code_builds() -> None:
     (listed,) = tables("## Keys")
     listed.pop("key", None)
     built = {
-        keys.entry_key("abc", "leads", "count", digest=DIGEST), keys.lock_key("abc", "leads", "count", digest=DIGEST),
+        keys.entry_key("abc", "leads", "count", DIGEST), keys.lock_key("abc", "leads", "count", DIGEST),
         keys.generation_key("abc"), keys.generation_key(keys.SHARED), keys.SWITCHES_KEY, keys.EPOCH_KEY, keys.FEED_KEY,
         keys.FED_KEY,
         keys.PROCESSES_KEY, keys.counters_key("0123456789abcdef"), keys.tenants_key("0123456789abcdef"),

@@ -131,7 +131,7 @@ async def test_contacts_are_found_by_name_mail_and_phone(crm: Crm) -> None:
         ("POST", "/api/leads", {"first_name": "x"}, 422, "last_name"),
         ("POST", "/api/cache/invalidate", {"modules": ["nope"]}, 400, "modules"),
     ],
-)  # fmt: skip
+)
 async def test_bad_input_names_the_field(
     crm: Crm, method: str, path: str, body: Any, status: int, field: str
 ) -> None:

@@ -155,7 +155,7 @@ def take_the_server_away(stage: Stage) -> None:
 
 def lose_the_outbox(stage: Stage) -> None:
     stage.sql("ALTER TABLE respcache_outbox RENAME TO gone")
-    stage.until(lambda: not health(stage)["fence_alive"])
+    stage.until(lambda: not health(stage)["lease_alive"])
 
 
 def disable_a_trigger(stage: Stage) -> None:

@@ -10,12 +10,15 @@ import httpx2
 import pytest
 from alembic import command
 from pydantic import SecretStr
+from sqlalchemy import select
 
 from crm.app import create_app
 from crm.demo.seed import PASSWORD as DEMO_PASSWORD
 from crm.demo.seed import seed_if_empty
 from crm.errors import ApiError
+from crm.home import USERS
 from crm.migrations import configuration
+from crm.models import Employee
 from crm.routes.auth import LoginLimit
 from crm.settings import Settings
 from respcache import Claim, ConfigurationError
@@ -36,14 +39,31 @@ async def test_health_and_status_are_open_and_say_what_is_up(crm: Crm) -> None:
         await crm.cache.runtime.relay.caught_up()  # with what made these people
     assert (await http.get("/api/system/status")).json()["data"]["up"] is True
     health = (await http.get("/api/system/health")).json()["data"]
-    assert 0 <= health.pop("fence_age_s") < 3600
+    assert 0 <= health.pop("lease_age_s") < 3600
     assert health == {
-        "database": "up", "cache": "up", "cache_enabled": True, "invalidations_pending": 0, "oldest_pending_s": 0.0,
-        "fence_alive": True,
-    }  # fmt: skip
+        "database": "up",
+        "cache": "up",
+        "cache_enabled": True,
+        "invalidations_pending": 0,
+        "oldest_pending_s": 0.0,
+        "lease_alive": True,
+    }
     await crm.cache.store.close()
     answer = await http.get("/api/system/health")
     assert (answer.status_code, answer.json()["data"]["cache"]) == (200, "down")
+
+
+async def test_health_without_a_cache_is_that_of_the_database(database_url: str) -> None:
+    """REDIS_CACHE_URL=none: there is no serving lease, and nothing is pending."""
+    settings = Settings(
+        database_url=database_url, redis_cache_url="none", jwt_secret=SECRET, respcache_key=SECRET
+    )
+    app = create_app(settings)
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://crm") as http:
+        answer = await http.get("/api/system/health")
+    await app.app.state.sessions.kw["bind"].dispose()
+    assert answer.json()["data"] == {"database": "up", "cache": "none", "cache_enabled": False}
 
 
 async def test_containers_status_says_who_answers_and_who_is_not_configured(
@@ -120,7 +140,7 @@ async def test_cache_stats_are_for_admins_and_of_their_tenant(crm: Crm) -> None:
     assert (await crm.as_user(None).get("/api/system/cache-stats")).status_code == 401
     assert (await crm.as_user("ann").get("/api/system/cache-stats")).status_code == 403
     data = (await crm.as_user("abe").get("/api/system/cache-stats")).json()["data"]
-    assert (data["connected"], data["figures_of"]) == (True, "this process")
+    assert (data["connected"], data["statistics_of"]) == (True, "this process")
     assert (data["modules"]["accounts"]["hits"], data["modules"]["accounts"]["misses"]) == (2, 1)
     assert "total_commands_processed" in data["info"]
     assert "used_memory" in data["memory"]
@@ -186,7 +206,7 @@ async def test_the_kill_switch_is_for_superadmins(crm: Crm) -> None:
     ).status_code == 403
     root = crm.as_user("root")
     answer = await root.post("/api/cache/switch", json={"enabled": False})
-    assert answer.json()["data"] == {"enabled": False, "other_processes_told": True}
+    assert answer.json()["data"] == {"enabled": False, "propagated": True}
     assert "detail=off" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
     await root.post("/api/cache/switch", json={"enabled": True})
     assert "stored" in (await crm.as_user("ann").get("/api/accounts")).headers["cache-status"]
@@ -312,7 +332,7 @@ def test_models_and_migrations_agree(empty_database_url: str) -> None:
 
 
 def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> None:
-    """A second start finds it; the admin of acme can log in."""
+    """A second start finds it; the admin of acme can log in; the home page names users of it."""
 
     async def run() -> tuple[str, str, str]:
         first, second = await seed_if_empty(database_url), await seed_if_empty(database_url)
@@ -329,6 +349,8 @@ def test_demo_data_is_made_once_and_the_same_each_time(database_url: str) -> Non
         scope = await app.state.resolver.scope(
             Claim((str(user.id), str(user.tenant_id), None), str(user.tenant_id))
         )
+        async with app.state.sessions() as session:
+            assert set(USERS) <= set(await session.scalars(select(Employee.email)))
         await app.state.sessions.kw["bind"].dispose()
         return first, second, scope.role
 

@@ -1,1 +1,1 @@
-"""The command line of the CRM: python -m crm."""
+"""The command line of the CRM: ``python -m crm``."""

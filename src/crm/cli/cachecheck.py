@@ -1,9 +1,8 @@
-"""``make test-cache``: does the cache of a running system keep its promises, and what does it
-bring?
+"""``make test-cache``: check the cache of a running system from outside, over HTTP.
 
-Every statement is checked from outside, over HTTP, with the rows themselves: what was written must
-be read at once, what is another tenant's must not appear. It cleans up the rows that it makes. The
-exit status is 1 when anything does not hold.
+Each statement is checked with real records: a write must be visible to the next read, another
+tenant's records must never appear, and so on. The records that it creates are deleted. The exit
+status is 1 if a statement is false.
 """
 
 import argparse
@@ -17,253 +16,217 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx2
 
+from crm.cli.running import read_state
 from crm.demo.seed import PASSWORD
 from crm.settings import Settings
-from respcache.testing.servers import free_port
+from respcache.testing.servers import EmbeddedPostgres, free_port
 
 REPEATS = 30
 START_DEADLINE_S = 60
+
+
+@dataclass(frozen=True)
+class CheckedModule:
+    """A module's record: its name, a new one, a change of one field, and a filter of its list."""
+
+    singular: str
+    new: dict[str, str]
+    change: tuple[str, str]
+    filter: str
+
+
 MODULES = {
-    "accounts": (
-        "accounts",
-        "account",
-        {"name": "Checked Ltd"},
-        {"city": "Checkville"},
-        "type=customer",
+    "accounts": CheckedModule(
+        "account", {"name": "Checked Ltd"}, ("city", "Checkville"), "type=customer"
     ),
-    "leads": (
-        "leads",
+    "leads": CheckedModule(
         "lead",
         {"first_name": "Check", "last_name": "Lead"},
-        {"company": "Checked Ltd"},
+        ("company", "Checked Ltd"),
         "status=new",
     ),
-    "contacts": (
-        "contacts",
+    "contacts": CheckedModule(
         "contact",
         {"first_name": "Check", "last_name": "Contact"},
-        {"job_title": "Checker"},
+        ("job_title", "Checker"),
         "status=active",
     ),
-    "bizdevsources": (
-        "bizdevsources",
-        "bizdevsource",
-        {"source_name": "Checked list"},
-        {"city": "Checkville"},
-        "priority=high",
+    "bizdevsources": CheckedModule(
+        "bizdevsource", {"source_name": "Checked list"}, ("city", "Checkville"), "priority=high"
     ),
-    "opportunities": (
-        "opportunities",
-        "opportunity",
-        {"name": "Checked deal"},
-        {"next_step": "Check"},
-        "stage=proposal",
+    "opportunities": CheckedModule(
+        "opportunity", {"name": "Checked deal"}, ("next_step", "Check"), "stage=proposal"
     ),
-    "activities": (
-        "activities",
-        "activity",
-        {"type": "note"},
-        {"subject": "Checked"},
-        "status=completed",
+    "activities": CheckedModule(
+        "activity", {"type": "note"}, ("subject", "Checked"), "status=completed"
     ),
 }
-"""Module: name of its list, name of its record, a new one, a change, a filter."""
 
 
-class Check:
-    """What was checked, and whether it held."""
+class CheckReport:
+    """The statements that were checked, with results, and the response times."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.results: list[dict[str, Any]] = []
         self.timings: list[dict[str, Any]] = []
         self._quiet = quiet
 
-    def that(self, statement: str, holds: bool, seen: object = "") -> None:
-        """Note a statement."""
-        self.results.append(
-            {
-                "statement": statement,
-                "holds": bool(holds),
-                **({} if holds else {"seen": str(seen)[:300]}),
-            }
-        )
-        if not self._quiet:
-            print(
-                f"  {'ok  ' if holds else 'FAIL'} "
-                f"{statement}{'' if holds else f' -- {str(seen)[:300]}'}",
-                flush=True,
-            )
+    def check(self, statement: str, holds: object, seen: object = "") -> None:
+        """Add a statement, whether it is true, and what was seen instead."""
+        result = {"statement": statement, "holds": bool(holds)}
+        found = str(seen)[:300]
+        self.results.append(result if holds else {**result, "seen": found})
+        if holds:
+            self.print(f"  ok   {statement}")
+        else:
+            self.print(f"  FAIL {statement} -- {found}")
 
-    def say(self, text: str) -> None:
-        """Print a heading or a table, unless JSON was asked for."""
+    def print(self, text: str) -> None:
+        """Print a line, unless the report is JSON."""
         if not self._quiet:
             print(text, flush=True)
 
     @property
     def failed(self) -> int:
-        """How many statements do not hold."""
+        """The number of false statements."""
         return sum(not result["holds"] for result in self.results)
+
+
+@dataclass(frozen=True)
+class Clients:
+    """HTTP clients of the users of two tenants, and one without a token."""
+
+    admin: httpx2.Client
+    other_admin: httpx2.Client
+    other_employee: httpx2.Client
+    anonymous: httpx2.Client
 
 
 def check(options: argparse.Namespace) -> int:
     """Run all checks; return the exit status."""
     with _system(options) as base:
-        report = Check(quiet=options.json)
-        report.say(f"checking {base}, tenants {options.tenant} and {options.other_tenant}")
+        report = CheckReport(quiet=options.json)
+        report.print(f"checking {base}, tenants {options.tenant} and {options.other_tenant}")
         run_checks(base, report, tenant=options.tenant, other=options.other_tenant)
     if options.json:
-        print(
-            json.dumps(
-                {"checks": report.results, "timings": report.timings, "failed": report.failed}
-            )
-        )
+        document = {
+            "checks": report.results,
+            "timings": report.timings,
+            "failed": report.failed,
+        }
+        print(json.dumps(document))
     else:
         print(f"\n{len(report.results) - report.failed} of {len(report.results)} statements hold")
     return 1 if report.failed else 0
 
 
-def run_checks(base: str, report: Check, *, tenant: str, other: str) -> None:
+def run_checks(base: str, report: CheckReport, *, tenant: str, other: str) -> None:
     """Check a running system."""
     with contextlib.ExitStack() as stack:
-        admin = stack.enter_context(_login(base, f"admin@{tenant}.example"))
-        stranger = stack.enter_context(_login(base, f"admin@{other}.example"))
-        employee = stack.enter_context(_login(base, f"employee@{other}.example"))
-        nobody = stack.enter_context(httpx2.Client(base_url=base, timeout=10))
-        report.say("\nRepeated requests")
+        clients = Clients(
+            admin=stack.enter_context(_login(base, f"admin@{tenant}.example")),
+            other_admin=stack.enter_context(_login(base, f"admin@{other}.example")),
+            other_employee=stack.enter_context(_login(base, f"employee@{other}.example")),
+            anonymous=stack.enter_context(httpx2.Client(base_url=base, timeout=10)),
+        )
+        report.print("\nRepeated requests")
         for module in MODULES:
-            _repeated(report, admin, module)
-        _table(report)
-        report.say("\nA write, then a read")
+            _check_repeats(report, clients.admin, module)
+        _print_timings(report)
+        report.print("\nA write, then a read")
         for module in MODULES:
-            _written(report, admin, module)
-        report.say("\nOthers")
+            _check_writes(report, clients.admin, module)
+        report.print("\nOther tenants and users")
         for module in MODULES:
-            _others(
-                report,
-                module,
-                admin=admin,
-                stranger=stranger,
-                employee=employee,
-                nobody=nobody,
-                tenant=tenant,
-            )
-        report.say("\nConversion and promotion")
-        _converted(report, admin)
-        _promoted(report, admin)
+            _check_isolation(report, clients, module, tenant=tenant)
+        report.print("\nConversion and promotion")
+        _check_conversion(report, clients.admin)
+        _check_promotion(report, clients.admin)
 
 
-def _repeated(report: Check, http: httpx2.Client, module: str) -> None:
-    plural, _, _, _, filtered = MODULES[module]
+def _check_repeats(report: CheckReport, http: httpx2.Client, module: str) -> None:
     http.post("/api/cache/invalidate", json={"modules": [module]}).raise_for_status()
-    for what, path in (
+    for name, path in (
         ("first page", f"/api/{module}"),
-        ("filtered", f"/api/{module}?{filtered}"),
+        ("filtered", f"/api/{module}?{MODULES[module].filter}"),
         ("second page", f"/api/{module}?offset=50&limit=50"),
     ):
         (cold, first), (_, second) = _timed(http, path), _timed(http, path)
-        report.that(
-            f"{module}, {what}: first request is a miss", "fwd=" in _status(first), _status(first)
-        )
-        report.that(
-            f"{module}, {what}: repeated request is a hit", _is_hit(second), _status(second)
-        )
-        report.that(
-            f"{module}, {what}: both say the same",
-            first.content == second.content and first.status_code == 200,
-            first.text,
-        )
+        what = f"{module}, {name}"
+        report.check(f"{what}: first request is a miss", "fwd=" in _status(first), _status(first))
+        report.check(f"{what}: repeated request is a hit", _is_hit(second), _status(second))
+        equal = first.content == second.content and first.status_code == 200
+        report.check(f"{what}: both responses are equal", equal, first.text)
         warm = statistics.median(_timed(http, path)[0] for _ in range(REPEATS))
         report.timings.append(
-            {"module": module, "request": what, "miss_ms": round(cold, 2), "hit_ms": round(warm, 2)}
+            {"module": module, "request": name, "miss_ms": round(cold, 2), "hit_ms": round(warm, 2)}
         )
-    assert plural in first.json()["data"]
+    assert module in first.json()["data"]
 
 
-def _written(report: Check, http: httpx2.Client, module: str) -> None:
-    plural, single, new, change, _ = MODULES[module]
-    path = f"/api/{module}"
+def _check_writes(report: CheckReport, http: httpx2.Client, module: str) -> None:
+    checked, path = MODULES[module], f"/api/{module}"
+    field, value = checked.change
     before = http.get(path).json()["data"]["total"]
     http.get(path)
-    created = http.post(path, json={**new, "is_test_data": True, "check_run": uuid4().hex}).json()[
-        "data"
-    ][single]
-    one = f"{path}/{created['id']}"
+    body = {**checked.new, "is_test_data": True, "check_run": uuid4().hex}
+    created = http.post(path, json=body).json()["data"][checked.singular]
+    record = f"{path}/{created['id']}"
     try:
         listed = http.get(path).json()["data"]
-        held = listed["total"] == before + 1 and listed[plural][0]["id"] == created["id"]
-        report.that(
-            f"{module}: a created record is in the next list",
-            held,
-            f"total {before} -> {listed['total']}",
-        )
-        http.get(one)
-        http.put(one, json=change).raise_for_status()
-        name, value = next(iter(change.items()))
-        report.that(
-            f"{module}: a change is in the next answer",
-            http.get(one).json()["data"][single][name] == value,
-        )
-        again = http.get(path).json()["data"][plural][0]
-        report.that(f"{module}: a change is in the next list", again.get(name) == value, again)
+        shown = listed["total"] == before + 1 and listed[module][0]["id"] == created["id"]
+        seen = f"total {before} -> {listed['total']}"
+        report.check(f"{module}: a created record is in the next list", shown, seen)
+        http.get(record)
+        http.put(record, json={field: value}).raise_for_status()
+        read = http.get(record).json()["data"][checked.singular]
+        report.check(f"{module}: a change is in the next response", read[field] == value, read)
+        first = http.get(path).json()["data"][module][0]
+        report.check(f"{module}: a change is in the next list", first.get(field) == value, first)
     finally:
-        deleted = http.delete(one)
-    report.that(
-        f"{module}: the answer of a write says that its invalidation is confirmed",
-        _confirmed(deleted),
-    )
-    report.that(f"{module}: a deleted record is gone at once", http.get(one).status_code == 404)
+        deleted = http.delete(record)
+    report.check(f"{module}: a write confirms its invalidation", _confirmed(deleted))
+    gone = http.get(record).status_code == 404
+    report.check(f"{module}: a deleted record is not found at once", gone)
     after = http.get(path).json()["data"]["total"]
-    report.that(
-        f"{module}: a deleted record is not in the next list",
-        after == before,
-        f"{before} -> {after}",
-    )
+    seen = f"{before} -> {after}"
+    report.check(f"{module}: a deleted record is not in the next list", after == before, seen)
 
 
-def _others(
-    report: Check,
-    module: str,
-    *,
-    admin: httpx2.Client,
-    stranger: httpx2.Client,
-    employee: httpx2.Client,
-    nobody: httpx2.Client,
-    tenant: str,
-) -> None:
-    plural, path = MODULES[module][0], f"/api/{module}"
-    mine = {row["id"] for row in admin.get(path).json()["data"][plural]}
-    foreign = {row["id"] for row in stranger.get(path).json()["data"][plural]}
-    report.that(
-        f"{module}: another tenant sees other rows under the same URL",
-        mine and foreign and not mine & foreign,
+def _check_isolation(report: CheckReport, clients: Clients, module: str, *, tenant: str) -> None:
+    path, other = f"/api/{module}", clients.other_admin
+    own = {row["id"] for row in clients.admin.get(path).json()["data"][module]}
+    foreign = {row["id"] for row in other.get(path).json()["data"][module]}
+    report.check(
+        f"{module}: another tenant gets other rows under the same URL",
+        own and foreign and not own & foreign,
     )
-    refused = stranger.get(path, params={"tenant_id": tenant})
-    report.that(
+    refused = other.get(path, params={"tenant_id": tenant})
+    report.check(
         f"{module}: another tenant is refused these rows", refused.status_code == 403, refused.text
     )
-    detail = stranger.get(f"{path}/{next(iter(mine))}")
-    unknown = stranger.get(f"{path}/{uuid4()}")
+    detail, unknown = other.get(f"{path}/{next(iter(own))}"), other.get(f"{path}/{uuid4()}")
     same = (detail.status_code, detail.content) == (404, unknown.content)
-    report.that(f"{module}: another tenant's record looks like an unknown one", same, detail.text)
-    all_rows = stranger.get(path).json()["data"]["total"]
-    fewer = employee.get(path).json()["data"]["total"]
-    report.that(
+    report.check(f"{module}: another tenant's record looks like an unknown one", same, detail.text)
+    total = other.get(path).json()["data"]["total"]
+    fewer = clients.other_employee.get(path).json()["data"]["total"]
+    report.check(
         f"{module}: an employee with a narrower view gets fewer rows",
-        0 < fewer < all_rows,
-        f"{fewer} of {all_rows}",
+        0 < fewer < total,
+        f"{fewer} of {total}",
     )
-    report.that(
-        f"{module}: without a token nothing is answered", nobody.get(path).status_code == 401
-    )
+    unauthenticated = clients.anonymous.get(path).status_code == 401
+    report.check(f"{module}: a request without a token is refused", unauthenticated)
 
 
-def _converted(report: Check, http: httpx2.Client) -> None:
+def _check_conversion(report: CheckReport, http: httpx2.Client) -> None:
     name = f"Converted {uuid4().hex[:8]}"
     body = {"first_name": "Conny", "last_name": name, "company": name, "is_test_data": True}
     lead = http.post("/api/leads", json=body).json()["data"]["lead"]
@@ -279,8 +242,8 @@ def _converted(report: Check, http: httpx2.Client) -> None:
     warm = (*lists, f"/api/leads/{lead['id']}", f"/api/contacts/search?q={name}")
     for path in warm * 2:
         http.get(path)
-    report.that(
-        "before a conversion the lists of five modules, lead and search are hits",
+    report.check(
+        "before a conversion, the lists of five modules, the lead and a search are hits",
         all(_is_hit(http.get(p)) for p in warm),
     )
     converted = http.post(
@@ -289,31 +252,33 @@ def _converted(report: Check, http: httpx2.Client) -> None:
     ).json()["data"]
     try:
         fresh = [http.get(path) for path in warm]
-        report.that(
-            "after it none of them is", not any(map(_is_hit, fresh)), [*map(_status, fresh)]
+        report.check(
+            "afterwards none of them is a hit", not any(map(_is_hit, fresh)), [*map(_status, fresh)]
         )
-        leads, contacts, accounts, deals, activities, gone, found = fresh
-        report.that("the lead has left the list", lead["id"] not in leads.text)
-        report.that(
+        leads, contacts, accounts, opportunities, activities, gone, found = fresh
+        report.check("the lead is not in the list", lead["id"] not in leads.text)
+        report.check(
             "the contact is in the list",
             contacts.json()["data"]["contacts"][0]["id"] == converted["contact"]["id"],
         )
-        report.that(
+        report.check(
             "the account is in the list",
             accounts.json()["data"]["accounts"][0]["id"] == converted["account"]["id"],
         )
-        report.that("the opportunity is in the list", converted["opportunity"]["id"] in deals.text)
+        report.check(
+            "the opportunity is in the list", converted["opportunity"]["id"] in opportunities.text
+        )
         moved = activities.json()["data"]["activities"][0]
         now_about = (moved["related_to"], moved["related_id"], moved["related_name"])
-        report.that(
+        report.check(
             "its activity is about the contact",
             now_about == ("contact", converted["contact"]["id"], f"Conny {name}"),
             moved,
         )
-        report.that("the lead is gone", gone.status_code == 404)
-        report.that("the contact is found", converted["contact"]["id"] in found.text)
+        report.check("the lead is not found", gone.status_code == 404)
+        report.check("the contact is found", converted["contact"]["id"] in found.text)
         again = http.post(f"/api/leads/{lead['id']}/convert", json={})
-        report.that("a second conversion is refused", again.status_code == 409, again.text)
+        report.check("a second conversion is refused", again.status_code == 409, again.text)
     finally:
         http.delete(f"/api/activities/{call['id']}")
         http.delete(f"/api/opportunities/{converted['opportunity']['id']}")
@@ -321,7 +286,7 @@ def _converted(report: Check, http: httpx2.Client) -> None:
         http.delete(f"/api/accounts/{converted['account']['id']}")
 
 
-def _promoted(report: Check, http: httpx2.Client) -> None:
+def _check_promotion(report: CheckReport, http: httpx2.Client) -> None:
     body = {"source_name": "Promoted", "contact_person": "Penny Promoted", "is_test_data": True}
     source = http.post("/api/bizdevsources", json=body).json()["data"]["bizdevsource"]
     warm = (
@@ -332,26 +297,26 @@ def _promoted(report: Check, http: httpx2.Client) -> None:
     )
     for path in warm * 2:
         http.get(path)
-    report.that(
-        "before a promotion all four reads are hits", all(_is_hit(http.get(path)) for path in warm)
+    report.check(
+        "before a promotion, all four reads are hits", all(_is_hit(http.get(path)) for path in warm)
     )
     promoted = http.post(f"/api/bizdevsources/{source['id']}/promote", json={}).json()["data"]
     try:
         fresh = [http.get(path) for path in warm]
-        report.that(
-            "after it none of them is",
-            not any(_is_hit(answer) for answer in fresh),
-            [_status(answer) for answer in fresh],
+        report.check(
+            "afterwards none of them is a hit",
+            not any(map(_is_hit, fresh)),
+            [*map(_status, fresh)],
         )
-        report.that(
+        report.check(
             "the source is promoted",
             fresh[3].json()["data"]["bizdevsource"]["status"] == "Promoted",
         )
-        report.that(
+        report.check(
             "the account is in the list",
             fresh[1].json()["data"]["accounts"][0]["id"] == promoted["account"]["id"],
         )
-        report.that(
+        report.check(
             "the contact is in the list",
             fresh[2].json()["data"]["contacts"][0]["id"] == promoted["contact"]["id"],
         )
@@ -361,13 +326,13 @@ def _promoted(report: Check, http: httpx2.Client) -> None:
         http.delete(f"/api/accounts/{promoted['account']['id']}")
 
 
-def _table(report: Check) -> None:
-    report.say(f"\n  {'module':<15}{'request':<14}{'miss ms':>9}{'hit ms':>9}{'faster':>9}")
+def _print_timings(report: CheckReport) -> None:
+    report.print(f"\n  {'module':<15}{'request':<14}{'miss ms':>9}{'hit ms':>9}{'faster':>9}")
     for row in report.timings:
         share = 100 * (1 - row["hit_ms"] / row["miss_ms"])
-        report.say(
-            f"  "
-            f"{row['module']:<15}{row['request']:<14}{row['miss_ms']:>9.2f}{row['hit_ms']:>9.2f}{share:>8.0f}%"
+        report.print(
+            f"  {row['module']:<15}{row['request']:<14}{row['miss_ms']:>9.2f}"
+            f"{row['hit_ms']:>9.2f}{share:>8.0f}%"
         )
 
 
@@ -390,28 +355,25 @@ def _confirmed(response: httpx2.Response) -> bool:
 
 
 def _login(base: str, email: str) -> httpx2.Client:
-    answer = httpx2.post(
+    response = httpx2.post(
         f"{base}/api/auth/login", json={"email": email, "password": PASSWORD}, timeout=10
     )
-    if answer.status_code != 200:
+    if response.status_code != 200:
         raise LookupError(
-            f"cannot log in as {email} at {base} ({answer.status_code}): the check needs the demo "
-            f"data"
+            f"cannot log in as {email} at {base} ({response.status_code}): the check needs the "
+            f"demo data"
         )
-    token = answer.json()["data"]["access_token"]
+    token = response.json()["data"]["access_token"]
     return httpx2.Client(base_url=base, headers={"authorization": f"Bearer {token}"}, timeout=10)
 
 
 @contextlib.contextmanager
 def _system(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the address of the system to check: the given one, the one running on DATA_DIR, or one
-    started for this."""
-    running = Settings().data_dir / "running.json"
+    """Yield the base URL of the system: the given one, the one on DATA_DIR, or a new one."""
+    running = read_state(Settings().data_dir)
     if options.url:
         yield options.url.rstrip("/")
-    elif running.exists() and _answers(
-        base := f"http://127.0.0.1:{json.loads(running.read_text())['port']}"
-    ):
+    elif running and _is_up(base := f"http://127.0.0.1:{running['port']}"):
         yield base
     else:
         with tempfile.TemporaryDirectory(prefix="crm-check-") as folder:
@@ -431,7 +393,7 @@ def _started(folder: Path) -> Iterator[str]:
         )
         try:
             deadline = time.monotonic() + START_DEADLINE_S
-            while not _answers(base):
+            while not _is_up(base):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     raise LookupError(f"the system to check did not start:\n{log.read()[-2000:]}")
@@ -444,13 +406,11 @@ def _started(folder: Path) -> Iterator[str]:
 
 
 def _remove_cluster(data: Path) -> None:
-    """Delete what an embedded PostgreSQL left outside the data folder."""
-    from respcache.testing.servers import EmbeddedPostgres
-
+    """Delete the files of an embedded PostgreSQL outside the data folder."""
     EmbeddedPostgres(data / "postgres", password="").find().remove()
 
 
-def _answers(base: str) -> bool:
+def _is_up(base: str) -> bool:
     try:
         return httpx2.get(f"{base}/api/system/health", timeout=2).status_code == 200
     except httpx2.HTTPError:

@@ -1,5 +1,7 @@
-"""The commands ``import`` and ``export``: progress, results, and the cache, which is right when
-they return."""
+"""The commands ``import`` and ``export``: progress, results, and invalidation of the cache.
+
+When ``import`` returns 0, every cached list shows the imported rows.
+"""
 
 import argparse
 import asyncio
@@ -18,67 +20,148 @@ from crm.app import watched_cache
 from crm.csv_files import CsvFile, UnreadableFile
 from crm.exports import export
 from crm.imports import (
-    ExistingRecords,
     ImportPlan,
     ImportResult,
     Rejects,
     batches,
-    look_up,
+    load_existing,
     store,
-    tenant_of,
+    tenant_id,
 )
 from crm.settings import Settings
 from respcache import Cache, InvalidationPending
 
 
 async def import_files(
-    settings: Settings, database_url: str, cache_url: str | None, options: argparse.Namespace
+    settings: Settings, options: argparse.Namespace, *, database_url: str, cache_url: str | None
 ) -> int:
-    """Import each file; return the exit status: 0, or 1 when rows were rejected or the cache could
-    not be told."""
-    say = Console(stderr=True, highlight=False, soft_wrap=True)
+    """Import each file; return the exit status.
+
+    It is 1 when rows were rejected, or when the cache server did not confirm the invalidation.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     given = dict(pair.partition("=")[::2] for pair in options.map)
     rejected = {options.rejects or Path(f"{path.stem}.rejects.csv"): path for path in options.files}
     if len(rejected) < len(options.files):
         raise ValueError(
-            "the rejected rows of several files would go to one: import them one by one"
+            "the rejected rows of several files would go to one file: import them one by one"
         )
-    results: list[dict[str, Any]] = []
-    told = False
+    reports: list[dict[str, Any]] = []
+    confirmed = False
     engine = create_async_engine(database_url)
     cache, watching = watched_cache(settings, engine, cache_url)
     await cache.connect()
     try:
         for rejects_path, path in rejected.items():
-            known = await look_up(engine, options.tenant, options.kind)
             plan = ImportPlan.make(_opened(path), options.kind, given)
             with closing(Rejects(rejects_path, plan.file.columns)) as rejects:
-                outcome = await _import(engine, plan, known, rejects, say, dry_run=options.dry_run)
-            results.append(_told(say, plan, outcome, rejects, dry_run=options.dry_run))
+                run = _Import(engine, plan, rejects, console=console, dry_run=options.dry_run)
+                reports.append(await run.run(options.tenant))
     finally:
-        told = await _settled(cache, say)
+        confirmed = await _confirmed(cache, console)
         await cache.close()
         watching.close()
         await engine.dispose()
     if options.json:
-        print(json.dumps(results))
-    return 0 if told and not any(result["rejected"] for result in results) else 1
+        print(json.dumps(reports))
+    return 0 if confirmed and not any(report["rejected"] for report in reports) else 1
 
 
 async def export_module(database_url: str, options: argparse.Namespace) -> int:
-    """Write a module to a file or to standard output."""
+    """Write the records of a module to a file or to standard output; return the exit status."""
     engine = create_async_engine(database_url)
     try:
-        tenant = await tenant_of(engine, options.tenant)
+        tenant = await tenant_id(engine, options.tenant)
         if options.output is None:
-            count = await export(engine, tenant, options.module, sys.stdout)
+            count = await export(engine, tenant, options.module, file=sys.stdout)
         else:
             with options.output.open("w", newline="", encoding="utf-8") as file:
-                count = await export(engine, tenant, options.module, file)
+                count = await export(engine, tenant, options.module, file=file)
         print(f"{count} {options.module} exported", file=sys.stderr)
     finally:
         await engine.dispose()
     return 0
+
+
+class _Import:
+    """The import of one file."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        plan: ImportPlan,
+        rejects: Rejects,
+        *,
+        console: Console,
+        dry_run: bool,
+    ) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._rejects = rejects
+        self._console = console
+        self._dry_run = dry_run
+        self._result = ImportResult()
+
+    async def run(self, tenant: str) -> dict[str, Any]:
+        """Import the file into a tenant (slug); print and return what was done."""
+        existing = await load_existing(self._engine, tenant, self._plan.kind)
+        records = self._plan.records(existing, self._result, self._rejects)
+        total = sum(1 for _ in self._plan.file.rows())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(self._plan.file.path.name, total=total)
+            try:
+                for batch in batches(records):
+                    if not self._dry_run:
+                        self._result.count(await store(self._engine, self._plan.kind, batch))
+                    progress.update(task, completed=self._result.read)
+            except asyncio.CancelledError:
+                self._console.print(
+                    f"stopped: the first {self._result.stored} rows are stored, as whole batches; "
+                    f"repeat the import to continue"
+                )
+                raise
+        self._print()
+        return self._report()
+
+    def _print(self) -> None:
+        file, mapping, result = self._plan.file, self._plan.mapping, self._result
+        mapped = ", ".join(f"{column} -> {name or '(dropped)'}" for column, name in mapping.items())
+        kept = [column for column in file.columns if column not in mapping]
+        self._console.print(
+            f"{file.path.name}: {file.encoding}, {mapped}"
+            + (f"; as metadata: {', '.join(kept)}" if kept else "")
+        )
+        done = (
+            f"{result.read - result.rejected} would be stored"
+            if self._dry_run
+            else f"{result.created} created, {result.updated} updated, {result.unchanged} unchanged"
+        )
+        self._console.print(f"  {result.read} rows read, {done}, {result.rejected} rejected")
+        if result.unlinked:
+            self._console.print(
+                f"  {result.unlinked} rows name an unknown account: the name is kept as metadata"
+            )
+        if result.rejected:
+            reasons = ", ".join(
+                f"{reason} ({count})" for reason, count in result.reasons.most_common(5)
+            )
+            self._console.print(f"  rejected rows: {self._rejects.path} ({reasons})")
+
+    def _report(self) -> dict[str, Any]:
+        return {
+            "file": str(self._plan.file.path),
+            **asdict(self._result),
+            "reasons": dict(self._result.reasons),
+            "mapping": dict(self._plan.mapping),
+            "rejects": str(self._rejects.path) if self._result.rejected else None,
+            "dry_run": self._dry_run,
+        }
 
 
 def _opened(path: Path) -> CsvFile:
@@ -88,77 +171,16 @@ def _opened(path: Path) -> CsvFile:
         raise UnreadableFile(f"{path}: {error.strerror}") from None
 
 
-async def _import(
-    engine: AsyncEngine,
-    plan: ImportPlan,
-    known: ExistingRecords,
-    rejects: Rejects,
-    say: Console,
-    *,
-    dry_run: bool,
-) -> ImportResult:
-    outcome = ImportResult()
-    total = sum(1 for _ in plan.file.rows())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=say, transient=True) as progress:
-        task = progress.add_task(plan.file.path.name, total=total)
-        try:
-            for batch in batches(plan.records(known, outcome, rejects)):
-                if not dry_run:
-                    await store(engine, plan.kind, batch, outcome)
-                progress.update(task, completed=outcome.read)
-        except asyncio.CancelledError:
-            stored = outcome.created + outcome.updated + outcome.unchanged
-            say.print(
-                f"stopped: the first {stored} rows are in, as whole batches; repeat the import to "
-                f"go on"
-            )
-            raise
-    return outcome
-
-
-async def _settled(cache: Cache, say: Console) -> bool:
+async def _confirmed(cache: Cache, console: Console) -> bool:
+    """Wait until the cache server has confirmed all invalidations; return whether it did."""
     if cache.store is None:
         return True
     try:
         await cache.settled()
     except InvalidationPending:
-        say.print(
-            "the cache server could not be told: lists may be old for up to their time to live"
+        console.print(
+            "the cache server did not confirm the invalidation: cached lists may be outdated for "
+            "up to their time to live"
         )
         return False
     return True
-
-
-def _told(
-    say: Console, plan: ImportPlan, outcome: ImportResult, rejects: Rejects, *, dry_run: bool
-) -> dict[str, Any]:
-    mapped = ", ".join(
-        f"{column} -> {name or '(dropped)'}" for column, name in plan.mapping.items()
-    )
-    kept = [column for column in plan.file.columns if column not in plan.mapping]
-    say.print(
-        f"{plan.file.path.name}: {plan.file.encoding}, {mapped}"
-        + (f"; as metadata: {', '.join(kept)}" if kept else "")
-    )
-    stored = f"{outcome.created} created, {outcome.updated} updated, {outcome.unchanged} unchanged"
-    done = f"{outcome.read - outcome.rejected} would be stored" if dry_run else stored
-    say.print(f"  {outcome.read} rows read, {done}, {outcome.rejected} rejected")
-    if outcome.unlinked:
-        say.print(
-            f"  {outcome.unlinked} name an account that is not there: its name is kept as metadata"
-        )
-    if outcome.rejected:
-        reasons = ", ".join(
-            f"{reason} ({count})" for reason, count in outcome.reasons.most_common(5)
-        )
-        say.print(f"  rejected rows: {rejects.path} ({reasons})")
-    return {
-        "file": str(plan.file.path), **asdict(outcome), "reasons": dict(outcome.reasons), "mapping": dict(plan.mapping),
-        "rejects": str(rejects.path) if outcome.rejected else None, "dry_run": dry_run,
-    }  # fmt: skip

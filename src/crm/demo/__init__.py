@@ -1,1 +1,1 @@
-"""Demo data, and the demo: traffic, outages, a check of every response."""
+"""The demo: seed data, and ``make demo`` with simulated traffic and outages."""

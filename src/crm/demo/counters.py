@@ -1,5 +1,7 @@
-"""What the demo's traffic saw: counted, timed and summed up. Written by the traffic's thread, read
-by the console's."""
+"""What the demo's traffic counts and measures, and the summary.
+
+The traffic's thread writes, the console's thread reads.
+"""
 
 import time
 from collections import Counter, deque
@@ -9,122 +11,123 @@ from typing import Any, Literal
 
 from respcache.ops.bench.load import percentile
 
-NOW_S = 10.0
-"""What the live line speaks of."""
+RECENT_S = 10.0
+"""The period of the live line."""
 
-MOST_TIMES = 100_000
-"""Times of which percentiles are made: the latest."""
+MAX_TIMES = 100_000
+"""The latest response times, from which percentiles are computed."""
 
-MOST_TOLD = 20
-"""Problems whose text is kept: the first ones."""
+MAX_PROBLEMS = 20
+"""The first problems, whose text is kept."""
 
-Way = Literal["hit", "database", "write"]
-WAYS: tuple[Way, ...] = ("hit", "database", "write")
+Source = Literal["hit", "database", "write"]
+SOURCES: tuple[Source, ...] = ("hit", "database", "write")
 
 
 @dataclass
 class ResponseTimes:
-    """How many requests went one way, and how long they took."""
+    """The number of requests of one kind, and their response times."""
 
     count: int = 0
-    most_ms: float = 0.0
-    latest_ms: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_TIMES))
+    max_ms: float = 0.0
+    latest_ms: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_TIMES))
 
     def add(self, took_ms: float) -> None:
-        """Note one."""
+        """Add the time of a request."""
         self.count += 1
-        self.most_ms = max(self.most_ms, took_ms)
+        self.max_ms = max(self.max_ms, took_ms)
         self.latest_ms.append(took_ms)
 
     def summary(self) -> dict[str, float | int | None]:
-        """Return the number and percentiles of milliseconds."""
+        """Return the number of requests, and percentiles in milliseconds."""
         times = list(self.latest_ms)
         p50, p95 = (round(percentile(times, percent), 2) if times else None for percent in (50, 95))
         return {
             "count": self.count,
             "p50_ms": p50,
             "p95_ms": p95,
-            "max_ms": round(self.most_ms, 2) if times else None,
+            "max_ms": round(self.max_ms, 2) if times else None,
         }
 
 
 class DemoCounters:
-    """Of one run of the demo."""
+    """The counters of one run.
+
+    ``outage`` says that the cache server is stopped or frozen now. ``compared`` counts comparisons
+    of a written record with a response.
+    """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._ended: float | None = None
         self.outage = False
-        """The cache's server is away now."""
         self.outages: list[str] = []
-        self.calm: dict[Way, ResponseTimes] = {way: ResponseTimes() for way in WAYS}
-        self.broken: dict[Way, ResponseTimes] = {way: ResponseTimes() for way in WAYS}
+        self.times: dict[Source, ResponseTimes] = {name: ResponseTimes() for name in SOURCES}
+        self.outage_times: dict[Source, ResponseTimes] = {name: ResponseTimes() for name in SOURCES}
         self.kinds: Counter[str] = Counter()
         self.tenants: Counter[str] = Counter()
         self.compared = 0
-        """Records of ours that answers were compared by."""
         self.failed = self.failed_in_outage = self.stale = self.skipped = 0
         self.problems: list[str] = []
-        self._recent: deque[tuple[float, Way, float]] = deque(maxlen=50_000)
+        self._recent: deque[tuple[float, Source, float]] = deque(maxlen=50_000)
 
-    def answered(self, way: Way, took_ms: float, *, tenant: str, outage: bool) -> None:
-        """Note an answer, and whether the server was away at its beginning or its end."""
-        (self.broken if outage else self.calm)[way].add(took_ms)
+    def response(self, source: Source, took_ms: float, *, tenant: str, outage: bool) -> None:
+        """Count a response. ``outage``: there was an outage at its beginning or its end."""
+        (self.outage_times if outage else self.times)[source].add(took_ms)
         self.tenants[tenant] += 1
-        self._recent.append((time.monotonic(), way, took_ms))
+        self._recent.append((time.monotonic(), source, took_ms))
 
     def fail(self, problem: str, *, outage: bool) -> None:
-        """Note a request that did not get the answer that it must get."""
+        """Count a request that failed."""
         self.failed += 1
         self.failed_in_outage += outage
-        self._tell(f"failed: {problem}")
+        self._keep(f"failed: {problem}")
 
-    def note_stale(self, request: str, what: Sequence[str]) -> None:
-        """Note an answer that was older than it may be."""
+    def note_stale(self, request: str, stale: Sequence[str]) -> None:
+        """Count a stale response."""
         self.stale += 1
-        self._tell(f"stale: {request}: {'; '.join(what[:3])}")
+        self._keep(f"stale: {request}: {'; '.join(stale[:3])}")
 
-    def _tell(self, problem: str) -> None:
-        if len(self.problems) < MOST_TOLD:
+    def _keep(self, problem: str) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
     def end(self) -> None:
-        """Note that nothing more comes."""
+        """Stop the clock."""
         self._ended = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """How long it has run."""
+        """The duration of the run so far."""
         return (self._ended or time.monotonic()) - self._began
 
     @property
     def right(self) -> bool:
-        """Whether nothing failed and nothing was stale."""
+        """Whether no request failed and no response was stale."""
         return not (self.failed or self.stale)
 
     def line(self) -> str:
-        """Say how things are now."""
+        """Return the live line: the last 10 seconds."""
         now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - NOW_S:
+        while self._recent and self._recent[0][0] < now - RECENT_S:
             self._recent.popleft()
         recent = list(self._recent)
-        seconds = min(NOW_S, max(0.1, self.seconds))
+        seconds = min(RECENT_S, max(0.1, self.seconds))
         hits, others = (
-            [took for _, way, took in recent if way == wanted] for wanted in ("hit", "database")
+            [took for _, source, took in recent if source == wanted]
+            for wanted in ("hit", "database")
         )
         ratio = f"{100 * len(hits) / (len(hits) + len(others)):.0f} %" if hits or others else "-"
         return (
             f"{span(self.seconds)} {len(recent) / seconds:5.1f}/s  hits {ratio:>4}  p50: hit "
-            f"{_middle(hits)}, "
-            f"database {_middle(others)}  failed {self.failed}  stale {self.stale}"
+            f"{_median(hits)}, database {_median(others)}  failed {self.failed}  stale {self.stale}"
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return everything that was counted."""
-        hits, others = (
-            self.calm[way].count + self.broken[way].count for way in ("hit", "database")
+        """Return all counters, for ``--json``."""
+        hits, others, writes = (
+            self.times[source].count + self.outage_times[source].count for source in SOURCES
         )
-        writes = self.calm["write"].count + self.broken["write"].count
         return {
             "seconds": round(self.seconds, 1),
             "requests": hits + others + writes,
@@ -134,8 +137,10 @@ class DemoCounters:
             "kinds": dict(self.kinds.most_common()),
             "tenants": dict(self.tenants.most_common()),
             "outages": self.outages,
-            "times": {way: times.summary() for way, times in self.calm.items()},
-            "times_in_outages": {way: times.summary() for way, times in self.broken.items()},
+            "times": {name: times.summary() for name, times in self.times.items()},
+            "times_in_outages": {
+                name: times.summary() for name, times in self.outage_times.items()
+            },
             "compared": self.compared,
             "failed": self.failed,
             "failed_in_outages": self.failed_in_outage,
@@ -146,9 +151,9 @@ class DemoCounters:
 
 
 def span(seconds: float) -> str:
-    """Write minutes and seconds."""
+    """Format a duration as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _middle(times: Sequence[float]) -> str:
+def _median(times: Sequence[float]) -> str:
     return f"{percentile(times, 50):.1f} ms" if times else "-"

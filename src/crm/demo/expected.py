@@ -1,15 +1,14 @@
-"""What the demo's traffic knows of the records that it wrote itself, and which responses are older
-than that.
+"""What the demo's traffic knows of the records that it wrote, and which responses are stale.
 
-A record is a register of ``respcache.testing.staleness``: its version is in a field, and its
-deletion counts as the last version, ``DELETED``. A read must show at least the version that a
-response to a write had confirmed before the read was sent. So ``expected`` is called before a read
-is sent, and the response is judged by it. Writes of others at the same time (with curl, for
-example) are never judged.
+A record is a register of ``respcache.testing.staleness``: a metadata field contains its version,
+and its deletion counts as the last version, ``DELETED``. A read must show at least the version that
+the response to a write had confirmed before the read was sent. So a read takes the expectations
+before it is sent, and its response is compared with them. Writes of others (yours, with curl) are
+never checked.
 
-One visitor writes a record at a time. Records have no owner, so all visitors of their tenant see
-them. Whether a list must show a record is certain only on its first page, newest first: it must,
-unless all rows of a full page are newer.
+A record has one writer at a time and is assigned to no employee, so its whole tenant sees it. A
+list must show a record only on its first page (newest first), and only if not all rows of a full
+page are newer.
 """
 
 from collections import deque
@@ -17,43 +16,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from respcache.testing.staleness import Minimum
 
 VERSION = "demo_version"
-"""The field with a record's version: one of the free fields that every record may have."""
+"""The metadata field that contains the version."""
 
 DELETED = inf
 """The version of a deleted record."""
 
 ABSENT = -1
-"""The version that a read shows if it misses a record that was never deleted."""
+"""The version that a read shows if it misses a record that was not deleted."""
 
-MOST_KEPT = 12
-"""Records of a module that are kept. Beyond that, something is deleted instead of created."""
+MAX_RECORDS = 12
+"""Records kept per module; at this number a record is deleted instead of created."""
 
-MOST_GONE = 30
-"""Deleted records of a module that are remembered."""
+MAX_DELETED = 30
+"""Deleted records remembered per module."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(eq=False)
-class Mine:
-    """A record that the traffic wrote. ``made`` is its place in a list, newest first."""
+class WrittenRecord:
+    """A record that the traffic created. ``position`` orders a list, newest last.
+
+    ``sent`` and ``confirmed`` are the last versions sent and confirmed; ``ending`` says that its
+    deletion or conversion was sent, ``busy`` that a write is in progress.
+    """
 
     module: str
     id: str
-    made: tuple[str, str]
+    position: tuple[str, str]
     sent: int = 0
-    """The version that was sent last."""
-    known: float = 0
-    """The version that a response confirmed last."""
+    confirmed: float = 0
     ending: bool = False
-    """Its deletion or conversion was sent."""
     busy: bool = False
-    """A write is in progress."""
 
     @property
     def free(self) -> bool:
@@ -61,100 +60,107 @@ class Mine:
         return not (self.busy or self.ending)
 
 
-Expected = Sequence[tuple[Mine, Minimum]]
-"""Records, and what a read that is sent now must show of them at least."""
+class Expectation(NamedTuple):
+    """The least that the response to a read must show of a record."""
+
+    record: WrittenRecord
+    minimum: Minimum
 
 
 @dataclass
 class ExpectedRows:
-    """The records of one tenant."""
+    """The records that the traffic wrote in one tenant, by module."""
 
-    kept: dict[str, dict[str, Mine]] = field(default_factory=dict)
-    gone: dict[str, deque[Mine]] = field(default_factory=dict)
+    records: dict[str, dict[str, WrittenRecord]] = field(default_factory=dict)
+    deleted: dict[str, deque[WrittenRecord]] = field(default_factory=dict)
 
     def add(self, module: str, row: Row) -> None:
-        """Remember a record that a response reports as created."""
+        """Add a record from the response that confirmed its creation."""
         version = row.get(VERSION, 0)
-        mine = Mine(module, row["id"], (row["created_at"], row["id"]), version, version)
-        self.kept.setdefault(module, {})[mine.id] = mine
+        position = (row["created_at"], row["id"])
+        record = WrittenRecord(module, row["id"], position, sent=version, confirmed=version)
+        self.records.setdefault(module, {})[record.id] = record
 
-    def take(self, module: str, chance: Random) -> Mine | None:
-        """Reserve a record for a write, if there is one. ``written``, ``ended`` or ``forget`` must
-        follow."""
-        free = [mine for mine in self.kept.get(module, {}).values() if mine.free]
+    def take(self, module: str, chance: Random) -> WrittenRecord | None:
+        """Reserve a free record for a write; None if there is none.
+
+        Call ``confirm``, ``confirm_deletion`` or ``discard`` afterwards.
+        """
+        free = [record for record in self.records.get(module, {}).values() if record.free]
         if not free:
             return None
-        mine = chance.choice(free)
-        mine.busy = True
-        return mine
+        record = chance.choice(free)
+        record.busy = True
+        return record
 
     def full(self, module: str) -> bool:
-        """Return whether enough records of a module are kept."""
-        return len(self.kept.get(module, {})) >= MOST_KEPT
+        """Whether a module has ``MAX_RECORDS``."""
+        return len(self.records.get(module, {})) >= MAX_RECORDS
 
-    def find(self, module: str, record: str) -> Mine | None:
-        """Return a record, also a deleted one."""
-        mine = self.kept.get(module, {}).get(record)
-        return mine or next((one for one in self.gone.get(module, ()) if one.id == record), None)
+    def find(self, module: str, key: str) -> WrittenRecord | None:
+        """Return a record by its id, also a deleted one."""
+        record = self.records.get(module, {}).get(key)
+        deleted = self.deleted.get(module, ())
+        return record or next((other for other in deleted if other.id == key), None)
 
-    def written(self, mine: Mine) -> None:
-        """Record that the version sent last was confirmed."""
-        mine.known, mine.busy = mine.sent, False
+    def confirm(self, record: WrittenRecord) -> None:
+        """Note that the version sent last was confirmed."""
+        record.confirmed, record.busy = record.sent, False
 
-    def ended(self, mine: Mine) -> None:
-        """Record that a record's deletion was confirmed."""
-        mine.known, mine.busy = DELETED, False
-        self.forget(mine)
-        self.gone.setdefault(mine.module, deque(maxlen=MOST_GONE)).append(mine)
+    def confirm_deletion(self, record: WrittenRecord) -> None:
+        """Note that the deletion or conversion of a record was confirmed."""
+        record.confirmed, record.busy = DELETED, False
+        self.discard(record)
+        deleted = self.deleted.setdefault(record.module, deque(maxlen=MAX_DELETED))
+        deleted.append(record)
 
-    def forget(self, mine: Mine) -> None:
-        """Stop judging by this record: the outcome of its last write is unknown."""
-        self.kept[mine.module].pop(mine.id, None)
+    def discard(self, record: WrittenRecord) -> None:
+        """Stop checking a record: the result of a failed write is unknown."""
+        self.records[record.module].pop(record.id, None)
 
-    def expected(self, *modules: str) -> Expected:
-        """Return what is known now, before a read is sent."""
-        return [
-            (mine, minimum(mine))
-            for module in modules
-            for mine in (*self.kept.get(module, {}).values(), *self.gone.get(module, ()))
-        ]
+    def expectations(self, module: str) -> list[Expectation]:
+        """Return what a read of a module must show. Call it before the read is sent."""
+        records = (*self.records.get(module, {}).values(), *self.deleted.get(module, ()))
+        return [expect(record) for record in records]
 
 
-def minimum(mine: Mine) -> Minimum:
-    """Return what a read that is sent now must show of a record."""
-    return Minimum(acknowledged=mine.known)
+def expect(record: WrittenRecord) -> Expectation:
+    """Return the expectation of a record for a read that is sent now."""
+    return Expectation(record, Minimum(acknowledged=record.confirmed))
 
 
 def stale_rows(
-    expected: Expected, rows: Sequence[Row], *, first: int | None = None
+    expected: Sequence[Expectation], rows: Sequence[Row], *, first: int | None = None
 ) -> Iterator[str]:
-    """Yield which rows are older than what was known when they were requested.
+    """Yield a description of each row that is older than expected.
 
-    ``first``: the rows are a first page of this length, newest first, so missing rows are judged
-    too.
+    ``first`` says that the rows are a first page of this size, newest first. Then missing records
+    are reported too.
     """
     shown = {row["id"]: row for row in rows}
-    edge = (
-        ("", "") if first is None or len(rows) < first else (rows[-1]["created_at"], rows[-1]["id"])
-    )
-    for mine, least in expected:
-        row = shown.get(mine.id)
-        if row is not None or (first is not None and mine.made > edge):
-            yield from stale_record(mine, least, row=row)
+    edge = ("", "")
+    if first is not None and len(rows) >= first:
+        edge = (rows[-1]["created_at"], rows[-1]["id"])
+    for expectation in expected:
+        row = shown.get(expectation.record.id)
+        if row is not None or (first is not None and expectation.record.position > edge):
+            yield from stale_record(expectation, row)
 
 
-def stale_record(mine: Mine, least: Minimum, *, row: Row | None) -> Iterator[str]:
-    """Yield whether a record (None: not found, or not in a list that must show it) is older than
-    what was known when it was requested."""
-    if row is not None:
-        returned = row.get(VERSION, 0)
-    else:
-        returned = DELETED if mine.ending else ABSENT
-    if not least.violated_by(returned):
+def stale_record(expectation: Expectation, row: Row | None) -> Iterator[str]:
+    """Yield a description if a row is older than expected.
+
+    None: it was not found, or is not in a list that must show it.
+    """
+    record, minimum = expectation
+    absent = DELETED if record.ending else ABSENT
+    version = absent if row is None else row.get(VERSION, 0)
+    if not minimum.violated_by(version):
         return
+    name = f"{record.module} {record.id}"
     if row is None:
-        yield f"{mine.module} {mine.id} is missing"
-    elif least.acknowledged == DELETED:
-        yield f"{mine.module} {mine.id} is shown although it is deleted"
+        yield f"{name} is missing"
+    elif minimum.acknowledged == DELETED:
+        yield f"{name} is shown although it was deleted"
     else:
-        yield f"{mine.module} {mine.id} is shown in version {returned}, not {least.acknowledged}"
+        yield f"{name} is shown in version {version}, not {minimum.acknowledged}"

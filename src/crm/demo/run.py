@@ -1,9 +1,8 @@
-"""``make demo``: the whole system with traffic and outages of the cache's server, and what comes of
-it said while it runs.
+"""``make demo``: the whole system, with traffic, outages of the cache server, and a live report.
 
-The application is a process of its own. This one sends the traffic, from a thread, and its main
-thread breaks the server and writes to the console. Data lives in the folder ``demo`` of the data
-folder, and begins anew each time; secrets stay, and so do sessions of browsers.
+The application runs in a process of its own. In this process, one thread sends the traffic, and
+the main thread breaks the cache server and writes to the console. The data is in the folder
+``demo`` of the data folder and is new in each run; secrets, and so browser sessions, are kept.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +25,56 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from crm.cli.launch import CommandFailed, Launched, launched, port_to_serve
+from crm.cli.launch import Launched, launched, port_to_serve
+from crm.cli.running import CommandFailed
 from crm.demo.counters import DemoCounters, span
 from crm.demo.seed import PASSWORD, SMALL_TENANTS, TENANTS
-from crm.demo.traffic import DEADLINE_S, Traffic, people
+from crm.demo.traffic import DEADLINE_S, Traffic, visitors
 from crm.settings import Settings
 from respcache.testing.servers import EmbeddedServer, EmbeddedValkey, ServerFailed
 
-EVERY_TENANT = TENANTS | SMALL_TENANTS
-SAVED = {"save": "86400 1000000"}
-"""Has a Valkey that was stopped come back with what it held: the dashboard's charts, and old
-answers, which nobody is served."""
+ALL_TENANTS = TENANTS | SMALL_TENANTS
+VALKEY_SETTINGS = {"save": "86400 1000000"}
+"""Makes a restarted Valkey restore its data: the dashboard's charts, and old entries, which are
+never served."""
 
-BEGINS = """The cache's server is {word} for {length:g} s: every answer comes from the database, and nothing fails.
-On the dashboard: bypasses take the place of hits; the cache server is away, the breaker open, the fence lost."""
+BEGINS = """\
+The cache server is {kind} for {length:g} s: every response comes from the database, none fails.
+On the dashboard: bypasses replace hits; the cache server is down, the circuit breaker is open, the
+serving lease has expired."""
 ENDS = {
-    "stopped": """The cache's server is started again, with what it held before. Nobody is served any of that: hits come back as
-lists are asked for. In the chart of requests the outage stays as a grey hill.""",
-    "frozen": """The cache's server goes on, and knows nothing of what was written meanwhile. That is made up for first; then what
-nobody changed is a hit again.""",
+    "stopped": """\
+The cache server is started again, with its old data. No old entry is served: hits return as lists
+are requested. In the chart of requests, the outage remains as a grey hill.""",
+    "frozen": """\
+The cache server continues, and has missed all writes. The missed invalidations are applied first;
+then unchanged responses are hits again.""",
 }
 
 VALKEY_PORT = 6390
-"""One that nobody else begins to use while the server is stopped."""
+"""A port that other programs are unlikely to use while the cache server is stopped."""
 
-TAKEN = (
-    "Another program has taken the port of the cache's server: the outage lasts until it is free "
-    "again."
+PORT_IN_USE = (
+    "Another program uses the port of the cache server: the outage lasts until the port is free."
 )
-PEOPLE = 5
-"""Of each tenant: its admin, an employee, its manager and two more. In some of the tenants each
-sees other rows."""
+VISITORS = 5
+"""Users per tenant: its admin, an employee, its manager and two more. In hierarchical tenants they
+see different rows."""
 
-AGAIN_S = 2.0
-LOOK_S = 0.25
+RETRY_S = 2.0
+STEP_S = 0.25
 LINE_S = 10.0
-"""Between two lines where nobody looks: a terminal has one that changes."""
+"""Time between two lines if the output is no terminal; a terminal has one line that changes."""
 
-KEPT_ALIVE_S = 2.0
-"""Connections that rest longer are not used again: the server closes them after 5 s."""
+KEEPALIVE_S = 2.0
+"""Idle connections are closed after this time; the server closes them after 5 s."""
+
+Say = Callable[[str, str], None]
+"""Prints a text (second) in a style of rich (first)."""
 
 
 class EmbeddedCrm(EmbeddedServer):
-    """The application, on servers that run."""
+    """The application, in a process of its own, on running servers."""
 
     name = "crm"
 
@@ -79,7 +86,7 @@ class EmbeddedCrm(EmbeddedServer):
         self._environment = environment
 
     def start(self) -> "EmbeddedCrm":
-        """Start and return when it answers. Raises ``ServerFailed``."""
+        """Start and wait until it responds. Raises ``ServerFailed``."""
         with self.log_path.open("wb") as log:
             self._spawn(
                 [sys.executable, "-m", "crm", "serve"], log=log, environment=self._environment
@@ -94,7 +101,7 @@ class EmbeddedCrm(EmbeddedServer):
 
 
 class Outages:
-    """Breaks the cache's server for a while, again and again: stopped and frozen in turn."""
+    """Breaks the cache server periodically: stopped and frozen in turn."""
 
     def __init__(
         self,
@@ -111,45 +118,64 @@ class Outages:
         self._length_s = length_s
         self._next = time.monotonic() + first_s
         self._until = 0.0
-        self._taken = False
+        self._port_in_use = False
 
-    def step(self, say: Callable[[str, str], None]) -> None:
+    def step(self, say: Say) -> None:
         """Begin or end an outage if it is time to."""
         now, counters = time.monotonic(), self._counters
         if counters.outage and now >= self._until:
             self._end(counters.outages[-1], say)
         elif not counters.outage and now >= self._next:
-            word = ("stopped", "frozen")[len(counters.outages) % 2]
+            kind = ("stopped", "frozen")[len(counters.outages) % 2]
             self._until, self._next = now + self._length_s, now + max(self._every_s, self._length_s)
-            counters.outages.append(word)
+            counters.outages.append(kind)
             counters.outage = True
-            (self._valkey.stop if word == "stopped" else self._valkey.freeze)()
-            say("yellow", BEGINS.format(word=word, length=self._length_s))
+            (self._valkey.stop if kind == "stopped" else self._valkey.freeze)()
+            say("yellow", BEGINS.format(kind=kind, length=self._length_s))
 
-    def _end(self, word: str, say: Callable[[str, str], None]) -> None:
+    def _end(self, kind: str, say: Say) -> None:
         try:
-            (self._valkey.start if word == "stopped" else self._valkey.thaw)()
+            (self._valkey.start if kind == "stopped" else self._valkey.thaw)()
         except ServerFailed as error:
             if "already in use" not in str(error):
                 raise
-            self._until = time.monotonic() + AGAIN_S
-            if not self._taken:
-                say("bold red", TAKEN)
-            self._taken = True
+            self._until = time.monotonic() + RETRY_S
+            if not self._port_in_use:
+                say("bold red", PORT_IN_USE)
+            self._port_in_use = True
         else:
-            self._counters.outage = self._taken = False
-            say("green", ENDS[word])
+            self._counters.outage = self._port_in_use = False
+            say("green", ENDS[kind])
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What the steps of a run share."""
+
+    console: Console
+    options: argparse.Namespace
+    system: Launched
+    port: int
+    counters: DemoCounters
+
+    @property
+    def base(self) -> str:
+        """The URL of the application."""
+        host = self.system.settings.host
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.port}"
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """Run until Ctrl-C or for the minutes that were asked for; return 1 if a request failed or an
-    answer was stale."""
+    """Run until Ctrl-C or for the given minutes.
+
+    Return the exit status: 1 if a request failed or a response was stale.
+    """
     console = Console(stderr=options.json, highlight=False, soft_wrap=True)
     with contextlib.redirect_stdout(console.file):
         counters = _run(console, options)
         summary = counters.summary()
         if not options.json:
-            _show(console, summary)
+            _print_summary(console, summary)
     if options.json:
         print(json.dumps(summary))
     return 0 if counters.right else 1
@@ -160,22 +186,22 @@ def _run(console: Console, options: argparse.Namespace) -> DemoCounters:
     port = port_to_serve(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console.print("starting ...")
-    with (
-        launched(
-            settings, port, tenants=EVERY_TENANT, fresh=True, valkey=SAVED, valkey_port=VALKEY_PORT
-        ) as system,
-        _application(system, port) as crm,
-    ):
-        counters = DemoCounters()
-        _say_hello(console, system, port, options)
-        with (
-            contextlib.suppress(KeyboardInterrupt),
-            _traffic(system, _base(settings, port), counters, options) as thread,
-        ):
-            _watch(console, crm, thread, counters, _outages(system, counters, options), options)
-        counters.end()
-        console.print("stopping ...")
-        return counters
+    with launched(
+        settings,
+        port,
+        tenants=ALL_TENANTS,
+        fresh=True,
+        valkey=VALKEY_SETTINGS,
+        valkey_port=VALKEY_PORT,
+    ) as system:
+        run = DemoRun(console, options, system, port, DemoCounters())
+        with _application(run) as crm:
+            _print_greeting(run)
+            with contextlib.suppress(KeyboardInterrupt), _traffic(run) as thread:
+                _watch(run, crm, thread)
+            run.counters.end()
+            console.print("stopping ...")
+            return run.counters
 
 
 def _settings() -> Settings:
@@ -196,23 +222,17 @@ def _settings() -> Settings:
     return settings.model_copy(update={"data_dir": settings.data_dir / "demo"}).with_secrets()
 
 
-def _base(settings: Settings, port: int) -> str:
-    return f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else settings.host}:{port}"
-
-
 @contextlib.contextmanager
-def _application(system: Launched, port: int) -> Iterator[EmbeddedCrm]:
-    assert system.cache_url is not None
-    folder = system.settings.data_dir.resolve()
-    ours = {
-        "DATABASE_URL": system.database_url,
-        "REDIS_CACHE_URL": system.cache_url,
+def _application(run: DemoRun) -> Iterator[EmbeddedCrm]:
+    assert run.system.cache_url is not None
+    folder = run.system.settings.data_dir.resolve()
+    own = {
+        "DATABASE_URL": run.system.database_url,
+        "REDIS_CACHE_URL": run.system.cache_url,
         "DATA_DIR": str(folder),
-        "PORT": str(port),
+        "PORT": str(run.port),
     }
-    crm = EmbeddedCrm(
-        folder, _base(system.settings, port), port=port, environment={**os.environ, **ours}
-    )
+    crm = EmbeddedCrm(folder, run.base, port=run.port, environment={**os.environ, **own})
     try:
         yield crm.start()
     finally:
@@ -220,18 +240,21 @@ def _application(system: Launched, port: int) -> Iterator[EmbeddedCrm]:
 
 
 @contextlib.contextmanager
-def _traffic(
-    system: Launched, base: str, counters: DemoCounters, options: argparse.Namespace
-) -> Iterator[threading.Thread]:
-    """Send traffic from a thread of its own, until the block ends."""
-    secret = system.settings.jwt_secret
+def _traffic(run: DemoRun) -> Iterator[threading.Thread]:
+    """Send traffic from a thread until the block ends."""
+    secret = run.system.settings.jwt_secret
     assert secret is not None
-    found = asyncio.run(people(system.database_url, secret.get_secret_value()))
-    users = {slug: found[slug][:PEOPLE] for slug in EVERY_TENANT}
+    found = asyncio.run(visitors(run.system.database_url, secret.get_secret_value()))
+    users = {slug: found[slug][:VISITORS] for slug in ALL_TENANTS}
     loop = asyncio.new_event_loop()
-    limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEPT_ALIVE_S)
-    client = httpx2.AsyncClient(base_url=base, timeout=DEADLINE_S, limits=limits, trust_env=False)
-    traffic = Traffic(client, users, counters, rate=options.rate, seed=options.seed)
+    client = httpx2.AsyncClient(
+        base_url=run.base,
+        timeout=DEADLINE_S,
+        limits=httpx2.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
+        trust_env=False,
+    )
+    options = run.options
+    traffic = Traffic(client, users, run.counters, rate=options.rate, seed=options.seed)
 
     async def send() -> None:
         async with client:
@@ -247,27 +270,25 @@ def _traffic(
         loop.close()
 
 
-def _outages(
-    system: Launched, counters: DemoCounters, options: argparse.Namespace
-) -> Outages | None:
-    if options.no_outage:
+def _outages(run: DemoRun) -> Outages | None:
+    if run.options.no_outage:
         return None
-    assert system.valkey is not None
-    times = {
-        "first_s": options.first_outage,
-        "every_s": options.outage_every,
-        "length_s": options.outage_seconds,
-    }
-    return Outages(system.valkey, counters, **times)
+    assert run.system.valkey is not None
+    return Outages(
+        run.system.valkey,
+        run.counters,
+        first_s=run.options.first_outage,
+        every_s=run.options.outage_every,
+        length_s=run.options.outage_seconds,
+    )
 
 
-def _watch(
-    console: Console, crm: EmbeddedCrm, thread: threading.Thread, counters: DemoCounters, outages: Outages | None,
-    options: argparse.Namespace,
-) -> None:  # fmt: skip
-    """Say how things are, break the server when it is time to; return when the minutes are over."""
-    ends = time.monotonic() + 60 * options.minutes if options.minutes else None
-    line_at, told = time.monotonic() + LINE_S, 0
+def _watch(run: DemoRun, crm: EmbeddedCrm, thread: threading.Thread) -> None:
+    """Report and begin outages until the minutes are over. Raises ``CommandFailed``."""
+    console, counters, minutes = run.console, run.counters, run.options.minutes
+    outages = _outages(run)
+    ends = time.monotonic() + 60 * minutes if minutes else None
+    line_at, printed = time.monotonic() + LINE_S, 0
 
     def say(style: str, text: str) -> None:
         console.print(Text(f"\n{span(counters.seconds)}  {text}\n", style))
@@ -279,18 +300,18 @@ def _watch(
     ):
         while ends is None or time.monotonic() < ends:
             if not crm.running or not thread.is_alive():
-                raise CommandFailed(f"the application ended by itself: {crm.log_path} says why")
+                raise CommandFailed(f"the application ended by itself: see {crm.log_path}")
             if outages is not None:
                 outages.step(say)
-            for problem in list(counters.problems)[told:]:
+            for problem in list(counters.problems)[printed:]:
                 console.print(Text(problem, "bold red"))
-            told = len(counters.problems)
+            printed = len(counters.problems)
             if live is not None:
                 live.update(_line(counters), refresh=True)
             elif time.monotonic() >= line_at:
                 line_at += LINE_S
                 console.print(_line(counters))
-            time.sleep(LOOK_S)
+            time.sleep(STEP_S)
 
 
 def _line(counters: DemoCounters) -> Text:
@@ -298,35 +319,37 @@ def _line(counters: DemoCounters) -> Text:
     return Text(f"{counters.line()}{'   OUTAGE' if counters.outage else ''}", style)
 
 
-def _say_hello(console: Console, system: Launched, port: int, options: argparse.Namespace) -> None:
-    broken = "never" if options.no_outage else (
+def _print_greeting(run: DemoRun) -> None:
+    options = run.options
+    outages = (
         f"after {options.first_outage:g} s, then every {options.outage_every:g} s, for "
         f"{options.outage_seconds:g} s"
-    )  # fmt: skip
-    console.print(
+    )
+    run.console.print(
         f"""
-  Look at     http://localhost:{port}/cache     sign in: root@crm.example, {PASSWORD}
-              (what an admin of one tenant sees: admin@acme.example, the same password)
-  Traffic     about {options.rate:g} requests a second of {len(EVERY_TENANT)} tenants; every answer is checked by what was written
-  Outages     {broken}
-  Data, logs  {system.settings.data_dir.resolve()}
+  Open        http://localhost:{run.port}/cache     sign in: root@crm.example, {PASSWORD}
+              (for the view of a tenant's admin: admin@acme.example, the same password)
+  Traffic     about {options.rate:g} requests per second in {len(ALL_TENANTS)} tenants; every \
+response is checked
+  Outages     {"none" if options.no_outage else outages}
+  Data, logs  {run.system.settings.data_dir.resolve()}
 
-  Ctrl-C ends it and sums up.
+  Ctrl-C stops it and prints a summary.
 """
     )
 
 
-def _show(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print the summary for people."""
+def _print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for name in ("", "requests", "p50 ms", "p95 ms", "max ms"):
         table.add_column(name, justify="left" if not name else "right")
+    names = {"hit": "hits", "database": "from the database", "write": "writes"}
     for when, times in (("", summary["times"]), (", in an outage", summary["times_in_outages"])):
-        for way, name in (("hit", "hits"), ("database", "from the database"), ("write", "writes")):
-            counters = times[way]
-            if counters["count"]:
-                cells = [f"{counters[key]:,.1f}" for key in ("p50_ms", "p95_ms", "max_ms")]
-                table.add_row(f"{name}{when}", f"{counters['count']:,}", *cells)
+        for source, name in names.items():
+            row = times[source]
+            if row["count"]:
+                cells = [f"{row[key]:,.1f}" for key in ("p50_ms", "p95_ms", "max_ms")]
+                table.add_row(f"{name}{when}", f"{row['count']:,}", *cells)
     ratio = "-" if summary["hit_ratio"] is None else f"{100 * summary['hit_ratio']:.0f} %"
     console.print(
         f"\n{span(summary['seconds'])} min, {summary['requests']:,} requests, hit ratio {ratio}\n"
@@ -338,8 +361,6 @@ def _show(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(Text(problem, "bold red"))
     console.print(
         f"failed {summary['failed']}, in outages {summary['failed_in_outages']}; stale "
-        f"{summary['stale']} "
-        f"({summary['compared']:,} times a record that was written here was looked for in an "
-        f"answer)",
+        f"{summary['stale']} (compared {summary['compared']:,} times with a written record)",
         style="bold green" if not (summary["failed"] or summary["stale"]) else "bold red",
     )

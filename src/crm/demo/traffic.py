@@ -1,16 +1,17 @@
-"""Traffic for the demo: people of many tenants who look at lists, open records and change them.
+"""Simulated users for the demo: they read lists, open records and change them, in many tenants.
 
-Partly an open loop: visits begin at moments that chance alone decides, so a slow answer does not
-keep the next visitor away; within a visit, the next page is asked for when the last one is there
-and was thought about. Some pages ask for several things at once. Tenants, people, lists and their
-variants are popular by Zipf's law. All choices come from a seed (what they meet depends on when
-answers come). Every answer is compared with what this traffic wrote before (``demo_memory.py``).
+The load is partly an open loop: visits begin at random times, so a slow response does not delay the
+next visitor. Within a visit the loop is closed: the next page is requested after the last one has
+arrived and a think time has passed. Some pages send several requests at once. The popularity of
+tenants, users, lists and filters follows Zipf's law. All random choices come from one seed; their
+results also depend on when responses arrive. Every response is compared with what this traffic
+wrote before (``expected.py``).
 """
 
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
@@ -21,14 +22,14 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from crm.auth import issue_token
-from crm.demo.counters import DemoCounters, Way
+from crm.demo.counters import DemoCounters, Source
 from crm.demo.expected import (
     VERSION,
-    Expected,
+    Expectation,
     ExpectedRows,
-    Mine,
     Row,
-    minimum,
+    WrittenRecord,
+    expect,
     stale_record,
     stale_rows,
 )
@@ -36,36 +37,39 @@ from crm.demo.seed import FIRST, LAST, TRADES, WORDS
 from crm.models import Employee, Tenant
 
 THINK_S = 0.8
-"""What somebody thinks about a page, on average."""
+"""Mean time that a user thinks about a page."""
 
 PAGES = 7
-"""What somebody looks at besides the first page, on average."""
+"""Mean number of pages of a visit, besides the first."""
 
-MOST_PAGES = 30
-MOST_VISITS = 500
-"""That are under way at once; more are skipped, and counted."""
+MAX_PAGES = 30
+MAX_VISITS = 500
+"""Concurrent visits; further ones are skipped and counted."""
 
 DEADLINE_S = 30.0
-"""For an answer: in an outage a write may wait 2 s."""
+"""Timeout of a request. In an outage a write may wait 2 s."""
 
 FINISH_S = 10.0
 TOKEN_HOURS = 24 * 30.0
 LIST = 50
-NOTABLE = 8
-"""Records of a list that people open, words that they search for."""
+POPULAR = 8
+"""The number of records of a list that users open, and of words that they search for."""
 
 LATEST = 5
-"""Records of each module in the report that everybody begins with."""
+"""The number of records of each module in the report of the first page."""
 
 
 @dataclass(frozen=True)
-class VisitKind:
-    """A module as people use it: a new record, the field that changes, and how its list is filtered
-    and ordered."""
+class DemoModule:
+    """How the traffic uses a module.
+
+    ``new`` returns a new record; ``changing`` is the field that updates set; ``filters`` are query
+    strings of lists, the most popular first.
+    """
 
     singular: str
-    new: Callable[[Random], dict[str, Any]]
     changing: str
+    new: Callable[[Random], dict[str, Any]]
     filters: tuple[str, ...]
 
 
@@ -78,29 +82,74 @@ def _firm(chance: Random) -> str:
 
 
 MODULES = {
-    "accounts": VisitKind("account", lambda chance: {"name": _firm(chance), "type": "prospect"}, "next_action",
-                     ("type=customer", "sort=name", "industry=Software", "sort=-annual_revenue&limit=20")),
-    "leads": VisitKind("lead", lambda chance: {**_name(chance), "company": _firm(chance)}, "description",
-                  ("status=new", "status=qualified", "source=event", "sort=-estimated_value&limit=20")),
-    "contacts": VisitKind("contact", lambda chance: {**_name(chance), "department": "Sales"}, "department",
-                     ("status=active", "sort=last_name", "status=customer")),
-    "opportunities": VisitKind("opportunity", lambda chance: {"name": f"{_firm(chance)} deal", "amount": chance.randrange(9000)},
-                          "next_step", ("stage=proposal", "sort=-amount&limit=20", "stage=negotiation")),
-    "activities": VisitKind("activity", lambda chance: {"type": "call", "subject": f"Call "
-                                                                              f"{_firm(chance)}"}, "outcome",
-                       ("status=overdue", "type=call", "type=meeting&limit=20")),
-    "tasks": VisitKind("task", lambda chance: {"description": f"Ring {_firm(chance)}"}, "result", ("status=PENDING",)),
-    "documents": VisitKind("document", lambda chance: {"name": f"Offer for {_firm(chance)}"}, "description",
-                      ("file_type=application/pdf",)),
-    "bizdevsources": VisitKind("bizdevsource", lambda chance: {"source_name": f"{_firm(chance)} list", "company_name": _firm(chance),
-                                                          "contact_person": " ".join(_name(chance).values())}, "city",
-                          ("priority=high", "status=active")),
-}  # fmt: skip
-"""The most popular first."""
+    "accounts": DemoModule(
+        "account",
+        "next_action",
+        new=lambda chance: {"name": _firm(chance), "type": "prospect"},
+        filters=(
+            "type=customer",
+            "sort=name",
+            "industry=Software",
+            "sort=-annual_revenue&limit=20",
+        ),
+    ),
+    "leads": DemoModule(
+        "lead",
+        "description",
+        new=lambda chance: {**_name(chance), "company": _firm(chance)},
+        filters=(
+            "status=new",
+            "status=qualified",
+            "source=event",
+            "sort=-estimated_value&limit=20",
+        ),
+    ),
+    "contacts": DemoModule(
+        "contact",
+        "department",
+        new=lambda chance: {**_name(chance), "department": "Sales"},
+        filters=("status=active", "sort=last_name", "status=customer"),
+    ),
+    "opportunities": DemoModule(
+        "opportunity",
+        "next_step",
+        new=lambda chance: {"name": f"{_firm(chance)} deal", "amount": chance.randrange(9000)},
+        filters=("stage=proposal", "sort=-amount&limit=20", "stage=negotiation"),
+    ),
+    "activities": DemoModule(
+        "activity",
+        "outcome",
+        new=lambda chance: {"type": "call", "subject": f"Call {_firm(chance)}"},
+        filters=("status=overdue", "type=call", "type=meeting&limit=20"),
+    ),
+    "tasks": DemoModule(
+        "task",
+        "result",
+        new=lambda chance: {"description": f"Ring {_firm(chance)}"},
+        filters=("status=PENDING",),
+    ),
+    "documents": DemoModule(
+        "document",
+        "description",
+        new=lambda chance: {"name": f"Offer for {_firm(chance)}"},
+        filters=("file_type=application/pdf",),
+    ),
+    "bizdevsources": DemoModule(
+        "bizdevsource",
+        "city",
+        new=lambda chance: {
+            "source_name": f"{_firm(chance)} list",
+            "company_name": _firm(chance),
+            "contact_person": " ".join(_name(chance).values()),
+        },
+        filters=("priority=high", "status=active"),
+    ),
+}
+"""The modules, the most popular first."""
 
-LOOKS = {"list": 10, "record": 7, "page": 2, "filter": 5, "search": 1, "people": 1, "figures": 2}
+READS = {"list": 10, "record": 7, "page": 2, "filter": 5, "search": 1, "people": 1, "stats": 2}
 WRITES = {"create": 0.3, "change": 0.5, "delete": 0.2, "move": 0.2}
-"""How often people do what. ``move``: convert a lead, promote a source."""
+"""Kinds of pages and their relative frequency. ``move``: convert a lead, promote a source."""
 
 WRITTEN = (
     "activities",
@@ -112,24 +161,32 @@ WRITTEN = (
     "accounts",
     "bizdevsources",
 )
-"""What is written most comes first."""
+"""The modules, the most frequently written first."""
 
-REQUESTS = {"home": 4, "figures": 2, "create": 2, "change": 2, "delete": 2, "move": 3}
-"""What takes more than one."""
+REQUESTS = {"home": 4, "stats": 2, "create": 2, "change": 2, "delete": 2, "move": 3}
+"""The number of requests of a page, if it is more than one."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Visitor:
-    """Somebody who uses the CRM."""
+    """A user of the CRM."""
 
     tenant: str
     role: str
     token: str
 
 
-async def people(database_url: str, secret: str) -> dict[str, list[Visitor]]:
+@dataclass(frozen=True)
+class DemoResponse:
+    """The response to a request. ``status`` is 0 if it failed; ``data`` is that of the envelope."""
+
+    status: int
+    data: Any = None
+
+
+async def visitors(database_url: str, secret: str) -> dict[str, list[Visitor]]:
     """Return the users of each tenant, by its slug."""
     engine = create_async_engine(database_url)
     try:
@@ -149,26 +206,23 @@ async def people(database_url: str, secret: str) -> dict[str, list[Visitor]]:
 
 
 def popular(ranked: Sequence[T], chance: Random) -> T:
-    """Choose by Zipf's law: the second is half as popular as the first, the third a third."""
-    return chance.choices(
-        ranked,
-        cum_weights=list(itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1))),
-    )[0]
+    """Choose by Zipf's law: the item of rank n has the weight 1/n."""
+    weights = itertools.accumulate(1 / rank for rank in range(1, len(ranked) + 1))
+    return chance.choices(ranked, cum_weights=list(weights))[0]
 
 
 def plan(chance: Random) -> list[tuple[str, str]]:
-    """Plan a visit: what is done, in which module."""
-    doings = {**LOOKS, **WRITES}
-    count = 1 + min(MOST_PAGES, int(chance.expovariate(1 / PAGES)))
+    """Return the pages of a visit as (kind, module)."""
+    kinds = {**READS, **WRITES}
+    count = 1 + min(MAX_PAGES, int(chance.expovariate(1 / PAGES)))
     steps = [("home", "")]
-    for doing in chance.choices(list(doings), list(doings.values()), k=count):
-        steps.append((doing, popular(WRITTEN if doing in WRITES else tuple(MODULES), chance)))
+    for kind in chance.choices(list(kinds), list(kinds.values()), k=count):
+        steps.append((kind, popular(WRITTEN if kind in WRITES else tuple(MODULES), chance)))
     return steps
 
 
 class Traffic:
-    """Visits to a CRM until told to stop. ``users`` by tenant, those who come most first, of
-    both."""
+    """Sends visits until stopped. ``users`` are by tenant; both are ordered by popularity."""
 
     def __init__(
         self,
@@ -181,31 +235,31 @@ class Traffic:
     ) -> None:
         self._client = client
         self._users = users
-        self._counters = counters
+        self.counters = counters
         self._rate = rate
         self._seed = seed
-        self._memories = {tenant: ExpectedRows() for tenant in users}
-        self._done = asyncio.Event()
+        self._expected = {tenant: ExpectedRows() for tenant in users}
+        self._stopped = asyncio.Event()
         self._visits: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
-        """Begin no more visits, and end those that are under way with the answers that they wait
-        for."""
-        self._done.set()
+        """Begin no more visits; current ones end after the responses that they wait for."""
+        self._stopped.set()
 
     async def run(self) -> None:
-        """Send until ``stop`` is called."""
+        """Send visits until ``stop`` is called; return when the current ones have ended."""
         chance = Random(self._seed)
         for number in itertools.count():
             steps, tenant = plan(chance), popular(list(self._users), chance)
-            requests = sum(REQUESTS.get(doing, 1) for doing, _ in steps)
-            if len(self._visits) < MOST_VISITS:
-                visit = Visit(
-                    self, popular(self._users[tenant], chance), Random(f"{self._seed}/{number}")
-                )
-                self._keep(asyncio.create_task(visit.run(steps)))
+            requests = sum(REQUESTS.get(kind, 1) for kind, _ in steps)
+            if len(self._visits) < MAX_VISITS:
+                visitor = popular(self._users[tenant], chance)
+                visit = Visit(self, visitor, Random(f"{self._seed}/{number}"))
+                task = asyncio.create_task(visit.run(steps))
+                self._visits.add(task)
+                task.add_done_callback(self._ended)
             else:
-                self._counters.skipped += 1
+                self.counters.skipped += 1
             if await self.pause(chance.expovariate(1) * requests / self._rate):
                 break
         if self._visits:
@@ -214,116 +268,117 @@ class Traffic:
                 visit_task.cancel()
 
     async def pause(self, seconds: float) -> bool:
-        """Wait so long, or until told to stop; return whether that is."""
+        """Sleep, or return True as soon as ``stop`` is called."""
         try:
-            await asyncio.wait_for(self._done.wait(), seconds)
+            await asyncio.wait_for(self._stopped.wait(), seconds)
         except TimeoutError:
             return False
         return True
 
-    def memory(self, person: Visitor) -> ExpectedRows:
-        """Return what was written in somebody's tenant."""
-        return self._memories[person.tenant]
+    def expected(self, visitor: Visitor) -> ExpectedRows:
+        """Return the records that were written in a visitor's tenant."""
+        return self._expected[visitor.tenant]
 
-    async def ask(
-        self,
-        person: Visitor,
-        method: str,
-        path: str,
-        body: Row | None = None,
-        *,
-        may_be_gone: bool = False,
-    ) -> tuple[int, Any]:
-        """Send a request; return status and data of the answer, or status 0 if there is none.
-        Counts it, and what is wrong.
+    async def send(
+        self, visitor: Visitor, request: httpx2.Request, *, may_be_gone: bool = False
+    ) -> DemoResponse:
+        """Send a request; count its response or failure.
 
-        ``may_be_gone``: *not found* is an answer like others.
+        ``may_be_gone``: 404 is not a failure.
         """
-        counters, began, outage = self._counters, time.perf_counter(), self._counters.outage
-        headers = {"authorization": f"Bearer {person.token}"}
+        request.headers["authorization"] = f"Bearer {visitor.token}"
+        name = f"{request.method} {request.url.raw_path.decode()}"
+        counters, began, outage = self.counters, time.perf_counter(), self.counters.outage
         try:
-            answer = await self._client.request(method, path, headers=headers, json=body)
+            response = await self._client.send(request)
         except httpx2.HTTPError as error:
-            counters.fail(
-                f"{method} {path}: {type(error).__name__} {error}", outage=outage or counters.outage
-            )
-            return 0, None
+            problem = f"{name}: {type(error).__name__} {error}"
+            counters.fail(problem, outage=outage or counters.outage)
+            return DemoResponse(0)
         took_ms, outage = 1000 * (time.perf_counter() - began), outage or counters.outage
-        hit = "; hit" in answer.headers.get("cache-status", "")
-        way: Way = "hit" if hit else "database" if method == "GET" else "write"
-        counters.answered(way, took_ms, tenant=person.tenant, outage=outage)
-        if answer.status_code >= 400 and not (may_be_gone and answer.status_code == 404):
-            counters.fail(
-                f"{method} {path}: {answer.status_code} {answer.text[:200]}", outage=outage
-            )
-            return 0, None
-        return answer.status_code, orjson.loads(answer.content).get("data")
+        hit = "; hit" in response.headers.get("cache-status", "")
+        source: Source = "hit" if hit else "database" if request.method == "GET" else "write"
+        counters.response(source, took_ms, tenant=visitor.tenant, outage=outage)
+        if response.status_code >= 400 and not (may_be_gone and response.status_code == 404):
+            problem = f"{name}: {response.status_code} {response.text[:200]}"
+            counters.fail(problem, outage=outage)
+            return DemoResponse(0)
+        return DemoResponse(response.status_code, orjson.loads(response.content).get("data"))
 
-    def judge(self, request: str, expected: Expected, stale: Sequence[str]) -> None:
-        """Note what an answer shows of records that we wrote."""
-        self._counters.compared += len(expected)
+    def request(self, method: str, path: str, body: Row | None = None) -> httpx2.Request:
+        """Return a request to the CRM."""
+        return self._client.build_request(method, path, json=body)
+
+    def compare(self, path: str, expected: Sequence[Expectation], stale: Sequence[str]) -> None:
+        """Count the comparisons of a response with written records."""
+        self.counters.compared += len(expected)
         if stale:
-            self._counters.note_stale(request, stale)
-
-    def did(self, doing: str) -> None:
-        """Count something that was done."""
-        self._counters.kinds[doing] += 1
-
-    def missing(self, path: str) -> None:
-        """Note a record that must be there whoever asks, and is not."""
-        self._counters.fail(f"GET {path}: 404", outage=self._counters.outage)
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._visits.add(task)
-        task.add_done_callback(self._ended)
+            self.counters.note_stale(path, stale)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._visits.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._counters.fail(f"a visit ended with {error!r}", outage=self._counters.outage)
+            self.counters.fail(f"a visit ended with {error!r}", outage=self.counters.outage)
 
 
 class Visit:
-    """What one person does, one thing after the other."""
+    """The pages of one visitor, one after the other."""
 
-    def __init__(self, traffic: Traffic, person: Visitor, chance: Random) -> None:
+    def __init__(self, traffic: Traffic, visitor: Visitor, chance: Random) -> None:
         self._traffic = traffic
-        self._person = person
+        self._visitor = visitor
         self._chance = chance
-        self._memory = traffic.memory(person)
-        self._seen: dict[str, list[str]] = {}  # ids of the list that was looked at last
+        self._expected = traffic.expected(visitor)
+        self._listed: dict[str, list[str]] = {}  # module: ids of the list that was read last
+        self._pages: dict[str, Callable[[str], Awaitable[None]]] = {
+            "home": self._home,
+            "list": self._list,
+            "record": self._record,
+            "page": self._page,
+            "filter": self._filter,
+            "search": self._search,
+            "people": self._people,
+            "stats": self._stats,
+            "create": self._create,
+            "change": self._change,
+            "delete": self._delete,
+            "move": self._move,
+        }
 
     async def run(self, steps: Sequence[tuple[str, str]]) -> None:
-        """Do what is planned, and think in between."""
-        for doing, module in steps:
-            await getattr(self, f"_{doing}")(module)
-            if doing not in WRITES:
-                self._traffic.did(doing)
+        """Request the planned pages, with think times."""
+        for kind, module in steps:
+            await self._pages[kind](module)
+            if kind not in WRITES:
+                self._count(kind)
             if await self._traffic.pause(self._chance.expovariate(1 / THINK_S)):
                 return
 
-    # -- looking -----------------------------------------------------------------------------------
+    def _count(self, kind: str) -> None:
+        self._traffic.counters.kinds[kind] += 1
+
+    # -- reads -------------------------------------------------------------------------------------
 
     async def _home(self, module: str) -> None:
-        """Everything that the first page shows, at once."""
+        """Send the four requests of the first page at once."""
         await asyncio.gather(
-            self._report(), self._get("/api/settings"), self._rows("activities", "?status=overdue&limit=10"),
+            self._report(),
+            self._get("/api/settings"),
+            self._rows("activities", "?status=overdue&limit=10"),
             self._get("/api/opportunities/count"),
-        )  # fmt: skip
+        )
 
     async def _report(self) -> None:
-        path, looks = (
-            "/api/reports/dashboard-bundle",
-            {module: self._memory.expected(module) for module in MODULES},
-        )
+        path = "/api/reports/dashboard-bundle"
+        expected = {module: self._expected.expectations(module) for module in MODULES}
         if found := await self._get(path):
-            for module, look in looks.items():
-                self._traffic.judge(
-                    path, look, [*stale_rows(look, found["latest"][module], first=LATEST)]
-                )
+            for module, expectations in expected.items():
+                rows = found["latest"][module]
+                stale = [*stale_rows(expectations, rows, first=LATEST)]
+                self._traffic.compare(path, expectations, stale)
 
     async def _list(self, module: str) -> None:
-        self._seen[module] = [row["id"] for row in await self._rows(module, "", first=LIST)]
+        self._listed[module] = [row["id"] for row in await self._rows(module, "", first=LIST)]
 
     async def _page(self, module: str) -> None:
         await self._rows(module, f"?offset={popular(range(LIST, 4 * LIST, LIST), self._chance)}")
@@ -332,117 +387,127 @@ class Visit:
         await self._rows(module, f"?{popular(MODULES[module].filters, self._chance)}")
 
     async def _search(self, module: str) -> None:
-        await self._rows("accounts", f"/search?q={popular(WORDS[:NOTABLE], self._chance).lower()}")
+        await self._rows("accounts", f"/search?q={popular(WORDS[:POPULAR], self._chance).lower()}")
 
-    async def _counters(self, module: str) -> None:
+    async def _stats(self, module: str) -> None:
         await asyncio.gather(
             self._get("/api/opportunities/stats"), self._get("/api/opportunities/count")
         )
 
     async def _people(self, module: str) -> None:
-        """The people of an account, where one was seen."""
-        if not (accounts := self._seen.get("accounts")):
+        """Read the people of a listed account; without one, read the list of accounts."""
+        if not (accounts := self._listed.get("accounts")):
             return await self._list("accounts")
-        path = f"/api/accounts/{popular(accounts[:NOTABLE], self._chance)}/related-people"
-        await self._traffic.ask(self._person, "GET", path, may_be_gone=True)
+        path = f"/api/accounts/{popular(accounts[:POPULAR], self._chance)}/related-people"
+        request = self._traffic.request("GET", path)
+        await self._traffic.send(self._visitor, request, may_be_gone=True)
+        return None
 
     async def _record(self, module: str) -> None:
-        """One of ours, or of the list that was looked at; without either, the list."""
-        ours, seen = list(self._memory.kept.get(module, ())), self._seen.get(module, [])[:NOTABLE]
-        if not ours and not seen:
+        """Read a written record or a listed one; without either, read the list."""
+        written = list(self._expected.records.get(module, ()))
+        listed = self._listed.get(module, [])[:POPULAR]
+        if not written and not listed:
             return await self._list(module)
-        record = (
-            self._chance.choice(ours)
-            if ours and self._chance.random() < 0.3
-            else popular(seen or ours, self._chance)
-        )
-        mine, path = self._memory.find(module, record), f"/api/{module}/{record}"
-        look = [] if mine is None else [(mine, minimum(mine))]
-        status, data = await self._traffic.ask(self._person, "GET", path, may_be_gone=True)
-        row = data[MODULES[module].singular] if status == 200 else None
-        if status == 404 and mine is None and self._memory.find(module, record) is None:
-            self._traffic.missing(path)
-        if status:
-            stale = [word for one, least in look for word in stale_record(one, least, row=row)]
-            self._traffic.judge(path, look, stale)
+        if written and self._chance.random() < 0.3:
+            key = self._chance.choice(written)
+        else:
+            key = popular(listed or written, self._chance)
+        record, path = self._expected.find(module, key), f"/api/{module}/{key}"
+        expected = [] if record is None else [expect(record)]
+        request = self._traffic.request("GET", path)
+        response = await self._traffic.send(self._visitor, request, may_be_gone=True)
+        found = response.status == 200
+        row = response.data[MODULES[module].singular] if found else None
+        if response.status == 404 and record is None and self._expected.find(module, key) is None:
+            counters = self._traffic.counters
+            counters.fail(f"GET {path}: 404", outage=counters.outage)
+        if response.status:
+            stale = [text for item in expected for text in stale_record(item, row)]
+            self._traffic.compare(path, expected, stale)
+        return None
 
     async def _rows(self, module: str, query: str, *, first: int | None = None) -> list[Row]:
-        path, look = f"/api/{module}{query}", self._memory.expected(module)
+        path, expected = f"/api/{module}{query}", self._expected.expectations(module)
         found = await self._get(path)
         if found is None:
             return []
         rows: list[Row] = found[module]
-        self._traffic.judge(path, look, [*stale_rows(look, rows, first=first)])
+        self._traffic.compare(path, expected, [*stale_rows(expected, rows, first=first)])
         return rows
 
     async def _get(self, path: str) -> Any:
-        _, data = await self._traffic.ask(self._person, "GET", path)
-        return data
+        response = await self._traffic.send(self._visitor, self._traffic.request("GET", path))
+        return response.data
 
-    # -- writing, and looking at what became of it -------------------------------------------------
+    # -- writes, each followed by a list that must show it -----------------------------------------
 
     async def _create(self, module: str) -> None:
-        if self._memory.full(module):
+        if self._expected.full(module):
             return await self._delete(module)
         body = {**MODULES[module].new(self._chance), VERSION: 1}
-        _, data = await self._traffic.ask(self._person, "POST", f"/api/{module}", body)
-        if data:
-            self._memory.add(module, data[MODULES[module].singular])
-            self._traffic.did("create")
-        await self._list(module)
+        request = self._traffic.request("POST", f"/api/{module}", body)
+        response = await self._traffic.send(self._visitor, request)
+        if response.data:
+            self._expected.add(module, response.data[MODULES[module].singular])
+            self._count("create")
+        return await self._list(module)
 
     async def _change(self, module: str) -> None:
-        mine = self._memory.take(module, self._chance)
-        if mine is None:
+        record = self._expected.take(module, self._chance)
+        if record is None:
             return await self._create(module)
-        mine.sent += 1
-        body = {
-            VERSION: mine.sent,
-            MODULES[module].changing: f"Seen by {self._person.role} {self._chance.randrange(1000)}",
-        }
-        status, _ = await self._traffic.ask(self._person, "PUT", f"/api/{module}/{mine.id}", body)
-        (self._memory.written if status else self._memory.forget)(mine)
-        self._traffic.did("change")
-        await self._list(module)
+        record.sent += 1
+        text = f"Seen by {self._visitor.role} {self._chance.randrange(1000)}"
+        body = {VERSION: record.sent, MODULES[module].changing: text}
+        request = self._traffic.request("PUT", f"/api/{module}/{record.id}", body)
+        if (await self._traffic.send(self._visitor, request)).status:
+            self._expected.confirm(record)
+        else:
+            self._expected.discard(record)
+        self._count("change")
+        return await self._list(module)
 
     async def _delete(self, module: str) -> None:
-        mine = self._memory.take(module, self._chance)
-        if mine is None:
-            return await self._create(module)
-        await self._end(mine, "DELETE", f"/api/{module}/{mine.id}")
-        self._traffic.did("delete")
-        await self._list(module)
+        record = self._expected.take(module, self._chance)
+        if record is None:
+            # if all records are being written, one more would exceed the limit
+            page = self._list if self._expected.full(module) else self._create
+            return await page(module)
+        await self._end(record, self._traffic.request("DELETE", f"/api/{module}/{record.id}"))
+        self._count("delete")
+        return await self._list(module)
 
     async def _move(self, module: str) -> None:
-        """Convert a lead, or promote a source; one is created first where there is none."""
+        """Convert a lead or promote a source; without one, create one."""
         source = self._chance.random() < 0.3
         module, verb, into = (
             ("bizdevsources", "promote", "accounts") if source else ("leads", "convert", "contacts")
         )
-        mine = self._memory.take(module, self._chance)
-        if mine is None or self._memory.full(into):
-            if mine is not None:
-                mine.busy = False
-            await (self._create(module) if mine is None else self._delete(into))
+        record = self._expected.take(module, self._chance)
+        if record is None or self._expected.full(into):
+            if record is not None:
+                record.busy = False
+            await (self._create(module) if record is None else self._delete(into))
             return await self._list(module)
-        body = (
-            {"delete_source": True}
-            if source
-            else {"create_opportunity": not self._memory.full("opportunities")}
-        )
-        made = await self._end(mine, "POST", f"/api/{module}/{mine.id}/{verb}", body)
-        for plural, singular in (
-            ("accounts", "account"),
-            ("contacts", "contact"),
-            ("opportunities", "opportunity"),
-        ):
-            if made and made.get(singular):
-                self._memory.add(plural, made[singular])
-        self._traffic.did(verb)
+        body = {"create_opportunity": not self._expected.full("opportunities")}
+        if source:
+            body = {"delete_source": True}
+        request = self._traffic.request("POST", f"/api/{module}/{record.id}/{verb}", body)
+        created = await self._end(record, request)
+        for plural in ("accounts", "contacts", "opportunities"):
+            if created and (row := created.get(MODULES[plural].singular)):
+                self._expected.add(plural, row)
+        self._count(verb)
         await asyncio.gather(self._list(module), self._list(into))
+        return None
 
-    async def _end(self, mine: Mine, method: str, path: str, body: Row | None = None) -> Any:
-        mine.ending = True
-        status, data = await self._traffic.ask(self._person, method, path, body)
-        (self._memory.ended if status else self._memory.forget)(mine)
-        return data
+    async def _end(self, record: WrittenRecord, request: httpx2.Request) -> Any:
+        """Send a request that ends a record; return the data of its response."""
+        record.ending = True
+        response = await self._traffic.send(self._visitor, request)
+        if response.status:
+            self._expected.confirm_deletion(record)
+        else:
+            self._expected.discard(record)
+        return response.data

@@ -1,4 +1,4 @@
-"""The database's schema, step by step. ``upgrade`` brings any database to the newest step."""
+"""The revisions of the database schema. ``upgrade`` brings a database to the newest one."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ from alembic.config import Config
 
 
 def configuration(database_url: str) -> Config:
-    """Return alembic's configuration for a database, without a file and without the password in any
-    text."""
+    """Return alembic's configuration for a database, without a file.
+
+    The address, with its password, is an attribute, so that no message contains it.
+    """
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")
@@ -17,5 +19,5 @@ def configuration(database_url: str) -> Config:
 
 
 def upgrade(database_url: str) -> None:
-    """Bring a database to the newest step. Not to be called from a running event loop."""
+    """Upgrade a database to the newest revision. Do not call it from a running event loop."""
     command.upgrade(configuration(database_url), "head")

@@ -1,7 +1,6 @@
-"""How alembic reaches the database: over asyncpg, the one driver that we have. With ``--sql`` it
-prints instead.
+"""Alembic's environment: it connects through asyncpg, or prints the statements with ``--sql``.
 
-The address is that of ``crm.migrations.configuration``, or ``DATABASE_URL`` for alembic's own
+The address comes from ``crm.migrations.configuration``, or from ``DATABASE_URL`` for alembic's own
 command line.
 """
 
@@ -25,12 +24,12 @@ def database_url() -> str:
         return given
     configured = Settings().database_url
     if configured is None:
-        raise ConfigurationError("DATABASE_URL is needed")
+        raise ConfigurationError("DATABASE_URL is required")
     return configured.get_secret_value()
 
 
 def run(connection: Connection) -> None:
-    """Run the steps in one transaction."""
+    """Run the revisions in one transaction."""
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
@@ -44,7 +43,7 @@ def run(connection: Connection) -> None:
 
 
 async def connect_and_run() -> None:
-    """Open the database and run the steps in it."""
+    """Connect to the database and run the revisions."""
     engine = create_async_engine(database_url(), poolclass=pool.NullPool)
     try:
         async with engine.connect() as connection:
@@ -55,7 +54,7 @@ async def connect_and_run() -> None:
 
 
 def print_statements() -> None:
-    """Print what the steps would run."""
+    """Print the statements of the revisions."""
     context.configure(dialect_name="postgresql", literal_binds=True)
     with context.begin_transaction():
         context.run_migrations()

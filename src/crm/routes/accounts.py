@@ -5,14 +5,14 @@ from fastapi import Response
 from sqlalchemy import select
 
 from crm import caching
-from crm.db import ReadRows, as_uuid
+from crm.db import ReadRows
 from crm.errors import not_found, respond
 from crm.json_rows import JsonRows
 from crm.listing import Limit, Offset, Search, newest, page
-from crm.models import ACCOUNT_TYPES, HEALTH, Account, Contact, Lead
+from crm.models import ACCOUNT_TYPES, HEALTH, Account, Contact, Lead, as_uuid
 from crm.module import Module
 
-MOST_PEOPLE = 200
+MAX_PEOPLE = 200
 accounts = Module(
     model=Account,
     plural="accounts",
@@ -23,7 +23,7 @@ accounts = Module(
     filters=("type", "industry"),
     searched=(Account.name, Account.email, Account.website, Account.city),
     stats_by="type",
-    deleted="Its contacts, leads and opportunities stay, without an account.",
+    deleted="Its contacts, leads and opportunities remain, without an account.",
 )
 router = accounts.router()
 
@@ -31,9 +31,9 @@ router = accounts.router()
 @router.get("/search", summary="Search accounts")
 @caching.accounts.list
 async def search_accounts(
-    rows: ReadRows, q: Search = None, limit: Limit = 25, offset: Offset = 0
+    rows: ReadRows, *, q: Search = None, limit: Limit = 25, offset: Offset = 0
 ) -> Response:
-    """Look in name, mail, website and city."""
+    """Searches name, email, website and city."""
     return respond(
         await page(
             rows, Account, plural="accounts", where=accounts.matching(q), limit=limit, offset=offset
@@ -44,10 +44,10 @@ async def search_accounts(
 @router.get("/{id}/related-people", summary="People of an account")
 @caching.accounts_people
 async def related_people(rows: ReadRows, id: str) -> Response:
-    """Contacts and leads of the account, newest first."""
+    """Contacts and leads of the account, newest first; at most 200 of each."""
     key = as_uuid(id)
     people = [
-        JsonRows(newest(rows, model, limit=MOST_PEOPLE).where(model.account_id == key))
+        JsonRows(newest(rows, model, limit=MAX_PEOPLE).where(model.account_id == key))
         for model in (Contact, Lead)
     ]
     account = rows.select(Account, Account.id).where(Account.id == key).scalar_subquery()

@@ -1,4 +1,4 @@
-"""Activities: what was done and what is to be done, about other records."""
+"""Activities: calls, emails, meetings, tasks and notes about other records."""
 
 from fastapi import Response
 from sqlalchemy import ColumnElement
@@ -13,12 +13,10 @@ from crm.module import Module
 
 
 def by_status(rows: Rows, text: str) -> list[ColumnElement[bool]]:
-    """Choose by status; ``overdue`` also means what should have been done before today."""
-    return (
-        [overdue(rows)]
-        if text == "overdue"
-        else parse_values(text, Activity.__table__.c.status, field="status")
-    )
+    """Return the criteria of a status; ``overdue`` includes open activities due before today."""
+    if text == "overdue":
+        return [overdue(rows)]
+    return parse_values(text, Activity.__table__.c.status, field="status")
 
 
 activities = Module(
@@ -38,7 +36,10 @@ router = activities.router()
 
 @router.post("/mark-overdue", summary="Mark activities as overdue")
 async def mark_overdue(rows: WriteRows) -> Response:
-    """Of those that you see: scheduled or under way, and due before today, where the tenant is."""
+    """Marks those that you see, that are scheduled or in progress, and due before today.
+
+    The tenant's time zone decides which day is today.
+    """
     late = (Activity.status.in_(OPEN_ACTIVITY), Activity.due_date < rows.scope.today())
     marked = await rows.session.scalars(
         rows.update(Activity)

@@ -1,4 +1,4 @@
-"""Login."""
+"""Login, and the user of a token."""
 
 import time
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/api/auth", tags=["auth"])
 
 
 class Login(BaseModel):
-    """Credentials of a stored user."""
+    """Email and password of a user."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -29,38 +29,40 @@ class Login(BaseModel):
 
 
 class LoginLimit:
-    """Slows guessing down, in this process: so many attempts for one mail from one address, and
-    from one address in all."""
+    """Limits login attempts in this process: per address and email, and per address.
 
-    PER_MAIL = RateLimitItemPerMinute(10, 15)
+    Limits are 10 and 300 in 15 minutes.
+    """
+
+    PER_EMAIL = RateLimitItemPerMinute(10, 15)
     PER_ADDRESS = RateLimitItemPerMinute(300, 15)
 
     def __init__(self) -> None:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def attempt(self, address: str, email: str) -> None:
-        """Count an attempt before it is made: many at once count too. Raises 429 that says when to
-        come back."""
+        """Count an attempt before it is made, so that concurrent ones count too.
+
+        Raises 429 with the number of seconds to wait.
+        """
         self._count(self.PER_ADDRESS, address)
-        self._count(self.PER_MAIL, address, email.lower())
+        self._count(self.PER_EMAIL, address, email.lower())
 
     def succeeded(self, address: str, email: str) -> None:
-        """Forget the attempts for a mail: its owner is here."""
-        self._limiter.clear(self.PER_MAIL, address, email.lower())
+        """Reset the attempts for an address and email."""
+        self._limiter.clear(self.PER_EMAIL, address, email.lower())
 
-    def _count(self, limit: RateLimitItem, *who: str) -> None:
-        if not self._limiter.hit(limit, *who):
-            wait = max(
-                1, round(self._limiter.get_window_stats(limit, *who).reset_time - time.time())
-            )
+    def _count(self, limit: RateLimitItem, *key: str) -> None:
+        if not self._limiter.hit(limit, *key):
+            reset = self._limiter.get_window_stats(limit, *key).reset_time
+            wait = max(1, round(reset - time.time()))
             message = f"Too many attempts to log in: try again in {wait} s"
             raise ApiError(429, message, code="too_many_attempts", retry_after=wait)
 
 
 @router.post("/login", summary="Log in")
 async def login(request: Request, body: Login) -> Response:
-    """Exchange mail and password for a token. After ten attempts for a mail within 15 minutes:
-    429."""
+    """Exchanges email and password for a token. 429 after ten attempts in 15 minutes."""
     limit: LoginLimit = request.app.state.login_limit
     address = request.client.host if request.client else ""
     limit.attempt(address, body.email)
@@ -77,9 +79,9 @@ async def login(request: Request, body: Login) -> Response:
     return response
 
 
-@router.get("/me", summary="Who am I")
+@router.get("/me", summary="Show the current user")
 async def me(scope: CurrentScope) -> Response:
-    """The caller as the API sees them."""
+    """The user and tenant of the token. `sees_employees` is null if all rows are visible."""
     visible = None if scope.visible_ids is None else len(scope.visible_ids)
     return respond(
         {

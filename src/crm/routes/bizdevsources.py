@@ -1,4 +1,4 @@
-"""BizDev sources: where business may come from, until they are promoted to accounts."""
+"""BizDev sources: sources of new business; promotion turns them into accounts."""
 
 from typing import Annotated, Any
 
@@ -28,23 +28,25 @@ bizdevsources = Module(
         BizDevSource.contact_person,
         BizDevSource.city,
     ),
-    deleted="Its account, if it was promoted, stays.",
+    deleted="Its account, if it was promoted, remains.",
 )
 router = bizdevsources.router()
 
 
 class Promotion(BaseModel):
-    """How a source is promoted."""
+    """Options of a promotion."""
 
     model_config = ConfigDict(extra="ignore")
 
-    delete_source: bool = Field(False, description="Delete the source afterwards; a snapshot stays")
+    delete_source: bool = Field(False, description="Delete the source afterwards; a copy is kept")
 
 
 @router.post("/archive", summary="Archive many BizDev sources")
 async def archive_sources(rows: WriteRows, body: Ids) -> Response:
-    """In one transaction. What is not there, or not yours to see, is listed in `not_found`;
-    promoted ones stay as they are."""
+    """Archives active sources in one transaction; others stay unchanged.
+
+    `not_found` lists unknown and invisible ids.
+    """
     wanted = rows.select(BizDevSource).where(BizDevSource.id.in_(body.ids)).with_for_update()
     found = {source.id: source for source in await rows.session.scalars(wanted)}
     moved = [source for source in found.values() if source.status == "active"]
@@ -65,8 +67,10 @@ bizdevsources.add_records(router)
 async def promote_source(
     rows: WriteRows, id: str, body: Annotated[Promotion, Body(default_factory=Promotion)]
 ) -> Response:
-    """Make it an account, and its contact person a contact, in one transaction. 409 when it was
-    promoted before."""
+    """Creates an account, and a contact of the contact person, in one transaction.
+
+    409 if the source was promoted before.
+    """
     source = await rows.get(BizDevSource, id, lock=True)
     if source.status == "Promoted":
         raise ApiError(409, "BizDev source was already promoted", code="already_promoted")
@@ -79,9 +83,7 @@ async def promote_source(
         rows.add(contact)
     await relink(rows, source, account)
     await relink_opportunities(rows, source.id, account.id)
-    record_transition(
-        rows, "bizdev_sources", source.id, "accounts", account.id, "promote", snapshot
-    )
+    record_transition(rows, source, account, action="promote", snapshot=snapshot)
     if body.delete_source:
         await rows.session.delete(source)
     else:

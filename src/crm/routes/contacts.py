@@ -1,4 +1,4 @@
-"""Contacts: people whom we know."""
+"""Contacts: people at customers and partners."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ contacts = Module(
         Contact.mobile,
         Contact.first_name + " " + Contact.last_name,
     ),
-    deleted="Its opportunities stay, without a contact.",
+    deleted="Its opportunities remain, without a contact.",
 )
 router = contacts.router()
 
@@ -36,11 +36,12 @@ router = contacts.router()
 @caching.contacts.list
 async def search_contacts(
     rows: ReadRows,
+    *,
     q: Annotated[Word, Query(min_length=1, max_length=200)],
     limit: Limit = 25,
     offset: Offset = 0,
 ) -> Response:
-    """Look in names, mail and phone numbers; last changed first."""
+    """Searches names, email and phone numbers; last updated first."""
     found = contacts.matching(q)
     return respond(
         await page(

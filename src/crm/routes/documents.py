@@ -1,4 +1,4 @@
-"""Documents: files that are kept elsewhere."""
+"""Documents: descriptions of files that are stored elsewhere."""
 
 from crm import caching
 from crm.models import RELATED, Document
@@ -13,7 +13,7 @@ documents = Module(
     choices={"related_type": RELATED},
     filters=("file_type", "related_type", "related_id"),
     searched=(Document.name, Document.description),
-    deleted="The file itself is not touched.",
+    deleted="The file itself is not deleted.",
 )
 router = documents.router()
 documents.add_records(router)

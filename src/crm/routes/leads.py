@@ -1,4 +1,4 @@
-"""Leads: people who may buy, until they are converted."""
+"""Leads: people who may become customers; conversion turns them into contacts."""
 
 from datetime import timedelta
 from typing import Annotated, Any
@@ -10,12 +10,12 @@ from sqlalchemy import func
 
 from crm import caching, crud
 from crm.bodies import Ids
-from crm.db import WritableRows, WriteRows, as_uuid
+from crm.db import WritableRows, WriteRows
 from crm.errors import ApiError, respond
 from crm.listing import Word, as_record
-from crm.models import LEAD_STATUS, Account, Contact, Lead, Opportunity, now
+from crm.models import LEAD_STATUS, Account, Contact, Lead, Opportunity, as_uuid, now
 from crm.module import Module
-from crm.transitions import already, record_transition, relink
+from crm.transitions import record_transition, relink, was_converted
 
 leads = Module(
     model=Lead,
@@ -29,7 +29,7 @@ leads = Module(
     searched=(Lead.first_name, Lead.last_name, Lead.email, Lead.phone, Lead.company),
     search_as="query",
     stats_by="status",
-    deleted="Its opportunities stay, without a lead.",
+    deleted="Its opportunities remain, without a lead.",
 )
 router = leads.router()
 COPIED = (
@@ -49,15 +49,15 @@ MAX_AMOUNT = 9_999_999_999_999.99
 
 
 class Conversion(BaseModel):
-    """What becomes of a lead besides a contact."""
+    """Options of a conversion."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    create_account: bool = Field(False, description="Find the account by name, or create it")
+    create_account: bool = Field(False, description="Find an account by name, or create it")
     account_name: Word | None = Field(
-        None, max_length=200, description="The lead's company if left out"
+        None, max_length=200, description="Default: the lead's company"
     )
-    selected_account_id: UUID | None = Field(None, description="An existing account instead")
+    selected_account_id: UUID | None = Field(None, description="Use this account instead")
     create_opportunity: bool = False
     opportunity_name: Word | None = Field(None, max_length=200)
     opportunity_amount: float | None = Field(None, ge=0, le=MAX_AMOUNT)
@@ -65,8 +65,8 @@ class Conversion(BaseModel):
 
 @router.post("/bulk-delete", summary="Delete many leads")
 async def delete_leads(rows: WriteRows, body: Ids) -> Response:
-    """In one transaction. What is not there, or not yours to see, is listed in `not_found`."""
-    return respond(await crud.remove_many(rows, Lead, body.ids), message="Leads deleted")
+    """Deletes in one transaction. `not_found` lists unknown and invisible ids."""
+    return respond(await crud.delete_many(rows, Lead, body.ids), message="Leads deleted")
 
 
 leads.add_records(router)
@@ -76,10 +76,12 @@ leads.add_records(router)
 async def convert_lead(
     rows: WriteRows, id: str, body: Annotated[Conversion, Body(default_factory=Conversion)]
 ) -> Response:
-    """Make it a contact, with an account and an opportunity if asked, in one transaction. 409 when
-    it was converted before."""
+    """Creates a contact, and if wanted an account and an opportunity, in one transaction.
+
+    The lead is deleted. 409 if it was converted before.
+    """
     identity = as_uuid(id)
-    if identity is not None and await already(rows, "leads", identity, "convert"):
+    if identity is not None and await was_converted(rows, Lead, identity):
         raise ApiError(409, "Lead was already converted", code="already_converted")
     lead = await rows.get(Lead, id, lock=True)
     snapshot = as_record(lead)
@@ -87,10 +89,10 @@ async def convert_lead(
     contact = _contact_from(lead, account)
     rows.add(contact)
     await rows.session.flush()
-    opportunity = (
-        _opportunity_for(lead, contact, account, body) if body.create_opportunity else None
-    )
-    if opportunity is not None:
+    opportunity = None
+    if body.create_opportunity:
+        opportunity = _opportunity_for(lead, contact, body)
+        opportunity.account_id = account.id if account else None
         rows.add(opportunity)
     await relink(rows, lead, contact)
     moved: dict[str, Any] = {"lead_id": None, "contact_id": contact.id}
@@ -99,7 +101,7 @@ async def convert_lead(
     await rows.session.execute(
         rows.update(Opportunity, unseen=True).where(Opportunity.lead_id == lead.id).values(moved)
     )
-    record_transition(rows, "leads", lead.id, "contacts", contact.id, "convert", snapshot)
+    record_transition(rows, lead, contact, action="convert", snapshot=snapshot)
     await rows.session.delete(lead)
     await rows.session.flush()
     data = {
@@ -111,22 +113,18 @@ async def convert_lead(
 
 
 async def _account_for(rows: WritableRows, lead: Lead, body: Conversion) -> Account | None:
-    """Return the selected account, or one of that name, or a new one, or the lead's own."""
+    """Return the selected account, the one with the name, a new one, or the lead's own."""
     if body.selected_account_id is not None:
         return await rows.get(Account, body.selected_account_id)
     if not body.create_account:
-        return (
-            await rows.session.scalar(rows.select(Account).where(Account.id == lead.account_id))
-            if lead.account_id
-            else None
-        )
-    name = (
-        body.account_name or lead.company or f"{lead.first_name or ''} {lead.last_name or ''}"
-    ).strip()
+        if lead.account_id is None:
+            return None
+        own = rows.select(Account).where(Account.id == lead.account_id)
+        return await rows.session.scalar(own)
+    name = (body.account_name or lead.company or lead.display_name).strip()
     if not name:
-        raise ApiError(
-            422, "account_name: the lead has no company, give a name", field="account_name"
-        )
+        message = "account_name: required, because the lead has no company and no name"
+        raise ApiError(422, message, field="account_name")
     found = (
         rows.select(Account)
         .where(func.lower(Account.name) == name.lower())
@@ -158,19 +156,15 @@ def _contact_from(lead: Lead, account: Account | None) -> Contact:
     )
 
 
-def _opportunity_for(
-    lead: Lead, contact: Contact, account: Account | None, body: Conversion
-) -> Opportunity:
+def _opportunity_for(lead: Lead, contact: Contact, body: Conversion) -> Opportunity:
+    amount = body.opportunity_amount
     name = body.opportunity_name or f"{lead.company or contact.last_name or 'New'} - opportunity"
     return Opportunity(
         name=name[:200],
         stage="prospecting",
         probability=25,
-        amount=body.opportunity_amount
-        if body.opportunity_amount is not None
-        else lead.estimated_value,
+        amount=lead.estimated_value if amount is None else amount,
         close_date=now().date() + timedelta(days=30),
-        account_id=account.id if account else None,
         contact_id=contact.id,
         assigned_to=lead.assigned_to,
         source=lead.source,

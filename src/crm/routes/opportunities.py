@@ -1,4 +1,4 @@
-"""Opportunities: deals under way."""
+"""Opportunities: possible sales."""
 
 from fastapi import Response
 from sqlalchemy import func
@@ -23,11 +23,13 @@ opportunities = Module(
 router = opportunities.router()
 
 
-@router.get("/stats", summary="Opportunities by stage")
+@router.get("/stats", summary="Count opportunities by stage")
 @caching.opportunities_stats
 async def stats(rows: ReadRows) -> Response:
-    """Number and amount of what you see, by stage; `weighted` takes each amount times its
-    probability."""
+    """Number and amount of the opportunities that you see.
+
+    `weighted` is the sum of amount times probability.
+    """
     weighted = func.sum(Opportunity.amount * func.coalesce(Opportunity.probability, 0) / 100)
     columns = (Opportunity.stage, func.count(), func.sum(Opportunity.amount), weighted)
     by_stage = {stage: {"count": 0, "amount": 0.0, "weighted": 0.0} for stage in STAGES}
@@ -46,10 +48,10 @@ async def stats(rows: ReadRows) -> Response:
     return respond({"stages": by_stage, "total": total})
 
 
-@router.get("/count", summary="Number of opportunities")
+@router.get("/count", summary="Count opportunities")
 @caching.opportunities_stats
 async def count(rows: ReadRows) -> Response:
-    """How many you see, and how many of them are open."""
+    """The number of opportunities that you see, and of the open ones among them."""
     is_open = Opportunity.stage.not_in(("closed_won", "closed_lost"))
     total, still_open = (
         await rows.execute(rows.select(Opportunity, func.count(), func.count().filter(is_open)))

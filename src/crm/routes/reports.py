@@ -37,11 +37,10 @@ MODULES: dict[str, type[Owned]] = {
 }
 
 
-@router.get("/dashboard-bundle", summary="Everything that a dashboard shows")
+@router.get("/dashboard-bundle", summary="Show the data of a dashboard")
 @caching.dashboard
 async def dashboard_bundle(rows: ReadRows) -> Response:
-    """Numbers and the latest records of all modules, of what you see, in one answer and of one
-    moment."""
+    """Counts and the latest records of all modules that you see, of one moment."""
     is_open = Opportunity.stage.not_in(("closed_won", "closed_lost"))
     counters = {
         "open_opportunities": rows.select(Opportunity, func.count()).where(is_open),
@@ -52,19 +51,15 @@ async def dashboard_bundle(rows: ReadRows) -> Response:
     }
     columns = [
         *(rows.select(model, func.count()).scalar_subquery() for model in MODULES.values()),
-        *(figure.scalar_subquery() for figure in counters.values()),
+        *(counter.scalar_subquery() for counter in counters.values()),
         *(JsonRows(newest(rows, model, limit=LATEST)) for model in MODULES.values()),
     ]
     found = list((await rows.execute(select(*columns))).one())
-    counts, more, latest = (
-        found[: len(MODULES)],
-        found[len(MODULES) : -len(MODULES)],
-        found[-len(MODULES) :],
-    )
+    size = len(MODULES)
+    latest = map(orjson.Fragment, found[-size:])
     data: dict[str, Any] = {
-        "counts": dict(zip(MODULES, counts, strict=True)),
-        **dict(zip(counters, more, strict=True)),
+        "counts": dict(zip(MODULES, found[:size], strict=True)),
+        **dict(zip(counters, found[size:-size], strict=True)),
+        "latest": dict(zip(MODULES, latest, strict=True)),
     }
-    return respond(
-        {**data, "latest": dict(zip(MODULES, map(orjson.Fragment, latest), strict=True))}
-    )
+    return respond(data)

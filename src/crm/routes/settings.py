@@ -1,4 +1,4 @@
-"""Settings of a tenant, as its people set them."""
+"""Settings of a tenant."""
 
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -21,12 +21,12 @@ DEFAULTS: dict[str, Any] = {"visibility_mode": "shared", "timezone": DEFAULT_TIM
 
 def _known_timezone(name: str) -> str:
     if name not in available_timezones():
-        raise ValueError("must be a time zone such as Europe/Berlin")
+        raise ValueError("must be a time zone, for example Europe/Berlin")
     return name
 
 
 class SettingsChange(BaseModel):
-    """What is to change; what is not named stays. Unknown names are kept."""
+    """The settings to change; others stay unchanged. Unknown names are stored."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -35,11 +35,11 @@ class SettingsChange(BaseModel):
         },
     )
 
-    visibility_mode: Literal[VISIBILITY] | None = Field(
-        None, description="`hierarchical`: people see their team's records only"
-    )  # type: ignore[valid-type]
+    visibility_mode: Literal[VISIBILITY] | None = Field(  # type: ignore[valid-type]
+        None, description="`hierarchical`: employees see only the records of their team"
+    )
     timezone: Annotated[str, AfterValidator(_known_timezone)] | None = Field(
-        None, description="Decides when a day is over"
+        None, description="Decides when a day ends"
     )
 
     @model_validator(mode="after")
@@ -51,16 +51,17 @@ class SettingsChange(BaseModel):
 @router.get("", summary="Show settings")
 @caching.settings
 async def show_settings(rows: ReadRows) -> Response:
-    """Of your tenant."""
+    """The settings of your tenant."""
     if rows.scope.tenant is None:
-        raise ApiError(400, "tenant_id: settings belong to a tenant, name one", field="tenant_id")
+        message = "tenant_id: required, because settings are per tenant"
+        raise ApiError(400, message, field="tenant_id")
     given = await rows.scalar(select(Tenant.settings).where(Tenant.id == UUID(rows.scope.tenant)))
     return respond({"settings": {**DEFAULTS, **given}})
 
 
 @router.put("", summary="Change settings", dependencies=[Depends(require_admin)])
 async def change_settings(rows: WriteRows, body: SettingsChange) -> Response:
-    """Needs an admin. A change of visibility takes effect with everybody's next request."""
+    """Requires an admin. A change of visibility applies to every user's next request."""
     tenant = await rows.session.get_one(Tenant, UUID(rows.scope.tenant or ""), with_for_update=True)
     given = body.model_dump(exclude_unset=True, exclude_none=True)
     given.pop("tenant_id", None)

@@ -1,4 +1,4 @@
-"""The state of the system, and the cache's controls."""
+"""The state of the system, and controls of the cache."""
 
 import asyncio
 import time
@@ -8,9 +8,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field, SecretStr
 from sqlalchemy import text
 
-from crm.auth import TenantScope, require_admin, require_superadmin
-from crm.errors import ApiError, ErrorResponse, fail, respond
-from crm.operators import access_of
+from crm.auth import WRITE_NEEDS_TENANT, TenantScope, require_admin, require_superadmin
+from crm.cache_auth import access_of
+from crm.errors import AccessDenied, ApiError, fail, respond
 from crm.settings import Settings
 from respcache import Cache, StoreError
 from respcache.ops.admin import Admin as CacheAdmin
@@ -25,10 +25,10 @@ Superadmin = Annotated[TenantScope, Depends(require_superadmin)]
 
 
 class Invalidate(BaseModel):
-    """What to invalidate."""
+    """The modules to invalidate."""
 
     modules: list[str] = Field(
-        max_length=100, description='Modules; `[]` or `["*"]` is everything of the tenant'
+        max_length=100, description='Modules; `[]` or `["*"]` means the whole tenant'
     )
 
 
@@ -38,16 +38,15 @@ class Switch(BaseModel):
     enabled: bool
 
 
-@router.get("/system/status", summary="Is it up")
+@router.get("/system/status", summary="Check that the process is up")
 async def status() -> Response:
-    """Says that the process answers; asks nobody."""
+    """Always 200. It contacts no server."""
     return respond({"service": "crm", "up": True})
 
 
-@router.get("/system/health", summary="Is it healthy")
+@router.get("/system/health", summary="Check the health of the system")
 async def health(request: Request) -> Response:
-    """503 without the database; without the cache the API is only slower, so that is said and stays
-    200."""
+    """503 without the database. Without the cache the API is only slower, so the status is 200."""
     cache: Cache = request.app.state.cache
     database = await _database_answers(request)
     state = "none" if cache.store is None else "up" if cache.store.available else "down"
@@ -56,21 +55,20 @@ async def health(request: Request) -> Response:
         "cache": state,
         "cache_enabled": cache.enabled,
     }
-    if cache.runtime.relay is not None:
+    if cache.runtime is not None and cache.runtime.relay is not None:
         lease = cache.runtime.relay.to_dict()
         data |= {
             "invalidations_pending": lease["pending_rows"],
             "oldest_pending_s": lease["pending_s"],
-            "fence_alive": lease["alive"],
-            "fence_age_s": lease["age_s"],
+            "lease_alive": lease["alive"],
+            "lease_age_s": lease["age_s"],
         }
     return respond(data) if database else fail(503, "Database unavailable", data=data)
 
 
-@router.get("/system/containers-status", summary="What the system stands on")
+@router.get("/system/containers-status", summary="Check the servers")
 async def containers_status(request: Request, scope: Admin) -> Response:
-    """Whether database, cache and agent memory answer, and how fast; a server that is not
-    configured is said to be so."""
+    """Whether the database, the cache server and the agent memory respond, and how fast."""
     settings: Settings = request.app.state.settings
     cache = None if settings.without_cache else settings.redis_cache_url
     found = await asyncio.gather(
@@ -79,10 +77,12 @@ async def containers_status(request: Request, scope: Admin) -> Response:
     return respond(dict(zip(("database", "redis_cache", "redis_memory"), found, strict=True)))
 
 
-@router.get("/system/cache-stats", summary="Figures of the cache")
+@router.get("/system/cache-stats", summary="Show statistics of the cache")
 async def cache_stats(request: Request, scope: Admin) -> Response:
-    """Figures of this process: of your tenant, or of all for a superadmin without one. 503 when the
-    cache is away."""
+    """Statistics of this process for your tenant; for a superadmin without a tenant: for all.
+
+    503 if the cache server is unavailable.
+    """
     cache: Cache = request.app.state.cache
     if cache.store is None:
         return fail(503, "Cache unavailable")
@@ -94,9 +94,9 @@ async def cache_stats(request: Request, scope: Admin) -> Response:
         "connected": True,
         "info": info.stats,
         "memory": info.memory,
-        "figures_of": "this process",
-        "server_figures_of": "all processes and tenants; invalidated entries count until they "
-        "expire or are evicted",
+        "statistics_of": "this process",
+        "server_statistics_of": "all processes and tenants; invalidated entries count until "
+        "they expire or are evicted",
         "tenant": scope.tenant or "all",
         **cache.stats(scope.tenant),
     }
@@ -107,32 +107,32 @@ async def cache_stats(request: Request, scope: Admin) -> Response:
     return respond(data)
 
 
-@router.post("/cache/invalidate", tags=["cache"], summary="Invalidate cached answers")
+@router.post("/cache/invalidate", tags=["cache"], summary="Invalidate cached responses")
 async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Response:
-    """Of your tenant. One write each, whatever the number of entries, after a line in the trail."""
+    """Invalidates modules of your tenant, after an entry in the audit log.
+
+    One write to the cache server per module, independent of the number of entries.
+    """
     cache: Cache = request.app.state.cache
     admin: CacheAdmin = request.app.state.cache_admin
     access = access_of(scope)
     assert access is not None
     if scope.tenant is None:
-        raise ErrorResponse(
-            400,
-            "Superadmin write operations require a tenant_id to be specified",
-            field="tenant_id",
-        )
+        raise AccessDenied(400, WRITE_NEEDS_TENANT, field="tenant_id")
     named: list[str] | list[None] = [None] if body.modules in ([], ["*"]) else body.modules
-    unknown = sorted({module for module in named if module is not None} - cache.registry.modules)
+    known = cache.registry.modules
+    unknown = sorted({module for module in named if module is not None} - known)
     if unknown:
         raise ApiError(
             400,
-            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(cache.registry.modules))}",
+            f"modules: unknown {unknown[0][:50]!r}; known are {', '.join(sorted(known))}",
             field="modules",
         )
     purged = [
         await admin.purge(access, tenant=scope.tenant, module=module)
         for module in dict.fromkeys(named)
     ]
-    confirmed = all(one.confirmed for one in purged)
+    confirmed = all(purge.confirmed for purge in purged)
     message = (
         "Cache invalidated"
         if confirmed
@@ -146,13 +146,16 @@ async def invalidate(request: Request, body: Invalidate, scope: Admin) -> Respon
 
 @router.post("/cache/switch", tags=["cache"], summary="Switch the cache off or on")
 async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
-    """For all processes, without a deploy, after a line in the trail. Invalidations are sent all
-    the while."""
+    """Switches the cache for all processes, after an entry in the audit log.
+
+    Invalidations are still sent while it is off. `propagated` says that the cache server
+    stored the switch: all processes follow within a second.
+    """
     admin: CacheAdmin = request.app.state.cache_admin
     access = access_of(scope)
     assert access is not None
     switches = await admin.switch(access, off=not body.enabled)
-    return respond({"enabled": switches.enabled, "other_processes_told": switches.propagated})
+    return respond({"enabled": switches.enabled, "propagated": switches.told})
 
 
 async def _database_status(request: Request) -> dict[str, Any]:
@@ -166,7 +169,7 @@ async def _database_status(request: Request) -> dict[str, Any]:
 
 
 async def _redis_status(url: SecretStr | None) -> dict[str, Any]:
-    """Connect anew and ask once: what a client that starts now would meet."""
+    """Open a new connection and send one PING, as a client that starts now would."""
     if url is None:
         return {"configured": False, "reachable": False, "latency_ms": None}
     try:

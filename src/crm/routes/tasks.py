@@ -1,4 +1,4 @@
-"""Tasks: what an employee or an agent is to do."""
+"""Tasks: work for an employee or an agent."""
 
 from crm import caching
 from crm.models import RELATED, TASK_STATUS, Task

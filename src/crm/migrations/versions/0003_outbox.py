@@ -1,4 +1,4 @@
-"""The outbox of the cache, and the triggers that fill it."""
+"""The cache's outbox, and the triggers that fill it."""
 
 from alembic import op
 
@@ -8,8 +8,17 @@ revision = "0003"
 down_revision = "0002"
 
 TABLES = (
-    "accounts", "activities", "bizdev_sources", "contacts", "documents", "employees", "leads", "opportunities", "tasks", "teams",
-)  # fmt: skip
+    "accounts",
+    "activities",
+    "bizdev_sources",
+    "contacts",
+    "documents",
+    "employees",
+    "leads",
+    "opportunities",
+    "tasks",
+    "teams",
+)
 
 
 def upgrade() -> None:

@@ -1,4 +1,4 @@
-"""The trail of what operators do to the cache."""
+"""The audit log of operators' actions on the cache."""
 
 from alembic import op
 

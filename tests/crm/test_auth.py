@@ -70,11 +70,16 @@ def token_of(crm: Crm, name: str, **changes: Any) -> str:
 async def test_only_a_valid_token_is_somebody(crm: Crm) -> None:
     """Expired, unsigned, foreign, of nobody, of another tenant, without expiry: all are nobody."""
     bad = [
-        "", "x", token_of(crm, "ann", exp=datetime.now(UTC) - timedelta(seconds=5)), token_of(crm, "ann", exp=None),
-        token_of(crm, "ann", sub=str(uuid4())), token_of(crm, "ann", sub="ann"), token_of(crm, "ann", tenant_id=str(uuid4())),
+        "",
+        "x",
+        token_of(crm, "ann", exp=datetime.now(UTC) - timedelta(seconds=5)),
+        token_of(crm, "ann", exp=None),
+        token_of(crm, "ann", sub=str(uuid4())),
+        token_of(crm, "ann", sub="ann"),
+        token_of(crm, "ann", tenant_id=str(uuid4())),
         jwt.encode({"sub": str(crm.users["ann"].id), "exp": 9999999999}, "other" * 10, "HS256"),
         jwt.encode({"sub": str(crm.users["ann"].id), "exp": 9999999999}, None, "none"),
-    ]  # fmt: skip
+    ]
     http = crm.as_user(None)
     for token in bad:
         answer = await http.get("/api/accounts", headers={"authorization": f"Bearer {token}"})
@@ -141,17 +146,21 @@ async def test_another_tenant_gets_nothing_of_ours(crm: Crm, module: str) -> Non
     foreign = f"/api/{module}/{record['id']}"
     actions = {"leads": "convert", "bizdevsources": "promote"}
     for method, suffix, body in (
-        ("GET", "", None), ("PUT", "", {"tags": []}), ("DELETE", "", None), ("POST", f"/{actions.get(module, 'none')}", {}),
+        ("GET", "", None),
+        ("PUT", "", {"tags": []}),
+        ("DELETE", "", None),
+        ("POST", f"/{actions.get(module, 'none')}", {}),
         ("GET", "/related-people", None),
-    ):  # fmt: skip
+    ):
         one = await theirs.request(method, foreign + suffix, json=body)
         other = await theirs.request(method, unknown + suffix, json=body)
         assert (one.status_code, one.content) == (other.status_code, other.content), method
         assert one.status_code in (404, 405)
     refused = await theirs.get(f"/api/{module}?tenant_id=acme")
     assert (refused.status_code, refused.json()["message"]) == (
-        403, "Access denied: You do not have permission to access this tenant's data.",
-    )  # fmt: skip
+        403,
+        "Access denied: You do not have permission to access this tenant's data.",
+    )
     assert (await mine.get(f"/api/{module}/{record['id']}")).status_code == 200
 
 
@@ -177,9 +186,12 @@ async def test_same_visibility_shares_and_different_never(crm: Crm) -> None:
         owner = crm.users[name].id if name else None
         await crm.save(crm.account("globex", name or "nobody's", assigned_to=owner))
     expected = {
-        "nora": ["nils", "nobody's", "nora"], "nils": ["nils", "nobody's", "nora"], "suzy": ["nobody's", "suzy"],
-        "max": ["max", "nils", "nobody's", "nora", "suzy"], "gus": ["max", "nils", "nobody's", "nora", "suzy"],
-    }  # fmt: skip
+        "nora": ["nils", "nobody's", "nora"],
+        "nils": ["nils", "nobody's", "nora"],
+        "suzy": ["nobody's", "suzy"],
+        "max": ["max", "nils", "nobody's", "nora", "suzy"],
+        "gus": ["max", "nils", "nobody's", "nora", "suzy"],
+    }
     for _ in range(2):
         for user, visible in expected.items():
             assert await names(crm, user) == visible, user
@@ -297,8 +309,9 @@ async def test_a_superadmin_reads_any_tenant_or_all_and_writes_to_one(crm: Crm) 
     assert hit(await crm.as_user("ann").get("/api/accounts?sort=name"))
     refused = await root.post("/api/accounts", json={"name": "X"})
     assert (refused.status_code, refused.json()["message"]) == (
-        400, "Superadmin write operations require a tenant_id to be specified",
-    )  # fmt: skip
+        400,
+        "Superadmin write operations require a tenant_id to be specified",
+    )
     assert (
         await root.post("/api/accounts", json={"name": "B", "tenant_id": "acme"})
     ).status_code == 201

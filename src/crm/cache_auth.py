@@ -1,7 +1,7 @@
-"""Who of the CRM's people may look at the cache: the gate of the dashboard at ``/cache``.
+"""Sign-in to the cache's dashboard at ``/cache`` with the CRM's own users.
 
-A superadmin operates everything, a tenant's admin what is the tenant's; a manager looks at the
-tenant's figures. Nobody else.
+Superadmins operate the whole cache, admins their tenant's part; managers may view their tenant's
+statistics; employees have no access.
 """
 
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from crm.auth import CrmResolver, Sessions, TenantScope, log_in, tenants
-from crm.errors import ApiError, ErrorResponse
+from crm.errors import AccessDenied, ApiError
 from crm.routes.auth import LoginLimit
 from respcache.ops.access import Access, Role
 from respcache.ops.dashboard import TooManyAttempts
 
-MAY = {"superadmin": Role.OPERATOR, "admin": Role.OPERATOR, "manager": Role.VIEWER}
+ROLES = {"superadmin": Role.OPERATOR, "admin": Role.OPERATOR, "manager": Role.VIEWER}
 
 
 class CrmAuthBackend:
-    """The CRM's users, with the passwords and the tokens that they have anyway."""
+    """Authenticates users of the dashboard by the CRM's passwords and tokens."""
 
     def __init__(
         self,
         engine: AsyncEngine,
         sessions: Sessions,
+        *,
         resolver: CrmResolver,
         limit: LoginLimit,
-        *,
         token_hours: float,
     ) -> None:
         self._engine = engine
@@ -41,7 +41,7 @@ class CrmAuthBackend:
         try:
             self._limit.attempt(address, name)
             user = await log_in(self._sessions, name.replace("\x00", ""), password)
-        except ErrorResponse:
+        except AccessDenied:
             return None
         except ApiError as error:
             raise TooManyAttempts(error.extra["retry_after"]) from None
@@ -53,22 +53,21 @@ class CrmAuthBackend:
         """See ``AuthBackend.access``. One statement."""
         try:
             scope = await self._resolver.scope(self._resolver.claim_of(token))
-        except ErrorResponse:
+        except AccessDenied:
             return None
         return access_of(scope)
 
     async def tenant_names(self) -> Mapping[str, str]:
-        """See ``AuthBackend.tenant_names``."""
-        everyone = select(tenants.id, tenants.slug).order_by(tenants.slug)
+        """See ``AuthBackend.tenant_names``. One statement."""
+        statement = select(tenants.id, tenants.slug).order_by(tenants.slug)
         async with self._engine.connect() as connection:
-            return {str(row.id): row.slug for row in await connection.execute(everyone)}
+            return {str(row.id): row.slug for row in await connection.execute(statement)}
 
 
 def access_of(scope: TenantScope) -> Access | None:
-    """Return what somebody may do with the cache, if anything."""
-    role = MAY.get(scope.role)
+    """Return a user's access to the cache; None for no access."""
+    role = ROLES.get(scope.role)
     if role is None or (scope.role != "superadmin" and scope.tenant is None):
         return None
-    return Access(
-        name=scope.email, role=role, tenant=None if scope.role == "superadmin" else scope.tenant
-    )
+    tenant = None if scope.role == "superadmin" else scope.tenant
+    return Access(name=scope.email, role=role, tenant=tenant)

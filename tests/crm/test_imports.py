@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from crm.cli.transfer import export_module, import_files
 from crm.csv_files import CsvFile, UnreadableFile, date_format, guess_mapping, read_number
-from crm.imports import BATCH, ImportResult, WrongMapping, store
+from crm.imports import BATCH, WrongMapping, store
 from crm.models import Account
 from crm.settings import Settings
 
@@ -56,7 +56,10 @@ def run_import(
             "json": True,
         }
         status = await import_files(
-            settings, database_url, valkey_url, argparse.Namespace(**{**chosen, **options})
+            settings,
+            argparse.Namespace(**{**chosen, **options}),
+            database_url=database_url,
+            cache_url=valkey_url,
         )
         return status, json.loads(capsys.readouterr().out)[0]
 
@@ -97,9 +100,17 @@ async def test_a_file_becomes_rows_that_the_next_cached_list_shows(
     found = {record["name"]: record for record in await listed(crm)}
     acorn = found["Acorn Ltd"]
     assert set(found) == {"Acorn Ltd", "Böhm & Söhne"}
-    assert (acorn["industry"], float(acorn["annual_revenue"]), acorn["employee_count"], acorn["founded_in"]) == (
-        "retail", 1234.5, 1200, "1996",
-    )  # fmt: skip
+    assert (
+        acorn["industry"],
+        float(acorn["annual_revenue"]),
+        acorn["employee_count"],
+        acorn["founded_in"],
+    ) == (
+        "retail",
+        1234.5,
+        1200,
+        "1996",
+    )
     assert "index" not in acorn
     assert await listed(crm, user="gus") == []
 
@@ -150,9 +161,11 @@ async def test_rejected_rows_are_written_with_line_and_reason_and_can_be_mended_
     )
     assert (status, counts(outcome)) == (1, (2, 0, 0, 4))
     assert [(row["line"], row["reason"].partition(":")[0]) for row in rejected("accounts")] == [
-        ("3", "name"), ("4", "employee_count"), ("7", "type"), ("8", "5 cells in a file of 3 "
-                                                                     "columns"),
-    ]  # fmt: skip
+        ("3", "name"),
+        ("4", "employee_count"),
+        ("7", "type"),
+        ("8", "5 cells in a file of 3 columns"),
+    ]
     assert outcome["reasons"] == {
         "name": 1,
         "employee_count": 1,
@@ -202,8 +215,11 @@ async def test_people_find_their_accounts_and_sellers_by_name(crm: Crm, run_impo
     assert (status, outcome["unlinked"], outcome["reasons"]) == (1, 1, {"last_name": 1})
     ada, bob = sorted(await listed(crm, "contacts"), key=lambda record: record["first_name"])
     assert (ada["first_name"], ada["last_name"], ada["account_id"], ada["account_name"]) == (
-        "Ada M.", "Lovelace", str(acorn.id), "Acorn  Ltd",
-    )  # fmt: skip
+        "Ada M.",
+        "Lovelace",
+        str(acorn.id),
+        "Acorn  Ltd",
+    )
     assert (ada["assigned_to"], ada["phone"]) == (str(crm.users["ann"].id), "+1")
     assert (bob["account_id"], bob["account"], bob["owner"], bob["assigned_to"]) == (
         None,
@@ -245,11 +261,10 @@ async def test_a_row_of_another_tenant_is_not_overwritten_even_by_its_id(
     theirs = crm.account("globex", "Theirs")
     await crm.save(theirs)
     engine = create_async_engine(database_url)
-    outcome = ImportResult()
     record = {"id": theirs.id, "tenant_id": crm.tenants["acme"].id, "name": "Mine", "metadata": {}}
-    await store(engine, "accounts", [record], outcome)
+    result = await store(engine, "accounts", [record])
     await engine.dispose()
-    assert (outcome.created, outcome.updated) == (0, 0)
+    assert (result.created, result.updated) == (0, 0)
     assert [account["name"] for account in await listed(crm, user="gus")] == ["Theirs"]
 
 
@@ -388,13 +403,18 @@ async def test_odd_headers_and_huge_fields(crm: Crm, run_import: Import) -> None
     """Repeated and blank column names stay apart; a field too long for its column is refused, one
     too long for CSV too."""
     status, outcome = await run_import(
-        f"name,city,city,,Name\nAcorn,Leeds,Bonn,blank,again\n{'x' * 300},Leeds,,,\nCedar,Leeds,{'y' * 150_000},,\n"
+        "name,city,city,,Name\nAcorn,Leeds,Bonn,blank,again\n"
+        f"{'x' * 300},Leeds,,,\nCedar,Leeds,{'y' * 150_000},,\n"
     )
     assert (status, counts(outcome)) == (1, (1, 0, 0, 2))
     (acorn,) = await listed(crm)
     assert (acorn["name"], acorn["city"], acorn["city_2"], acorn["column_4"], acorn["name_2"]) == (
-        "Acorn", "Leeds", "Bonn", "blank", "again",
-    )  # fmt: skip
+        "Acorn",
+        "Leeds",
+        "Bonn",
+        "blank",
+        "again",
+    )
     with pytest.raises(UnreadableFile, match="field larger than field limit"):
         await run_import(f"name\n{'x' * 1_000_001}\n")
 
@@ -402,9 +422,9 @@ async def test_odd_headers_and_huge_fields(crm: Crm, run_import: Import) -> None
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "names no columns"),
-        (b"\n\n", "names no columns"),
-        (b",,\n , ,\n", "names no columns"),
+        (b"", "has no column names"),
+        (b"\n\n", "has no column names"),
+        (b",,\n , ,\n", "has no column names"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "text file"),
         (b"\xff\xfea", "not readable as utf-16"),
         (b"colour,shape\nred,round\n", "--map COLUMN=FIELD"),
@@ -458,10 +478,11 @@ async def test_import_with_the_cache_server_away_leaves_no_old_list_anywhere(
     )
     settings = Settings(jwt_secret=SECRET, respcache_key=SECRET)
     assert await listed(crm, "accounts") == []
-    assert await import_files(settings, database_url, "redis://127.0.0.1:1", options) == 0
+    urls = {"database_url": database_url, "cache_url": "redis://127.0.0.1:1"}
+    assert await import_files(settings, options, **urls) == 0
     assert [record["name"] for record in await listed(crm, "accounts")] == ["Acorn"]
     assert await stored(crm) == 1
-    assert await import_files(settings, database_url, None, options) == 0
+    assert await import_files(settings, options, database_url=database_url, cache_url=None) == 0
 
 
 async def test_stages_dates_and_amounts_of_deals(crm: Crm, run_import: Import) -> None:
@@ -469,13 +490,19 @@ async def test_stages_dates_and_amounts_of_deals(crm: Crm, run_import: Import) -
     await crm.save(crm.account("acme", "Isdom"))
     status, outcome = await run_import(
         "opportunity_id,account,product,deal_stage,close_date,close_value\n"
-        "A1,Isdom,GTX,Won,03/04/2017,\"1,054\"\nA2,Isdom,GTX,Engaging,25/04/2017,\nA3,,GTX,Lost,,0\n", "opportunities",
-    )  # fmt: skip
+        'A1,Isdom,GTX,Won,03/04/2017,"1,054"\nA2,Isdom,GTX,Engaging,25/04/2017,\nA3,,GTX,Lost,,0\n',
+        "opportunities",
+    )
     assert (status, counts(outcome)) == (0, (3, 0, 0, 0))
     found = {record["opportunity_id"]: record for record in await listed(crm, "opportunities")}
-    assert [(found[key]["name"], found[key]["stage"], found[key]["close_date"]) for key in ("A1", "A2", "A3")] == [
-        ("Isdom - GTX", "closed_won", "2017-04-03"), ("Isdom - GTX", "qualification", "2017-04-25"), ("GTX", "closed_lost", None),
-    ]  # fmt: skip
+    assert [
+        (found[key]["name"], found[key]["stage"], found[key]["close_date"])
+        for key in ("A1", "A2", "A3")
+    ] == [
+        ("Isdom - GTX", "closed_won", "2017-04-03"),
+        ("Isdom - GTX", "qualification", "2017-04-25"),
+        ("GTX", "closed_lost", None),
+    ]
     assert float(found["A1"]["amount"]) == 1054
 
 
