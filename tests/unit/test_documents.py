@@ -136,6 +136,34 @@ def test_the_readme_is_short() -> None:
     assert reading_on[0][0] == "docs/index.md"
 
 
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its head."""
+    text = PAGES[page].partition(f"{heading}\n")[2]
+    lines = [line for line in re.split(r"\n## ", text)[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    """Each row has the figures of one lane, and no more reads were fault-free than are listed."""
+    results = "bench/RESULTS.md"
+    ratios = rows(results, "## Hits: CPU of bare ASGI / CPU of the lane")
+    rates = {
+        lane: cells[-1]
+        for lane, *cells in rows(results, "## Hits: throughput and its ratio to bare ASGI")
+    }
+    measured = [
+        [*(cell.split()[0] for cell in cells), rates[lane]] for lane, *cells in ratios if cells
+    ]
+    shown = [cells for _, *cells in rows("README.md", "## Figures")]
+    assert shown
+    assert [cells for cells in shown if cells not in measured] == []
+    millions = re.search(r"of (\d+) million reads", re.sub(r"\s+", " ", PAGES["README.md"]))
+    reads = re.search(r"([\d,]+) reads", PAGES["docs/faults.md"])
+    assert millions is not None
+    assert reads is not None
+    assert int(millions[1]) * 1_000_000 <= int(reads[1].replace(",", ""))
+
+
 def test_the_glossary_is_short_and_its_terms_are_used() -> None:
     """Each term is in the code or in another page, and has one or two sentences."""
     terms = TERM.findall(PAGES["docs/glossary.md"])
