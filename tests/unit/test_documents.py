@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -93,10 +94,10 @@ def test_files_that_a_page_names_exist(page: str) -> None:
 @pytest.mark.parametrize("page", checked(list(PAGES)))
 def test_imports_in_examples_exist(page: str) -> None:
     """Every Python example is valid, and what it imports from this repository exists."""
-    for indent, language, code in FENCE.findall(PAGES[page]):
+    for _, language, code in FENCE.findall(PAGES[page]):
         if language != "python":
             continue
-        for node in ast.walk(ast.parse(re.sub(f"^{indent}", "", code, flags=re.MULTILINE))):
+        for node in ast.walk(ast.parse(dedent(code))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("respcache"):
                 module = import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names), node.module
