@@ -27,6 +27,7 @@ from respcache.ops.admin import Admin
 from respcache.ops.cli.config import READ
 from respcache.ops.postgres_audit_log import PostgresAuditLog
 from respcache.ops.publisher import StatsPublisher
+from respcache.read.verifier import EXTENSION
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch
 
@@ -225,6 +226,15 @@ def test_fields_of_the_verifier_are_those_that_it_reports() -> None:
         if isinstance(key, ast.Constant)
     }
     assert set(listed("## Verifier")) == reported
+    (item,) = re.findall(r"^\* `inconclusive`:(.*?)^\* ", section("## Verifier"), re.M | re.S)
+    reasons = {
+        text
+        for node in sources("src/respcache/read")
+        if called(node) == "Inconclusive"
+        for text in literals(node)
+    }
+    assert set(re.findall(r"`([a-z ]+)`", item.replace("\n ", ""))) == {*reasons, "slow"}
+    assert f"`{EXTENSION}`" in section("## Verifier")
 
 
 def test_commands_are_those_of_the_parser() -> None:
