@@ -105,8 +105,7 @@ def application(**options: Any) -> FastAPI:
 
 def request(number: int, path: str = PATH) -> bytes:
     """Build the request for a page."""
-    headers = f"Host: bench\r\nAuthorization: {AUTHORIZATION}"
-    return f"GET {path}?page={number} HTTP/1.1\r\n{headers}\r\n\r\n".encode()
+    return f"GET {path}?page={number} HTTP/1.1\r\nHost: bench\r\nAuthorization: {AUTHORIZATION}\r\n\r\n".encode()
 
 
 @cache

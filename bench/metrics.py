@@ -227,8 +227,7 @@ def main() -> None:
         page = asyncio.run(scrapes(on.valkey.url, count=options.scrapes, tenants=options.tenants))
     print(f"{describe(cores)}; {options.connections} connections\n")
     print(
-        f"{'hits':<24}{'requests/s':>12}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}"
-        f"{'rps ratio':>11}{'CPU ratio':>11}"
+        f"{'hits':<24}{'requests/s':>12}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'rps ratio':>11}{'CPU ratio':>11}"
     )
     for name, row in found.items():
         print(

@@ -290,8 +290,7 @@ def main() -> None:
     for size, times in result["writes_ms"].items():
         cells = "".join(f"{times[form]:>18}" for form in FORMS)
         print(
-            f"{size:<14}{cells}{times['outbox'] / times['no cache']:>16.2f}"
-            f"{times['outbox'] / times['hooks alone']:>10.2f}"
+            f"{size:<14}{cells}{times['outbox'] / times['no cache']:>16.2f}{times['outbox'] / times['hooks alone']:>10.2f}"
         )
     print(
         f"\nhit ratio: {result['hit_ratio']['outbox']:.2%} with the outbox, "

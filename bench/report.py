@@ -1,8 +1,8 @@
-"""Formats the results: tables for the terminal, and bench/RESULTS.md with caveats."""
+"""Tables of the results: for the terminal, and bench/RESULTS.md with the caveats beside the
+figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from lanes import BY_NAME, Lane
@@ -14,50 +14,40 @@ PEERS = ("cashews", "fastapi-cache2", "aiocache", "redis-py")
 """What runs in the application's own process, as ours does."""
 COUNTS = [f"c{n}" for n in hits.CONNECTIONS]
 
-WIDTH = 100
-"""Characters of a line, the indentation of a list included."""
-
 CAVEATS = """\
-- Every ratio is taken within one round (the lanes of a round run in random order, seconds apart)
-  and against the bare lane of the same run. The tables show the median over the rounds and, in
-  brackets, the quartiles: half of the rounds lie between. Where the quartiles are far apart, the
-  machine was busy with something else.
-- CPU is what the scheduler counted for all threads of all server processes of a lane, kernel time
-  for its sockets included. It is the important figure: throughput also depends on what else the
-  cores have to do. Valkey's CPU is listed separately and not included.
-- One worker: uvicorn with uvloop and httptools, no access log. The load generator
-  (`src/respcache/ops/bench/load.py`) compares every response with the expected bytes. It shares a
-  core with Valkey: lanes that ask Valkey for every hit are slower here than on a larger machine.
-  `>=` at a throughput: that core was the slower side ({busy} busy or more), so the lane could do
-  more.
-- All lanes have the same handler, body (40,000 bytes of JSON, 64 pages), keys and `Authorization`
-  header, except `uncached`, which is another list of about the same size, from PostgreSQL. Requests
-  carry no `Accept-Encoding`: all bodies are sent plain.
-- What a hit checks differs. The bare lane and the proxies check no token. Peers look it up in a
-  dict, in a FastAPI dependency. Ours do the same lookup in their resolver, and again now and then
-  for a request that was seen before. fastapi-cache2, aiocache and redis-py read the entry itself
-  from Valkey for every hit, so a deleted one is gone at once; cashews drops its copies when Valkey
-  reports a change. None of them notices an entry filled by a read that a write overtook, which is
-  what `strict` checks. nginx and Varnish have no invalidation here.
-- Ours run with their defaults, among them the verification of one hit in a thousand, and without an
-  outbox, as this handler has no database (`make bench BENCH=outbox` measures that).
-- A stretch of load in which one response of ours was no hit (on a busy machine Valkey may not reply
-  within 50 ms) is repeated, at most three times: {repeated} here. Wrong bytes are never repeated.
-- Peers are used as their documentation says, in the form that makes their hits cheapest where it
-  names several. A hit of fastapi-cache2 and aiocache is decoded and serialized again by FastAPI:
-  that is how their decorators work."""
+- Every ratio is taken within one round (the lanes of a round run in random order, seconds apart) and against the bare lane of the
+  same run. The tables show the median over the rounds and, in brackets, the quartiles: half of the rounds lie between. Where
+  the quartiles are far apart, the machine was busy with something else.
+- CPU is what the scheduler counted for all threads of all server processes of a lane, kernel time for its sockets included. It is
+  the figure that counts: throughput also depends on what else the cores have to do. Valkey's CPU stands beside it, not inside.
+- One worker: uvicorn with uvloop and httptools, no access log. The load generator (`src/respcache/ops/bench/load.py`)
+  compares every answer with the expected bytes. It shares a core with Valkey: lanes that ask Valkey for every hit are slower
+  here than on a larger machine.
+  `>=` at a throughput: that core was the slower side ({busy} busy or more), so the lane could do more.
+- Same handler, body (40,000 bytes of JSON, 64 pages), keys and `Authorization` header for all, except `uncached`, which is
+  another list of about the same size, from PostgreSQL. Requests carry no `Accept-Encoding`: all bodies are sent plain.
+- What a hit checks differs. The bare lane and the proxies check nobody's token; peers look it up in a dict, in a FastAPI
+  dependency; ours do the same look-up in their resolver, and again now and then for a request that was seen before.
+  fastapi-cache2, aiocache and redis-py read the entry itself from Valkey
+  for every hit, so a deleted one is gone at once; cashews drops its copies when Valkey tells of a change. None of them notices
+  an entry filled by a read that a write overtook, which is what `strict` checks. nginx and Varnish have no invalidation here.
+- Ours run with their defaults, the audit of one hit in a thousand included, and without an outbox, as there is no database
+  behind this handler (`make bench BENCH=outbox` measures that).
+- A stretch of load in which one answer of ours was no hit (on a busy machine Valkey does not get to answer within 50 ms) is
+  repeated, at most thrice: {repeated} here. Wrong bytes are never repeated.
+- Peers are used as their documentation says, in the form that makes their hits cheapest where it names several. A hit of
+  fastapi-cache2 and aiocache is decoded and serialised anew by FastAPI: that is how their decorators work."""
 
 
 def markdown(
     result: Result, *, command: str, notes: Sequence[str], pictures: Sequence[Path]
 ) -> str:
-    """Return the text of RESULTS.md; no line is longer than ``WIDTH``."""
+    """Write RESULTS.md."""
     what = (
-        "For engineers who compare caches: what `make bench` measured, and the caveats. Written by "
-        "`bench/run.py`. Read the ratios, which are of one run each; absolute figures are of this "
-        "machine."
+        "Written by `bench/run.py`. Read the ratios, which are of one run each; absolute figures "
+        "are of this machine."
     )
-    parts = ["# Results of `make bench`", _wrapped(what)]
+    parts = ["# Results of `make bench`", what]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     machine = [
         ("machine", result["machine"]),
@@ -65,9 +55,9 @@ def markdown(
         ("versions", versions),
         ("command", f"`{command}`"),
     ]
-    parts += [_list(f"{name}: {value}" for name, value in machine), *map(_wrapped, notes)]
+    parts += ["\n".join(f"- {name}: {value}" for name, value in machine), *notes]
     for title, text, table in sections(result):
-        parts += [f"## {title}", _wrapped(text), _markdown(table)]
+        parts += [f"## {title}", text, _markdown(table)]
         parts += [
             f"![{picture.stem}](../docs/pictures/{picture.name})"
             for picture in pictures
@@ -77,7 +67,7 @@ def markdown(
         "## Caveats",
         CAVEATS.format(busy=f"{hits.BUSY:.0%}", repeated=_repeated(result)),
         "## What a hit of each lane does",
-        _list(f"`{name}`: {_lane(name).about}" for name in lanes(result)),
+        _markdown(_abouts(result)),
         *_absent(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -95,15 +85,9 @@ def sections(result: Result) -> Iterable[tuple[str, str, Table]]:
             "Hits: CPU of bare ASGI / CPU of the lane",
             "Higher is better; 1 is a hit for the price of sending prepared bytes. 1, 16 and 64 "
             "connections.",
-            _ratios(result),
-        )
-        yield (
-            "Hits: CPU time",
-            "Microseconds of the lane and of Valkey per hit, at 1, 16 and 64 connections.",
             _cpu(result),
         )
-        yield "Hits: throughput and its ratio to bare ASGI", "", _throughput(result)
-        yield "Hits: latency", "p50 / p99 in milliseconds.", _latency(result)
+        yield "Hits: throughput and latency", "", _throughput(result)
         best = against_peers(result)
         if best:
             yield (
@@ -113,9 +97,9 @@ def sections(result: Result) -> Iterable[tuple[str, str, Table]]:
             )
     if "invalidation" in result:
         text = (
-            "Milliseconds until the caller knows, and the commands that Valkey ran, those inside "
-            "scripts too; a command without a number ran once. respcache writes one generation, "
-            "whatever the number of keys; the others find keys and remove them."
+            "Milliseconds until the caller knows, and the commands that Valkey ran (those inside "
+            "scripts too). Ours writes one "
+            "generation, whatever there is; the others find keys and remove them."
         )
         yield "Invalidating a tenant's list", text, _invalidation(result["invalidation"])
     if "stampede" in result:
@@ -167,8 +151,13 @@ def against_peers(result: Result) -> dict[str, dict[str, float]]:
     }
 
 
-def _ratios(result: Result) -> Table:
-    head = ["lane", *(f"{n} conn." if n > 1 else "1 connection" for n in hits.CONNECTIONS)]
+def _cpu(result: Result) -> Table:
+    head = [
+        "lane",
+        *(f"{n} conn." if n > 1 else "1 connection" for n in hits.CONNECTIONS),
+        "CPU us",
+        "Valkey CPU us",
+    ]
     rows = []
     for name in lanes(result):
         found = [result[name][count] for count in COUNTS]
@@ -176,22 +165,21 @@ def _ratios(result: Result) -> Table:
             f"{one['cpu_ratio']:.2f} ({one['cpu_ratio_iqr'][0]:.2f}-{one['cpu_ratio_iqr'][1]:.2f})"
             for one in found
         ]
-        rows.append([name, *cells])
+        asks = _lane(name).store or any(one["valkey_us"] > 10 for one in found)
+        valkey = " / ".join(f"{one['valkey_us']:.0f}" for one in found) if asks else "-"
+        rows.append([name, *cells, " / ".join(f"{one['cpu_us']:.0f}" for one in found), valkey])
     return head, rows
 
 
-def _cpu(result: Result) -> Table:
-    rows = []
-    for name in lanes(result):
-        found = [result[name][count] for count in COUNTS]
-        asks = _lane(name).store or any(one["valkey_us"] > 10 for one in found)
-        valkey = " / ".join(f"{one['valkey_us']:.0f}" for one in found) if asks else "-"
-        rows.append([name, " / ".join(f"{one['cpu_us']:.0f}" for one in found), valkey])
-    return ["lane", "CPU us", "Valkey CPU us"], rows
-
-
 def _throughput(result: Result) -> Table:
-    head = ["lane", *(f"{w}, {n}" for w in ("req/s / bare", "req/s") for n in hits.CONNECTIONS)]
+    head = [
+        "lane",
+        *(
+            f"{what}, {n}"
+            for what in ("req/s / bare", "req/s", "p50 / p99 ms")
+            for n in hits.CONNECTIONS
+        ),
+    ]
     rows = []
     for name in lanes(result):
         found = [result[name][count] for count in COUNTS]
@@ -201,17 +189,9 @@ def _throughput(result: Result) -> Table:
                 name,
                 *(f"{mark}{one['rps_ratio']:.2f}" for one, mark in zip(found, marks, strict=True)),
                 *(f"{mark}{one['rps']:,.0f}" for one, mark in zip(found, marks, strict=True)),
+                *(f"{one['p50_ms']:.2f} / {one['p99_ms']:.2f}" for one in found),
             ]
         )
-    return head, rows
-
-
-def _latency(result: Result) -> Table:
-    head = ["lane", *(f"{n} conn." if n > 1 else "1 connection" for n in hits.CONNECTIONS)]
-    rows = []
-    for name in lanes(result):
-        found = [result[name][count] for count in COUNTS]
-        rows.append([name, *(f"{one['p50_ms']:.2f} / {one['p99_ms']:.2f}" for one in found)])
     return head, rows
 
 
@@ -227,15 +207,14 @@ def _invalidation(found: Result) -> Table:
         for size, ways in sizes.items():
             for way, one in ways.items():
                 ran = ", ".join(
-                    command if count == 1 else f"{count:,} {command}"
-                    for command, count in one["commands"].items()
+                    f"{count:,} {command}" for command, count in one["commands"].items()
                 )
                 rows.append([f"{int(size):,}", case, way, f"{one['ms']:,.2f}", ran])
     return ["keys", "of the tenant", "way", "ms", "commands"], rows
 
 
 def _stampede(found: Result) -> Table:
-    head = ["library", "fetches", "failed requests", "slowest response, ms"]
+    head = ["library", "fetches", "failed requests", "slowest answer, ms"]
     return head, [
         [name, _range(one["fetches"]), str(one["failed"]), f"{one['slowest_ms']:,.0f}"]
         for name, one in found.items()
@@ -281,12 +260,17 @@ def _workers(found: Result) -> Table:
     ]
 
 
+def _abouts(result: Result) -> Table:
+    return ["lane", "a hit"], [[name, _lane(name).about] for name in lanes(result)]
+
+
 def _absent(result: Result) -> list[str]:
     reasons = {**result.get("skipped", {}), **result.get("refused", {})}
-    if not reasons:
-        return []
-    listed = "; ".join(f"{name} ({why})" for name, why in reasons.items())
-    return [_wrapped(f"Not measured: {listed}.")]
+    return (
+        ["Not measured: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()) + "."]
+        if reasons
+        else []
+    )
 
 
 def _repeated(result: Result) -> int:
@@ -313,14 +297,6 @@ def _range(values: Sequence[int]) -> str:
 def _percent(one: Result, name: str) -> str:
     low, high = one[f"{name}_iqr"]
     return f"{one[name]:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def _wrapped(text: str) -> str:
-    return "\n".join(wrap(text, WIDTH - 2, break_long_words=False, break_on_hyphens=False))
-
-
-def _list(items: Iterable[str]) -> str:
-    return "\n".join("- " + _wrapped(item).replace("\n", "\n  ") for item in items)
 
 
 def _markdown(table: Table) -> str:

@@ -46,8 +46,7 @@ class Stand:
 
     def get(self, path: str) -> bytes:
         """Build a GET request."""
-        headers = f"Host: bench\r\nAuthorization: Bearer {self.token}"
-        return f"GET {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode()
+        return f"GET {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {self.token}\r\n\r\n".encode()
 
     def put(self, path: str, body: bytes) -> bytes:
         """Build a PUT request with a JSON body."""

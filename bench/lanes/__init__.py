@@ -66,7 +66,7 @@ def _ours(
 def _front(name: str) -> Lane:
     module = import_module(f"lanes.{name}")
     about = (
-        "caches the same handler's response as a proxy; token in the key, not looked up; stale "
+        "caches the same handler's answer as a proxy; token in the key, not looked up; stale "
         "until it expires or is purged"
     )
     return Lane(name, f"lanes.{name}:make", about, front=module.command, cold={name: SLOW_PATH})
@@ -88,12 +88,13 @@ LANES = (
     ),
     _ours(
         "near",
-        "near cache, level ttl: fresh for the entry's TTL; claim of the resolver, route table",
+        "near cache, level ttl: fresh for the entry's time to live; claim of the resolver, route "
+        "table",
         store=False,
     ),
     _ours(
         "strict",
-        "level strict, the default: nothing overwritten is served, checked at Valkey for every hit",
+        "level strict: nothing overwritten is served, checked at Valkey for every hit (the default)",
         cold=True,
     ),
     _ours(
@@ -111,7 +112,7 @@ LANES = (
     Lane(
         "cashews",
         "lanes.cashews:make",
-        f"client side cache (Valkey reports changes), the Response object; FastAPI route, "
+        f"client side cache (Valkey tells of changes), the Response object; FastAPI route, "
         f"{CHECKS}; not checked at Valkey",
         needs=("cashews",),
         cold={"cashews": SLOW_PATH, "cashews, lock=True": LOCKED_PATH},
@@ -119,7 +120,7 @@ LANES = (
     Lane(
         "fastapi-cache2",
         "lanes.fastapi_cache2:make",
-        f"its decorator as in its README: JSON in Valkey, decoded and serialized again; FastAPI "
+        f"its decorator as in its README: JSON in Valkey, decoded and serialised anew; FastAPI "
         f"route, {CHECKS}",
         store=True,
         hit=b"x-fastapi-cache: hit",
@@ -129,7 +130,7 @@ LANES = (
     Lane(
         "aiocache",
         "lanes.aiocache:make",
-        f"its decorator as in its README: JSON in Valkey, decoded and serialized again; FastAPI "
+        f"its decorator as in its README: JSON in Valkey, decoded and serialised anew; FastAPI "
         f"route, {CHECKS}",
         store=True,
         needs=("aiocache",),
