@@ -17,10 +17,11 @@ from starlette.middleware.cors import CORSMiddleware
 from respcache.ops.application import find_middleware
 from respcache.ops.bench.serve import without_cache
 from respcache.testing.servers import free_port
+from tests import needs
 
 from .conftest import Run, clean, document
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CPU time is read from /proc")
+pytestmark = needs.LINUX
 
 QUICK = ("--rounds", "1", "--seconds", "0.05", "--connections", "1,4", "--json")
 FIGURES = {"rps", "p50_ms", "p99_ms", "cpu_us", "rps_ratio", "cpu_ratio"}

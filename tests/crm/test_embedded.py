@@ -22,10 +22,7 @@ from respcache.testing.servers import (
     free_port,
     start_on_free_port,
 )
-
-as_root = pytest.mark.skipif(
-    os.getuid() != 0, reason="only root can start servers as somebody else"
-)
+from tests import needs
 
 
 @pytest.fixture
@@ -104,7 +101,7 @@ async def test_data_survives_a_stop_and_a_crash(folder: Path) -> None:
         again.remove()
 
 
-@as_root
+@needs.ROOT
 def test_binaries_that_nobody_can_reach_are_copied(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

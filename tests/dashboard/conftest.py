@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -20,15 +19,12 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from crm.demo.seed import PASSWORD
 from respcache.testing.servers import free_port
+from tests import needs
 from tests.crm.conftest import crm
 from tests.crm.system import System
 
 __all__ = ["crm"]
 
-CHROMIUM = Path("/usr/bin/chromium")
-NO_BROWSER = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"
-)
 ROOT, ADMIN, MANAGER = "root@crm.example", "admin@acme.example", "manager@acme.example"
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -197,7 +193,7 @@ def browser(stage: Stage) -> Iterator[Browser]:
     """A Chromium. After ``stage``: while it runs, no event loop of ours can."""
     with sync_playwright() as playwright:
         expect.set_options(timeout=PATIENCE_MS)
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=SWITCHES)
+        started = playwright.chromium.launch(executable_path=str(needs.CHROMIUM_PATH), args=SWITCHES)
         yield started
         started.close()
 

@@ -8,9 +8,11 @@ from uuid import uuid4
 import pytest
 from playwright.sync_api import expect
 
-from .conftest import ADMIN, MANAGER, NO_BROWSER, ROOT, WORKERS, Faults, Open, Stage, main
+from tests import needs
 
-pytestmark = NO_BROWSER
+from .conftest import ADMIN, MANAGER, ROOT, WORKERS, Faults, Open, Stage, main
+
+pytestmark = needs.CHROMIUM
 
 EVERYTHING = [
     "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a "

@@ -11,7 +11,6 @@ import fcntl
 import os
 import pty
 import random
-import shutil
 import socket
 import ssl
 import subprocess
@@ -29,6 +28,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests import needs
 
 from respcache.core.errors import StoreUnavailable
 from respcache.resp import connection as connection_module
@@ -1331,8 +1331,7 @@ async def test_a_unix_socket_serves_as_well(strict_server: EmbeddedValkey) -> No
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two self-signed certificates, of a server on 127.0.0.1 and of a client, and an encrypted
     key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed: no certificates for the test")
+    needs.require(needs.OPENSSL)
     folder = tmp_path_factory.mktemp("certificates")
     for name, extension in (
         ("server", "subjectAltName=IP:127.0.0.1"),
@@ -1418,8 +1417,7 @@ async def tls_proxy(strict_server: EmbeddedValkey, certificates: Path) -> AsyncI
 @pytest.fixture
 def tls_redis(certificates: Path, tmp_path: Path) -> Iterator[str]:
     """A Redis with TLS, where one is installed."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed: TLS is tried through a proxy only")
+    needs.require(needs.REDIS_SERVER)
     server = TLSRedis(tmp_path, port=None)
     try:
         server.start(certificates)
