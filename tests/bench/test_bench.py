@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests import needs
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ RUN = [sys.executable, str(ROOT / "bench" / "run.py"), "--json", "--only", "hits
 WRONG = ("other_page", "short", "forgetful", "failing")
 FIGURES = {"rps_ratio", "cpu_ratio", "rps", "cpu_us", "p50_ms", "p99_ms"}
 
-pytestmark = needs.LINUX
+pytestmark = [needs.LINUX, pytest.mark.long]
 
 
 def test_two_lanes_have_figures_at_every_number_of_connections(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ async def found(crm: Crm) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.long
 async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
     crm: Crm, psql: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,6 +206,7 @@ async def test_after_a_round_what_was_committed_before_is_bumped(
     assert "fwd=stale" in answer.headers["cache-status"]
 
 
+@pytest.mark.long
 async def test_there_are_no_false_alarms(
     crm: Crm, psql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def run(system: System, work: Path, page: str) -> list[str]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", ["curl.md", "operations.md", "cli.md"])
 def test_every_command_of_a_page_prints_what_the_page_says(
     start: Start, tmp_path: Path, page: str

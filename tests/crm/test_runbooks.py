@@ -236,6 +236,7 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
 that. RespcacheNotScraped has none: what is wrong then is on the side of Prometheus."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(path.stem for path in RUNBOOKS.glob("*.md")))
 def test_every_command_of_a_runbook_prints_what_it_says(stage: Stage, name: str) -> None:
     """While the condition of its alert is true, and after it was mended as the page says."""

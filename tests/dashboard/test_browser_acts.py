@@ -13,7 +13,7 @@ from tests import needs
 
 from .conftest import ADMIN, MANAGER, ROOT, WORKERS, Faults, Open, Stage, main, until
 
-pytestmark = needs.CHROMIUM
+pytestmark = [needs.CHROMIUM, pytest.mark.long]
 with_and_without_scripts = pytest.mark.parametrize(
     "scripts", [True, False], ids=["scripts", "no-scripts"]
 )

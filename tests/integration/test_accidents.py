@@ -161,6 +161,7 @@ async def test_a_restart_without_data_costs_misses_only(make_valkey: Make) -> No
         assert (await world.get())[0] == 1
 
 
+@pytest.mark.long
 async def test_a_first_replica_changes_the_identity_and_hits_come_back(make_valkey: Make) -> None:
     """A live connection learns the new identity; nothing old is served meanwhile."""
     valkey = make_valkey()

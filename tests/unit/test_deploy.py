@@ -124,7 +124,7 @@ def test_every_alert_has_a_unit_test_that_it_fires() -> None:
     "command",
     [
         ("check", "rules", "respcache.rules.yml"),
-        ("test", "rules", "respcache.rules.test.yml"),
+        pytest.param(("test", "rules", "respcache.rules.test.yml"), marks=pytest.mark.long),
         ("check", "config", "--syntax-only", "prometheus.yml"),
     ],
     ids=lambda command: " ".join(command[:2]),
