@@ -167,7 +167,8 @@ async def test_a_first_replica_changes_the_identity_and_hits_come_back(make_valk
     valkey = make_valkey()
     async with running(valkey.url) as [world]:
         await world.get()
-        before = world.store._link._connection.identity  # type: ignore[union-attr]
+        with redis.Redis.from_url(valkey.url) as client:
+            before = client.info("replication")["master_replid"]
         make_valkey(replicaof=f"127.0.0.1 {valkey.port}", masterauth=valkey.password)
         with redis.Redis.from_url(valkey.url) as client:
             async with asyncio.timeout(20):
