@@ -10,6 +10,8 @@ import pytest
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
+
+# private: no test can cause such a state of a process
 from respcache.ops.cli.figures import _problems, _process, _row
 from respcache.ops.figures import Overview
 from respcache.ops.fleet import LeaseStats, Process
