@@ -20,7 +20,7 @@ import pytest
 from respcache.ops.cli.output import UNBROKEN
 from respcache.testing.servers import free_port
 
-from .system import System
+from .system import PATIENT, System
 from .test_pages import END, commands, fits
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
@@ -189,7 +189,7 @@ def lose_a_worker(stage: Stage) -> None:
     """Another one starts, is seen, and dies without a word."""
     environment = {**stage.environment, "PORT": str(free_port())}
     with subprocess.Popen(
-        [sys.executable, "-m", "crm", "serve"], env=environment, stdout=subprocess.DEVNULL
+        [*PATIENT, "serve"], env=environment, stdout=subprocess.DEVNULL
     ) as worker:
         try:
             stage.until(lambda: workers(stage) == 2)
