@@ -3,12 +3,22 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 import redis
 
 from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey
+from tests import needs
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """End every run with what was skipped, why, and the command that enables it."""
+    if lines := list(needs.skipped(terminalreporter.stats.get("skipped", []))):
+        terminalreporter.section("skipped")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import needs
 
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, str(ROOT / "bench" / "run.py"), "--json", "--only", "hits", "--rounds", "1"]
 WRONG = ("other_page", "short", "forgetful", "failing")
 FIGURES = {"rps_ratio", "cpu_ratio", "rps", "cpu_us", "p50_ms", "p99_ms"}
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CPU time is read from /proc")
+pytestmark = [needs.LINUX, pytest.mark.long]
 
 
 def test_two_lanes_have_figures_at_every_number_of_connections(tmp_path: Path) -> None:

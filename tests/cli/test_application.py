@@ -15,7 +15,7 @@ import httpx2
 import msgspec
 import pytest
 
-from respcache.ops.cli.tail import _line
+from respcache.ops.cli.tail import _line  # private: no test can cause such an event
 from respcache.ops.feed import Event
 from tests.crm.system import System
 

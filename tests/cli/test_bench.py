@@ -17,10 +17,11 @@ from starlette.middleware.cors import CORSMiddleware
 from respcache.ops.application import find_middleware
 from respcache.ops.bench.serve import without_cache
 from respcache.testing.servers import free_port
+from tests import needs
 
 from .conftest import Run, clean, document
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="CPU time is read from /proc")
+pytestmark = needs.LINUX
 
 QUICK = ("--rounds", "1", "--seconds", "0.05", "--connections", "1,4", "--json")
 FIGURES = {"rps", "p50_ms", "p99_ms", "cpu_us", "rps_ratio", "cpu_ratio"}
@@ -124,6 +125,7 @@ def test_an_application_is_measured_with_its_cache_and_without(respcache: Run, s
     assert not servers()
 
 
+@pytest.mark.long
 def test_the_table_is_plain_in_a_pipe(respcache: Run, shop: Path) -> None:
     """``--path`` is an argument by another name."""
     done = respcache("bench", "--app", "shop:app", "--path", "/books", *QUICK[:-1])
@@ -132,6 +134,7 @@ def test_the_table_is_plain_in_a_pipe(respcache: Run, shop: Path) -> None:
         assert words in done.stdout
 
 
+@pytest.mark.long
 def test_running_servers_are_measured(respcache: Run, running: list[tuple[str, int]]) -> None:
     """CPU where process ids are given; without a second server it is said what is missing."""
     (cached, pid), (uncached, other) = running
@@ -148,6 +151,7 @@ def test_running_servers_are_measured(respcache: Run, running: list[tuple[str, i
     assert "give --without URL" in report["notes"][-1]
 
 
+@pytest.mark.long
 def test_headers_are_sent(respcache: Run, shop: Path) -> None:
     """Given, or from a file, where no process list shows them."""
     (shop / "headers").write_text("X-Password: sesame\n\n")
@@ -159,6 +163,7 @@ def test_headers_are_sent(respcache: Run, shop: Path) -> None:
     assert (done.returncode, "401" in document(done)["error"]["message"]) == (1, True)
 
 
+@pytest.mark.long
 def test_answers_that_differ_by_themselves_are_measured_and_noted(
     respcache: Run, shop: Path
 ) -> None:
@@ -204,6 +209,7 @@ def test_what_cannot_be_measured_is_said(
     assert not servers()
 
 
+@pytest.mark.long
 def test_an_application_that_does_not_start_is_shown_with_its_last_words(
     respcache: Run, shop: Path
 ) -> None:

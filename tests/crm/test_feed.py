@@ -2,6 +2,8 @@
 real server."""
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,7 +38,7 @@ def admin_of(crm: Crm) -> Admin:
     return admin
 
 
-async def until(found: Callable[[], Awaitable[Any]], seconds: float = 30.0) -> Any:
+async def until(found: Callable[[], Awaitable[Any]], seconds: float = 60.0) -> Any:
     """Wait until there is something, and return it."""
     async with asyncio.timeout(seconds):
         while not (seen := await found()):
@@ -82,6 +84,11 @@ async def psql(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
+def order(name: str) -> tuple[int, ...]:
+    """Return what ids of the stream are sorted by."""
+    return tuple(map(int, name.split("-")))
+
+
 async def warm(crm: Crm) -> None:
     """Have generations, without which nothing is invalidated."""
     for name in ("abe", "gus"):
@@ -99,8 +106,8 @@ async def test_a_write_through_the_application_is_told_with_its_route(crm: Crm) 
     assert event.tables == ("leads",)
     assert {"leads", "opportunities", "dashboard"} <= set(event.modules)
     assert (event.everything, event.outcome) == (False, "confirmed")
-    assert 0 < event.seconds < 5
-    assert (event.process, event.skipped) == (admin_of(crm)._feed._process, 0)
+    assert 0 < event.seconds < 60
+    assert (event.process, event.skipped) == (f"{socket.gethostname()}:{os.getpid()}", 0)
     assert lead["id"] not in repr(event)
     (created,) = await caused(admin_of(crm), "POST /api/leads")
     assert created.at < event.at
@@ -118,23 +125,23 @@ async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
                 "INSERT INTO tasks (id, tenant_id, description) VALUES (gen_random_uuid(), $1, $2)"
             )
             await psql.execute(insert, crm.tenants["globex"].id, f"task {number}")
-            await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 20)
-            await asyncio.wait_for(other.runtime.relay.caught_up(), 20)
+            await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 60)
+            await asyncio.wait_for(other.runtime.relay.caught_up(), 60)
             await crm.as_user("abe").post("/api/leads", json=NEW["leads"])
-            await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 20)
-            await asyncio.wait_for(other.runtime.relay.caught_up(), 20)
+            await asyncio.wait_for(crm.cache.runtime.relay.caught_up(), 60)
+            await asyncio.wait_for(other.runtime.relay.caught_up(), 60)
         events = await caused(admin_of(crm), "outbox", 5)
         assert all(
             (event.tenant, event.tables) == (str(crm.tenants["globex"].id), ("tasks",))
             for event in events[:5]
         )
-        assert all(0 < event.seconds < 20 for event in events)
+        assert all(0 < event.seconds < 60 for event in events)
         await caused(admin_of(crm), "POST /api/leads", 5)
         await asyncio.sleep(2 * feeds.PERIOD_S)
         found = (await admin_of(crm).feed(ROOT)).events
         assert [event.cause for event in found if event.tables == ("tasks",)] == ["outbox"] * 5
-        # a round may be faster than the writer
-        assert 5 <= len([event for event in found if event.tables == ("leads",)]) <= 7
+        # a relay cycle may be faster than the writer: then both tell
+        assert 5 <= len([event for event in found if event.tables == ("leads",)]) <= 10
 
 
 async def test_a_purge_and_an_invalidation_by_hand_are_told_with_who_did_it(crm: Crm) -> None:
@@ -171,7 +178,7 @@ async def test_what_the_audit_finds_is_told(crm: Crm, psql: asyncpg.Connection) 
     assert verifier is not None
 
     async def found() -> bool:
-        verifier.countdown, verifier._rest_until = 1, float("-inf")
+        verifier.countdown, verifier.rest_until = 1, float("-inf")
         await abe.get("/api/accounts")
         return bool(verifier.found.mismatches)
 
@@ -201,7 +208,7 @@ async def test_the_feed_goes_on_where_it_was_read_to(crm: Crm) -> None:
         seen += part.events
         after = part.last
     assert [event.tenant for event in seen] == [acme, globex] * 3
-    assert [event.id for event in seen] == sorted((event.id for event in seen), key=feeds._order)
+    assert [event.id for event in seen] == sorted((event.id for event in seen), key=order)
     assert [
         event.tenant for event in (await admin.feed(ROOT, tenant=acme, after=start)).events
     ] == [acme] * 3
@@ -240,7 +247,7 @@ async def test_what_is_too_much_is_counted(
     """And the stream has an end, in number and in time; what another release wrote there is left
     out."""
     admin = admin_of(crm)
-    reporter = admin._feed
+    reporter = crm.cache.feed
     await caused(admin, "script")  # that the people of the test were made
     rows = [(f"tenant-{number}", "T:leads", "") for number in range(MAX_AT_ONCE + 30)]
     reporter.note(rows, Outcome.CONFIRMED, 0.1, by="a burst")
@@ -278,7 +285,7 @@ async def test_who_reaches_one_tenant_is_told_nothing_of_workers_and_of_what_oth
     admin = admin_of(crm)
     await caused(admin, "script")  # that the people of the test were made
     rows = [(f"tenant-{number}", "T:leads", "") for number in range(MAX_AT_ONCE + 30)]
-    admin._feed.note(rows, Outcome.CONFIRMED, 0.1, by="a burst")
+    crm.cache.feed.note(rows, Outcome.CONFIRMED, 0.1, by="a burst")
     events = await caused(admin, "a burst", MAX_AT_ONCE)
     (told,) = (event for event in events if event.skipped)
     (own,) = (await admin.feed(Access(name="abe", role=Role.OPERATOR, tenant=told.tenant))).events
@@ -291,7 +298,14 @@ async def test_who_reaches_one_tenant_is_told_nothing_of_workers_and_of_what_oth
 async def test_no_write_waits_for_the_feed(away: str) -> None:
     """Its server may refuse or be silent: the last events of this process are shown, and later it
     is said what is missing."""
-    silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
+    callers: list[asyncio.StreamWriter] = []
+    for_ever = asyncio.Event()
+
+    async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        callers.append(writer)
+        await for_ever.wait()
+
+    silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1] if away == "is silent" else 1
     publisher = StatsPublisher(f"redis://127.0.0.1:{port}/0", deadline_s=3600.0)
     cache = Cache(MemoryStore(), secret=b"k" * 32, resolver=SingleTenant("t"), verify_share=0)
@@ -300,19 +314,22 @@ async def test_no_write_waits_for_the_feed(away: str) -> None:
     await cache.connect()
     for number in range(100):
         await cache.invalidate_tenant_cache("t", "leads")
-        if number == 50:
+        if number == 50 and away == "is silent":
             # something is being sent, and waits for an hour if it has to
-            await asyncio.sleep(2 * feeds.PERIOD_S)
-    if reporter._sending is not None:
-        reporter._sending.cancel()
-    reporter._publisher = StatsPublisher("redis://127.0.0.1:1/0")
-    part = await reporter.read(tenant=None, after="", limit=10)
+            async with asyncio.timeout(60):
+                while not callers:
+                    await asyncio.sleep(0.01)
+    silent.close()
+    for_ever.set()
+    for writer in callers:
+        writer.transport.abort()
+    async with asyncio.timeout(60):
+        part = await reporter.read(tenant=None, after="", limit=10)
     assert (part.processes, len(part.events)) == ("this", 10)
     assert sum(event.skipped for event in part.events) > 0
     assert (await reporter.read(tenant=None, after=part.last, limit=10)).events == []
     assert len((await reporter.read(tenant=None, after=part.events[4].id, limit=10)).events) == 5
     await cache.close()
-    silent.close()
 
 
 async def test_what_could_not_be_sent_is_counted(

@@ -73,17 +73,24 @@ async def test_the_watched_tables_are_those_that_the_running_application_depends
     assert {*crm.cache.registry.tables, *crm.cache.resolver.tables} == set(TABLES)
 
 
-def test_hooks_and_triggers_name_the_same_tenants(database_url: str) -> None:
+def test_hooks_and_triggers_name_the_same_tenants(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The application's hooks are set up in ``crm/app.py``, the triggers from
     ``crm/caching.py``."""
+    hooks: dict[str, Any] = {}
+    monkeypatch.setattr("crm.app.watch", lambda engine, cache, **options: hooks.update(options))
     settings = Settings(database_url=database_url, jwt_secret=SECRET, respcache_key=SECRET)
-    _, watch = watched_cache(settings, create_async_engine(database_url), None)
-    watch.close()
-    seen = [
-        Watched(table, watch._schema.tenant_column(table), table in watch._shared)
-        for table in TABLES
-    ]
-    assert seen == caching.watched_tables()
+    watched_cache(settings, create_async_engine(database_url), None)
+    assert (
+        triggers.watched(
+            hooks["metadata"],
+            caching.declared_tables,
+            tenant_is=hooks["tenant_is"],
+            shared=hooks["shared"],
+        )
+        == caching.watched_tables()
+    )
 
 
 def test_a_newly_cached_table_without_a_migration_is_named(

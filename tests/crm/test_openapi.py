@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from .conftest import MODULES
 from .system import Start, System
@@ -47,15 +48,27 @@ def operation_lines(method: str, path: str, key: str) -> list[str]:
     ]
 
 
-def test_no_generated_request_is_a_server_error(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phases", "examples"),
+    [
+        ("examples,fuzzing", 1),
+        pytest.param("examples,coverage,fuzzing", 25, marks=pytest.mark.long),
+    ],
+)
+def test_no_generated_request_is_a_server_error(
+    start: Start, tmp_path: Path, phases: str, examples: int
+) -> None:
+    """Each operation gets a generated request; in the long run, thousands in all."""
     system = start().ready()
     token = system.command("token", "--tenant", "acme", "--role", "admin").stdout.strip()
     (tmp_path / "schemathesis.toml").write_text(configure(system, token))
     command = [
-        sys.executable, "-m", "schemathesis.cli", "--no-color", "run", f"{system.base}/openapi.json",
-        "--header", f"Authorization: Bearer {token}", "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing",
-        "--max-examples", "5", "--workers", "1", "--seed", SEED, "--continue-on-failure", "--warnings", "off", "--no-shrink",
-    ]  # fmt: skip
+        *(sys.executable, "-m", "schemathesis.cli", "--no-color"),
+        *("run", f"{system.base}/openapi.json", "--header", f"Authorization: Bearer {token}"),
+        *("--checks", ",".join(CHECKS), "--phases", phases, "--max-examples", str(examples)),
+        *("--workers", "1", "--seed", SEED, "--continue-on-failure", "--warnings", "off"),
+        "--no-shrink",
+    ]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     schema = httpx2.get(f"{system.base}/openapi.json").json()

@@ -20,7 +20,7 @@ import pytest
 from respcache.ops.cli.output import UNBROKEN
 from respcache.testing.servers import free_port
 
-from .system import System
+from .system import PATIENT, System
 from .test_pages import END, commands, fits
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
@@ -189,7 +189,7 @@ def lose_a_worker(stage: Stage) -> None:
     """Another one starts, is seen, and dies without a word."""
     environment = {**stage.environment, "PORT": str(free_port())}
     with subprocess.Popen(
-        [sys.executable, "-m", "crm", "serve"], env=environment, stdout=subprocess.DEVNULL
+        [*PATIENT, "serve"], env=environment, stdout=subprocess.DEVNULL
     ) as worker:
         try:
             stage.until(lambda: workers(stage) == 2)
@@ -236,6 +236,7 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
 that. RespcacheNotScraped has none: what is wrong then is on the side of Prometheus."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(path.stem for path in RUNBOOKS.glob("*.md")))
 def test_every_command_of_a_runbook_prints_what_it_says(stage: Stage, name: str) -> None:
     """While the condition of its alert is true, and after it was mended as the page says."""

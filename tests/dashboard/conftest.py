@@ -5,12 +5,10 @@ import asyncio
 import contextlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -20,15 +18,12 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from crm.demo.seed import PASSWORD
 from respcache.testing.servers import free_port
+from tests import needs
 from tests.crm.conftest import crm
-from tests.crm.system import System
+from tests.crm.system import PATIENT, System
 
 __all__ = ["crm"]
 
-CHROMIUM = Path("/usr/bin/chromium")
-NO_BROWSER = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"
-)
 ROOT, ADMIN, MANAGER = "root@crm.example", "admin@acme.example", "manager@acme.example"
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -140,7 +135,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
                 "PORT": str(port),
             }
             with (data.parent / f"{port}.log").open("wb") as log:
-                command = [sys.executable, "-m", "crm", "serve"]
+                command = [*PATIENT, "serve"]
                 workers.append(
                     subprocess.Popen(
                         command, env={**system.environment, **servers}, stdout=log, stderr=log
@@ -197,7 +192,9 @@ def browser(stage: Stage) -> Iterator[Browser]:
     """A Chromium. After ``stage``: while it runs, no event loop of ours can."""
     with sync_playwright() as playwright:
         expect.set_options(timeout=PATIENCE_MS)
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=SWITCHES)
+        started = playwright.chromium.launch(
+            executable_path=str(needs.CHROMIUM_PATH), args=SWITCHES
+        )
         yield started
         started.close()
 

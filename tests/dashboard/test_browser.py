@@ -8,9 +8,11 @@ from uuid import uuid4
 import pytest
 from playwright.sync_api import expect
 
-from .conftest import ADMIN, MANAGER, NO_BROWSER, ROOT, WORKERS, Faults, Open, Stage, main
+from tests import needs
 
-pytestmark = NO_BROWSER
+from .conftest import ADMIN, MANAGER, ROOT, WORKERS, Faults, Open, Stage, main
+
+pytestmark = needs.CHROMIUM
 
 EVERYTHING = [
     "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a "
@@ -38,7 +40,12 @@ PATHS = {
 
 
 @pytest.mark.parametrize(
-    ("mail", "pages"), [(ROOT, EVERYTHING), (ADMIN, OF_A_TENANT), (MANAGER, LOOKING)]
+    ("mail", "pages"),
+    [
+        pytest.param(ROOT, EVERYTHING, marks=pytest.mark.long),
+        (ADMIN, OF_A_TENANT),
+        pytest.param(MANAGER, LOOKING, marks=pytest.mark.long),
+    ],
 )
 def test_everybody_sees_the_pages_that_are_theirs(
     sign_in: Open, faults: Faults, mail: str, pages: list[str]
@@ -79,6 +86,7 @@ def test_the_overview_is_live_and_over_all_workers(sign_in: Open, stage: Stage) 
     expect(page.get_by_role("link", name="60 min")).to_have_attribute("aria-current", "true")
 
 
+@pytest.mark.long
 def test_invalidations_appear_as_they_happen_with_their_cause_and_time(
     sign_in: Open, stage: Stage
 ) -> None:
@@ -106,6 +114,7 @@ def test_invalidations_appear_as_they_happen_with_their_cause_and_time(
     assert "globex" not in main(own)
 
 
+@pytest.mark.long
 def test_a_tenants_admin_learns_nothing_of_another_tenant(
     sign_in: Open, stage: Stage, faults: Faults
 ) -> None:
@@ -134,6 +143,7 @@ def test_a_tenants_admin_learns_nothing_of_another_tenant(
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["", "keys"])
 def test_a_page_of_an_ended_session_leads_to_sign_in(
     sign_in: Open, stage: Stage, faults: Faults, place: str
@@ -184,6 +194,7 @@ def plant(stage: Stage) -> str:
     return tenant
 
 
+@pytest.mark.long
 def test_what_others_wrote_is_shown_as_text(sign_in: Open, stage: Stage, faults: Faults) -> None:
     """Names of tenants and people, queries, whatever stands in an address: never as markup."""
     tenant = plant(stage)
@@ -210,6 +221,7 @@ def test_what_others_wrote_is_shown_as_text(sign_in: Open, stage: Stage, faults:
         assert page.evaluate("typeof planted") == "undefined", address
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mail", [ROOT, MANAGER])
 def test_every_page_can_be_read_without_scripts(sign_in: Open, mail: str) -> None:
     """With pictures instead of live charts, and nothing that waits for a script."""
@@ -237,6 +249,7 @@ def everywhere(stage: Stage) -> list[str]:
             "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "audit-log", "nothing"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_no_page_scrolls_sideways_on_a_phone(sign_in: Open, stage: Stage, faults: Faults) -> None:
     """Of 360 pixels; the menu opens there."""
     faults.expected.append((404, "/cache/nothing"))
@@ -269,6 +282,7 @@ MISSED = """() => [...document.querySelectorAll("a[href], button, input:not([typ
     .filter((one) => !one.disabled && one.getClientRects().length && !reached.has(one)).map((one) => one.outerHTML)"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [1280, 360])
 def test_the_tab_key_reaches_everything_and_shows_where_it_is(
     sign_in: Open, stage: Stage, faults: Faults, width: int

@@ -9,9 +9,11 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from .conftest import ADMIN, MANAGER, NO_BROWSER, ROOT, WORKERS, Faults, Open, Stage, main, until
+from tests import needs
 
-pytestmark = NO_BROWSER
+from .conftest import ADMIN, MANAGER, ROOT, WORKERS, Faults, Open, Stage, main, until
+
+pytestmark = [needs.CHROMIUM, pytest.mark.long]
 with_and_without_scripts = pytest.mark.parametrize(
     "scripts", [True, False], ids=["scripts", "no-scripts"]
 )

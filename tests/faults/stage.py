@@ -492,7 +492,7 @@ def _environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name in ("PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV")
+        if name in ("PATH", "PYTHONPATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV")
     }
 
 

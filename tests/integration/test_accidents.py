@@ -161,12 +161,14 @@ async def test_a_restart_without_data_costs_misses_only(make_valkey: Make) -> No
         assert (await world.get())[0] == 1
 
 
+@pytest.mark.long
 async def test_a_first_replica_changes_the_identity_and_hits_come_back(make_valkey: Make) -> None:
     """A live connection learns the new identity; nothing old is served meanwhile."""
     valkey = make_valkey()
     async with running(valkey.url) as [world]:
         await world.get()
-        before = world.store._link._connection.identity  # type: ignore[union-attr]
+        with redis.Redis.from_url(valkey.url) as client:
+            before = client.info("replication")["master_replid"]
         make_valkey(replicaof=f"127.0.0.1 {valkey.port}", masterauth=valkey.password)
         with redis.Redis.from_url(valkey.url) as client:
             async with asyncio.timeout(20):

@@ -517,11 +517,13 @@ async def test_the_series_of_a_process_alone_has_an_end(monkeypatch: pytest.Monk
             monkeypatch.setattr(module, "time", ClockOf(at))
             one.count("acme", hits=1)
             await one.publisher.publish()
+        # private: what can no longer be asked for shows nowhere else
         assert list(one.publisher._own) == [int(start) // BUCKET_S]
 
 
 def test_who_has_much_to_publish_publishes_less_often() -> None:
     """Yet often enough to be known to live."""
+    # private: no test can choose how much CPU time a publication takes
     assert [module._pause_s(spent_s) for spent_s in (0.001, 0.05, 60.0)] == [2.0, 5.0, 10.0]
     assert module.MAX_PERIOD_S * 1.1 < module.DEAD_AFTER_S
 

@@ -147,6 +147,7 @@ def flush(valkey: EmbeddedValkey) -> None:
         client.flushall()
 
 
+@pytest.mark.long
 async def test_no_read_is_stale_while_the_cache_server_is_frozen_killed_and_flushed(
     database_url: str, make_valkey: Callable[..., EmbeddedValkey]
 ) -> None:

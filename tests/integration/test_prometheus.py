@@ -3,7 +3,6 @@ Valkey."""
 
 import asyncio
 import re
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +12,7 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from tests import needs
 
 from respcache import Cache, MemoryStore, RedisStore, SingleTenant
 from respcache.core.errors import ConfigurationError
@@ -335,10 +335,7 @@ async def test_a_server_that_says_nothing_of_itself_is_left_out(
     assert ("respcache_server_memory_bytes",) not in found
 
 
-@pytest.mark.skipif(
-    shutil.which("promtool") is None,
-    reason="promtool is not installed (Debian: apt-get install prometheus)",
-)
+@needs.PROMTOOL
 async def test_promtool_finds_nothing_to_complain_of(valkey_url: str) -> None:
     """Names, units, help and syntax, as Prometheus itself would have them."""
     async with process(valkey_url) as (one, publisher):

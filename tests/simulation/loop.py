@@ -47,8 +47,6 @@ class Happening:
 
     __slots__ = ("_args", "_callback", "host")
 
-    _cancelled = False
-
     def __init__(
         self, host: Host | None, callback: Callable[..., object], args: tuple[Any, ...]
     ) -> None:
@@ -56,7 +54,12 @@ class Happening:
         self._callback = callback
         self._args = args
 
-    def _run(self) -> None:
+    def cancelled(self) -> bool:
+        """What happens in the world is never cancelled."""
+        return False
+
+    def run(self) -> None:
+        """Let it happen."""
         self._callback(*self._args)
 
 
@@ -116,7 +119,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
         if not ready and not self._stopping:  # type: ignore[attr-defined]
-            while timers and timers[0][2]._cancelled:
+            while timers and timers[0][2].cancelled():
                 heapq.heappop(timers)
             if not timers:
                 raise RuntimeError("nothing will ever happen again")
@@ -125,17 +128,27 @@ class VirtualLoop(asyncio.BaseEventLoop):
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if handle._cancelled:
+            if handle.cancelled():
                 continue
             if self._frozen:
-                host = handle.host if isinstance(handle, Happening) else handle._context.get(HOST)
+                host = _host_of(handle)
                 if host is not None and host.frozen:
                     host.held.append(handle)
                     continue
-            handle._run()
+            if isinstance(handle, Happening):
+                handle.run()
+            else:
+                handle._run()  # private: asyncio offers no other way to run a handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """A cancelled timer stays in the heap until its time has come."""
 
     def _write_to_self(self) -> None:
         """Nobody waits in a selector."""
+
+
+def _host_of(handle: asyncio.Handle | Happening) -> Host | None:
+    """Return the host on whose behalf a callback runs."""
+    if isinstance(handle, Happening):
+        return handle.host
+    return handle._context.get(HOST)  # private: Handle.get_context() exists from Python 3.12 on

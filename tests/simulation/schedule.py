@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -918,3 +919,9 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _draw(rng: random.Random, weights: Mapping[str, int]) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
+
+
+if __name__ == "__main__":  # python -m tests.simulation.schedule SEED
+    shown = run(int(sys.argv[1]))
+    print(shown.text(lines=10_000))
+    sys.exit(1 if shown.violations else 0)

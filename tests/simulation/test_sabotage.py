@@ -11,6 +11,13 @@ import pytest
 from tests.simulation.sabotage import SABOTAGES
 from tests.simulation.schedule import run
 
+QUICK = {
+    "acknowledge without looking at the fence",
+    "another life of the database is not noticed",
+    "a token is not looked at",
+    "the fence counts from the end of the round",
+}
+"""Those that are noticed within a second or two: the others are for ``make test-long``."""
 MOST_SCHEDULES = 3000
 """Within which a sabotage must be noticed; the rarest took some hundreds."""
 
@@ -25,7 +32,10 @@ def table() -> Iterator[list[str]]:
     )
 
 
-@pytest.mark.parametrize("name", SABOTAGES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in SABOTAGES],
+)
 def test_a_broken_rule_is_noticed(name: str, table: list[str]) -> None:
     """Some schedule violates an invariant."""
     sabotage = SABOTAGES[name]
@@ -36,3 +46,8 @@ def test_a_broken_rule_is_noticed(name: str, table: list[str]) -> None:
                 table.append(f"| {name} | {violations[0].rule} | {seed + 1} |")
                 return
     pytest.fail(f"nobody noticed: {name}")
+
+
+def test_some_of_them_are_tried_by_every_make_test() -> None:
+    """The names above exist."""
+    assert SABOTAGES.keys() > QUICK

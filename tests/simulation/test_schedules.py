@@ -1,8 +1,8 @@
 """Whatever happens, in whatever order: no read is stale. Random schedules of the real code in a
 simulated world.
 
-``SIMULATION_SECONDS`` says for how long schedules run (60), ``SIMULATION_FIRST`` which seed is the
-first (0).
+``SIMULATION_SECONDS`` is how long schedules run in the long test (60), ``SIMULATION_FIRST`` the
+first seed (0).
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from tests.simulation.schedule import FAULTS, Mix, Result, run
 
 SECONDS = float(os.environ.get("SIMULATION_SECONDS", "60"))
 FIRST = int(os.environ.get("SIMULATION_FIRST", "0"))
+ROOT = Path(__file__).parents[2]
 LEAST_SCHEDULES = 200
 """How many run in any case: what must have happened has happened in these."""
 
@@ -60,9 +61,20 @@ HAPPENED = (
 )
 
 
-def test_no_read_is_stale_in_any_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_read_is_stale_in_a_few_hundred_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     """I1, I3, I5 and no invention, in every schedule; and the schedules were worth it."""
-    end = time.monotonic() + SECONDS
+    check_schedules(capsys, seconds=0.0)
+
+
+@pytest.mark.long
+def test_no_read_is_stale_in_any_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same, for ``SIMULATION_SECONDS``."""
+    check_schedules(capsys, seconds=SECONDS)
+
+
+def check_schedules(capsys: pytest.CaptureFixture[str], *, seconds: float) -> None:
+    """Run schedules for some seconds, at least ``LEAST_SCHEDULES``; none violates an invariant."""
+    end = time.monotonic() + seconds
     counts: Counter[str] = Counter()
     schedules = 0
     while schedules < LEAST_SCHEDULES or time.monotonic() < end:
@@ -79,17 +91,6 @@ def test_no_read_is_stale_in_any_schedule(capsys: pytest.CaptureFixture[str]) ->
     assert counts["hits"] > counts["reads"] / 4
 
 
-@pytest.mark.skipif(
-    "SIMULATION_SEED" not in os.environ, reason="SIMULATION_SEED names the schedule to look at"
-)
-def test_one_schedule(capsys: pytest.CaptureFixture[str]) -> None:
-    """Show what happens in the schedule of one seed."""
-    result = run(int(os.environ["SIMULATION_SEED"]))
-    with capsys.disabled():
-        print(f"\n{result.text(lines=10_000)}")
-    assert not result.violations, report(result)
-
-
 def test_the_same_seed_gives_the_same_trace() -> None:
     """Nothing depends on the clock, on the order of sets, or on what ran before."""
     script = "from tests.simulation.test_schedules import digests; print(digests())"
@@ -99,7 +100,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
             env={
                 **os.environ,
                 "PYTHONHASHSEED": hash_seed,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
             },
             capture_output=True,
             text=True,
@@ -137,5 +138,5 @@ def digests() -> str:
 
 def report(result: Result) -> str:
     """Show a violation, what came before it, and how to see it again."""
-    command = f"SIMULATION_SEED={result.seed} .venv/bin/pytest tests/simulation -k one_schedule"
+    command = f".venv/bin/python -m tests.simulation.schedule {result.seed}"
     return f"{result.violations[0]}\n\n{result.text()}\n\nall of it: {command}"

@@ -45,7 +45,7 @@ class World:
 
     def note(self, who: str, what: str, *details: Any) -> None:
         """Write a line of the trace."""
-        self.trace.append((self.loop._now, who, what, details))
+        self.trace.append((self.loop.time(), who, what, details))
 
     def after(self, delay_s: float, callback: Callable[..., object], *args: Any) -> None:
         """Have something happen later, whatever becomes of the hosts."""
@@ -68,7 +68,7 @@ class World:
 
     def delay(self) -> float:
         """Return how long a message is on its way when nothing is wrong with it."""
-        slow = 0.03 if self.loop._now < self.slow_until else 0.0015
+        slow = 0.03 if self.loop.time() < self.slow_until else 0.0015
         return self.rng.random() * slow
 
     def send(self, pair: tuple[str, str], arrive: Callable[[], None]) -> None:

@@ -144,7 +144,7 @@ def test_importing_the_library_imports_no_framework() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *respcache._HOMES,
+        *respcache._HOMES,  # private: the table of lazy imports is what is tested here
         "middleware",
         "integrations.uvicorn",
         "writes.postgres",

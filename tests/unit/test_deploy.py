@@ -3,7 +3,6 @@ Grafana dashboard."""
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests import needs
 
 from respcache.ops.stats import metrics
 
@@ -31,10 +31,6 @@ SECTIONS = [
 
 NAME = re.compile(r"\b(?:(?:[a-z_]+:)*respcache_[a-z_]+(?::[a-z0-9_]+)?)\b")
 SELECTOR = re.compile(rf"({NAME.pattern})\{{([^}}]*)\}}")
-promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None,
-    reason="promtool is not installed (Debian: apt-get install prometheus)",
-)
 
 
 def exported() -> dict[str, set[str]]:
@@ -123,12 +119,12 @@ def test_every_alert_has_a_unit_test_that_it_fires() -> None:
     assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == ALERTS.keys()
 
 
-@promtool
+@needs.PROMTOOL
 @pytest.mark.parametrize(
     "command",
     [
         ("check", "rules", "respcache.rules.yml"),
-        ("test", "rules", "respcache.rules.test.yml"),
+        pytest.param(("test", "rules", "respcache.rules.test.yml"), marks=pytest.mark.long),
         ("check", "config", "--syntax-only", "prometheus.yml"),
     ],
     ids=lambda command: " ".join(command[:2]),
@@ -141,7 +137,7 @@ def test_promtool_accepts(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@promtool
+@needs.PROMTOOL
 @pytest.mark.parametrize("name", QUERIES)
 def test_promtool_parses_what_the_dashboard_asks(name: str, tmp_path: Path) -> None:
     """Grafana's variables stand for what it puts in their place."""

@@ -6,6 +6,7 @@ import itertools
 import random
 import struct
 import tracemalloc
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -129,23 +130,28 @@ def test_the_heaviest_acceptable_coding_wins(weights: dict[str, int]) -> None:
     assert accepted(header) == (best if heaviest > 0 else "identity")
 
 
+def memo() -> Any:
+    """Return how the choices of the past are remembered."""
+    return encoding._choose.cache_info()  # private: what is remembered shows nowhere else
+
+
 def test_a_flood_of_values_does_not_grow_the_memo() -> None:
     """Neither by their number nor by their length."""
     for number in range(4 * encoding.MAX_ACCEPT_VALUES):
         accepted(b"gzip, c%d" % number)
-    assert encoding._choose.cache_info().currsize <= encoding.MAX_ACCEPT_VALUES
-    before = encoding._choose.cache_info()
+    assert memo().currsize <= encoding.MAX_ACCEPT_VALUES
+    before = memo()
     assert accepted(b"gzip, ".ljust(encoding.MAX_ACCEPT_BYTES + 1, b"x")) is ContentCoding.identity
-    assert encoding._choose.cache_info() == before
+    assert memo() == before
     assert accepted(b"gzip, ".ljust(encoding.MAX_ACCEPT_BYTES, b"x")) is ContentCoding.gzip
 
 
 def test_a_known_value_is_not_read_again() -> None:
     """The memo is what makes the choice cheap enough for every hit."""
     accepted(b"gzip, br;q=0.321")
-    before = encoding._choose.cache_info().hits
+    before = memo().hits
     accepted(b"gzip, br;q=0.321")
-    assert encoding._choose.cache_info().hits == before + 1
+    assert memo().hits == before + 1
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The models speak of the code: their names exist on both sides."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tests import needs
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
@@ -35,3 +38,13 @@ def test_every_mutant_is_run() -> None:
         listed = re.search(r"Mutants: ([A-Z0-9 ]+)", path.read_text())
         for name in listed[1].split() if listed else []:
             assert f'"{name}"' in run, f"{path.name}: {name}"
+
+
+@pytest.mark.long
+@needs.SPIN
+def test_the_models_hold_and_every_mutant_fails() -> None:
+    """All states of the small configurations are checked: ``make model``."""
+    done = subprocess.run(
+        [sys.executable, str(MODELS / "run.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
