@@ -51,7 +51,7 @@ class Served:
     port: int
     pids: tuple[int, ...]
     fills_port: int
-    asks: tuple[Ask, ...] = ()
+    asks: tuple[LoadRequest, ...] = ()
     _seen: dict[int, int] = field(default_factory=dict)
 
     @property

@@ -94,7 +94,7 @@ def measure(
     return result, refused
 
 
-def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
+def asks(path: str = handler.PATH, *, coding: str = "") -> list[LoadRequest]:
     """Return the requests of the key space, with the expected responses."""
     if not coding:
         return [
@@ -112,10 +112,10 @@ def asks(path: str = handler.PATH, *, coding: str = "") -> list[Ask]:
     ]
 
 
-def warm(served: Served, pages: Sequence[Ask], *, connections: int = 1) -> None:
+def warm(served: Served, pages: Sequence[LoadRequest], *, connections: int = 1) -> None:
     """Fill every key, then read each once more; each connection requests all pages in order.
 
-    Raises ``WrongAnswer``.
+    Raises ``WrongResponse``.
     """
     requests = max(16, connections * len(pages) if served.lane.caches else 0)
     drive(served.port, pages, connections=connections, requests=requests)
@@ -219,7 +219,7 @@ def _stretch(
     one: Served,
     cell: Cell,
     *,
-    pages: Sequence[Ask],
+    pages: Sequence[LoadRequest],
     connections: int,
     effort: Effort,
 ) -> None:
@@ -237,7 +237,7 @@ def _stretch(
     )
     cpu, store_cpu = one.cpu_ns() - before, cpu_ns([store.pid]) - store_before
     if one.counts_fills and one.fills() != fills:
-        raise WrongAnswer(
+        raise WrongResponse(
             f"the handler ran {one.fills() - fills} times although all requests should be hits"
         )
     cell.rps.append(sample.rps)

@@ -19,7 +19,7 @@ from lanes import BY_NAME, Lane
 from machine import Processes, Served
 
 from measures.hits import ShowStep, middle, patiently, quartiles
-from respcache.ops.bench.load import Ask, drive, percentile
+from respcache.ops.bench.load import LoadRequest, drive, percentile
 from respcache.ops.bench.processes import settle
 
 PLAIN = Lane("plain", "lanes.plain:make", "the handler in FastAPI without any cache", caches=False)
@@ -51,7 +51,7 @@ def measure(
 def _compare(
     plain: Served,
     ours: Served,
-    make: Callable[[], Ask],
+    make: Callable[[], LoadRequest],
     *,
     rounds: int,
     requests: int,
@@ -97,7 +97,7 @@ def _compare(
 
 def _batch(
     served: Served,
-    make: Callable[[], Ask],
+    make: Callable[[], LoadRequest],
     *,
     requests: int,
     mark: bytes,
@@ -117,7 +117,7 @@ def _item(number: int) -> LoadRequest:
     return LoadRequest(handler.request(number), handler.body(number))
 
 
-def _list(one: Ask, number: int) -> Ask:
+def _list(one: LoadRequest, number: int) -> LoadRequest:
     """Return a request for the same rows, with a new filter that all of them match."""
     only = quote(
         json.dumps({"$or": [{"employee_count": {"$gte": -number}}, {"employee_count": None}]})

@@ -10,7 +10,7 @@ from lanes import BARE, BY_NAME, Lane
 from machine import Processes, Served
 
 from measures.hits import Effort, ShowStep, asks, middle, patiently, warm
-from respcache.ops.bench.load import Ask, drive
+from respcache.ops.bench.load import LoadRequest, drive
 from respcache.ops.bench.processes import cpu_ns
 
 CONNECTIONS = 64
@@ -54,7 +54,7 @@ def measure(on: Processes, effort: Effort, show_step: ShowStep) -> dict[str, Any
 def _stretch(
     one: Served,
     effort: Effort,
-    pages: Sequence[Ask],
+    pages: Sequence[LoadRequest],
     *,
     results: list[tuple[float, float, float]],
 ) -> None:

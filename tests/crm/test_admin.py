@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from crm.settings import Settings, shown
+from crm.settings import Settings, public_settings
 from respcache import Cache, MemoryStore, SingleTenant
 from respcache.core.errors import AccessRefused, InvalidOperation, NotFound
 from respcache.core.keys import SHARED
@@ -408,7 +408,7 @@ def test_settings_of_the_environment_are_named_after_their_variables(
     """What was given by the program is an argument, everything else a default."""
     monkeypatch.setenv("RESPCACHE_NEAR_BYTES", "1000")
     monkeypatch.setenv("DATABASE_URL", "postgresql://app:hidden@db.example:5432/crm?ssl=1")
-    found = {setting.name: setting for setting in shown(Settings(port=4002))}
+    found = {setting.name: setting for setting in public_settings(Settings(port=4002))}
     assert (found["RESPCACHE_NEAR_BYTES"].value, found["RESPCACHE_NEAR_BYTES"].source) == (
         "1000",
         "RESPCACHE_NEAR_BYTES",

@@ -281,5 +281,5 @@ def _alarms(cache: Cache) -> list[str]:
     return (
         []
         if cache.runtime.verifier is None
-        else [str(finding) for finding in cache.runtime.verifier.findings]
+        else [str(finding) for finding in cache.runtime.verifier.found.mismatches]
     )

@@ -308,7 +308,9 @@ async def test_a_server_that_accepts_and_says_nothing_costs_one_connect_deadline
 async def test_an_address_without_a_server_is_unavailable(host: str, unused_port: int) -> None:
     """Nobody listens, or the name cannot exist: the same error as for a dead server."""
     with pytest.raises(StoreUnavailable):
-        await Watched.open(ServerURL(host, unused_port), deadline_s=LONG_S, on_lost=lambda _, __: None)
+        await Watched.open(
+            ServerURL(host, unused_port), deadline_s=LONG_S, on_lost=lambda _, __: None
+        )
 
 
 @pytest.fixture

@@ -12,9 +12,22 @@ import respcache
 
 SOURCE = Path(respcache.__file__).parent
 ALLOWED_IN_CORE = {
-    "backports", "collections", "compression", "dataclasses", "enum", "functools", "hashlib", "re", "respcache", "struct", "sys",
-    "typing", "urllib", "zlib", "__future__",
-}  # fmt: skip
+    "__future__",
+    "backports",
+    "collections",
+    "compression",
+    "dataclasses",
+    "enum",
+    "functools",
+    "hashlib",
+    "re",
+    "respcache",
+    "struct",
+    "sys",
+    "typing",
+    "urllib",
+    "zlib",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -155,7 +155,7 @@ async def switch(request: Request, body: Switch, scope: Superadmin) -> Response:
     access = access_of(scope)
     assert access is not None
     switches = await admin.switch(access, off=not body.enabled)
-    return respond({"enabled": switches.enabled, "propagated": switches.told})
+    return respond({"enabled": switches.enabled, "propagated": switches.propagated})
 
 
 async def _database_status(request: Request) -> dict[str, Any]:
