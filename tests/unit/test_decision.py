@@ -155,7 +155,7 @@ class World:
         self.relay = OutboxRelay(self.store, outbox, generation_ttl_ms=10**6, clock=self.clock)
         self.runtime.guards.relay = self.relay
         self.renew_lease()
-        self.relay.tables = frozenset({"things"})
+        self.relay.coverage.tables = frozenset({"things"})
 
     def clock(self) -> float:
         """Return the test's time."""
@@ -215,11 +215,11 @@ async def _lease_for_another_server(world: World, level: Level) -> None:
 
 
 async def _unwatch(world: World, level: Level) -> None:
-    world.relay.tables = frozenset()
+    world.relay.coverage.tables = frozenset()
 
 
 async def _watch(world: World, level: Level) -> None:
-    world.relay.tables = frozenset({"things"})
+    world.relay.coverage.tables = frozenset({"things"})
 
 
 async def _bump(world: World, level: Level) -> None:
