@@ -122,7 +122,9 @@ EMPTY_TABLES = """
     BEGIN
         SET LOCAL session_replication_role = replica; -- no foreign keys, no triggers
         FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public'
-                    AND tablename NOT IN ('alembic_version', 'respcache_fence', 'respcache_trail') LOOP
+                    AND tablename NOT IN (
+                        'alembic_version', 'respcache_fence', 'respcache_trail'
+                    ) LOOP
             EXECUTE format('DELETE FROM %I', name);
         END LOOP;
         ALTER TABLE respcache_trail DISABLE TRIGGER append_only;

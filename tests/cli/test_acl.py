@@ -104,11 +104,21 @@ async def test_there_is_no_right_too_much(valkey_url: str, admin: redis.Redis, r
 @pytest.mark.parametrize(
     "words",
     [
-        ("keys", "*"), ("scan", "0"), ("flushall",), ("config", "get", "*"), ("acl", "list"), ("hgetall", GEN), ("get", "other"),
-        ("set", "other", "x"), ("publish", "other", "x"), ("shutdown",), ("client", "list"), ("multi",),
+        ("keys", "*"),
+        ("scan", "0"),
+        ("flushall",),
+        ("config", "get", "*"),
+        ("acl", "list"),
+        ("hgetall", GEN),
+        ("get", "other"),
+        ("set", "other", "x"),
+        ("publish", "other", "x"),
+        ("shutdown",),
+        ("client", "list"),
+        ("multi",),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_the_user_of_the_application_is_refused_everything_else(
     valkey_url: str, words: tuple[str, ...]
 ) -> None:
@@ -139,10 +149,13 @@ async def operate(url: str, as_user: str, admin: redis.Redis) -> str:
     cache, neighbour = (
         Cache(
             RedisStore(url, deadline_s=LONG_S, connect_deadline_s=LONG_S),
-            secret=b"x" * 32, resolver=SingleTenant("public"), verify_share=0, publisher=one,
+            secret=b"x" * 32,
+            resolver=SingleTenant("public"),
+            verify_share=0,
+            publisher=one,
         )
         for one in (publisher, other)
-    )  # fmt: skip
+    )
     facade, root = Admin(cache), Access(name="root", role=Role.OPERATOR)
 
     async def make() -> str:

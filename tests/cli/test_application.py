@@ -79,11 +79,20 @@ def first_key(ask: Ask) -> str:
 
 
 COMMANDS = [
-    ("status",), ("stats",), ("stats", "--by", "routes"), ("stats", "--by", "tenants"), ("stats", "--tenant", "acme"),
-    ("stats", "--module", "accounts"), ("keys",), ("keys", "--tenant", "acme", "--module", "accounts", "--limit", "5"),
-    ("explain", "/api/accounts?limit=2"), ("explain", "/nowhere", "--anonymous"), ("purge", "--tenant", "acme", "--dry-run"),
-    ("purge", "--tenant", "acme", "--module", "leads", "--yes"), ("config",),
-]  # fmt: skip
+    ("status",),
+    ("stats",),
+    ("stats", "--by", "routes"),
+    ("stats", "--by", "tenants"),
+    ("stats", "--tenant", "acme"),
+    ("stats", "--module", "accounts"),
+    ("keys",),
+    ("keys", "--tenant", "acme", "--module", "accounts", "--limit", "5"),
+    ("explain", "/api/accounts?limit=2"),
+    ("explain", "/nowhere", "--anonymous"),
+    ("purge", "--tenant", "acme", "--dry-run"),
+    ("purge", "--tenant", "acme", "--module", "leads", "--yes"),
+    ("config",),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -425,9 +434,17 @@ def test_an_invalidation_is_told_in_one_line() -> None:
     """When, what became of it, how fast, whose, what, why, by whom; what is not in the feed is
     counted."""
     event = Event(
-        id="1", at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), tenant="acme", modules=("leads",), tables=("leads",),
-        cause="PUT /api/leads/{id}", outcome="confirmed", seconds=0.0031, process="host:7", skipped=2,
-    )  # fmt: skip
+        id="1",
+        at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        tenant="acme",
+        modules=("leads",),
+        tables=("leads",),
+        cause="PUT /api/leads/{id}",
+        outcome="confirmed",
+        seconds=0.0031,
+        process="host:7",
+        skipped=2,
+    )
     line = _line(msgspec.to_builtins(event)).plain
     assert line.startswith("2026-01-02 03:04:05")
     for words in (

@@ -62,7 +62,13 @@ async def secret(request: Request) -> str:
 async def stream() -> StreamingResponse:
     return StreamingResponse(iter(["a", "b"]))
 
-cache = Cache(MemoryStore(), secret=b"x" * 32, resolver=SingleTenant("public"), enabled=not off, verify_share=0)
+cache = Cache(
+    MemoryStore(),
+    secret=b"x" * 32,
+    resolver=SingleTenant("public"),
+    enabled=not off,
+    verify_share=0,
+)
 app = CORSMiddleware(cache.wrap(api))
 """
 

@@ -135,8 +135,12 @@ def test_a_cache_on_disk_without_limits_is_warned_of(
     """Append-only file, snapshots, no memory limit, time-outs, unlimited buffers: five warnings, no
     fault."""
     server = make_valkey(
-        appendonly="yes", save="60 1", maxmemory="0", timeout="30", client_output_buffer_limit="pubsub 0 0 0"
-    )  # fmt: skip
+        appendonly="yes",
+        save="60 1",
+        maxmemory="0",
+        timeout="30",
+        client_output_buffer_limit="pubsub 0 0 0",
+    )
     environment["REDIS_CACHE_URL"] = server.url
     done = respcache("doctor", "--json", **environment)
     assert (
@@ -231,10 +235,14 @@ def test_a_replica_is_a_fault(
 @pytest.mark.parametrize(
     ("without", "said"),
     [
-        ("+hset", "+hset"), ("+evalsha", "+evalsha"), ("+subscribe", "+subscribe"), ("&respcache:~bumps", "&respcache:~bumps"),
-        ("~tenant:*", "~tenant:*"), ("~respcache:~*", "~respcache:~*"),
+        ("+hset", "+hset"),
+        ("+evalsha", "+evalsha"),
+        ("+subscribe", "+subscribe"),
+        ("&respcache:~bumps", "&respcache:~bumps"),
+        ("~tenant:*", "~tenant:*"),
+        ("~respcache:~*", "~respcache:~*"),
     ],
-)  # fmt: skip
+)
 def test_a_missing_right_is_named_and_granted_by_what_is_said(
     respcache: Run, environment: Environment, valkey_url: str, without: str, said: str
 ) -> None:
@@ -270,9 +278,17 @@ def test_clocks_and_networks_are_judged() -> None:
 
     assert judged("127.0.0.1", 0.5) == {"clock": "ok", "encryption": "ok"}
     assert judged("192.0.2.1", -60) == {"clock": "warning", "encryption": "warning"}
-    assert [is_local(host) for host in ("localhost", "127.1.2.3", "::1", "/run/x", "10.0.0.1", "cache.example")] == [
-        True, True, True, True, False, False,
-    ]  # fmt: skip
+    assert [
+        is_local(host)
+        for host in ("localhost", "127.1.2.3", "::1", "/run/x", "10.0.0.1", "cache.example")
+    ] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -454,11 +470,15 @@ def test_a_role_without_rights_is_a_fault_and_is_mended_by_what_is_said(
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://a:hidden-one@127.0.0.1:1/x", "nonsense", "postgresql://postgres:hidden-one@127.0.0.1:{port}/bare",
-        "postgresql://a:hidden-one@127.0.0.1:word/x", "postgresql+nothing://a:hidden-one@127.0.0.1/x",
-        "postgresql+psycopg2://a:hidden-one@127.0.0.1/x", "sqlite:///hidden-one",
+        "postgresql://a:hidden-one@127.0.0.1:1/x",
+        "nonsense",
+        "postgresql://postgres:hidden-one@127.0.0.1:{port}/bare",
+        "postgresql://a:hidden-one@127.0.0.1:word/x",
+        "postgresql+nothing://a:hidden-one@127.0.0.1/x",
+        "postgresql+psycopg2://a:hidden-one@127.0.0.1/x",
+        "sqlite:///hidden-one",
     ],
-)  # fmt: skip
+)
 def test_a_database_that_cannot_be_had_is_a_fault(
     respcache: Run, environment: Environment, postgres_server: EmbeddedPostgres, url: str
 ) -> None:

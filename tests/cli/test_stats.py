@@ -21,13 +21,31 @@ pytestmark = pytest.mark.anyio
 ROOT = Access(name="root", role=Role.OPERATOR)
 OWN = Access(name="ann", role=Role.OPERATOR, tenant="acme")
 FENCE = LeaseStats(
-    alive=False, age_s=None, lease_s=2.0, cycles=0, cycles_failed=1, epochs_begun=0, pending_rows=3, pending_s=4.5,
-    problem="the database is away", unsound_tables=["leads"],
-)  # fmt: skip
+    alive=False,
+    age_s=None,
+    lease_s=2.0,
+    cycles=0,
+    cycles_failed=1,
+    epochs_begun=0,
+    pending_rows=3,
+    pending_s=4.5,
+    problem="the database is away",
+    unsound_tables=["leads"],
+)
 FINDING = Mismatch(
-    at="2026-01-02T03:04:05+00:00", kind="stale", tenant="acme", module="leads", route="/api/leads", key="k", age_ms=1,
-    certificate={}, served={}, confirmed={}, held="", found="",
-)  # fmt: skip
+    at="2026-01-02T03:04:05+00:00",
+    kind="stale",
+    tenant="acme",
+    module="leads",
+    route="/api/leads",
+    key="k",
+    age_ms=1,
+    certificate={},
+    served={},
+    confirmed={},
+    held="",
+    found="",
+)
 
 
 def problems(overview: dict[str, Any]) -> list[str]:

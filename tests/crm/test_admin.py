@@ -74,9 +74,19 @@ class Ground:
 
 def finding(tenant: str) -> Mismatch:
     return Mismatch(
-        at="now", kind="stale", tenant=tenant, module="leads", route="/api/leads", key="k", age_ms=1, certificate={}, served={},
-        confirmed={}, held="a", found="b",
-    )  # fmt: skip
+        at="now",
+        kind="stale",
+        tenant=tenant,
+        module="leads",
+        route="/api/leads",
+        key="k",
+        age_ms=1,
+        certificate={},
+        served={},
+        confirmed={},
+        held="a",
+        found="b",
+    )
 
 
 @pytest.fixture

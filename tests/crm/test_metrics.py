@@ -21,10 +21,14 @@ async def scraped(database_url: str, valkey_url: str) -> AsyncIterator[CacheMidd
     """The application with a scrape token."""
     app = create_app(
         Settings(
-            database_url=database_url, redis_cache_url=valkey_url, jwt_secret=SECRET, respcache_key=SECRET,
-            metrics_token=TOKEN, metrics_tenants=1,
+            database_url=database_url,
+            redis_cache_url=valkey_url,
+            jwt_secret=SECRET,
+            respcache_key=SECRET,
+            metrics_token=TOKEN,
+            metrics_tenants=1,
         )
-    )  # fmt: skip
+    )
     await app.cache.connect()
     app.prepare()
     yield app

@@ -35,16 +35,25 @@ class Stage:
         self.system = system
         self.work = work
         running = json.loads((system.data / "running.json").read_text())
-        tokens = {name: system.command("token", "--tenant", "acme", "--role", role).stdout.strip()
-                  for name, role in (("RESPCACHE_TOKEN", "superadmin"), ("TOKEN", "admin"))}  # fmt: skip
+        tokens = {
+            name: system.command("token", "--tenant", "acme", "--role", role).stdout.strip()
+            for name, role in (("RESPCACHE_TOKEN", "superadmin"), ("TOKEN", "admin"))
+        }
         self.user = {"authorization": f"Bearer {tokens['TOKEN']}"}
         self.database_url = running["database_url"]
         self.server = int(re.findall(r"process_id:(\d+)", self.valkey("INFO", "server"))[0])
         self.environment = {
-            **system.environment, **tokens, "BASE": system.base, "RESPCACHE_URL": f"{system.base}/cache",
-            "DATABASE_URL": running["database_url"], "REDIS_CACHE_URL": running["cache_url"], "METRICS_TOKEN": METRICS_TOKEN,
-            "LC_ALL": "C.UTF-8", "COLUMNS": str(UNBROKEN), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }  # fmt: skip
+            **system.environment,
+            **tokens,
+            "BASE": system.base,
+            "RESPCACHE_URL": f"{system.base}/cache",
+            "DATABASE_URL": running["database_url"],
+            "REDIS_CACHE_URL": running["cache_url"],
+            "METRICS_TOKEN": METRICS_TOKEN,
+            "LC_ALL": "C.UTF-8",
+            "COLUMNS": str(UNBROKEN),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
 
     def valkey(self, *words: str) -> str:
         """Send a command to the cache server."""
@@ -79,9 +88,15 @@ class Stage:
         asked = commands(part)
         script = "".join(f"{command}\nprintf '{END}'\n" for command, _ in asked)
         done = subprocess.run(
-            ["bash"], input=script, env=self.environment, cwd=self.work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=False,
-        )  # fmt: skip
+            ["bash"],
+            input=script,
+            env=self.environment,
+            cwd=self.work,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         printed = done.stdout.replace("\r", "").split(END)
         return [
             f"$ {command}\n{got}--- but the page says:\n{expected}"
@@ -124,7 +139,8 @@ def switch(stage: Stage, **body: bool | str) -> None:
 def write_without_a_trace(stage: Stage) -> None:
     stage.sql("""
         BEGIN;
-        UPDATE accounts SET name = 'unheard of ' || id WHERE tenant_id = (SELECT id FROM tenants WHERE slug = 'acme');
+        UPDATE accounts SET name = 'unheard of ' || id
+        WHERE tenant_id = (SELECT id FROM tenants WHERE slug = 'acme');
         DELETE FROM respcache_outbox WHERE xid = pg_current_xact_id();
         COMMIT
     """)
@@ -221,17 +237,24 @@ BROKEN: dict[str, tuple[Callable[[Stage], None], Callable[[Stage], None]]] = {
     "RespcacheMissesSurge": (ask_for_what_nobody_asked_for, nothing),
     "RespcacheHitRatioCollapsed": (ask_for_what_nobody_asked_for, nothing),
     "RespcacheWorkerMissing": (lose_a_worker, nothing),
-    "RespcacheRelayFailing": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME "
-                                                                        "TO respcache_outbox")),
-    "RespcacheStoreDown": (take_the_server_away, lambda stage: stage.freeze(signal.SIGCONT)),
-    "RespcacheServingLeaseLost": (lose_the_outbox, lambda stage: stage.sql("ALTER TABLE gone RENAME TO "
-                                                                    "respcache_outbox")),
-    "RespcacheTablesUnwatched": (
-        disable_a_trigger, lambda stage: stage.sql("ALTER TABLE accounts ENABLE ALWAYS TRIGGER "
-                                                   "respcache_insert"),
+    "RespcacheRelayFailing": (
+        lose_the_outbox,
+        lambda stage: stage.sql("ALTER TABLE gone RENAME TO respcache_outbox"),
     ),
-    "RespcacheWrongResponse": (write_without_a_trace, lambda stage: switch(stage, off=False, module="accounts")),
-}  # fmt: skip
+    "RespcacheStoreDown": (take_the_server_away, lambda stage: stage.freeze(signal.SIGCONT)),
+    "RespcacheServingLeaseLost": (
+        lose_the_outbox,
+        lambda stage: stage.sql("ALTER TABLE gone RENAME TO respcache_outbox"),
+    ),
+    "RespcacheTablesUnwatched": (
+        disable_a_trigger,
+        lambda stage: stage.sql("ALTER TABLE accounts ENABLE ALWAYS TRIGGER respcache_insert"),
+    ),
+    "RespcacheWrongResponse": (
+        write_without_a_trace,
+        lambda stage: switch(stage, off=False, module="accounts"),
+    ),
+}
 """What makes the condition of an alert true, and what ends it where the page has no command for
 that. RespcacheNotScraped has none: what is wrong then is on the side of Prometheus."""
 

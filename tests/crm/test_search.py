@@ -384,9 +384,15 @@ async def test_a_purge_of_a_key_deletes_it_everywhere(stored: Stored, valkey_url
 
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"tenant": "*"}, {"tenant": "{acme}", "module": "nothing"}, {"key": "x"}, {"key": "{key}", "module": "leads"},
-     {"key": "{key}", "tenant": "{globex}"}],
-)  # fmt: skip
+    [
+        {},
+        {"tenant": "*"},
+        {"tenant": "{acme}", "module": "nothing"},
+        {"key": "x"},
+        {"key": "{key}", "module": "leads"},
+        {"key": "{key}", "tenant": "{globex}"},
+    ],
+)
 @pytest.mark.parametrize("dry_run", [True, False])
 async def test_a_purge_of_what_cannot_be_is_refused(
     stored: Stored, wrong: dict[str, str], dry_run: bool

@@ -15,10 +15,18 @@ from .conftest import ADMIN, MANAGER, ROOT, WORKERS, Faults, Open, Stage, main
 pytestmark = needs.CHROMIUM
 
 EVERYTHING = [
-    "Overview", "Tenants", "Modules and routes", "Latency", "Invalidations", "Keys", "Explain a "
-                                                                                     "request", "Purge", "Switches",
-    "Configuration", "Audit log",
-]  # fmt: skip
+    "Overview",
+    "Tenants",
+    "Modules and routes",
+    "Latency",
+    "Invalidations",
+    "Keys",
+    "Explain a request",
+    "Purge",
+    "Switches",
+    "Configuration",
+    "Audit log",
+]
 OF_A_TENANT = [
     "Overview",
     "Modules and routes",
@@ -122,8 +130,15 @@ def test_a_tenants_admin_learns_nothing_of_another_tenant(
     globex, nobody = stage.tenant("globex"), str(uuid4())
     key = stage.key("/api/leads", tenant="globex")
     page = sign_in(ADMIN)
-    for address in ("tenants/{}", "keys?tenant={}", "modules?tenant={}", "feed?tenant={}", "purge?tenant={}", "key?key={key}",
-                    "purge?key={key}"):  # fmt: skip
+    for address in (
+        "tenants/{}",
+        "keys?tenant={}",
+        "modules?tenant={}",
+        "feed?tenant={}",
+        "purge?tenant={}",
+        "key?key={key}",
+        "purge?key={key}",
+    ):
         faults.expected.append((404, f"/cache/{address.partition('?')[0].partition('{')[0]}"))
         said = []
         for tenant in (globex, nobody):
@@ -245,8 +260,23 @@ def everywhere(stage: Stage) -> list[str]:
         stage.tenant("acme"),
         stage.key("/api/accounts?limit=7&sort=-annual_revenue", tenant="acme"),
     )
-    return ["", "tenants", f"tenants/{acme}", "modules", "latency", "feed", "keys", f"key?key={key}", "explain",
-            "purge?tenant=acme&module=leads", f"purge?key={key}", "switches", "configuration", "audit-log", "nothing"]  # fmt: skip
+    return [
+        "",
+        "tenants",
+        f"tenants/{acme}",
+        "modules",
+        "latency",
+        "feed",
+        "keys",
+        f"key?key={key}",
+        "explain",
+        "purge?tenant=acme&module=leads",
+        f"purge?key={key}",
+        "switches",
+        "configuration",
+        "audit-log",
+        "nothing",
+    ]
 
 
 @pytest.mark.long
@@ -272,14 +302,18 @@ def test_no_page_scrolls_sideways_on_a_phone(sign_in: Open, stage: Stage, faults
 
 
 LOOK = """() => {
-    const one = document.activeElement, again = (window.reached ||= new Set()).has(one), box = one.getBoundingClientRect();
+    const one = document.activeElement, box = one.getBoundingClientRect();
+    const again = (window.reached ||= new Set()).has(one);
     reached.add(one);
     const shown = getComputedStyle(one.matches(".menu-toggle") ? one.nextElementSibling : one);
     return { again, end: one === document.body, is: one.outerHTML.slice(0, 120),
-        seen: shown.outlineStyle !== "none" && parseFloat(shown.outlineWidth) >= 1 && box.bottom > 0 && box.top < innerHeight };
+        seen: shown.outlineStyle !== "none" && parseFloat(shown.outlineWidth) >= 1
+            && box.bottom > 0 && box.top < innerHeight };
 }"""
-MISSED = """() => [...document.querySelectorAll("a[href], button, input:not([type=hidden]), select, textarea, [tabindex='0']")]
-    .filter((one) => !one.disabled && one.getClientRects().length && !reached.has(one)).map((one) => one.outerHTML)"""
+MISSED = """() => [...document.querySelectorAll(
+        "a[href], button, input:not([type=hidden]), select, textarea, [tabindex='0']")]
+    .filter((one) => !one.disabled && one.getClientRects().length && !reached.has(one))
+    .map((one) => one.outerHTML)"""
 
 
 @pytest.mark.long

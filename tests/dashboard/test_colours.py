@@ -16,10 +16,15 @@ LEGIBLE = 4.5
 """Of small text: WCAG 2.2, 1.4.3."""
 
 ON = {
-    "text": ("bg", "panel", "raised"), "dim": ("bg", "panel", "raised"), "faint": ("bg", "panel", "raised"),
-    "accent": ("bg", "panel", "raised", "accent-soft"), "good": ("good-soft",), "warn": ("warn-soft", "panel"),
-    "bad": ("bad-soft",), "on-accent": ("accent", "bad"),
-}  # fmt: skip
+    "text": ("bg", "panel", "raised"),
+    "dim": ("bg", "panel", "raised"),
+    "faint": ("bg", "panel", "raised"),
+    "accent": ("bg", "panel", "raised", "accent-soft"),
+    "good": ("good-soft",),
+    "warn": ("warn-soft", "panel"),
+    "bad": ("bad-soft",),
+    "on-accent": ("accent", "bad"),
+}
 """What is written in a colour, and on which."""
 
 

@@ -94,21 +94,28 @@ CREATE FUNCTION faults_version() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE version int := 1;
 BEGIN
     IF TG_TABLE_NAME = 'tenants' THEN
-        NEW.settings = NEW.settings || jsonb_build_object('v', coalesce((OLD.settings->>'v')::int, 0) + 1);
+        NEW.settings = NEW.settings
+            || jsonb_build_object('v', coalesce((OLD.settings->>'v')::int, 0) + 1);
         RETURN NEW;
     END IF;
     IF TG_OP = 'UPDATE' THEN version = (OLD.metadata->>'v')::int + 1; END IF;
     NEW.metadata = NEW.metadata || jsonb_build_object('v', version);
-    IF TG_TABLE_NAME = 'accounts' THEN NEW.name = split_part(NEW.name, ' ', 1) || ' ' || version; END IF;
+    IF TG_TABLE_NAME = 'accounts' THEN
+        NEW.name = split_part(NEW.name, ' ', 1) || ' ' || version;
+    END IF;
     RETURN NEW;
 END $$;
-CREATE TRIGGER faults_version BEFORE INSERT OR UPDATE ON accounts FOR EACH ROW EXECUTE FUNCTION faults_version();
-CREATE TRIGGER faults_version BEFORE INSERT OR UPDATE ON opportunities FOR EACH ROW EXECUTE FUNCTION faults_version();
-CREATE TRIGGER faults_version BEFORE INSERT OR UPDATE ON tenants FOR EACH ROW EXECUTE FUNCTION faults_version();
+CREATE TRIGGER faults_version BEFORE INSERT OR UPDATE ON accounts
+    FOR EACH ROW EXECUTE FUNCTION faults_version();
+CREATE TRIGGER faults_version BEFORE INSERT OR UPDATE ON opportunities
+    FOR EACH ROW EXECUTE FUNCTION faults_version();
+CREATE TRIGGER faults_version BEFORE INSERT OR UPDATE ON tenants
+    FOR EACH ROW EXECUTE FUNCTION faults_version();
 """
 
 VERSIONS_NOW = """
-SELECT id, (metadata->>'v')::int AS v FROM accounts UNION ALL SELECT id, (metadata->>'v')::int FROM opportunities
+SELECT id, (metadata->>'v')::int AS v FROM accounts
+UNION ALL SELECT id, (metadata->>'v')::int FROM opportunities
 UNION ALL SELECT id, (settings->>'v')::int FROM tenants
 """
 
@@ -132,25 +139,36 @@ async def furnish(connection: Any) -> None:
         mail = f"{user.name.replace('/', '.')}@faults.example"
         await connection.execute(
             "INSERT INTO employees (id, tenant_id, email, name, role) VALUES ($1, $2, $3, $3, $4)",
-            key(user.name), of, mail, user.role,
-        )  # fmt: skip
+            key(user.name),
+            of,
+            mail,
+            user.role,
+        )
     for tenant in TENANTS:
         for number, name in enumerate(ACCOUNTS):
             row = f"{tenant}/{name}"
             await connection.execute(
                 "INSERT INTO accounts (id, tenant_id, name, assigned_to, created_at) VALUES ($1, "
                 "$2, $3, $4, $5)",
-                key(row), key(tenant), name, _owner(row), _BEGINNING - timedelta(minutes=number),
-            )  # fmt: skip
+                key(row),
+                key(tenant),
+                name,
+                _owner(row),
+                _BEGINNING - timedelta(minutes=number),
+            )
         for number, name in enumerate(OPPORTUNITIES):
             row = f"{tenant}/{name}"
             await connection.execute(
                 "INSERT INTO opportunities (id, tenant_id, name, assigned_to, created_at, "
                 "account_id) "
                 "VALUES ($1, $2, $3, $4, $5, $6)",
-                key(row), key(tenant), name, _owner(row), _BEGINNING - timedelta(minutes=number),
+                key(row),
+                key(tenant),
+                name,
+                _owner(row),
+                _BEGINNING - timedelta(minutes=number),
                 key(f"{tenant}/{ACCOUNTS[number]}"),
-            )  # fmt: skip
+            )
 
 
 def _owner(row: str) -> UUID | None:
@@ -359,7 +377,7 @@ def _contacts(tenant: str) -> Judge:
             contact(tenant, n): int(str(key(lead(tenant, n))) in came_from)
             for n in window(settled)
             if fate(n) == "convert"
-        }  # fmt: skip
+        }
         return values, _foreign(data["contacts"], tenant) or _not_paged(data)
 
     return judge

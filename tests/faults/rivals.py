@@ -123,7 +123,8 @@ class CacheAside(Uncached):
 
     async def read(self, tenant: str, query: str) -> Body:
         """Look it up, or make it and store it."""
-        key = f"tenant:{tenant}:accounts:list:{hashlib.md5(query.encode(), usedforsecurity=False).hexdigest()[:8]}"
+        digest = hashlib.md5(query.encode(), usedforsecurity=False).hexdigest()
+        key = f"tenant:{tenant}:accounts:list:{digest[:8]}"
         with contextlib.suppress(redis.RedisError):
             stored = await self.client.get(key)
             if stored is not None:

@@ -47,8 +47,8 @@ from .sabotage import SABOTAGES
 from .stage import HISTORY, Plan, Stage, stage
 
 RECOVER_S = 15 * LEASE_S
-"""Within which the cache serves again after a fault: so long that only a cache that stays away fails,
-not a busy machine."""
+"""Within which the cache serves again after a fault: so long that only a cache that stays away
+fails, not a busy machine."""
 SAY_EVERY_S = 5.0
 MAX_SHOWN = 10
 MAX_ABORTED = 3
@@ -57,8 +57,12 @@ MAX_ABORTED = 3
 PROGRAM = "python -m tests.faults.run"
 
 PAUSES: dict[str, tuple[float, float]] = {
-    "store": (4.0, 7.0), "keys": (4.0, 8.0), "processes": (8.0, 12.0), "links": (4.0, 8.0), "database": (9.0, 15.0),
-}  # fmt: skip
+    "store": (4.0, 7.0),
+    "keys": (4.0, 8.0),
+    "processes": (8.0, 12.0),
+    "links": (4.0, 8.0),
+    "database": (9.0, 15.0),
+}
 """Seconds between faults of a lane. The lane of the store also waits until the cache serves again:
 otherwise it never would."""
 

@@ -53,9 +53,12 @@ connections were closed."""
 
 STORE_PASSWORD = "only-for-faults"
 VALKEY = {
-    "save": '""', "repl-diskless-sync-delay": "0", "maxmemory": "64mb", "maxmemory-policy": "allkeys-lru",
+    "save": '""',
+    "repl-diskless-sync-delay": "0",
+    "maxmemory": "64mb",
+    "maxmemory-policy": "allkeys-lru",
     "user": f"deaf on >{STORE_PASSWORD} ~* +@all resetchannels",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -196,10 +199,18 @@ class Worker:
     async def _launch(self) -> None:
         with (self._stage.folder / f"{self.name}.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.faults.worker", cwd=ROOT, stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, preexec_fn=_die_with_parent,
-                env=_environment(), limit=2**24,
-            )  # fmt: skip
+                sys.executable,
+                "-m",
+                "tests.faults.worker",
+                cwd=ROOT,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                env=_environment(),
+                limit=2**24,
+            )
         self.lives += 1
         self.exited = asyncio.Event()
         assert self.process.stdin is not None
@@ -246,10 +257,14 @@ class Server:
     async def start(self) -> None:
         """Start it; returns when it answers."""
         environment = _environment() | {
-            "DATABASE_URL": self._stage.database_url(self._seat), "REDIS_CACHE_URL": self._stage.store_url(self._seat),
-            "JWT_SECRET": SECRET, "RESPCACHE_KEY": SECRET, "PORT": str(self.port), "LOG_LEVEL": "error",
+            "DATABASE_URL": self._stage.database_url(self._seat),
+            "REDIS_CACHE_URL": self._stage.store_url(self._seat),
+            "JWT_SECRET": SECRET,
+            "RESPCACHE_KEY": SECRET,
+            "PORT": str(self.port),
+            "LOG_LEVEL": "error",
             "DATA_DIR": str(self._stage.folder / "server"),
-        }  # fmt: skip
+        }
         sabotage = self._stage.plan.sabotage
         if sabotage is not None:
             environment["RESPCACHE_AUDIT_SHARE"] = "0"  # it would mend what is broken on purpose
@@ -257,9 +272,18 @@ class Server:
         options += [] if sabotage is None else ["--sabotage", sabotage]
         with (self._stage.folder / "server.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.faults.ways", *options, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent, env=environment,
-            )  # fmt: skip
+                sys.executable,
+                "-m",
+                "tests.faults.ways",
+                *options,
+                cwd=ROOT,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                env=environment,
+            )
         async with asyncio.timeout(START_S):
             while True:
                 with contextlib.suppress(OSError):
@@ -313,8 +337,9 @@ class Stage:
         self.below, self.deaf = plan.below(seed), plan.deaf(seed)
         self.server = Server(self, self.seats[plan.names[-1]], below=plan.names[-1] in self.below)
         self.workers = {
-            name: Worker(self, self._orders(name, share, seed)) for share, name in enumerate(plan.names)
-        }  # fmt: skip
+            name: Worker(self, self._orders(name, share, seed))
+            for share, name in enumerate(plan.names)
+        }
 
     @property
     def history(self) -> Path:
@@ -429,11 +454,21 @@ class Stage:
     def _orders(self, name: str, share: int, seed: str) -> Orders:
         plan, seat, last = self.plan, self.seats[name], name == self.plan.names[-1]
         return Orders(
-            name, seed, str(self.history), str(self.settled), share, len(plan.names),
-            readers=plan.readers // 3 if last else plan.readers, writers=plan.writers, pause_s=plan.pause_s * (10 if last else 1),
-            base=self.server.port if last else None, below=name in self.below,
-            database_url=self.database_url(seat), cache_url=self.store_url(seat), sabotage=plan.sabotage,
-        )  # fmt: skip
+            name,
+            seed,
+            str(self.history),
+            str(self.settled),
+            share,
+            len(plan.names),
+            readers=plan.readers // 3 if last else plan.readers,
+            writers=plan.writers,
+            pause_s=plan.pause_s * (10 if last else 1),
+            base=self.server.port if last else None,
+            below=name in self.below,
+            database_url=self.database_url(seat),
+            cache_url=self.store_url(seat),
+            sabotage=plan.sabotage,
+        )
 
 
 @asynccontextmanager

@@ -31,9 +31,17 @@ from .worker import ALONE_S
 
 pytestmark = pytest.mark.anyio
 SHORT = (
-    "store-restarted-old", "flushall", "generations-deleted", "clients-killed", "killed-after-commit", "killed-in-round",
-    "store-link-cut", "store-link-black-hole", "database-link-cut", "postgres-stopped-at-once",
-)  # fmt: skip
+    "store-restarted-old",
+    "flushall",
+    "generations-deleted",
+    "clients-killed",
+    "killed-after-commit",
+    "killed-in-round",
+    "store-link-cut",
+    "store-link-black-hole",
+    "database-link-cut",
+    "postgres-stopped-at-once",
+)
 
 
 WAYS = ("hit", "hit below ASGI", "bounded hit", "bounded hit below ASGI", "ttl hit", "bypass")

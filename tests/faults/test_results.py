@@ -25,9 +25,17 @@ STALE = Read(9.0, 9.1, {"x": 0}, "r", "q", "q", None, "hit")
 ONE = Write("x", 1, 1.0, 1.1, 1.2, "w")
 RIGHT, WRONG = (ONE, HIT), (ONE, HIT, STALE)
 OLD_STATE: dict[str, Any] = {
-    "reads": 5, "writes": 2, "stale_reads": 0, "lost_invalidations": 0, "failed_requests": 0, "seconds": 180.5,
-    "worst_staleness_s": 1.5, "how": {"hit": 4, "fill": 1}, "faults": {"flushall": 3}, "seeds": ["100", "101", "103"],
-}  # fmt: skip
+    "reads": 5,
+    "writes": 2,
+    "stale_reads": 0,
+    "lost_invalidations": 0,
+    "failed_requests": 0,
+    "seconds": 180.5,
+    "worst_staleness_s": 1.5,
+    "how": {"hit": 4, "fill": 1},
+    "faults": {"flushall": 3},
+    "seeds": ["100", "101", "103"],
+}
 """As states were before aborted runs, alarms, failed runs and commands were kept."""
 
 Play = Callable[[Path, str], Result]

@@ -156,10 +156,19 @@ class InProcess:
                 (b"content-length", str(len(body)).encode()),
             ]
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": plain,
-            "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "", "scheme": "http", "headers": headers,
-            "client": ("127.0.0.1", 1), "server": ("faults", 80),
-        }  # fmt: skip
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": plain,
+            "raw_path": plain.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("faults", 80),
+        }
         waiting = [{"type": "http.request", "body": body or b"", "more_body": False}]
         started: dict[str, Any] = {}
         parts: list[bytes] = []

@@ -2,7 +2,8 @@
 above ASGI or below it.
 
 ``python -m tests.faults.ways`` is ``python -m crm serve`` of that, told by the environment. With
-``--turbo`` hits are answered by ``respcache.integrations.uvicorn``, with ``--sabotage NAME`` a rule is missing.
+``--turbo`` hits are answered by ``respcache.integrations.uvicorn``, with ``--sabotage NAME`` a rule
+is missing.
 """
 
 import argparse
@@ -121,9 +122,16 @@ def config(app: Passing, *, port: int, below: bool) -> uvicorn.Config:
     """Configure a server of it; ``below``: hits are answered below ASGI."""
     http: Any = turbo.protocol(app, skips=["Passing", "BodyLimit"]) if below else "httptools"
     return uvicorn.Config(
-        app, host="127.0.0.1", port=port, loop="uvloop", http=http, lifespan="on", log_config=None, access_log=False,
+        app,
+        host="127.0.0.1",
+        port=port,
+        loop="uvloop",
+        http=http,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
         timeout_graceful_shutdown=5,
-    )  # fmt: skip
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -116,9 +116,12 @@ class Slowness:
 def _application(orders: Orders, points: Points) -> CacheMiddleware:
     """Make the application for this process, that it may die in it."""
     settings = Settings(
-        database_url=orders.database_url, redis_cache_url=orders.cache_url, jwt_secret=SECRET, respcache_key=SECRET,
+        database_url=orders.database_url,
+        redis_cache_url=orders.cache_url,
+        jwt_secret=SECRET,
+        respcache_key=SECRET,
         **({} if orders.sabotage is None else {"respcache_audit_share": 0}),
-    )  # fmt: skip
+    )
     middleware = application(settings)
     points.put_into(middleware.cache)
     return middleware

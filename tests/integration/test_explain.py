@@ -32,7 +32,8 @@ SCHEMA = """
     CREATE TABLE people (name text PRIMARY KEY, tenant_id text, role text NOT NULL);
     CREATE TABLE things (id int PRIMARY KEY, tenant_id text NOT NULL);
     CREATE TABLE others (id int PRIMARY KEY, tenant_id text NOT NULL);
-    INSERT INTO people VALUES ('ann', 'acme', 'user'), ('abe', 'acme', 'admin'), ('gus', 'globex', 'admin');
+    INSERT INTO people VALUES
+        ('ann', 'acme', 'user'), ('abe', 'acme', 'admin'), ('gus', 'globex', 'admin');
     INSERT INTO people VALUES ('root', NULL, 'admin');
 """
 

@@ -273,10 +273,18 @@ async def test_figures_are_those_of_the_process(seen: Seen) -> None:
     }
     left_out = {f"respcache.{one.name}" for one in metrics.OF_WORKERS} - points.keys()
     assert left_out == {
-        "respcache.hit_duration", "respcache.miss_duration", "respcache.fill", "respcache.worker_info",
-        "respcache.bypasses", "respcache.serving_lease_held", "respcache.serving_lease_age", "respcache.relay_cycles", "respcache.epochs",
-        "respcache.pending_invalidations", "respcache.pending_invalidations_oldest",
-    }  # fmt: skip
+        "respcache.hit_duration",
+        "respcache.miss_duration",
+        "respcache.fill",
+        "respcache.worker_info",
+        "respcache.bypasses",
+        "respcache.serving_lease_held",
+        "respcache.serving_lease_age",
+        "respcache.relay_cycles",
+        "respcache.epochs",
+        "respcache.pending_invalidations",
+        "respcache.pending_invalidations_oldest",
+    }
 
 
 async def test_units_are_those_of_ucum(seen: Seen) -> None:

@@ -156,9 +156,12 @@ async def test_no_read_is_stale_while_the_cache_server_is_frozen_killed_and_flus
     valkey = make_valkey()
     token, registers = await tenant_with_accounts(database_url)
     environment = {
-        "DATABASE_URL": database_url, "REDIS_CACHE_URL": valkey.url, "JWT_SECRET": SECRET, "RESPCACHE_KEY": SECRET,
+        "DATABASE_URL": database_url,
+        "REDIS_CACHE_URL": valkey.url,
+        "JWT_SECRET": SECRET,
+        "RESPCACHE_KEY": SECRET,
         "LOG_LEVEL": "error",
-    }  # fmt: skip
+    }
     history, done = History(), asyncio.Event()
     headers = {"authorization": f"Bearer {token}"}
     limits = httpx2.Limits(max_connections=50)
@@ -238,9 +241,12 @@ async def test_figures_of_workers_add_up_and_go_with_them(
     valkey = make_valkey()
     token, registers = await tenant_with_accounts(database_url)
     environment = {
-        "DATABASE_URL": database_url, "REDIS_CACHE_URL": valkey.url, "JWT_SECRET": SECRET, "RESPCACHE_KEY": SECRET,
+        "DATABASE_URL": database_url,
+        "REDIS_CACHE_URL": valkey.url,
+        "JWT_SECRET": SECRET,
+        "RESPCACHE_KEY": SECRET,
         "LOG_LEVEL": "error",
-    }  # fmt: skip
+    }
     publisher = StatsPublisher(valkey.url)
 
     async def until(wanted: Callable[[Fleet], bool]) -> Fleet:

@@ -998,7 +998,8 @@ async def test_ddl_that_changes_what_is_read_is_a_new_epoch(
     """No trigger fires for it."""
     await psql.execute(f"""
         DROP TABLE things;
-        CREATE TABLE things (id int, tenant_id text NOT NULL, name text NOT NULL) PARTITION BY RANGE (id);
+        CREATE TABLE things (id int, tenant_id text NOT NULL, name text NOT NULL)
+            PARTITION BY RANGE (id);
         CREATE TABLE things_a PARTITION OF things FOR VALUES FROM (0) TO (10);
         CREATE TABLE things_b PARTITION OF things FOR VALUES FROM (10) TO (20);
         CREATE TABLE things_c (id int, tenant_id text NOT NULL, name text NOT NULL);
@@ -1182,7 +1183,8 @@ async def test_the_answer_of_a_hidden_write_waits_too(
     """A verb that stands in what we take for a literal, or a function that writes: the transaction
     is asked."""
     await psql.execute("""
-        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
+        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql
+            AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
     await until(lambda: asyncio.sleep(0, "rename" in one.relay.coverage.functions))
     await one.warm()
     await one.stop_rounds()
@@ -1215,7 +1217,8 @@ async def test_a_read_that_only_looks_like_a_write_stays_a_read(one: Process) ->
 async def test_a_statement_may_say_that_it_writes(one: Process, psql: asyncpg.Connection) -> None:
     """What no look at its text can tell, as a view that calls a function."""
     await psql.execute("""
-        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$;
+        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql
+            AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$;
         CREATE VIEW renamed AS SELECT rename('new')""")
     await one.warm()
     await one.stop_rounds()
@@ -1270,7 +1273,8 @@ async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
     """The setting that tells is bounded."""
     await psql.execute("""
         INSERT INTO things SELECT n, 'tenant number ' || n, 'old' FROM generate_series(100, 3000) n;
-        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
+        CREATE FUNCTION rename(x text) RETURNS int LANGUAGE plpgsql
+            AS $$ BEGIN UPDATE things SET name = x; RETURN 1; END $$""")
     await until(lambda: asyncio.sleep(0, "rename" in one.relay.coverage.functions))
     await one.warm()
     async with one.engine.begin() as connection:

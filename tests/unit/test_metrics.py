@@ -56,9 +56,20 @@ def test_names_keep_the_conventions() -> None:
         assert one.full_name.endswith("_total") == (one.kind == "counter")
         assert one.unit in one.full_name
         assert set(one.labels) <= {
-            "module", "route", "reason", "outcome", "event", "tenant", "host", "pid", "version", "python", "name", "role",
+            "module",
+            "route",
+            "reason",
+            "outcome",
+            "event",
+            "tenant",
+            "host",
+            "pid",
+            "version",
+            "python",
+            "name",
+            "role",
             "maxmemory_policy",
-        }  # fmt: skip
+        }
 
 
 # -- the largest tenants ---------------------------------------------------------------------------

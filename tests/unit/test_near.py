@@ -637,8 +637,13 @@ async def test_hits_are_sent_as_the_client_accepts_them(near_bytes: int) -> None
             accept: answer.headers.get("content-encoding") for accept, answer in found.items()
         }
         assert codings == {
-            "zstd": "zstd", "gzip": "gzip" if near_bytes else None, "zstd, gzip": "zstd", "br": None, "": None, "gzip;q=0": None,
-        }  # fmt: skip
+            "zstd": "zstd",
+            "gzip": "gzip" if near_bytes else None,
+            "zstd, gzip": "zstd",
+            "br": None,
+            "": None,
+            "gzip;q=0": None,
+        }
         assert zstd.decompress(found["zstd"].raw) == found["br"].raw == found[""].raw == ROWS
         assert len(found["zstd"].raw) < len(ROWS) / 3
         if near_bytes:
@@ -763,9 +768,7 @@ async def test_a_header_that_a_resolver_did_not_name_is_not_there_for_it() -> No
             assert "detail=denied" in answer.headers["cache-status"]
 
 
-async def test_what_belongs_to_the_connection_is_not_there_for_a_resolver_whose_callers_are_recognised() -> (
-    None
-):
+async def test_a_resolver_with_named_headers_sees_nothing_of_the_connection() -> None:
     """Who is told by an address would be taken for the next one who asks the same."""
 
     class ByAddress(People):
@@ -823,8 +826,14 @@ async def test_what_others_add_to_a_hit_stays_with_it(world: World) -> None:
             seen.append(message["headers"])
 
     scope = {
-        "type": "http", "method": "GET", "path": "/strict", "query_string": b"", "root_path": "", "headers": [], "state": {},
-    }  # fmt: skip
+        "type": "http",
+        "method": "GET",
+        "path": "/strict",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [],
+        "state": {},
+    }
     for _ in range(3):
         await world.wrapped(dict(scope), None, send)  # type: ignore[arg-type]
     assert [sum(name == b"set-cookie" for name, _ in headers) for headers in seen] == [1, 1, 1]

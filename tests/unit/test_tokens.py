@@ -39,11 +39,25 @@ N1, N2 = b"0123456789abcdef", b"fedcba9876543210"
 GEN = f"tenant:{TENANT}:~gen"
 
 GARBAGE = [
-    b"", b",", b"validate", b"*", b"\xff\xfe", b"0123456789abcdef", b"0123456789abcdef.", b".7", b"0123456789abcdef.-1",
-    b"0123456789abcdef.1e3", b"0123456789ABCDEF.7", b"0123456789abcdef.7;x", b"0123456789abcdef.7,", b"0123456789abcdef.7\n",
-    b"0123456789abcdef." + b"9" * 19, "0123456789abcdef.\u0667".encode(), b"0123456789abcdef.7," * 15 + b"0123456789abcdef.7",
+    b"",
+    b",",
+    b"validate",
+    b"*",
+    b"\xff\xfe",
+    b"0123456789abcdef",
+    b"0123456789abcdef.",
+    b".7",
+    b"0123456789abcdef.-1",
+    b"0123456789abcdef.1e3",
+    b"0123456789ABCDEF.7",
+    b"0123456789abcdef.7;x",
+    b"0123456789abcdef.7,",
+    b"0123456789abcdef.7\n",
+    b"0123456789abcdef." + b"9" * 19,
+    "0123456789abcdef.\u0667".encode(),
+    b"0123456789abcdef.7," * 15 + b"0123456789abcdef.7",
     b"x" * 100_000,
-]  # fmt: skip
+]
 
 
 # -- the words -------------------------------------------------------------------------------------

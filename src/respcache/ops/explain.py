@@ -10,7 +10,7 @@ from respcache.core.errors import InvalidOperation
 from respcache.ops.facts import EntryFacts, GenerationFacts, Part, PolicyFacts
 
 
-class Caller(msgspec.Struct, frozen=True, kw_only=True):
+class CallerFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The caller, according to the resolver. Contains no credentials."""
 
     tenant: str | None
@@ -67,7 +67,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of the key, besides the tenant and the fingerprint."""
     left_out: list[str] = []
     """The parts of the request that are not in the key."""
-    caller: Caller | None = None
+    caller: CallerFacts | None = None
     key: str | None = None
     lock_key: str | None = None
     tags: tuple[str, ...] = ()

@@ -293,7 +293,8 @@ class _Explainer:
             "no-trigger": f"writes to {', '.join(sorted(uncovered))} need not leave a row in the "
             "outbox",
             "off": f"tenant {bypass.tenant} is switched off",
-            "pending-invalidation": "an invalidation of the tenant by this process is not confirmed "
+            "pending-invalidation": "an invalidation of the tenant by this process is not "
+            "confirmed "
             "yet",
         }
         return _Result("bypass", bypass.reason, why[bypass.reason])
@@ -373,7 +374,7 @@ class _Explainer:
 
     def _note_caller(self, claim: Claim, scope: Scope, *, remembered: bool) -> None:
         role = getattr(scope, "role", None)
-        self.facts["caller"] = shapes.Caller(
+        self.facts["caller"] = shapes.CallerFacts(
             tenant=scope.tenant,
             owner_tenant=claim.owner_tenant,
             role=None if role is None else str(role),
