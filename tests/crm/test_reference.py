@@ -22,9 +22,10 @@ from respcache.core.http_caching import KEPT_HEADERS
 from respcache.core.policy import DEFAULT_TTL_S
 from respcache.decorators import policy_of
 from respcache.integrations.prometheus import Endpoint
-from respcache.ops.admin import Admin, StatsPublisher
+from respcache.ops.admin import Admin
 from respcache.ops.cli.config import READ
 from respcache.ops.postgres_audit_log import PostgresAuditLog
+from respcache.ops.stats.publisher import StatsPublisher
 from respcache.read.verifier import EXTENSION
 from respcache.writes.postgres import PostgresOutbox
 from respcache.writes.sqlalchemy import watch

@@ -16,49 +16,6 @@ FILES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / nam
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 DOCS = [page for page in PAGES if page.startswith("docs/")]
 
-PENDING = {
-    "ARCHITECTURE.md",
-    "docs/checker.md",
-    "docs/cli.md",
-    "docs/curl.md",
-    "docs/dashboard.md",
-    "docs/decisions/0001-where-it-departs-from-the-design.md",
-    "docs/decisions/0002-the-crm-in-depth.md",
-    "docs/decisions/0003-no-lost-invalidation.md",
-    "docs/demo.md",
-    "docs/faults.md",
-    "docs/metrics.md",
-    "docs/operations.md",
-    "docs/proofs.md",
-    "docs/runbooks/RespcacheEvictionsHigh.md",
-    "docs/runbooks/RespcacheFenceLost.md",
-    "docs/runbooks/RespcacheHitRatioCollapsed.md",
-    "docs/runbooks/RespcacheMemoryNearlyFull.md",
-    "docs/runbooks/RespcacheMissesSurge.md",
-    "docs/runbooks/RespcacheNotScraped.md",
-    "docs/runbooks/RespcachePendingInvalidations.md",
-    "docs/runbooks/RespcacheRoundsFailing.md",
-    "docs/runbooks/RespcacheStoreDown.md",
-    "docs/runbooks/RespcacheStoreErrors.md",
-    "docs/runbooks/RespcacheSwitchedOff.md",
-    "docs/runbooks/RespcacheTablesUnwatched.md",
-    "docs/runbooks/RespcacheWorkerMissing.md",
-    "docs/runbooks/RespcacheWrongAnswer.md",
-    "docs/seed.md",
-    "models/README.md",
-}
-"""Pages that are being rewritten. This set must become empty."""
-
-COMING = {
-    "docs/decisions/0006-one-judge-of-staleness.md",
-    "docs/runbooks/RespcacheRelayFailing.md",
-    "docs/runbooks/RespcacheServingLeaseLost.md",
-    "docs/runbooks/RespcacheWrongResponse.md",
-    "docs/testing.md",
-    "tests/crm/test_auth.py",
-}
-"""Files that pages name already and that are about to come. This set must become empty."""
-
 MAX_CHARACTERS = 100
 MAX_WORDS = 700
 MAX_CODE_LINES = 10
@@ -70,11 +27,6 @@ OUTPUT = ("console", "text")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
 TERM = re.compile(r"^\* \*\*([^*]+)\*\*: (.*(?:\n  .*)*)", re.MULTILINE)
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-
-
-def checked(pages: list[str]) -> list[str]:
-    """Return the pages that are not pending."""
-    return [page for page in pages if page not in PENDING]
 
 
 def prose(page: str) -> str:
@@ -105,13 +57,13 @@ def anchors(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", checked(list(PAGES)))
+@pytest.mark.parametrize("page", PAGES)
 def test_no_line_is_longer_than_the_limit(page: str) -> None:
     """Only the output of programs may be longer."""
     assert list(long_lines(PAGES[page])) == []
 
 
-@pytest.mark.parametrize("page", checked(list(PAGES)))
+@pytest.mark.parametrize("page", PAGES)
 def test_relative_links_resolve(page: str) -> None:
     """Files, pictures and headings exist."""
     for found in LINK.finditer(prose(page)):
@@ -119,21 +71,19 @@ def test_relative_links_resolve(page: str) -> None:
         if ":" in address:
             continue
         target = ((ROOT / page).parent / address).resolve() if address else ROOT / page
-        if str(target.relative_to(ROOT)) in COMING:
-            continue
         assert target.exists(), address
         if fragment:
             assert fragment in anchors(target.read_text()), f"{address}#{fragment}"
 
 
-@pytest.mark.parametrize("page", checked(list(PAGES)))
+@pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str) -> None:
     """Paths in backticks begin at the root of the repository."""
     named = re.findall(r"`((?:src|tests|docs|bench|examples|models|deploy)/[\w/.-]+)`", PAGES[page])
-    assert [path for path in {*named} - COMING if not (ROOT / path).exists()] == []
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", checked(list(PAGES)))
+@pytest.mark.parametrize("page", PAGES)
 def test_imports_in_examples_exist(page: str) -> None:
     """Every Python example is valid, and what it imports from this repository exists."""
     for _, language, code in FENCE.findall(PAGES[page]):
@@ -146,9 +96,7 @@ def test_imports_in_examples_exist(page: str) -> None:
                         import_module(f"{node.module}.{alias.name}")
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in checked(DOCS) if not page.startswith("docs/runbooks/")]
-)
+@pytest.mark.parametrize("page", [page for page in DOCS if not page.startswith("docs/runbooks/")])
 def test_a_page_begins_with_its_purpose_and_audience(page: str) -> None:
     """The first paragraph says for whom the page is."""
     first = re.match(r"# .+\n\n(.+(?:\n.+)*)", PAGES[page])
@@ -164,7 +112,7 @@ def test_the_index_links_every_page_once() -> None:
     ]
     assert len(linked) == len(set(linked))
     records = {page for page in DOCS if page.startswith("docs/decisions/0")}
-    assert {*DOCS, "README.md"} - {"docs/index.md", *records, *PENDING} <= set(linked)
+    assert {*DOCS, "README.md"} - {"docs/index.md", *records} <= set(linked)
     assert records <= {
         f"docs/decisions/{found[1]}" for found in LINK.finditer(prose("docs/decisions/README.md"))
     }
