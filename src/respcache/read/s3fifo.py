@@ -1,30 +1,28 @@
-"""Which items the near cache keeps: S3-FIFO, bounded by bytes. Pure: no clock, no I/O; it does not
-know what it keeps.
+"""S3-FIFO, bounded by bytes: the eviction policy of the near cache. Pure: no clock, no I/O.
 
-Three queues, first in, first out:
+It has three queues, each first in, first out:
 
-* *small*, a tenth of the bytes: every new item begins here. One that was not used twice by the time
-  it is the oldest goes. So a scan (an export, a crawler, a client that pages through a list) passes
-  through a tenth of the cache and leaves the rest alone.
-* *main*: items that were used at least twice in small [1, algorithm 1: ``freq > 1``], or came back
-  while they were ghosts. The oldest goes if it was not used since it was last looked at; else it
-  starts again at the end, with one use less.
-* *ghosts*: what was lately evicted from small, without values. An item that comes back while it is
-  a ghost was evicted too soon and goes to main. Ghosts are hashes of keys, so neither a long key
-  nor a token in it outlives its item; two keys with one hash cost at most a wrong choice of queue.
-  There are as many as main could hold of them: their former sizes sum up to its share.
+* *small*, a tenth of the bytes. Every new item starts here. An item that was used less than twice
+  when it is the oldest is evicted. So a scan (an export, a crawler, a client that pages through a
+  list) passes through a tenth of the cache and leaves the rest unchanged.
+* *main*: items that were used at least twice in small [1, algorithm 1: ``freq > 1``], or returned
+  while they were ghosts. The oldest item is evicted if it was not used since the last check.
+  Otherwise it moves to the end, with one use less.
+* *ghosts*: items recently evicted from small, without their values. An item that returns while it
+  is a ghost was evicted too early and goes to main. Ghosts are hashes of keys, so neither a long
+  key nor a token in it outlives its item. Two keys with one hash cost at most a wrong choice of
+  queue. Their number is bounded: their former sizes add up to main's share.
 
-Why not LRU: a hit in LRU moves the item in a list. Here it raises a counter until that is at its
-top, then changes nothing; all ordering is done when something has to go. And LRU gives each item of
-a scan the whole cache to pass through.
+Why not LRU: a hit in LRU moves the item in a list. Here a hit raises a counter up to its maximum,
+then changes nothing; all ordering is done at eviction. And with LRU each item of a scan passes
+through the whole cache.
 
-Three departures from the paper. Sizes are bytes: an item larger than small is never kept, since it
-would drive out everything on trial at once. The queues are looked at anew after every step, not
-after every eviction. And one call spares at most ``MAX_SPARED`` items: when everything is in use at
-its top, the paper's loop goes three times round the whole of main.
+There are three differences from the paper. Sizes are in bytes: an item larger than small is never
+kept, because it would evict all new items at once. The queues are checked again after every step,
+not after every eviction. And one call spares at most ``MAX_SPARED`` items: if all items are used
+at the maximum, the paper's loop passes three times through the whole of main.
 
-What goes is taken out of its queue at once (``OrderedDict`` unlinks in constant time): nothing dead
-waits in a queue.
+An evicted item leaves its queue at once (``OrderedDict`` unlinks in constant time).
 
 [1] Yang, Zhang, Qiu, Yue, Vigfusson: FIFO queues are all you need for cache eviction. SOSP 2023.
 """
@@ -38,22 +36,21 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 SMALL_SHARE = 10
-"""Small gets one part in so many; also the largest item that is kept."""
+"""Small gets one part in this many. This is also the size of the largest item that is kept."""
 MAX_FREQUENCY = 3
 TRIAL_USES = 2
-"""Uses in small that bring an item into main."""
+"""Uses in small after which an item moves to main."""
 MAX_SPARED = 1_000
-"""Used items that one call may spare before the oldest goes all the same: under a millisecond of
-the event loop."""
+"""Used items that one call may spare before it evicts the oldest anyway: below a millisecond."""
 
 
 class S3Fifo(Generic[K, V]):
-    """Items by key, in ``max_bytes`` at most after every call. For one event loop: not thread safe.
+    """Items by key, at most ``max_bytes`` after every call. For one event loop: not thread safe.
 
-    Sizes are what the caller says, at least 1; they should count the key, and some 400 bytes that
-    an item and its ghost take here. Keeps nothing if ``max_bytes`` is below 10. ``admitted``,
-    ``evicted`` and ``rejected`` count items: new and kept, gone to make room, too large. A ``put``
-    costs constant time for each item that goes and for at most ``MAX_SPARED`` that stay.
+    The caller gives the sizes, at least 1. They should include the key and about 400 bytes for the
+    item and its ghost. Nothing is kept if ``max_bytes`` is below 10. ``admitted``, ``evicted`` and
+    ``rejected`` count the items that were kept, evicted, or too large. ``put`` costs constant time
+    for each evicted item and for at most ``MAX_SPARED`` spared ones.
     """
 
     __slots__ = (
@@ -85,16 +82,16 @@ class S3Fifo(Generic[K, V]):
         return iter(self._slots)
 
     def __contains__(self, key: K) -> bool:
-        """Say whether an item is kept, without using it."""
+        """Whether an item is kept. Does not count a use."""
         return key in self._slots
 
     @property
     def size_bytes(self) -> int:
-        """The sum of the sizes of what is kept."""
+        """The sum of the sizes of all items."""
         return self._small.size_bytes + self._main.size_bytes
 
     def get(self, key: K) -> V | None:
-        """Return a value, or None, and count the use."""
+        """Return a value, or None, and count a use."""
         slot = self._slots.get(key)
         if slot is None:
             return None
@@ -103,7 +100,7 @@ class S3Fifo(Generic[K, V]):
         return slot.value
 
     def peek(self, key: K) -> V | None:
-        """Return a value, or None, without counting a use: for who only looks."""
+        """Return a value, or None, without counting a use."""
         slot = self._slots.get(key)
         return None if slot is None else slot.value
 
@@ -112,24 +109,22 @@ class S3Fifo(Generic[K, V]):
         return [slot.value for slot in self._slots.values() if slot.value is not None]
 
     def slot(self, key: K) -> "Slot[V] | None":
-        """Return where an item is kept, without using it. Whoever holds on to that counts uses by
-        himself, and looks whether the item is still there: its value is None from the moment that
-        it goes."""
+        """Return the slot of an item, without counting a use.
+
+        Callers that keep the slot must count uses themselves and check that ``value`` is not None.
+        """
         return self._slots.get(key)
 
     def renew(self, key: K) -> None:
-        """Move an item, if it is kept, to a slot of its own: for whoever holds on to the former
-        one, it is gone."""
+        """Move an item to a new slot, if it is kept. Its former slot becomes empty."""
         slot = self._slots.get(key)
         if slot is not None:
             self._slots[key] = self._queue_of(key).slots[key] = slot.moved()
 
     def put(self, key: K, value: V, *, size_bytes: int) -> None:
-        """Keep a value, unless it is too large. One that replaces another takes over its place and
-        its uses.
+        """Keep a value unless it is too large. It takes the place and the uses of an old value.
 
-        Whatever becomes of the new value, the old one is gone. Raises ``ValueError`` for a size
-        below 1.
+        The old value is dropped in any case. Raises ``ValueError`` for a size below 1.
         """
         slot = self._slots.get(key)
         if slot is not None:
@@ -144,8 +139,7 @@ class S3Fifo(Generic[K, V]):
             self.admitted += 1
 
     def resize(self, key: K, size_bytes: int) -> None:
-        """Count an item, if it is still kept, with another size. The item itself may be what goes
-        to make room.
+        """Change the size of an item, if it is kept. The item itself may be evicted.
 
         Raises ``ValueError`` for a size below 1.
         """
@@ -160,7 +154,7 @@ class S3Fifo(Generic[K, V]):
         self._make_room(0)
 
     def discard(self, key: K) -> None:
-        """Forget a key, if it is known: its value, its uses, and that it was ever here."""
+        """Drop a key with its value, its uses and its ghost."""
         if key in self._slots:
             self._queue_of(key).remove(key)
             self._slots.pop(key).value = None
@@ -168,7 +162,7 @@ class S3Fifo(Generic[K, V]):
             self._ghosts.discard(hash(key))
 
     def clear(self) -> None:
-        """Forget everything but the counters."""
+        """Drop everything except the counters."""
         for slot in getattr(self, "_slots", {}).values():
             slot.value = None
         self._slots: dict[K, Slot[V]] = {}
@@ -190,8 +184,10 @@ class S3Fifo(Generic[K, V]):
         return self._main if key in self._main.slots else self._small
 
     def _make_room(self, size_bytes: int) -> None:
-        """Evict until so many bytes are free; spare what was used. Each step evicts, promotes or
-        takes one use away."""
+        """Evict until this many bytes are free, and spare used items.
+
+        Each step evicts an item, promotes one, or takes one use away.
+        """
         small, main = self._small, self._main
         most_bytes = self.max_bytes - size_bytes
         spared = 0
@@ -213,8 +209,7 @@ class S3Fifo(Generic[K, V]):
 
 
 class Slot(Generic[V]):
-    """A value and what is known of it. ``frequency``: uses, up to ``MAX_FREQUENCY``, since it began
-    or was last looked at."""
+    """A value, its size, and its uses since the last check, up to ``MAX_FREQUENCY``."""
 
     __slots__ = ("frequency", "size_bytes", "value")
 
@@ -224,15 +219,14 @@ class Slot(Generic[V]):
         self.frequency = 0
 
     def moved(self) -> "Slot[V]":
-        """Return another slot with all that this one has, which is empty from now on."""
+        """Return a new slot with the content of this one, which becomes empty."""
         other = copy(self)
         self.value = None
         return other
 
 
 class _Queue(Generic[K, V]):
-    """Slots in the order in which they came, and the sum of their sizes. ``max_bytes`` is its
-    share, which others enforce."""
+    """Slots in order of arrival, and the sum of their sizes. The caller enforces ``max_bytes``."""
 
     __slots__ = ("max_bytes", "size_bytes", "slots")
 

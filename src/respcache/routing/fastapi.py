@@ -17,11 +17,10 @@ from respcache.routing.table import Route
 
 
 def describe_routes(app: Any, resolver: Resolver) -> list[Route]:
-    """List all HTTP routes of a FastAPI or Starlette application in matching order, mounts
-    included.
+    """Return all HTTP routes of a FastAPI or Starlette application in matching order.
 
-    Raises ``ConfigurationError`` for a cached route whose security is not the resolver's, whose
-    parameters are unknown, or that stands behind a route by host name.
+    Mounts are included. Raises ``ConfigurationError`` for a cached route whose security the
+    resolver does not decide, whose parameters are unknown, or that follows a route by host name.
     """
     if not hasattr(app, "routes"):
         raise ConfigurationError(
@@ -33,8 +32,10 @@ def describe_routes(app: Any, resolver: Resolver) -> list[Route]:
 
 
 def before_cached(routes: Sequence[Any]) -> Iterator[Any]:
-    """Yield the applications of those routes and mounts that lead to a cached endpoint: middlewares
-    may stand in them."""
+    """Yield the applications of routes and mounts that lead to a cached endpoint.
+
+    They may contain middleware.
+    """
     for route in _effective(routes):
         original = getattr(route, "original_route", route)
         if policy_of(getattr(original, "endpoint", None)) is not None or any(
@@ -63,8 +64,8 @@ def _walk(routes: Sequence[Any], prefix: str, resolver: Resolver) -> Iterator[Ro
 
 
 def _effective(routes: Sequence[Any]) -> Iterator[Any]:
-    """Yield routes as they are matched: FastAPI keeps included routers apart and merges their
-    prefixes when asked."""
+    """Yield routes as they are matched. FastAPI merges the prefixes of included routers on
+    request."""
     fastapi_routing = sys.modules.get("fastapi.routing")
     if fastapi_routing is None:
         yield from routes
@@ -103,8 +104,8 @@ def _describe(
         )
     if any(part.body_params for part in (dependant, *_dependencies(dependant))):
         raise ConfigurationError(
-            f"GET {template} is cached but reads a request body: what is in it cannot decide a "
-            f"cached answer"
+            f"GET {template} is cached but reads a request body, on which no cached response "
+            "may depend: make it a query parameter"
         )
     _check_security(dependant, policy, resolver, template)
     declared, passed = _parameters(dependant, resolver)
@@ -114,7 +115,7 @@ def _describe(
 
 
 def _check_security(dependant: Any, policy: Policy, resolver: Resolver, template: str) -> None:
-    """Refuse a route that checks its caller in a way which the resolver does not decide."""
+    """Raise for a route that checks its caller in a way that the resolver does not decide."""
     named = resolver.stands_for | ({policy.rule} if policy.rule is not None else frozenset())
     unknown = list(_security_calls(dependant, named))
     if unknown:
@@ -156,8 +157,7 @@ def _dependencies(dependant: Any) -> Iterator[Any]:
 
 
 def _parameters(dependant: Any, resolver: Resolver) -> tuple[list[Parameter], tuple[str, ...]]:
-    """Split the query, header and cookie parameters of a route into those of its own and those that
-    the resolver consumes."""
+    """Return the route's own parameters, and the query parameters that the resolver consumes."""
     declared = list(_declared(dependant, resolver.stands_for, consumed=False))
     names = {parameter.name for parameter in declared if parameter.place == "query"}
     consumed = _declared(dependant, resolver.stands_for, consumed=True)
@@ -188,16 +188,14 @@ def _declared(
 
 
 def _spelling(default: Any) -> str | None:
-    """Return the one spelling of a default that surely means the same as leaving the parameter
-    out."""
+    """Return the spelling of a default that is sure to equal an omitted parameter, or None."""
     if isinstance(default, str):
         return default
     return str(default) if isinstance(default, int) and not isinstance(default, bool) else None
 
 
 def _refuse_hosts(routes: Sequence[Route]) -> None:
-    """A route by host name could answer for a path that the table knows as cached: the table does
-    not look at hosts."""
+    """Raise for a cached route after a route by host name, because the table ignores hosts."""
     hosts = [i for i, route in enumerate(routes) if route.template.startswith("host ")]
     for route in routes[hosts[0] :] if hosts else ():
         if route.policy is not None:

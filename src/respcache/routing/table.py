@@ -1,9 +1,8 @@
-"""Which requests are cached: an ordered table of all routes, so that the first match here is the
-first match there.
+"""The table of routes: it finds the route that the application's router would choose.
 
-The table is made once, at start-up, by ``fastapi.describe`` for FastAPI and Starlette applications
-or by hand with ``Route.of`` for any other ASGI application. A route that is not cached still stands
-in it where it could match first.
+It is built once, at start-up: by ``routing.fastapi.describe_routes`` for FastAPI and Starlette, or
+with ``Route.of`` for any other ASGI application. The order is the router's, and routes that are not
+cached are included if they could match first.
 """
 
 import re
@@ -16,8 +15,7 @@ from respcache.core.policy import Invalidation, Parameter, Policy, in_order
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One route of the application. ``passed`` names query parameters that the resolver
-    consumes."""
+    """One route. ``passed`` names the query parameters that the resolver consumes."""
 
     template: str
     pattern: re.Pattern[str]
@@ -32,7 +30,7 @@ class Route:
     def of(
         cls, template: str, policy: Policy | None, *, methods: Sequence[str] = ("GET",)
     ) -> "Route":
-        """Describe a route by its template: ``/things/{id}`` (a segment) or ``/files/{path:path}``
+        """Return a route for a template: ``/things/{id}`` (one segment) or ``/files/{path:path}``
         (the rest)."""
         pattern = re.sub(
             r"\\\{(\w+)(:path)?\\\}",
@@ -46,15 +44,17 @@ class Route:
 
     @property
     def key_headers(self) -> frozenset[bytes]:
-        """The request headers that the key holds, lower case."""
+        """The request headers that are part of the key, in lower case."""
         return frozenset(
             p.name.lower().encode("latin-1") for p in self.parameters if p.place == "header"
         )
 
 
 class RouteTable:
-    """Finds the route of a request. ``root_path``: that of the application itself, which counts
-    before the server's."""
+    """Finds the route of a request.
+
+    ``root_path`` is the application's own, which takes precedence over the server's.
+    """
 
     def __init__(self, routes: Sequence[Route], *, root_path: str = "") -> None:
         self.routes = tuple(routes)
@@ -71,8 +71,7 @@ class RouteTable:
         }
 
     def match(self, scope: Mapping[str, Any]) -> tuple[Route, Mapping[str, str]] | None:
-        """Return the first route that matches the request's path and method, with its path
-        parameters, or None."""
+        """Return the first route that matches path and method, with its path parameters."""
         method: str = scope["method"]
         path = self._path(scope)
         if method in ("GET", "HEAD"):
@@ -81,8 +80,7 @@ class RouteTable:
         return self._first(path, method)
 
     def template(self, scope: Mapping[str, Any]) -> str | None:
-        """Return the template of the route of any request, cached or not. Not for the way of a
-        hit."""
+        """Return the template of any request's route, cached or not. Too slow for hits."""
         method, path = scope["method"], self._path(scope)
         matching = (route for route in self.routes if method in route.methods or not route.methods)
         return next((route.template for route in matching if route.pattern.match(path)), None)
