@@ -41,7 +41,7 @@ def test_lanes_whose_answers_are_wrong_are_refused(tmp_path: Path) -> None:
     found = measure(tmp_path, ",".join(["bare", *(f"wrong:{name}" for name in WRONG)]))
     refused = found["refused"]
     assert set(refused) == {f"wrong:{name}" for name in WRONG}
-    assert "different from byte" in refused["wrong:other_page"]
+    assert "differ from byte" in refused["wrong:other_page"]
     assert "39999 bytes instead of 40000" in refused["wrong:short"]
     assert "the handler ran 64 times" in refused["wrong:forgetful"]
     assert "503" in refused["wrong:failing"]
