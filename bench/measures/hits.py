@@ -118,7 +118,9 @@ def warm(served: Served, pages: Sequence[LoadRequest], *, connections: int = 1) 
     Raises ``WrongResponse``.
     """
     requests = max(16, connections * len(pages) if served.lane.caches else 0)
-    drive(served.port, pages, connections=connections, requests=requests)
+    # a miss is sent plain: bodies are compressed when they are stored
+    plain = asks() if served.lane.coding else pages
+    drive(served.port, plain, connections=connections, requests=requests)
     settle()
 
     def again() -> None:
