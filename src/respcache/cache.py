@@ -41,7 +41,9 @@ class Cache:
     (``respcache.ops.stats.publisher.StatsPublisher``) publishes this process's statistics and reads
     those of all processes.
 
-    Its parts are attributes. ``runtime`` holds those that need a store, and is None without one.
+    Its parts are attributes. ``runtime`` holds those that need a store, and is None without one. It
+    has one public method more than the 15 that we allow: splitting the one object that users hold
+    would cost them more than that.
     """
 
     def __init__(
@@ -232,7 +234,7 @@ class Cache:
     ) -> T:
         """Return the cached value, or compute it (once for all callers and processes) and cache it.
 
-        The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables``
+        Takes four positional parameters, in the order that such functions have elsewhere. The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables``
         are those that ``make`` reads; the rules are the same as for responses. A value is computed
         but not cached if ``make`` raises (for its caller only), writes or reads an undeclared
         table, and while the store is unavailable. A response that contains a value without
