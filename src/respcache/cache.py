@@ -234,12 +234,13 @@ class Cache:
     ) -> T:
         """Return the cached value, or compute it (once for all callers and processes) and cache it.
 
-        Takes four positional parameters, in the order that such functions have elsewhere. The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables``
+        The value must survive MessagePack: ``None``, numbers, text, bytes, lists, dicts. ``tables``
         are those that ``make`` reads; the rules are the same as for responses. A value is computed
         but not cached if ``make`` raises (for its caller only), writes or reads an undeclared
         table, and while the store is unavailable. A response that contains a value without
         ``tables`` is cached in the same module only, because the invalidation of the value's module
-        does not reach other modules.
+        does not reach other modules. It takes four positional parameters, because all four are
+        needed in every call.
         """
         ttl_s = DEFAULT_TTL_S[kind] if ttl_s is None else ttl_s
         level = Level.of(level, module)

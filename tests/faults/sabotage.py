@@ -13,7 +13,6 @@ from respcache.integrations import uvicorn
 from respcache.read.proofs import InMemory
 from respcache.read.views import Tags, ViewReader
 from respcache.resp.connection import Connection
-from respcache.runtime import Runtime
 from respcache.stores.redis import RedisStore
 from respcache.writes.relay import OutboxRelay
 
@@ -110,18 +109,13 @@ def _no_view_below() -> None:
     on_view = uvicorn._HitProtocol._on_view
 
     def on_view_unjudged(
-        self: Any,
-        runtime: Runtime,
-        request: Any,
-        found: InMemory,
-        /,
-        result: GenerationView | StoreError,
+        self: Any, request: Any, found: InMemory, result: GenerationView | StoreError
     ) -> None:
-        proofs = runtime.proofs
+        proofs = self.middleware.cache.runtime.proofs
         if isinstance(result, GenerationView):
-            proofs.decide = lambda *others, **named: HIT  # type: ignore[method-assign]
+            proofs.decide = lambda *others, **named: HIT
         try:
-            on_view(self, runtime, request, found, result)
+            on_view(self, request, found, result)
         finally:
             proofs.__dict__.pop("decide", None)
 

@@ -286,7 +286,7 @@ class _HitProtocol(HttpToolsProtocol):
         runtime.views.wait(
             scoped.cache_key.generation_key,
             scoped.tags,
-            partial(self._on_view, runtime, request, found),
+            partial(self._on_view, request, found),
         )
         self._begin(request)
         if request.data is None:
@@ -300,19 +300,16 @@ class _HitProtocol(HttpToolsProtocol):
         self.cycle = request  # type: ignore[assignment]
 
     def _on_view(
-        self,
-        runtime: Runtime,
-        request: _Request,
-        found: InMemory,
-        /,
-        result: GenerationView | StoreError,
+        self, request: _Request, found: InMemory, result: GenerationView | StoreError
     ) -> None:
         """Receive the view: answer, or go the usual way after all."""
         if request.disconnected:
             return
         try:
-            now, scoped = self.middleware.cache.clock(), request.plan.scoped
+            cache, scoped = self.middleware.cache, request.plan.scoped
+            now, runtime = cache.clock(), cache.runtime
             assert scoped is not None
+            assert runtime is not None
             proof = None
             if not isinstance(result, StoreError):
                 proof = runtime.proofs.confirm(scoped, request.proof, found, view=result, now=now)

@@ -14,7 +14,6 @@ from respcache.core.encoding import negotiable, shared
 from respcache.core.entry import Entry
 from respcache.core.errors import UndeclaredRead
 from respcache.core.http_caching import kept
-from respcache.core.policy import Policy
 from respcache.read.fills import Fill
 from respcache.read.lookup import LookupResult
 from respcache.read.responses import DeferredResponse, ResponseRecorder, WholeResponse
@@ -75,7 +74,7 @@ class ResponseFill:
         if isinstance(recorded, str):
             reason: str | None = recorded
         else:
-            reason = _refusal(self.exchange, self.result.scoped.policy, self.route, recorded)
+            reason = self._refusal(recorded)
         if reason is not None or isinstance(recorded, str):
             assert reason is not None
             counters.refuse(reason)
@@ -121,29 +120,27 @@ class ResponseFill:
             raise UndeclaredRead(message)
         self.findings.warn_once(message)
 
-
-def _refusal(
-    exchange: Exchange, policy: Policy, route: Route, response: WholeResponse
-) -> str | None:
-    """Return why a complete response must not be stored, or None."""
-    reads, asgi_scope = exchange.reads, exchange.asgi_scope
-    assert reads is not None
-    if exchange.wrote:
-        return "wrote"
-    if (
-        route.endpoint is not None
-        and asgi_scope.get("endpoint", route.endpoint) is not route.endpoint
-    ):
-        return "other-endpoint"
-    if reads.undeclared_sql:
-        return "undeclared-sql"
-    if not reads.tables.issubset(policy.tables):
-        return "undeclared-table"
-    if not reads.modules <= {policy.module}:
-        return "other-module"
-    if reads.old_snapshot:
-        return "old-snapshot"
-    lengths = [value for name, value in response.headers if name.lower() == b"content-length"]
-    if lengths and int(lengths[0]) != len(response.body):
-        return "length"
-    return "length" if response.status == 204 and response.body else None
+    def _refusal(self, response: WholeResponse) -> str | None:
+        """Return why a complete response must not be stored, or None."""
+        exchange, route, policy = self.exchange, self.route, self.result.scoped.policy
+        reads, asgi_scope = exchange.reads, exchange.asgi_scope
+        assert reads is not None
+        if exchange.wrote:
+            return "wrote"
+        if (
+            route.endpoint is not None
+            and asgi_scope.get("endpoint", route.endpoint) is not route.endpoint
+        ):
+            return "other-endpoint"
+        if reads.undeclared_sql:
+            return "undeclared-sql"
+        if not reads.tables.issubset(policy.tables):
+            return "undeclared-table"
+        if not reads.modules <= {policy.module}:
+            return "other-module"
+        if reads.old_snapshot:
+            return "old-snapshot"
+        lengths = [value for name, value in response.headers if name.lower() == b"content-length"]
+        if lengths and int(lengths[0]) != len(response.body):
+            return "length"
+        return "length" if response.status == 204 and response.body else None

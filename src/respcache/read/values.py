@@ -46,7 +46,9 @@ class Values:
     async def get(self, tenant: str, policy: Policy, key: Mapping[str, Any], *, make: Make[T]) -> T:
         """Return a tenant's value under this key, cached or computed by ``make``."""
         began, outer = self._clock(), current.get()
-        scoped = self._plan(tenant, policy, key, outer)
+        # within a fill the value must be as fresh as the response, whose certificate covers it
+        filling = outer is not None and outer.reads is not None
+        scoped = self._plan(tenant, policy, key, strict=filling)
         token = None if outer is None else outer.client_token
         proof = await self._proofs.hit(self._proofs.require_token(scoped, token, began), began)
         if proof is not None:
@@ -63,20 +65,18 @@ class Values:
         return value
 
     def _plan(
-        self, tenant: str, policy: Policy, key: Mapping[str, Any], outer: Exchange | None
+        self, tenant: str, policy: Policy, key: Mapping[str, Any], *, strict: bool
     ) -> ScopedPlan:
         route = VALUE + policy.module
         cache_key = self._lookup.key(
             policy, tenant=tenant, route=route, fingerprint=b"", parameters=as_parameters(key)
         )
-        # within a fill the value must be as fresh as the response, whose certificate covers it
-        filling = outer is not None and outer.reads is not None
         return ScopedPlan(
             tenant,
             cache_key,
             policy,
             counters=self._counters.at(tenant, policy.module, route),
-            max_view_age_s=0.0 if filling else policy.max_view_age_s(anonymous=True),
+            max_view_age_s=0.0 if strict else policy.max_view_age_s(anonymous=True),
         )
 
     def _take(self, scoped: ScopedPlan, entry: Entry, began: float) -> Any:

@@ -6,7 +6,7 @@ the application is one.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from respcache.core.errors import ConfigurationError
@@ -60,7 +60,7 @@ def _walk(routes: Sequence[Any], prefix: str, resolver: Resolver) -> Iterator[Ro
             pattern, _, _ = compile_path(path + "/{path:path}")
             yield Route(path + "/...", pattern, frozenset())
         elif route.path is not None:
-            yield _describe(route, prefix, resolver, compile_path)
+            yield _describe(route, prefix, resolver)
 
 
 def _effective(routes: Sequence[Any]) -> Iterator[Any]:
@@ -73,9 +73,9 @@ def _effective(routes: Sequence[Any]) -> Iterator[Any]:
         yield from fastapi_routing.iter_route_contexts(routes)
 
 
-def _describe(
-    route: Any, prefix: str, resolver: Resolver, compile_path: Callable[[str], Any]
-) -> Route:
+def _describe(route: Any, prefix: str, resolver: Resolver) -> Route:
+    from starlette.routing import compile_path
+
     template = prefix + route.path
     pattern, _, _ = compile_path(template)
     methods = frozenset(route.methods or ())
@@ -107,14 +107,14 @@ def _describe(
             f"GET {template} is cached but reads a request body, on which no cached response "
             "may depend: make it a query parameter"
         )
-    _check_security(dependant, policy, resolver, template)
+    _check_security(dependant, policy, resolver, template=template)
     declared, passed = _parameters(dependant, resolver)
     return Route(
         template, pattern, methods, policy, invalidation, in_order(declared), passed, endpoint
     )
 
 
-def _check_security(dependant: Any, policy: Policy, resolver: Resolver, template: str) -> None:
+def _check_security(dependant: Any, policy: Policy, resolver: Resolver, *, template: str) -> None:
     """Raise for a route that checks its caller in a way that the resolver does not decide."""
     named = resolver.stands_for | ({policy.rule} if policy.rule is not None else frozenset())
     unknown = list(_security_calls(dependant, named))

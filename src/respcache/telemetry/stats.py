@@ -309,9 +309,10 @@ class Counters:
         key = route or f"~{module}"
         routes = self._tenants.get(tenant or OTHER)
         counters = None if routes is None else routes.get(key)
-        return self._begin(tenant or OTHER, module, route, key) if counters is None else counters
+        return self._begin(tenant or OTHER, module, route) if counters is None else counters
 
-    def _begin(self, tenant: str, module: str, route: str, key: str) -> RouteCounters:
+    def _begin(self, tenant: str, module: str, route: str) -> RouteCounters:
+        key = route or f"~{module}"
         if tenant != OTHER and self._kept >= MAX_COUNTERS:
             return self.at(None, module, route)
         self._kept += 1
