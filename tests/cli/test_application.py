@@ -362,7 +362,7 @@ def on_a_terminal(*arguments: str, typed: str = "", **environment: str) -> tuple
         if not chunk:
             break
         shown += chunk
-        if typed and b"to go on:" in shown:
+        if typed and b"to continue:" in shown:
             os.write(ours, typed.encode() + b"\n")
             typed = ""
     os.close(ours)

@@ -391,7 +391,7 @@ def test_both_tables_that_were_exchanged_are_named(
     report = document(respcache("doctor", "--json", **environment))
     faults = [one["found"].split(":")[0] for one in report["findings"] if one["level"] == "fault"]
     assert faults == ["accounts", "leads"]
-    assert any("is not known here" in one["found"] for one in report["findings"])
+    assert any("are unknown" in one["found"] for one in report["findings"])
 
 
 def test_triggers_are_mended_by_what_is_said(
