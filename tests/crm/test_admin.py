@@ -20,10 +20,16 @@ from respcache.ops.access import Access, Role
 from respcache.ops.admin import MAX_ROWS, Admin
 from respcache.read.verifier import Mismatch
 
-from .conftest import MODULES, NEW, SECRET, Crm, hit
+from .conftest import LONG_LEASE_S, MODULES, NEW, SECRET, Crm, hit
 
 pytestmark = pytest.mark.anyio
 ACTS = ("purge", "switch", "reveal")
+
+
+@pytest.fixture
+def lease_s() -> float:
+    """Hits are what these tests look at."""
+    return LONG_LEASE_S
 
 
 class Ground:
