@@ -211,6 +211,7 @@ async def progress(history: History, reads: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.long
 async def test_a_worker_starts_and_serves_while_the_cache_server_is_away(database_url: str) -> None:
     """The cache is no start-up dependency; neither is there one at all with
     REDIS_CACHE_URL=none."""
