@@ -100,7 +100,7 @@ def running(shop: Path) -> Iterator[list[tuple[str, int]]]:
             process = subprocess.Popen(command, cwd=shop, env=clean(OFF=off))
             started.append((f"http://127.0.0.1:{port}", process))
         for url, _ in started:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while True:
                 with contextlib.suppress(httpx2.HTTPError):
                     httpx2.get(f"{url}/books")

@@ -232,6 +232,7 @@ def test_a_replica_is_a_fault(
     assert f"127.0.0.1:{valkey_server.port}" in found["fix"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("without", "said"),
     [
@@ -572,6 +573,7 @@ def test_a_secret_that_everybody_knows_is_a_fault(secret: str | None, level: str
     assert secret is None or secret not in str(found)
 
 
+@pytest.mark.long
 def test_tables_come_from_an_application(
     respcache: Run, environment: Environment, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ SCRIPT_COMMANDS = {"INFO", "HMGET", "HSET", "HINCRBY", "HLEN", "GET", "SET", "DE
 MakeStore = Callable[..., RedisStore]
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

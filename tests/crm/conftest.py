@@ -17,6 +17,8 @@ from crm.auth import hash_password, issue_token
 from crm.models import Account, Employee, Team, Tenant
 from crm.settings import Settings
 from respcache import Cache, RedisStore
+from respcache.core.serving_lease import LEASE_S
+from respcache.writes.postgres import PostgresOutbox
 
 from .system import DEADLINE_S, Start, System
 
@@ -96,11 +98,22 @@ NEW: dict[str, dict[str, Any]] = {
 }
 
 
+LONG_LEASE_S = 10.0
+"""So long that a busy machine makes no bypasses of hits."""
+
+
+@pytest.fixture
+def lease_s() -> float:
+    """How long a process may serve without having read the outbox. Some writes wait for it."""
+    return LEASE_S
+
+
 @pytest.fixture
 async def crm(
-    database_url: str, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+    database_url: str, valkey_url: str, lease_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Crm]:
     monkeypatch.setitem(RedisStore.__init__.__kwdefaults__, "deadline_s", DEADLINE_S)
+    monkeypatch.setitem(PostgresOutbox.__init__.__kwdefaults__, "lease_s", lease_s)
     settings = Settings(
         database_url=database_url,
         redis_cache_url=valkey_url,

@@ -4,7 +4,7 @@ writes, findings and switches."""
 import asyncio
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -20,10 +20,16 @@ from respcache.ops.access import Access, Role
 from respcache.ops.admin import MAX_ROWS, Admin
 from respcache.read.verifier import Mismatch
 
-from .conftest import MODULES, NEW, SECRET, Crm, hit
+from .conftest import LONG_LEASE_S, MODULES, NEW, SECRET, Crm, hit
 
 pytestmark = pytest.mark.anyio
 ACTS = ("purge", "switch", "reveal")
+
+
+@pytest.fixture
+def lease_s() -> float:
+    """Hits are what these tests look at."""
+    return LONG_LEASE_S
 
 
 class Ground:
@@ -90,10 +96,11 @@ def finding(tenant: str) -> Mismatch:
 
 
 @pytest.fixture
-async def ground(crm: Crm) -> Ground:
+async def ground(crm: Crm) -> AsyncIterator[Ground]:
     made = Ground(crm)
     await made.populate()
-    return made
+    yield made
+    made.pending.clear()  # nothing is to be waited for
 
 
 def looks(
@@ -405,7 +412,7 @@ async def test_the_configuration_says_where_each_value_comes_from(ground: Ground
         "argument",
     )
     assert (found["Cache.outbox"].value, found["Cache.outbox"].source) == (
-        "PostgresOutbox, lease 2.0 s",
+        "PostgresOutbox, lease 10.0 s",
         "argument",
     )
     options = set(inspect.signature(Cache).parameters) - {"clock"}

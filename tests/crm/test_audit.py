@@ -173,6 +173,7 @@ async def test_a_library_whose_bumps_do_nothing_is_found(crm: Crm) -> None:
     assert audit_of(crm).found.mismatches[0].kind == "stale"
 
 
+@pytest.mark.long
 async def test_a_change_of_rows_seen_that_nobody_is_told_of_is_a_leak(
     crm: Crm, psql: asyncpg.Connection
 ) -> None:

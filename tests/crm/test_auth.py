@@ -14,7 +14,7 @@ from sqlalchemy import delete, update
 from crm.auth import issue_token
 from crm.models import Employee, Tenant
 
-from .conftest import MODULES, NEW, PASSWORD, SECRET, SINGULAR, Crm, hit, status
+from .conftest import LONG_LEASE_S, MODULES, NEW, PASSWORD, SECRET, SINGULAR, Crm, hit, status
 
 pytestmark = pytest.mark.anyio
 
@@ -23,6 +23,12 @@ async def names(crm: Crm, user: str, query: str = "") -> list[str]:
     answer = await crm.as_user(user).get(f"/api/accounts?sort=name{query}")
     assert answer.status_code == 200, answer.text
     return [row["name"] for row in answer.json()["data"]["accounts"]]
+
+
+@pytest.fixture
+def lease_s() -> float:
+    """Hits are what these tests look at."""
+    return LONG_LEASE_S
 
 
 async def test_login_gives_a_token_that_works(crm: Crm) -> None:

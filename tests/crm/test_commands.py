@@ -29,7 +29,7 @@ def gone(pid: int) -> bool:
 
 
 def all_gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if all(gone(pid) for pid in pids):
             return True

@@ -113,6 +113,7 @@ async def test_a_write_through_the_application_is_told_with_its_route(crm: Crm) 
     assert created.at < event.at
 
 
+@pytest.mark.long
 async def test_what_psql_writes_is_told_once_however_many_processes_see_it(
     crm: Crm, psql: asyncpg.Connection, database_url: str, valkey_url: str
 ) -> None:

@@ -68,6 +68,6 @@ async def test_rounds_that_a_request_began_are_not_its_own(crm: Crm) -> None:
 
 async def until(fact: Callable[[], bool]) -> None:
     """Look until it is so."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not fact():
             await asyncio.sleep(0.05)

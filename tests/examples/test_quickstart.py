@@ -33,7 +33,7 @@ def test_the_quickstart_caches_and_invalidates(server: str, valkey_url: str) -> 
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as http:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while True:
                 with contextlib.suppress(httpx2.HTTPError):
                     http.get("/books")

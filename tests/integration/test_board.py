@@ -359,7 +359,7 @@ async def test_while_the_server_is_away_figures_are_noted_as_often_as_ever(
         one.publisher.start()
         for number in range(3):
             one.count("acme", hits=1)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while sum(point.hits for point in (await one.publisher.series()).points) <= number:
                     sum(range(10_000))
 
@@ -629,5 +629,5 @@ async def test_a_publication_that_swallows_its_cancellation_does_not_hold_up_the
     worker = Worker(None)
     worker.publisher.start()
     await begun.wait()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await worker.publisher.close()

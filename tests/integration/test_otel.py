@@ -87,7 +87,7 @@ def application(seen: list[Any]) -> FastAPI:
 async def run(url: str, processors: list[SpanProcessor] | None = None) -> AsyncIterator[Seen]:
     inner: list[Any] = []
     app = application(inner)
-    cache = Cache(RedisStore(url), secret=b"k" * 32, resolver=SingleTenant("acme"))
+    cache = Cache(RedisStore(url, deadline_s=5.0), secret=b"k" * 32, resolver=SingleTenant("acme"))
     wrapped = cache.wrap(app)
     spans, reader, tracers = InMemorySpanExporter(), InMemoryMetricReader(), TracerProvider()
     for processor in processors or [SimpleSpanProcessor(spans)]:
@@ -308,7 +308,9 @@ async def test_units_are_those_of_ucum(seen: Seen) -> None:
 async def test_without_an_sdk_nothing_happens(valkey_url: str) -> None:
     """The API alone keeps nothing."""
     app = application([])
-    cache = Cache(RedisStore(valkey_url), secret=b"k" * 32, resolver=SingleTenant("acme"))
+    cache = Cache(
+        RedisStore(valkey_url, deadline_s=5.0), secret=b"k" * 32, resolver=SingleTenant("acme")
+    )
     wrapped = cache.wrap(app)
     otel.instrument(cache)
     await cache.connect()

@@ -192,7 +192,7 @@ async def test_no_read_is_stale_while_the_cache_server_is_frozen_killed_and_flus
             else:
                 flush(valkey)
             before = history.hits
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while history.hits < before + 30:
                     await asyncio.sleep(0.02)
         done.set()
@@ -211,6 +211,7 @@ async def progress(history: History, reads: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.long
 async def test_a_worker_starts_and_serves_while_the_cache_server_is_away(database_url: str) -> None:
     """The cache is no start-up dependency; neither is there one at all with
     REDIS_CACHE_URL=none."""

@@ -246,7 +246,10 @@ async def process(url: str) -> AsyncIterator[tuple[Cache, StatsPublisher]]:
     """Run a cache whose board publishes only when it is told to."""
     publisher = StatsPublisher(url)
     cache = Cache(
-        RedisStore(url), secret=b"k" * 32, resolver=SingleTenant("public"), publisher=publisher
+        RedisStore(url, deadline_s=5.0),
+        secret=b"k" * 32,
+        resolver=SingleTenant("public"),
+        publisher=publisher,
     )
     assert cache.store is not None
     await cache.store.connect()

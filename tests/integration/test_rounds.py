@@ -848,6 +848,7 @@ async def test_a_row_that_a_transaction_has_made_its_own_is_not_deleted_as_forei
     await outbox.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("column", ["pruned", "horizon"])
 async def test_the_horizon_of_another_database_ends_one_epoch_at_most(
     one: Process, psql: asyncpg.Connection, column: str
@@ -979,6 +980,7 @@ async def test_ordinary_triggers_are_not_enough(
     assert "watch_table" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
@@ -1287,6 +1289,7 @@ async def test_a_transaction_that_left_too_much_to_tell_leaves_it_to_a_round(
     assert one.cache.counters.acknowledgements_delayed == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("forged", ["", "nonsense", '["a"]', "[1, 2, 3]"])
 async def test_a_setting_that_somebody_else_has_changed_is_not_believed(
     one: Process, forged: str

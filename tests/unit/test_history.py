@@ -171,7 +171,7 @@ def test_killed_processes_that_share_a_file_lose_at_most_their_last_line(tmp_pat
         subprocess.Popen([sys.executable, "-c", APPEND_FOR_EVER, str(path), str(number)])
         for number in range(3)
     ]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len({event.process for event in load([path])}) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -430,6 +430,7 @@ def test_one_call_spares_a_bounded_number_of_items(monkeypatch: pytest.MonkeyPat
     assert [key for key in range(100) if key not in cache] == [7]
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_operations_leave_no_garbage() -> None:
     """Put and discard, put and evict, replace and resize: what is held does not grow, neither items
     nor ghosts nor queues."""
