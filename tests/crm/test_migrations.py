@@ -199,7 +199,8 @@ def test_the_reference_names_the_operations_with_their_options() -> None:
         "drop_respcache_trail",
     )
     of = dict(zip(map(type, operations), names, strict=True))
-    listed = dict(re.findall(r"^\| `op\.(\w+\(.*?\))` \| `op\.(\w+)` \|", REFERENCE, re.MULTILINE))
+    item = r"^\* `op\.(\w+\([^`]*\))`: (?:(?!^\* ).)*?Undone\s+by\s+`op\.(\w+)`"
+    listed = dict(re.findall(item, REFERENCE, re.MULTILINE | re.DOTALL))
     assert listed == {signature(of[type(one)]): of[type(one.reverse())] for one in operations}
 
 

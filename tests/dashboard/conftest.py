@@ -19,10 +19,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from crm.demo.seed import PASSWORD
 from respcache.testing.servers import free_port
 from tests import needs
-from tests.crm.conftest import crm
+from tests.crm.conftest import crm, lease_s
 from tests.crm.system import PATIENT, System
 
-__all__ = ["crm"]
+__all__ = ["crm", "lease_s"]
 
 ROOT, ADMIN, MANAGER = "root@crm.example", "admin@acme.example", "manager@acme.example"
 SWITCHES = [

@@ -522,6 +522,7 @@ async def test_a_switch_counts_for_who_waits_for_a_view(valkey_url: str, name: s
         view = server.cache.store.view
 
         def off(*arguments: Any) -> None:
+            # private: the switch must turn while the view is read
             server.cache.runtime.switches._apply(frozenset({name}))
             view(*arguments)
 
@@ -723,10 +724,10 @@ async def test_hits_keep_a_connection_open_and_nothing_else_does(valkey_url: str
         assert protocol.timeout_keep_alive_task is not timer
         assert (
             protocol.timeout_keep_alive_task.when()
-            <= protocol._idle_since + protocol.timeout_keep_alive + 0.001
+            <= protocol.idle_since + protocol.timeout_keep_alive + 0.001
         )
         assert "; hit" in (await wire.ask(get("/kept")))[1]["cache-status"]
-        protocol._idle_since -= protocol.timeout_keep_alive
+        protocol.idle_since -= protocol.timeout_keep_alive
         protocol.timeout_keep_alive_handler()
         assert await wire.reader.read() == b""
         timer.cancel()
@@ -755,7 +756,7 @@ async def test_a_connection_that_waits_for_a_view_is_not_idle(
         wire.send(get())
         while not held:
             await asyncio.sleep(0)
-        protocol._idle_since -= protocol.timeout_keep_alive
+        protocol.idle_since -= protocol.timeout_keep_alive
         if leaves:
             linger = struct.pack("ii", 1, 0)  # a reset, not an orderly end
             wire.writer.get_extra_info("socket").setsockopt(

@@ -12,10 +12,10 @@ from tests.simulation.sabotage import SABOTAGES
 from tests.simulation.schedule import run
 
 QUICK = {
-    "acknowledge without looking at the fence",
-    "another life of the database is not noticed",
-    "a token is not looked at",
-    "the fence counts from the end of the round",
+    "acknowledge without checking the serving lease",
+    "another life of the database is not detected",
+    "a consistency token is ignored",
+    "the serving lease begins at the end of the cycle",
 }
 """Those that are noticed within a second or two: the others are for ``make test-long``."""
 MOST_SCHEDULES = 3000

@@ -225,8 +225,8 @@ async def test_ttl_hits_last_without_the_store(world: World) -> None:
 
 async def test_an_entry_in_memory_ends_when_it_ends_in_the_store(world: World) -> None:
     """Its time is what the store says is left, not the whole of it again."""
-    clock, server = Clock(), MemoryServer()
-    server._clock = clock  # private: the server's time must be the test's, too
+    clock = Clock()
+    server = MemoryServer(clock=clock)
     first, second = (World(Counting(server), clock=clock) for _ in range(2))
     async with running(first), running(second):
         await first.get()
@@ -901,6 +901,7 @@ async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, nam
     def off(
         generation: str, tags: Sequence[str], done: Callable[[GenerationView | StoreError], None]
     ) -> None:
+        # private: the switch must turn while the view is read
         world.cache.runtime.switches._apply(frozenset({name}))
         view(generation, tags, done)
 

@@ -429,7 +429,7 @@ async def test_the_handler_sees_the_header_and_the_key_does_not() -> None:
         assert reader.seen == [f"{N1.decode()}.1"]
         assert await reader.get() == (0, "hit")
         assert await reader.get(token="something else") == (0, "hit")
-        plan_cache = reader.http._transport.app.plan_cache  # type: ignore[attr-defined]
+        plan_cache = reader.cache.middleware.plan_cache
         assert len(plan_cache) == 1
 
 

@@ -134,7 +134,7 @@ class _HitProtocol(HttpToolsProtocol):
     """The number of requests that began in the present call's data."""
     _recognized: Plan | None = None
     """The plan of the last of them."""
-    _idle_since = 0.0
+    idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Check once what uvicorn serves (asyncio.Protocol)."""
@@ -345,7 +345,7 @@ class _HitProtocol(HttpToolsProtocol):
             self.on_response_complete()
             return
         state.total_requests += 1
-        self._idle_since = self.loop.time()
+        self.idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None and not self.transport.is_closing():
             self._arm(self.timeout_keep_alive)
 
@@ -356,7 +356,7 @@ class _HitProtocol(HttpToolsProtocol):
         """
         if self.transport.is_closing():  # the cycle of a client that left never completes
             return
-        left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        left_s = self.idle_since + self.timeout_keep_alive - self.loop.time()
         if self.cycle is not None and not self.cycle.response_complete:
             self._arm(self.timeout_keep_alive)
         elif left_s > 0:
