@@ -339,7 +339,7 @@ def _show(console: Console, result: Result) -> None:
             highlight=False,
         )
     for alarm in result.alarms:
-        console.print(f"the audit found: {alarm}", markup=False, highlight=False)
+        console.print(f"the verifier found: {alarm}", markup=False, highlight=False)
     for failure in result.failures:
         console.print(failure, markup=False)
     if result.aborted:

@@ -28,6 +28,7 @@ import msgspec
 import redis.asyncio
 
 from crm.migrations import upgrade
+from respcache.read.verifier import FOUND
 from respcache.testing.history import now
 from respcache.testing.servers import EmbeddedPostgres, EmbeddedValkey, ServerFailed
 
@@ -38,7 +39,7 @@ from .worker import Orders
 ROOT = Path(__file__).parents[2]
 DATABASE = "crm"
 HISTORY = "history"
-SAYS_ALARM = "the audit found"
+SAYS_ALARM = FOUND
 PASSWORD = "only for faults"
 LASTING_PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections."""

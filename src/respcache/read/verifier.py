@@ -74,6 +74,8 @@ PASSING_STATUS = frozenset({408, 425, 429})
 """Statuses, besides those from 500 on, that say nothing about the data."""
 
 EXTENSION = "respcache.verifier"
+FOUND = "the verifier found"
+"""How the log entry of a mismatch begins."""
 
 
 class VerifierExchange(Exchange):
@@ -434,7 +436,8 @@ class Verifier:
             self._unlogged += 1
             return
         log.error(
-            "the verifier found a %s response (%d more since the last log entry): %s",
+            "%s a %s response (%d more since the last log entry): %s",
+            FOUND,
             mismatch.kind,
             self._unlogged,
             asdict(mismatch),

@@ -142,7 +142,7 @@ async def test_a_writer_that_takes_its_rows_out_of_the_outbox_is_found(
         assert (finding.kind, finding.tenant) == ("stale", str(acme))
         assert finding.certificate["nonce"] == finding.confirmed["nonce"]
         assert finding.certificate["sequence"] >= finding.confirmed["bumps"].get("T:accounts", 0)
-        assert "the audit found a stale answer" in caplog.text
+        assert "the verifier found a stale response" in caplog.text
         for name in ("ann", "abe"):
             names = await shown(crm, name, "Evaded")
             assert "Acorn" not in names
