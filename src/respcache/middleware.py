@@ -91,29 +91,25 @@ class CacheMiddleware:
         if table is None:  # a server without lifespan events
             table = self.prepare()
             await self.cache.connect()
-        key = plan = None
+        key = plan = token = None
         plan_cache, proofs = self.plan_cache, self._proofs
         if plan_cache is not None and proofs is not None and scope["method"] in READS:
             began = self.cache.clock()
             key = plan_cache.key(scope)
             plan = plan_cache.get(key, began)
+            if plan is None:  # plans are stored without tokens
+                token = tokens.client_token(scope["headers"])
+                if token is not None:
+                    key = plan_cache.without_token(key)
+                    plan = plan_cache.get(key, began)
             if plan is not None and plan.scoped is not None:
-                scoped = plan.scoped
+                scoped = proofs.require_token(plan.scoped, token, began)
                 proof = proofs.recall(scoped, began) or await proofs.hit(scoped, began)
                 if proof is not None:
                     await self._send_proven(scope, send, plan, proof=proof, began=began)
                     return
-        token = tokens.client_token(scope["headers"])
-        if token is not None and plan_cache is not None and proofs is not None and key is not None:
-            key = plan_cache.without_token(key)  # plans are stored without tokens
-            began = self.cache.clock()
-            plan = plan_cache.get(key, began)
-            if plan is not None and plan.scoped is not None:
-                scoped = proofs.require_token(plan.scoped, token, began)
-                proof = await proofs.hit(scoped, began)
-                if proof is not None:
-                    await self._send_proven(scope, send, plan, proof=proof, began=began)
-                    return
+        else:
+            token = tokens.client_token(scope["headers"])
         exchange = Exchange(scope, receive, send, client_token=token)
         context = current.set(exchange)
         try:

@@ -332,3 +332,25 @@ async def _compare(world: World, scoped: ScopedPlan) -> int:
             return 0  # level strict: the proof stands only in the view of the request
     assert proofs.decide(scoped, found, view=view, now=now) is HIT
     return 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("level", list(Level))
+async def test_a_value_of_tables_that_are_not_watched_is_computed_each_time(level: Level) -> None:
+    """At every level: a level concerns hits from memory, and nothing may be stored."""
+    world, computed = World(), 0
+    await world.cache.connect()
+    world.relay.coverage.tables = frozenset()
+
+    async def compute() -> int:
+        nonlocal computed
+        computed += 1
+        return computed
+
+    for _ in range(2):
+        await world.cache.get_or_set(
+            "acme", "things", {"id": 1}, compute, tables=["things"], level=level
+        )
+    assert computed == 2
+    assert world.cache.counters.of("acme", "things").bypasses == {"no-trigger": 2}
+    await world.cache.close()

@@ -1,4 +1,4 @@
-"""What a read depends on besides data: coverage, switches, blocked tenants, the serving lease.
+"""What else a read depends on: coverage, role, switches, blocked tenants, the serving lease.
 
 It gathers the ``Caller`` that ``core/decision.py`` judges, and decides nothing itself.
 """
@@ -73,15 +73,18 @@ class Guards:
             scope.tenant, policy, permitted, owner_tenant=claim.owner_tenant, cached=cached_scope
         )
 
-    def caller_of(self, scoped: ScopedPlan) -> Caller:
-        """Return the facts about the caller of a scoped plan, whose role is already decided."""
+    def caller_of(self, scoped: ScopedPlan, *, in_memory: bool = False) -> Caller:
+        """Return the facts about the caller of a scoped plan, whose role is already decided.
+
+        An entry ``in_memory`` that needs no view needs no coverage either (level ``ttl``).
+        """
         return self._caller(
             scoped.tenant,
             scoped.policy,
             True,
             owner_tenant=scoped.owner_tenant,
             cached=scoped.cached_scope,
-            covered=not scoped.needs_view,
+            covered=in_memory and not scoped.needs_view,
         )
 
     def _caller(

@@ -1,4 +1,4 @@
-"""Hits from memory: they are decided once, and the decision is reused while its grounds stand.
+"""Hits from memory: decided once, then reused while nothing that they depend on has changed.
 
 A first hit is decided by ``core.decision.decide``. What it rested on is remembered in a
 ``HitProof``. As long as all of that is unchanged, the next request of the same scoped plan is a hit
@@ -48,7 +48,7 @@ class Proofs:
         self._clock = clock
 
     def recall(self, scoped: ScopedPlan, now: float) -> HitProof | None:
-        """Return the standing proof of a plan that needs no view of its own, and count a use."""
+        """Return the proof if it stands and the level needs no new view. Counts a use."""
         if not scoped.max_view_age_s:
             return None
         proof = self.still_proven(scoped, now)
@@ -61,12 +61,11 @@ class Proofs:
 
         At most one round trip, for a view.
         """
-        proof = self.recall(scoped, now)
+        proof = self.still_proven(scoped, now)
         if proof is not None:
-            return proof
-        if not scoped.max_view_age_s:
-            proof = self.still_proven(scoped, now)
-        if proof is not None:
+            if scoped.max_view_age_s:
+                proof.count_use()
+                return proof
             found = InMemory(proof.memory_entry, proof.lease, None)
         else:
             candidate = self.candidate(scoped, now)
@@ -98,8 +97,7 @@ class Proofs:
         return proof
 
     def candidate(self, scoped: ScopedPlan, now: float) -> InMemory | None:
-        """Return the entry in memory for a request that arrives now, if there is one. Counts a
-        use."""
+        """Return the entry in memory that may answer a request, or None. Counts a use."""
         near, entry_key = self._near, scoped.cache_key.entry_key
         if not scoped.tags:  # two generations count, so one view does not decide
             return None
@@ -196,7 +194,7 @@ class Proofs:
         bumped = view is None and self._views.bumped(cache_key.generation_key)
         return decide(
             Candidate(cache_key, memory_entry.entry, expires_at=memory_entry.expires_at),
-            self._guards.caller_of(scoped),
+            self._guards.caller_of(scoped, in_memory=True),
             found.lease,
             view=view,
             owner_view=view,
