@@ -195,7 +195,7 @@ class Cache:
         self.writes.committed(rows)
 
     async def settled(self, *, timeout_s: float = 5.0) -> None:
-        """Wait until every invalidation of this process is confirmed.
+        """Wait until every write of this process so far may be acknowledged.
 
         For scripts, imports, background tasks and websockets. Raises ``InvalidationPending`` after
         ``timeout_s`` seconds.
@@ -211,8 +211,9 @@ class Cache:
     def forget(self) -> None:
         """Drop verified credentials, scopes and entries from the memory of this process.
 
-        Costs round trips, but changes no response. For credentials that are revoked by other means
-        than a row of the resolver's tables: otherwise they are verified again within a minute.
+        Costs round trips. For credentials that are revoked by other means than a row of the
+        resolver's tables: they are rejected from the next request on, instead of after up to a
+        minute.
         """
         if self.runtime is not None:
             self.runtime.forget()
@@ -293,7 +294,7 @@ class Cache:
 
     async def _switch(self, tenant_id: str | None, module: str | None, *, off: bool) -> bool:
         if tenant_id is not None and module is not None:
-            raise ValueError("a switch is for a tenant or for a module, not for both")
+            raise ValueError("pass tenant_id or module, not both")
         name = keys.EVERYTHING
         if tenant_id is not None:
             name = keys.tenant_switch(keys.check_tenant(tenant_id))

@@ -27,7 +27,7 @@ _BY_SEVERITY = tuple(Outcome)
 
 
 def tick() -> int:
-    """Return the next number of a process-wide order. It is no clock: it has no ties or steps."""
+    """Return the next number of a process-wide order: strictly increasing, and not a clock."""
     return next(_ticks)
 
 
@@ -57,7 +57,7 @@ class ReadSet:
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """One request from its arrival to its response. Created once per request.
+    """One request from its arrival to its response, or the fill of a value within it.
 
     ``asgi_scope``, ``receive`` and ``send`` are ASGI's; ``scope`` is what the caller may see.
     ``client_token`` is the consistency token that the request brought, ``token`` the one that its
@@ -126,7 +126,7 @@ class Exchange:
 
 current: ContextVar[Exchange | None] = ContextVar("respcache_exchange", default=None)
 cause: ContextVar[str | None] = ContextVar("respcache_cause", default=None)
-"""Why something is invalidated if the current request is not the reason. Shown in the feed."""
+"""Why something is invalidated, if not by the current request. Shown in the feed."""
 
 
 def bind_scope(scope: Scope) -> None:
@@ -137,9 +137,6 @@ def bind_scope(scope: Scope) -> None:
 
 
 def current_scope() -> Scope | None:
-    """Return the scope of the request that is being handled, if the middleware resolved it.
-
-    None for writes and bypasses.
-    """
+    """Return the scope of the current request if it was resolved or bound, else None."""
     exchange = current.get()
     return None if exchange is None else exchange.scope

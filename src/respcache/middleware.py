@@ -1,9 +1,9 @@
-"""The ASGI middleware: how a request is answered. It is outermost, so a hit runs no other one.
+"""The ASGI middleware: how a request is answered. It is outermost, so a hit runs no other code.
 
 It never reads a request body. A repeated request whose response is in memory is answered from its
 cached plan (``read/plans.py``): no routing, no parsing, no verification. Other requests of a cached
 route are looked up (``read/lookup.py``): they are hits, are filled (``read/response_fill.py``), or
-bypass the cache. Everything else passes through, and its response is deferred until its bumps are
+bypass the cache. Everything else passes through; its response is deferred until its bumps are
 settled. Whatever the store does, the application responds.
 """
 
@@ -71,13 +71,14 @@ class WrappingCache(Protocol):
 
 
 class CacheMiddleware:
-    """Responds for an ASGI application from the cache where it may. Made by ``Cache.wrap``."""
+    """Answers from the cache where that is allowed, else runs the application. Made by
+    ``Cache.wrap``."""
 
     def __init__(self, cache: WrappingCache, app: App, describe: Callable[[], list[Route]]) -> None:
         self.app = app
         self.cache = cache
         self.plan_cache: PlanCache | None = None
-        """None if requests cannot be recognized, or if there is no store."""
+        """None before start-up, without a store, and if the resolver names no headers."""
         self._proofs: Proofs | None = None
         self._describe = describe
         self._table: RouteTable | None = None

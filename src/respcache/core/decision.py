@@ -2,8 +2,7 @@
 
 Every way of answering calls ``decide``: the middleware, the protocol class below ASGI,
 ``get_or_set``, the verifier that re-executes hits, and ``explain``. The order of its checks is the
-guarantee: identity, tenant and role come first, the serving lease before and after the view, the
-caller's scope before the entry.
+guarantee: ``admit`` comes first, then the serving lease, the caller's scope, and the entry.
 
 ``read/proofs.py`` remembers what a hit rested on and compares that instead of deciding again. A
 property test shows that a proof that still stands implies ``Hit``.
@@ -53,7 +52,7 @@ class Need(Enum):
     SCOPE = "scope"
     """The caller's scope: the cached one is outdated."""
     GENERATION = "generation"
-    """A usable generation of the tenant: there is none."""
+    """The tenant has no usable generation; one must be created."""
 
 
 Decision = Hit | Miss | Bypass | Need
@@ -112,9 +111,10 @@ def admit(caller: Caller) -> Bypass | None:
 def check_lease(
     lease: ServingLease | None, view: GenerationView | None, now: float
 ) -> Bypass | None:
-    """Return a bypass unless the lease, which was held before the view was requested, covers it.
+    """Return a bypass unless the lease is alive and, if a view is given, names its server.
 
-    Without an outbox there is no lease, and nothing to check.
+    The lease must have been held before the view was requested. Without an outbox there is no
+    lease, and nothing to check.
     """
     if lease is None:
         return None

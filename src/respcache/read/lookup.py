@@ -4,7 +4,7 @@ The order is the guarantee. Credentials are verified, the scope is known and the
 has allowed the caller before a key exists. ``core.decision.decide`` then judges scope and entry in
 a view that was read after the request began, under the serving lease that was held before that.
 
-This is the long way of a request. ``proofs.py`` is the short way, for entries in memory.
+This is the slow path. ``proofs.py`` is the fast path, for entries in memory.
 """
 
 import logging
@@ -46,7 +46,7 @@ from respcache.telemetry.stats import Counters
 log = logging.getLogger("respcache")
 
 MAX_ATTEMPTS = 6
-"""Round trips of one lookup while generations are being created or the scope keeps changing."""
+"""Attempts of one lookup while generations are being created or the scope keeps changing."""
 
 Parameters = Sequence[tuple[str, str, str]]
 """The canonical ``(place, name, value)`` triples of a request."""
@@ -138,7 +138,7 @@ class Lookup:
             log.debug("[Cache] Store failed: %s", error)
             return Bypass("store")
         except Exception:
-            log.warning("the resolver failed; the request bypasses the cache", exc_info=True)
+            log.warning("the lookup failed; the request bypasses the cache", exc_info=True)
             return Bypass("identity")
 
     async def fetch_value(self, scoped: ScopedPlan) -> LookupResult | Bypass:

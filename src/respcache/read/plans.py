@@ -1,13 +1,13 @@
-"""Plans: what a request comes to, worked out once and found again by the request's own bytes.
+"""Plans: what a request resolves to, computed once and looked up by the request's bytes.
 
 A *plan* holds the route, the canonical form, the verified claim, the caller's scope, and the keys
 that follow from them. Requests have the same plan if they agree in path, query string and every
-header that any of these depends on. So a hit neither routes, parses nor verifies a token again.
+header that any of these depends on. So a hit does no routing, no parsing and no verification.
 
 A plan proves nothing. The scope is judged in the view of every request (or within the bound, at
-level ``bounded``), like the entry. The end of a token is checked every time. After ``MAX_AGE_S``
-everything is worked out again, for facts that a resolver knows by other means than its tables (a
-list of revoked tokens in memory).
+level ``bounded``), like the entry. A token's expiry is checked on every request. After
+``MAX_AGE_S`` everything is computed again, for facts that a resolver knows by other means than its
+tables (a list of revoked tokens in memory).
 
 Only for resolvers that name the headers they read (``Resolver.headers``).
 """
@@ -43,7 +43,8 @@ PLAN_BYTES = 2048
 ALWAYS = frozenset({b"accept-encoding"})
 
 UNSEEN = frozenset({"client", "extensions", "http_version", "method", "scheme", "server"})
-"""Keys of an ASGI scope in which requests with one plan may differ."""
+"""Keys of an ASGI scope that are hidden from resolvers: requests with one plan may differ in
+them."""
 
 Generations = Sequence[tuple[str, Sequence[str]]]
 """Generation keys, each with the tags to read."""
@@ -164,8 +165,7 @@ class HitProof:
 
 
 class Plan:
-    """One kind of request. ``claim``, ``cached_scope`` and ``scoped`` are None until they are
-    known."""
+    """The resolved form of a request. Attributes that may be None are not known yet."""
 
     __slots__ = (
         "cached_scope",

@@ -1,6 +1,7 @@
 """The fill of a response: runs the handler, then stores and shares its response if that is allowed.
 
-The handler does not see which codings the client accepts, because its response serves all clients.
+The handler does not see which codings the client accepts, because its response serves all clients,
+unless the route declares that header.
 """
 
 import logging
@@ -25,8 +26,7 @@ log = logging.getLogger("respcache")
 
 ACCEPT = b"accept-encoding"
 TTL_JITTER = 0.05
-"""Entries live up to this share shorter than their policy says, so that those stored together do
-not expire together."""
+"""Entries expire up to this share early, so that those stored together do not expire together."""
 
 RunApplication = Callable[[Exchange, DeferredResponse, Send], Awaitable[None]]
 """Runs the application; its response passes the ``send``, then the deferred response."""
