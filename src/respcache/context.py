@@ -7,7 +7,7 @@ they set in the variable would not come back, but a change to the object does. N
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,8 @@ class Exchange:
     asgi_scope: AsgiScope = field(default_factory=dict)
     receive: Receive = _no_receive
     send: Send = _no_send
+    request: Mapping[str, Any] | None = None
+    """The ASGI scope as the server sent it, for the feed; None outside of a request."""
     scope: Scope | None = None
     client_token: ConsistencyToken | None = None
     token: ConsistencyToken | None = None
@@ -88,6 +90,7 @@ class Exchange:
         loaded = any(len(session.identity_map) > 0 for session in alive)
         return Exchange(
             asgi_scope=self.asgi_scope,
+            request=self.request,
             scope=self.scope,
             reads=ReadSet(tenant, old_snapshot=loaded),
             open_transactions=self.open_transactions,

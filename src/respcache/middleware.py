@@ -24,7 +24,7 @@ from respcache.core.keys import SHARED
 from respcache.core.policy import Invalidation, canonical
 from respcache.read.lookup import LookupResult, result_of
 from respcache.read.memory import MemoryEntry, Representation
-from respcache.read.plans import HitProof, Plan, PlanCache, PlanKey, ScopedPlan
+from respcache.read.plans import Plan, PlanCache, PlanKey, ScopedPlan
 from respcache.read.proofs import Proofs
 from respcache.read.response_fill import ResponseFill
 from respcache.read.responses import (
@@ -107,11 +107,20 @@ class CacheMiddleware:
                 scoped = proofs.require_token(plan.scoped, token, began)
                 proof = proofs.recall(scoped, began) or await proofs.hit(scoped, began)
                 if proof is not None:
-                    await self._send_proven(scope, send, plan, proof=proof, began=began)
+                    await self._send_hit(
+                        scope,
+                        send,
+                        scoped,
+                        memory_entry=proof.memory_entry,
+                        representation=proof.representation,
+                        began=began,
+                    )
+                    if self.verification_due(proof.view):
+                        self.verify(plan, result_of(scoped, proof), scope)
                     return
         else:
             token = tokens.client_token(scope["headers"])
-        exchange = Exchange(scope, receive, send, client_token=token)
+        exchange = Exchange(scope, receive, send, request=scope, client_token=token)
         context = current.set(exchange)
         try:
             if plan is not None:
@@ -146,10 +155,10 @@ class CacheMiddleware:
         verifier = None if runtime is None else runtime.verifier
         return verifier is not None and view is not None and verifier.due()
 
-    def verify(self, plan: Plan, result: LookupResult | None, asgi_scope: AsgiScope) -> None:
+    def verify(self, plan: Plan, result: LookupResult, asgi_scope: AsgiScope) -> None:
         """Verify a hit in the background."""
         runtime = self.cache.runtime
-        if result is None or runtime is None or runtime.verifier is None:
+        if runtime is None or runtime.verifier is None:
             return
         request = self._as_get(plan, asgi_scope)
         head = self._resolver_head(request, plan.path)
@@ -244,23 +253,6 @@ class CacheMiddleware:
                 return
         await self._miss(exchange, plan, found, began=began)
 
-    async def _send_proven(
-        self, scope: AsgiScope, send: Send, plan: Plan, *, proof: HitProof, began: float
-    ) -> None:
-        """Send a hit from memory."""
-        scoped = plan.scoped
-        assert scoped is not None
-        await self._send_hit(
-            scope,
-            send,
-            scoped,
-            memory_entry=proof.memory_entry,
-            representation=proof.representation,
-            began=began,
-        )
-        if self.verification_due(proof.view):
-            self.verify(plan, result_of(scoped, proof), scope)
-
     async def _send_hit(
         self,
         scope: AsgiScope,
@@ -272,14 +264,15 @@ class CacheMiddleware:
         began: float,
     ) -> None:
         """Count and send a hit. ``began`` is when its request arrived."""
-        counters, entry, body = scoped.counters, memory_entry.entry, representation.body
+        now, counters = self.cache.clock(), scoped.counters
+        entry, body = memory_entry.entry, representation.body
         if counters.hit(len(body)):
-            counters.sample(self.cache.clock() - began, entry.fill_ms)
+            counters.sample(now - began, entry.fill_ms)
         if log.isEnabledFor(logging.DEBUG):
             module, kind = scoped.policy.module, scoped.policy.kind
             log.debug("[Cache] Hit: %s %s for tenant %s", module, kind, scoped.tenant)
         # a copy, because outer middleware may append headers
-        headers = representation.headers(int(memory_entry.expires_at - began)).copy()
+        headers = representation.headers(int(memory_entry.expires_at - now)).copy()
         await send({"type": "http.response.start", "status": entry.status, "headers": headers})
         body = body if scope["method"] == "GET" else b""
         await send({"type": "http.response.body", "body": body})
@@ -291,6 +284,7 @@ class CacheMiddleware:
         cache, runtime, scoped = self.cache, self.cache.runtime, result.scoped
         assert runtime is not None
         counters, clock, template = scoped.counters, cache.clock, plan.route.template
+        assert result.view is not None
         counters.misses += 1
         exchange.send = at_head(
             exchange.send, lambda: counters.times.misses.observe(clock() - began)
@@ -298,7 +292,7 @@ class CacheMiddleware:
         exchange.scope = result.scope
         log.debug("[CacheManager] Cache miss: %s", scoped.cache_key.entry_key)
         # a hit here means that the stored bytes are damaged
-        outdated = not isinstance(result.decision, Miss) or result.decision.outdated
+        outdated = isinstance(result.decision, Miss) and result.decision.outdated
         forward = "fwd=stale" if outdated else "fwd=uri-miss"
         fill = await runtime.filler.begin_or_join(
             scoped.cache_key, view=result.view, certificate=result.certificate

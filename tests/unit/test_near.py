@@ -892,6 +892,28 @@ async def test_an_old_view_is_not_what_new_entries_are_judged_by(world: World) -
     assert world.store.reads == []
 
 
+@pytest.mark.parametrize("accident", ["off", "pending-invalidation"])
+async def test_a_bypass_that_is_known_at_arrival_waits_for_no_view(
+    world: World, accident: str
+) -> None:
+    """A switch must help although the cache server is slow. And a tenant that is blocked when its
+    request arrives must not be a hit because the view was read after its last bump was applied but
+    requested before."""
+    for _ in range(3):
+        await world.get()
+    if accident == "off":
+        await world.cache.disable(tenant_id="public")
+    else:
+        blocked: Any = world.cache.runtime.invalidator.blocked_tenants
+        blocked["public"] = 1
+    views = world.store.views
+    status = (await world.http.get("/strict")).headers["cache-status"]
+    assert status == f"respcache; fwd=bypass; detail={accident}"
+    assert world.store.views == views
+    if accident != "off":
+        blocked.clear()
+
+
 @pytest.mark.parametrize("name", ["*", "tenant:public", "module:things"])
 async def test_the_kill_switch_counts_for_who_waits_for_a_view(world: World, name: str) -> None:
     """Off means off, also a moment before the answer."""

@@ -96,12 +96,14 @@ class _Request:
         "plan",
         "proof",
         "response_complete",
+        "scoped",
         "url",
     )
     message_event = _Ignored()
 
     def __init__(self, plan: Plan, began: float, *, data: bytes | None) -> None:
         self.plan = plan
+        self.scoped = plan.scoped  # another request may scope the plan again meanwhile
         self.proof: HitProof | None = None
         self.began = began
         self.data = data
@@ -260,7 +262,7 @@ class _HitProtocol(HttpToolsProtocol):
             return False
 
     def _answer(self, runtime: Runtime, request: _Request) -> bool:
-        scoped, now, proofs = request.plan.scoped, request.began, runtime.proofs
+        scoped, now, proofs = request.scoped, request.began, runtime.proofs
         if scoped is None:
             return False
         proof = request.proof = proofs.still_proven(scoped, now)
@@ -306,7 +308,7 @@ class _HitProtocol(HttpToolsProtocol):
         if request.disconnected:
             return
         try:
-            cache, scoped = self.middleware.cache, request.plan.scoped
+            cache, scoped = self.middleware.cache, request.scoped
             now, runtime = cache.clock(), cache.runtime
             assert scoped is not None
             assert runtime is not None
@@ -327,7 +329,7 @@ class _HitProtocol(HttpToolsProtocol):
         """Send and count a hit."""
         request.response_complete = True
         memory_entry, state = proof.memory_entry, self.server_state
-        scoped, body = request.plan.scoped, proof.representation.body
+        scoped, body = request.scoped, proof.representation.body
         assert scoped is not None
         head = proof.representation.head(
             STATUS_LINE[memory_entry.entry.status],

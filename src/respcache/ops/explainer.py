@@ -189,7 +189,9 @@ class _Explainer:
             return self._bypassed(Bypass("no-trigger"), policy)
         remembered = cached is not None
         while True:
-            bypass = check_lease(runtime.guards.lease, None, self._cache.clock())
+            bypass = None
+            if cached is None:
+                bypass = check_lease(runtime.guards.lease, None, self._cache.clock())
             if cached is None and bypass is None:
                 owner = keys.generation_key(claim.owner_tenant)
                 read = await self._read(runtime, None, [(owner, runtime.scopes.tags)])
@@ -241,6 +243,9 @@ class _Explainer:
         self, runtime: Runtime, scoped: ScopedPlan, caller: Caller
     ) -> _Result | None:
         """Explain the decision on what the store holds; None if the scope must be read again."""
+        bypass = check_lease(runtime.guards.lease, None, self._cache.clock())
+        if bypass is not None:
+            return self._bypassed(bypass, scoped.policy)
         read = await self._read_scoped(runtime, scoped)
         data = read.reading.entry
         entry = None if data is None else entries.decode(data)

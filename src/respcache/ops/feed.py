@@ -148,7 +148,7 @@ class Reporter:
         Their cause is ``by``, else the context variable ``cause``, else the current request.
         """
         by, exchange = by or cause.get(), current.get()
-        request = None if exchange is None else exchange.asgi_scope
+        request = None if exchange is None else exchange.request
         for tenant, (tags, ids) in _by_tenant(rows).items():
             if len(self._waiting) >= MAX_AT_ONCE:
                 self._skipped += 1

@@ -68,7 +68,7 @@ class Guards:
     def caller(self, policy: Policy, claim: Claim, cached_scope: CachedScope) -> Caller:
         """Return the facts about the caller of a request, before a key is built."""
         scope = cached_scope.scope
-        permitted = self._scopes.resolver.permits(scope, policy.rule)
+        permitted = scope.tenant is None or self._scopes.resolver.permits(scope, policy.rule)
         return self._caller(
             scope.tenant, policy, permitted, owner_tenant=claim.owner_tenant, cached=cached_scope
         )

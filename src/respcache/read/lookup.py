@@ -56,13 +56,13 @@ Parameters = Sequence[tuple[str, str, str]]
 class LookupResult:
     """What a lookup found: a hit with its entry, or a miss with the certificate for its fill.
 
-    ``view`` is the one that decided. A fill may be stored only under ``certificate``, which was
-    captured from it.
+    ``view`` is the one that decided; only a hit from memory at level ``ttl`` may have none. A fill
+    may be stored only under ``certificate``, which was captured from the view.
     """
 
     scoped: ScopedPlan
     decision: Hit | Miss
-    view: GenerationView
+    view: GenerationView | None
     certificate: Certificate
     memory_entry: MemoryEntry | None = None
 
@@ -146,7 +146,7 @@ class Lookup:
         try:
             for _ in range(MAX_ATTEMPTS):
                 caller = self._guards.caller_of(scoped)
-                bypass = admit(caller)
+                bypass = Bypass("off", scoped.tenant) if caller.is_off else admit(caller)
                 if bypass is not None:
                     return bypass
                 read = await self.read(scoped.cache_key.entry_key, scoped.generations)
@@ -358,10 +358,8 @@ class Lookup:
         )
 
 
-def result_of(scoped: ScopedPlan, proof: HitProof) -> LookupResult | None:
-    """Return the proof of a hit as a lookup result; None for a hit without a view."""
-    if proof.view is None:
-        return None
+def result_of(scoped: ScopedPlan, proof: HitProof) -> LookupResult:
+    """Return the proof of a hit as a lookup result."""
     certificate = proof.memory_entry.entry.certificate
     return LookupResult(scoped, HIT, proof.view, certificate, proof.memory_entry)
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from respcache.core.decision import HIT, Bypass, Candidate, Decision, Miss, decide
+from respcache.core.decision import HIT, Bypass, Candidate, Decision, admit, decide
 from respcache.core.errors import StoreError
-from respcache.core.generations import GenerationView
+from respcache.core.generations import GenerationView, Verdict
 from respcache.core.serving_lease import ServingLease
 from respcache.core.tokens import ConsistencyToken, reached
 from respcache.read.guards import Guards
@@ -110,8 +110,15 @@ class Proofs:
         return self.examine(scoped, memory_entry, now)
 
     def examine(self, scoped: ScopedPlan, memory_entry: MemoryEntry, now: float) -> InMemory | None:
-        """Return what is needed to decide about a memory entry. Changes nothing."""
+        """Return what is needed to decide about a memory entry. Changes nothing.
+
+        The caller is admitted before a view is requested, and again by ``decide``: a tenant that
+        was blocked when the request arrived must be read anew, and what is switched off must not
+        wait for the cache server.
+        """
         if not scoped.tags or not _varies_as_before(scoped):
+            return None
+        if admit(self._guards.caller_of(scoped, in_memory=True)) is not None:
             return None
         lease = self._guards.lease if scoped.needs_view else None
         if lease is not None and now >= lease.until:
@@ -135,14 +142,10 @@ class Proofs:
 
         ``view`` is the one that was read for the request, None if the store is away.
         """
-        if (
-            proof is not None
-            and view is proof.view
-            and now < proof.until
-            and not self._guards.restricted
-        ):
+        if proof is not None:
             proof.count_use()
-            return proof
+            if view is proof.view and now < proof.until and not self._guards.restricted:
+                return proof
         return self.prove(scoped, found, view=view, now=now)
 
     def prove(
@@ -153,11 +156,12 @@ class Proofs:
         entry_key, generation = scoped.cache_key.entry_key, scoped.cache_key.generation_key
         memory_entry = found.memory_entry
         if decision is not HIT:
-            if isinstance(decision, Miss):
-                self._near.drop(entry_key, memory_entry)
             if view is not None and not isinstance(decision, Bypass):
-                # the view may be an old one, which must not judge what is filled next
-                self._views.expire(generation)
+                verdict = view.judge(memory_entry.entry.certificate, scoped.cache_key.tags)
+                if verdict is not Verdict.VALID:
+                    self._near.drop(entry_key, memory_entry)
+                    # the view may be an old one, which must not judge what is filled next
+                    self._views.expire(generation)
             return None
         representation = memory_entry.representations.get(scoped.coding)
         if representation is None:

@@ -87,6 +87,7 @@ class Values:
 
     async def _fill(self, result: LookupResult, make: Make[T], outer: Exchange | None) -> T:
         scoped = result.scoped
+        assert result.view is not None
         fill = await self._filler.begin_or_join(
             scoped.cache_key, view=result.view, certificate=result.certificate
         )

@@ -525,6 +525,7 @@ def _mismatch(
     found: str,
 ) -> Mismatch:
     scoped, stored_at_ms = hit.result.scoped, hit.memory_entry.entry.stored_at_ms
+    assert hit.result.view is not None
     return Mismatch(
         at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         kind=kind,
