@@ -59,7 +59,7 @@ Decision = Hit | Miss | Bypass | Need
 HIT = Hit()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each lookup
 class Caller:
     """The facts about one caller and one policy that a decision depends on.
 

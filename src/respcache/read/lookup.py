@@ -73,7 +73,7 @@ class LookupResult:
         return None if cached is None else cached.scope
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each lookup
 class StoreRead:
     """One read of the store: the reply, and the serving lease that was held before it was sent."""
 
@@ -319,7 +319,7 @@ class Lookup:
             owner_view=read.owner_view,
             now=self._clock(),
         )
-        if isinstance(decision, Bypass | Need):
+        if not isinstance(decision, (Hit, Miss)):
             return decision
         certificate = read.view.certificate()
         assert certificate is not None

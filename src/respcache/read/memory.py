@@ -150,6 +150,8 @@ class NearCache(S3Fifo[str, MemoryEntry]):
         self, entry_key: str, memory_entry: MemoryEntry, coding: ContentCoding, *, max_bytes: int
     ) -> Representation | None:
         """Return ``MemoryEntry.represent``, and account for its size. Drops a damaged entry."""
+        if not memory_entry.kept:
+            return memory_entry.represent(coding, max_bytes=max_bytes)
         before = memory_entry.size_bytes
         representation = memory_entry.represent(coding, max_bytes=max_bytes)
         if representation is None:
