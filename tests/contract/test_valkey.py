@@ -370,8 +370,8 @@ async def test_a_frozen_server_delays_nobody_for_longer_than_one_deadline(
     make_valkey: Callable[..., EmbeddedValkey],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Every operation fails, the first within its deadline, the later ones at once; thawed, all
-    work again."""
+    """Every operation fails: the first after its deadline, the later ones in their first step,
+    before they could wait. Thawed, all work again."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server = make_valkey()
     store = store_on(server.url, deadline_s=0.05)
@@ -379,11 +379,8 @@ async def test_a_frozen_server_delays_nobody_for_longer_than_one_deadline(
     await work(store)
     await store.switch()  # nothing is under way any more that could still be answered
     server.freeze()
-    started = time.monotonic()
     with pytest.raises(StoreUnavailable):
         await store.read(ENTRY, [(GEN, [])])
-    assert time.monotonic() - started < 0.5
-    started = time.monotonic()
     for operation in (
         store.read(ENTRY, [(GEN, [])]),
         store.open(GEN, nonce=N1, ttl_ms=HOUR_MS),
@@ -393,10 +390,9 @@ async def test_a_frozen_server_delays_nobody_for_longer_than_one_deadline(
         store.info(),
     ):
         with pytest.raises(StoreUnavailable):
-            await operation
+            operation.send(None)
     store.put(ENTRY, b"x", ttl_ms=HOUR_MS, generation=GEN, generation_ttl_ms=HOUR_MS)
     store.release(FILL, "mine")
-    assert time.monotonic() - started < 0.05  # for all of them together
     server.thaw()
     await until(lambda: store.available)
     # what was put while it was down is lost, not late
@@ -410,17 +406,15 @@ async def test_after_a_crash_the_store_comes_back_by_itself(
     """Killed in the middle of work: those who wait fail at once, and later ones are served by the
     new life."""
     server = make_valkey()
-    store = store_on(server.url)
+    store = store_on(server.url, deadline_s=HOUR_MS / 1000)
     await store.connect()
     await work(store)
     server.freeze()  # so that the work is certainly under way when it dies
     waiting = [asyncio.create_task(store.read(ENTRY, [(GEN, [])])) for _ in range(20)]
     await asyncio.sleep(0)
     server.kill()
-    started = time.monotonic()
-    results = await asyncio.gather(*waiting, return_exceptions=True)
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 60)
     assert all(isinstance(result, StoreUnavailable) for result in results)
-    assert time.monotonic() - started < LONG_S / 2
     server.start()
     await until(lambda: store.available)
     assert (await store.read(None, [(GEN, [])])).generations[0].nonce is None

@@ -18,8 +18,7 @@ from respcache.testing.servers import EmbeddedValkey
 pytestmark = pytest.mark.anyio
 
 DEADLINE_S = 0.05
-SLACK_S = 0.4
-"""What a busy machine may add to a deadline."""
+HOUR_S = 3600.0
 
 MakeLink = Callable[..., Link]
 
@@ -108,22 +107,18 @@ async def test_without_a_server_connect_returns_and_calls_fail_at_once(
 async def test_a_frozen_server_costs_one_deadline_and_then_nothing(
     link_to: MakeLink, make_valkey: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Callers at the moment of freezing fail within the deadline, later ones at once; thawed, it is
-    used again."""
+    """Callers at the moment of freezing wait for one deadline together, later ones do not wait at
+    all; thawed, it is used again."""
     caplog.set_level(logging.INFO, "respcache.resp")
     server: EmbeddedValkey = make_valkey()
     link = link_to(server.url, deadline_s=DEADLINE_S)
     await connect(link)
     server.freeze()
-    started = time.monotonic()
     results = await asyncio.gather(*(ask(link) for _ in range(50)), return_exceptions=True)
     assert all(isinstance(result, StoreUnavailable) for result in results)
-    assert time.monotonic() - started < DEADLINE_S + SLACK_S
-    started = time.monotonic()
     for _ in range(100):
         with pytest.raises(StoreUnavailable):
-            await ask(link)
-    assert time.monotonic() - started < DEADLINE_S  # for all hundred together
+            ask(link).send(None)  # it fails in its first step, before it could wait
     server.thaw()
     await until(lambda: link.up)
     assert await ask(link) == b"x"
@@ -306,10 +301,9 @@ async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(
     """Before connecting, while connecting to somebody who says nothing, when up, and twice."""
     silent = await asyncio.start_server(lambda _, __: asyncio.sleep(60), "127.0.0.1", 0)
     mute = f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
-    started = time.monotonic()
     fresh, connecting, up = (
         link_to(valkey_url),
-        link_to(mute, connect_deadline_s=60),
+        link_to(mute, connect_deadline_s=HOUR_S),
         link_to(valkey_url),
     )
     waiting = asyncio.create_task(connecting.connect())
@@ -318,14 +312,13 @@ async def test_closing_is_bounded_at_every_stage_and_leaves_nothing(
     late = asyncio.create_task(up.execute(("BLPOP", "nothing", 0)))
     await asyncio.sleep(0)
     for link in (fresh, connecting, up, up):
-        await link.close()
+        await asyncio.wait_for(link.close(), 60)
         with pytest.raises(StoreUnavailable, match="closed"):
             await ask(link)
         link.send(("ECHO", "x"))
     with pytest.raises(StoreUnavailable, match="closed"):
         await late
     await asyncio.wait_for(waiting, 60)
-    assert time.monotonic() - started < 5
     silent.close()
     assert tasks_of_links() == []
     assert up.counters()["commands"] > 0
